@@ -1,0 +1,63 @@
+# Every habit of the project, by name; CI runs exactly these. Needs only make and Python 3.11+ with venv and pip.
+#   make demo                       segment the sample cases into out/
+#   make PYTHON=python3.12 test     with another Python
+#   make clean                      remove all that these made, .venv included
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
+
+# A benchmark that needs data from outside the clone says so in a line "# needs: ...", and is run by hand.
+BENCHMARKS = $(shell grep -L '^\# needs: ' benchmarks/*.py 2>/dev/null)
+
+.PHONY: help demo test lint types image bench clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+demo: $(VENV)/.demo-installed ## segment the sample cases, with pictures, into out/ (minutes, no GPU needed)
+	@$(PY) process.py --input test/sample/input --output out --preset fast --report
+
+test: $(VENV)/.dev-installed ## pytest, all but what needs a GPU
+	$(PY) -m pytest -q -m "not gpu"
+
+lint: $(VENV)/.dev-installed ## ruff: rules and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.dev-installed ## mypy: strict on what ships, default on training
+	$(VENV)/bin/mypy ichseg process.py training
+
+image: ## build the container image (./build.sh --help)
+	./build.sh
+
+bench: $(VENV)/.dev-installed ## run the benchmarks that need no extra data
+	@if [ -z "$(BENCHMARKS)" ]; then echo "benchmarks/ holds none that runs without extra data."; fi
+	@failed=0; for script in $(BENCHMARKS); do \
+		echo "== $$script"; PYTHONPATH=. $(PY) $$script || failed=1; \
+	done; exit $$failed
+
+clean: ## remove what these made: .venv, out/, export/, caches
+	rm -rf $(VENV) out export .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# pip is looked for too: a Python without ensurepip leaves half an environment behind.
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Making $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# torch goes first and alone: by far the largest, and with it in place nothing that follows picks another build of it.
+$(VENV)/.demo-installed: requirements.txt | $(PY)
+	@echo "Installing requirements.txt (the first time takes minutes: torch is large)"
+	@$(PIP) "$$(grep '^torch==' requirements.txt)"
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev-installed: requirements-dev.txt training/requirements.txt $(VENV)/.demo-installed
+	@echo "Installing requirements-dev.txt"
+	@$(PIP) -r requirements-dev.txt
+	@touch $@

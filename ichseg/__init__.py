@@ -1,0 +1,1 @@
+"""Everything inference needs: volume in, segmentation out."""

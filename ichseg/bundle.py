@@ -1,0 +1,168 @@
+"""A weights bundle: a folder with ``model.json`` and one safetensors file per network.
+
+Tensors and JSON only; nothing is unpickled. Weights may be stored as fp16, they are fp32 in memory.
+Files are checked against the sha256 in ``model.json`` before they are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from ichseg import schema
+from ichseg.errors import PlansError, WeightsError
+from ichseg.plans import Plans
+from ichseg.volume import replacing
+
+SCHEMA_VERSION = 1
+MODEL_FILE = "model.json"
+_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One trained network: configuration, fold (``0``..``4`` or ``all``), file and sha256."""
+
+    configuration: str
+    fold: str
+    file: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if Path(self.file).name != self.file or not self.file.endswith(".safetensors"):
+            raise ValueError(f"member file {self.file!r}, expected a plain *.safetensors name")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Everything about an ensemble but its tensors.
+
+    Attributes:
+        schema_version: Version of this layout.
+        name, version, description: For people; the description says what it must not be used for.
+        input_slug, output_slug: Grand Challenge sockets of the CT and of the mask.
+        average: Whether tiles, mirrors and folds are averaged as ``probabilities`` or as
+            ``logits``.
+        mirror_axes: Axes (0, 1, 2 for z, y, x) that prediction may mirror.
+        plans: What the training data decided.
+        members: The networks.
+        provenance: Free-form: data, settings, dates, scores.
+    """
+
+    schema_version: int
+    name: str
+    version: str
+    description: str
+    input_slug: str
+    output_slug: str
+    average: str
+    mirror_axes: tuple[int, ...]
+    plans: Plans
+    members: tuple[Member, ...]
+    provenance: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise ValueError(
+                f"model schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
+            )
+        if self.average not in ("probabilities", "logits"):
+            raise ValueError(f"average {self.average!r}, expected probabilities or logits")
+        if not set(self.mirror_axes) <= {0, 1, 2}:
+            raise ValueError(f"mirror axes {self.mirror_axes}, expected among 0, 1, 2")
+        if not self.members:
+            raise ValueError("no members")
+        for member in self.members:
+            self.plans.configuration(member.configuration)
+
+    @property
+    def configurations(self) -> tuple[str, ...]:
+        """Names of the configurations that have members, in order of appearance."""
+        return tuple(dict.fromkeys(member.configuration for member in self.members))
+
+    def members_of(self, configuration: str) -> tuple[Member, ...]:
+        """The networks of one configuration."""
+        return tuple(m for m in self.members if m.configuration == configuration)
+
+
+def load_model(folder: Path) -> Model:
+    """Read ``model.json`` and check that every member's file is there, whole and unaltered.
+
+    Raises:
+        WeightsError: Something is missing, altered or of another version.
+    """
+    path = folder / MODEL_FILE
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file, expected a weights bundle in {folder}")
+    try:
+        model = schema.load(Model, path)
+    except PlansError as error:
+        raise WeightsError(str(error)) from error
+    for member in model.members:
+        _verify(folder / member.file, member.sha256)
+    return model
+
+
+def load_state(folder: Path, member: Member) -> dict[str, torch.Tensor]:
+    """One network's tensors as fp32 on the CPU.
+
+    Raises:
+        WeightsError: The file cannot be read.
+    """
+    path = folder / member.file
+    try:
+        return {name: tensor.float() for name, tensor in safetensors.torch.load_file(path).items()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsError(f"{path}: cannot read the weights ({error})") from error
+
+
+def save_member(
+    folder: Path,
+    configuration: str,
+    fold: str,
+    state: Mapping[str, torch.Tensor],
+    *,
+    dtype: torch.dtype = torch.float16,
+) -> Member:
+    """Write a network's tensors as ``<configuration>_fold_<fold>.safetensors``, whole or not."""
+    path = folder / f"{configuration}_fold_{fold}.safetensors"
+    tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in state.items()}
+    with replacing(path, suffix=".safetensors") as temporary:
+        safetensors.torch.save_file(tensors, temporary)
+    return Member(configuration, fold, path.name, _sha256(path))
+
+
+def save_model(folder: Path, model: Model) -> None:
+    """Write ``model.json`` and ``SHA256SUMS`` (checkable with ``sha256sum -c``)."""
+    with replacing(folder / MODEL_FILE, suffix=".json") as temporary:
+        temporary.write_text(schema.dumps(model), encoding="utf-8")
+    files = [*(folder / member.file for member in model.members), folder / MODEL_FILE]
+    with replacing(folder / "SHA256SUMS") as temporary:
+        temporary.write_text("".join(f"{_sha256(f)}  {f.name}\n" for f in files), encoding="utf-8")
+
+
+def _verify(path: Path, expected: str) -> None:
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(len(_LFS_POINTER))
+        found = _sha256(path)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot read the weights ({error.strerror})") from error
+    if start == _LFS_POINTER:
+        raise WeightsError(f"{path}: a Git LFS pointer, expected the weights; run `git lfs pull`")
+    if found != expected:
+        raise WeightsError(
+            f"{path}: altered, sha256 is {found[:12]}..., {MODEL_FILE} says {expected[:12]}..."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

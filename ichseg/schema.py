@@ -1,0 +1,117 @@
+"""Frozen dataclasses <-> strict JSON, for every JSON file that this project reads back.
+
+A file must hold exactly the fields of its dataclass: an unknown, missing or mistyped key is an
+error that names it, so a typo or a file of another version never passes in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ichseg.errors import PlansError
+
+T = TypeVar("T")
+
+
+def to_json(value: object) -> Any:
+    """The value as JSON types: dataclasses become objects, tuples become lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(cls: type[T], raw: Any, *, where: str) -> T:
+    """Build the frozen dataclass ``cls`` from parsed JSON.
+
+    Args:
+        cls: A dataclass whose fields are numbers, strings, booleans, None, JSON mappings, other
+            such dataclasses, or tuples of these.
+        raw: What ``json.loads`` returned.
+        where: File (and key) for the error message.
+
+    Raises:
+        PlansError: A key is unknown, missing or of another type, or the dataclass refuses a value.
+    """
+    if not isinstance(raw, Mapping):
+        raise PlansError(
+            f"{where}: found {type(raw).__name__}, expected an object of {cls.__name__}"
+        )
+    hints = typing.get_type_hints(cls)
+    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown, missing = sorted(raw.keys() - names), sorted(names - raw.keys())
+    if unknown or missing:
+        raise PlansError(
+            f"{where}: {cls.__name__} has unknown keys {unknown}, missing keys {missing}"
+        )
+    values = {name: _decode(hints[name], raw[name], f"{where}: {name}") for name in names}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise PlansError(f"{where}: {error}") from error
+
+
+def load(cls: type[T], path: Path) -> T:
+    """Read a JSON file as the dataclass ``cls``.
+
+    Raises:
+        PlansError: The file is missing, is not JSON or does not fit the dataclass.
+    """
+    return from_json(cls, load_object(path), where=str(path))
+
+
+def load_object(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        PlansError: The file is missing, cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlansError(f"{path}: cannot read ({error.strerror})") from error
+    except ValueError as error:
+        raise PlansError(f"{path}: not JSON ({error})") from error
+
+
+def dumps(value: object) -> str:
+    """Strict JSON text (no NaN), indented, with a final newline."""
+    return json.dumps(to_json(value), indent=1, allow_nan=False) + "\n"
+
+
+def _decode(hint: Any, raw: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if raw is None and type(None) in arguments:
+            return None
+        return _decode(next(a for a in arguments if a is not type(None)), raw, where)
+    if dataclasses.is_dataclass(hint):
+        return from_json(typing.cast("type[Any]", hint), raw, where=where)
+    if origin is tuple:
+        if not isinstance(raw, list):
+            raise PlansError(f"{where}: found {raw!r}, expected a list")
+        of = [arguments[0]] * len(raw) if arguments[-1] is Ellipsis else list(arguments)
+        if len(of) != len(raw):
+            raise PlansError(f"{where}: found {len(raw)} values, expected {len(of)}")
+        return tuple(
+            _decode(kind, item, f"{where}[{i}]")
+            for i, (kind, item) in enumerate(zip(of, raw, strict=True))
+        )
+    if origin is not None or hint is Any:  # free-form JSON, such as provenance
+        return raw
+    if hint is float and isinstance(raw, int) and not isinstance(raw, bool):
+        return float(raw)
+    if not isinstance(raw, hint) or (isinstance(raw, bool) and hint is not bool):
+        raise PlansError(f"{where}: found {raw!r}, expected {hint.__name__}")
+    return raw

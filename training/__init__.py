@@ -1,0 +1,1 @@
+"""Everything only training needs: planning, preprocessing, training, evaluation, export."""
