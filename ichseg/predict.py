@@ -217,12 +217,10 @@ class Ensemble:
         return engine.torch_engine(network, self.device, average=self.model.average)
 
     def _members(self, name: str, preset: str) -> tuple[Member, ...]:
-        if preset not in PRESETS:
-            raise InputError(f"preset {preset!r}, expected one of {', '.join(PRESETS)}")
-        return self.model.members_of(name)[: PRESETS[preset].folds]
+        return self.model.members_of(name)[: _preset(preset).folds]
 
     def _mirror_axes(self, configuration: Configuration, preset: str) -> tuple[int, ...]:
-        if not PRESETS[preset].mirror:
+        if not _preset(preset).mirror:
             return ()
         return tuple(
             a for a in self.model.mirror_axes if a >= 3 - configuration.architecture.dimensions
@@ -239,7 +237,13 @@ class Ensemble:
             "version": self.model.version,
             "preset": preset,
             "networks": networks,
-            "mirrored": PRESETS[preset].mirror,
+            "mirrored": _preset(preset).mirror,
             "forward_passes": forwards,
             "engine": engine.describe(self.device),
         }
+
+
+def _preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r}, expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -26,7 +26,7 @@ def tile_starts(image_size: int, tile_size: int, step_fraction: float = STEP_FRA
 
     Args:
         image_size: Voxels along this axis, already padded to ``tile_size`` or more.
-        tile_size: Voxels of one tile.
+        tile_size: Voxels of one tile; 1 along the slices of a 2D network.
         step_fraction: Largest step as a fraction of ``tile_size``, in (0, 1].
 
     Raises:
@@ -35,7 +35,7 @@ def tile_starts(image_size: int, tile_size: int, step_fraction: float = STEP_FRA
     if image_size < tile_size or not 0 < step_fraction <= 1:
         raise ValueError(f"image {image_size}, tile {tile_size}, step fraction {step_fraction}")
     span = image_size - tile_size
-    count = math.ceil(span / (step_fraction * tile_size)) + 1
+    count = math.ceil(span / max(1, step_fraction * tile_size)) + 1  # slices of a 2D network: each
     return [round(i * span / max(count - 1, 1)) for i in range(count)]
 
 

@@ -30,7 +30,10 @@ SUFFIXES = (".mha", *NIFTI_SUFFIXES)
 _NIFTI1_HEADER = 348
 _NIFTI1_DATA_OFFSET = 352  # header and the four bytes that say "no extensions"
 _UINT8_DATATYPE = 2
-_FLOAT_DATATYPES = {16: "f4", 64: "f8"}
+_NIFTI_DATATYPES = {
+    2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",
+    256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,38 +94,35 @@ def read(path: Path) -> Volume:
     suffix = suffix_of(path)
     if not suffix:
         raise InputError(f"{path}: unknown file type, expected one of {', '.join(SUFFIXES)}")
-    # ITK reads damaged files as zeros or noise without an error, so they are looked at before.
-    nifti_header = None
-    try:
-        if suffix in NIFTI_SUFFIXES:
-            nifti_header = _check_nifti1(path)
-        else:
-            _check_mha(path)
-    except (OSError, EOFError, ValueError, OverflowError, struct.error, zlib.error) as error:
-        raise InputError(f"{path}: damaged or not a {suffix} volume ({error})") from error
-    image = _read_image(path)
-    if image.GetDimension() != 3:
+    content = _content(path)
+    reader = _open(path)
+    if reader.GetDimension() != 3:
         raise InputError(
-            f"{path}: {image.GetDimension()}D image of size {image.GetSize()}, expected a 3D volume"
+            f"{path}: {reader.GetDimension()}D image of size {reader.GetSize()}, "
+            "expected a 3D volume"
         )
-    if image.GetNumberOfComponentsPerPixel() != 1:
+    if reader.GetNumberOfComponents() != 1:
         raise InputError(
-            f"{path}: {image.GetNumberOfComponentsPerPixel()} components per voxel, "
+            f"{path}: {reader.GetNumberOfComponents()} components per voxel, "
             "expected a scalar volume"
         )
-    voxels = sitk.GetArrayFromImage(image)  # (z, y, x)
-    if min(voxels.shape) < 1:
-        raise InputError(f"{path}: empty volume of shape {voxels.shape}")
-    if voxels.dtype.kind not in "iuf":
-        raise InputError(f"{path}: {voxels.dtype} voxels, expected real numbers")
-    _check_finite(voxels, path)
-    direction = np.array(image.GetDirection()).reshape(3, 3)[::-1, ::-1]
+    if min(reader.GetSize()) < 1:
+        raise InputError(f"{path}: empty volume of size {reader.GetSize()}")
+    if suffix in NIFTI_SUFFIXES:
+        z, y, x = reader.GetSize()[::-1]
+        voxels = _nifti1_voxels(content, (z, y, x), path)
+    else:
+        voxels = _itk_voxels(reader, path)
+    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+        count = int(voxels.size - np.isfinite(voxels).sum())
+        raise InputError(f"{path}: {count} voxels are NaN or infinite, expected finite intensities")
+    direction = np.array(reader.GetDirection()).reshape(3, 3)[::-1, ::-1]
     return Volume(
         voxels=voxels,
-        spacing_mm=_triple(image.GetSpacing()[::-1]),
-        origin_mm=_triple(image.GetOrigin()[::-1]),
+        spacing_mm=_triple(reader.GetSpacing()[::-1]),
+        origin_mm=_triple(reader.GetOrigin()[::-1]),
         direction=tuple(float(value) for value in direction.ravel()),
-        nifti_header=nifti_header,
+        nifti_header=content[:_NIFTI1_HEADER] if suffix in NIFTI_SUFFIXES else None,
     )
 
 
@@ -177,18 +177,77 @@ def replacing(path: Path, *, suffix: str = "") -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
-def _read_image(path: Path) -> sitk.Image:
+def _content(path: Path) -> bytes:
+    """The file's bytes, inflated if NIfTI, and seen to be undamaged where a checksum says so.
+
+    ITK itself reads a truncated ``.nii.gz`` or an altered ``.mha`` without an error.
+    """
+    try:
+        content = path.read_bytes()
+        if suffix_of(path) in NIFTI_SUFFIXES:
+            return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        end = re.search(rb"^ElementDataFile\s*=\s*LOCAL\s*?\n", content, re.MULTILINE)
+        if end and re.search(rb"^CompressedData\s*=\s*[Tt]", content[: end.start()], re.MULTILINE):
+            stream = zlib.decompressobj(zlib.MAX_WBITS | 32)  # zlib or gzip, as MetaIO takes both
+            stream.decompress(content[end.end() :])
+            if not stream.eof:
+                raise EOFError("the compressed voxels end early")
+    except (OSError, EOFError, zlib.error) as error:
+        raise _damaged(path, error) from error
+    return content
+
+
+def _damaged(path: Path, reason: object) -> InputError:
+    return InputError(f"{path}: damaged or not a {suffix_of(path)} volume ({reason})")
+
+
+def _open(path: Path) -> sitk.ImageFileReader:
+    """A reader that knows size and place of the file's volume."""
     reader = sitk.ImageFileReader()
     reader.SetImageIO("MetaImageIO" if suffix_of(path) == ".mha" else "NiftiImageIO")
     reader.SetFileName(str(path))
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:
-        image: sitk.Image = reader.Execute()
+        reader.ReadImageInformation()
     except RuntimeError as error:
-        raise InputError(
-            f"{path}: damaged or not a {suffix_of(path)} volume ({_itk_reason(error)})"
-        ) from error
-    return image
+        raise _damaged(path, _itk_reason(error)) from error
+    return reader
+
+
+def _itk_voxels(reader: sitk.ImageFileReader, path: Path) -> npt.NDArray[np.generic]:
+    try:
+        voxels: npt.NDArray[np.generic] = sitk.GetArrayFromImage(reader.Execute())
+    except RuntimeError as error:
+        raise _damaged(path, _itk_reason(error)) from error
+    return voxels
+
+
+def _nifti1_voxels(
+    content: bytes, shape: tuple[int, int, int], path: Path
+) -> npt.NDArray[np.generic]:
+    """Voxels ``(z, y, x)`` of an inflated NIfTI-1 file.
+
+    Not left to ITK, whose NIfTI library fills what is missing with zeros, turns NaN into 0, and
+    asked for ``a.nii.gz`` takes the voxels of ``a.nii`` if there is one.
+    """
+    if len(content) < _NIFTI1_HEADER or content[344:348] != b"n+1\0":
+        raise _damaged(path, "no NIfTI-1 header")
+    endian = _endian(content)
+    (datatype,) = struct.unpack_from(endian + "h", content, 70)
+    offset, slope, inter = struct.unpack_from(endian + "fff", content, 108)
+    if datatype not in _NIFTI_DATATYPES:
+        raise InputError(f"{path}: NIfTI datatype {datatype}, expected real numbers")
+    dtype = np.dtype(endian + _NIFTI_DATATYPES[datatype])
+    start = max(int(offset), _NIFTI1_HEADER) if math.isfinite(offset) else _NIFTI1_DATA_OFFSET
+    end = start + math.prod(shape) * dtype.itemsize
+    if len(content) < end:
+        raise _damaged(path, f"{len(content)} bytes, its header says {end}")
+    stored = np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape)
+    voxels = stored.astype(dtype.newbyteorder("="))
+    if not math.isfinite(slope) or slope == 0:  # the standard's word for "not scaled"
+        return voxels
+    inter = inter if math.isfinite(inter) else 0.0
+    return voxels if (slope, inter) == (1, 0) else voxels.astype(np.float32) * slope + inter
 
 
 def _itk_reason(error: RuntimeError) -> str:
@@ -212,50 +271,12 @@ def _write_image(volume: Volume, path: Path) -> None:
         raise OutputError(f"{path}: cannot write ({_itk_reason(error)})") from error
 
 
-def _check_finite(voxels: npt.NDArray[np.generic], path: Path) -> None:
-    if voxels.dtype.kind == "f" and not (finite := np.isfinite(voxels)).all():
-        count = voxels.size - int(finite.sum())
-        raise InputError(f"{path}: {count} voxels are NaN or infinite, expected finite intensities")
-
-
-def _check_mha(path: Path) -> None:
-    """Inflate the voxels, which end with a checksum. What is not compressed ITK measures itself."""
-    content = path.read_bytes()
-    end = re.search(rb"^ElementDataFile\s*=\s*LOCAL\s*?\n", content, re.MULTILINE)
-    if end and re.search(rb"^CompressedData\s*=\s*[Tt]", content[: end.start()], re.MULTILINE):
-        stream = zlib.decompressobj(zlib.MAX_WBITS | 32)  # zlib or gzip, as MetaIO takes both
-        stream.decompress(content[end.end() :])
-        if not stream.eof:
-            raise EOFError("the compressed voxels end early")
-
-
-def _check_nifti1(path: Path) -> bytes:
-    """Look for missing bytes and for NaN, both of which ITK turns into 0; the header's bytes."""
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        content = gzip.decompress(content)
-    header = content[:_NIFTI1_HEADER]
-    if len(header) < _NIFTI1_HEADER or header[344:348] != b"n+1\0":
-        raise ValueError("no NIfTI-1 header")
-    endian = _endian(header)
-    dim = struct.unpack_from(endian + "8h", header, 40)
-    datatype, bitpix = struct.unpack_from(endian + "hh", header, 70)
-    (offset,) = struct.unpack_from(endian + "f", header, 108)
-    start, count = max(int(offset), _NIFTI1_HEADER), math.prod(dim[1 : dim[0] + 1])
-    if len(content) < start + count * bitpix // 8:
-        raise EOFError(f"{len(content)} bytes, its header says {start + count * bitpix // 8}")
-    if datatype in _FLOAT_DATATYPES:
-        stored = np.frombuffer(content, endian + _FLOAT_DATATYPES[datatype], count, start)
-        _check_finite(stored, path)
-    return header
-
-
 def _endian(header: bytes | bytearray) -> str:
     return "<" if struct.unpack_from("<i", header, 0)[0] == _NIFTI1_HEADER else ">"
 
 
 def _write_nifti1(volume: Volume, path: Path) -> None:
-    """Repeat the source's header with only the voxel type and what scales it changed."""
+    """Repeat the source's header; only voxel type, scaling and free text are changed."""
     header = bytearray(volume.nifti_header or b"")
     endian = _endian(header)
     struct.pack_into(endian + "hh", header, 70, _UINT8_DATATYPE, 8)  # datatype, bitpix

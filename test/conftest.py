@@ -1,0 +1,91 @@
+"""Small things that several test modules need: a tiny plan, a tiny bundle, a tiny scan."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ichseg import bundle
+from ichseg.bundle import Model
+from ichseg.network import build_network
+from ichseg.plans import Architecture, Configuration, Normalisation, Plans, Resampling
+from ichseg.volume import Volume
+
+ARCHITECTURE = Architecture(
+    features=(4, 8),
+    kernels=((1, 3, 3), (3, 3, 3)),
+    strides=((1, 1, 1), (1, 2, 2)),
+    encoder_convs=(1, 1),
+    decoder_convs=(1,),
+    upsampling_bias=False,
+    head_bias=False,
+    deep_supervision=False,
+)
+CONFIGURATION = Configuration(
+    name="3d_fullres",
+    spacing_mm=(5.0, 1.0, 1.0),
+    median_shape=(8, 24, 24),
+    patch=(4, 16, 16),
+    batch=2,
+    batch_dice=False,
+    dummy_2d=True,
+    previous_stage=None,
+    architecture=ARCHITECTURE,
+)
+PLANS = Plans(
+    schema_version=1,
+    recipe="msd2018",
+    dataset="tiny",
+    channels=("CT",),
+    labels=("background", "hemorrhage"),
+    orientation="LPS",
+    transpose=(0, 1, 2),
+    normalise_first=False,
+    normalisations=(Normalisation("ct", clip_low=0, clip_high=100, mean=50, deviation=20),),
+    resampling=Resampling(),
+    configurations=(CONFIGURATION,),
+)
+
+
+def make_bundle(folder: Path, *, folds: int = 2, plans: Plans = PLANS) -> Model:
+    """A weights bundle of untrained networks."""
+    torch.manual_seed(0)
+    name = plans.configurations[0].name
+    members = tuple(
+        bundle.save_member(
+            folder,
+            name,
+            str(fold),
+            build_network(plans.configurations[0].architecture, 1, 2).state_dict(),
+        )
+        for fold in range(folds)
+    )
+    model = Model(
+        schema_version=1,
+        name="tiny",
+        version="0",
+        description="untrained",
+        input_slug="head-ct",
+        output_slug="bleed",
+        average="probabilities",
+        mirror_axes=(0, 1, 2),
+        plans=plans,
+        members=members,
+        provenance={},
+    )
+    bundle.save_model(folder, model)
+    return model
+
+
+@pytest.fixture
+def scan() -> Volume:
+    """Noise with an odd size, an oblique-free flipped direction and a coarse first axis."""
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (7, 21, 30)).astype(np.int16)
+    return dataclasses.replace(
+        Volume(voxels, (5.0, 0.8, 0.9), (-12.5, 3.25, 40.0)),
+        direction=(1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, -1.0),
+    )

@@ -1,0 +1,83 @@
+import dataclasses
+import json
+
+import pytest
+from conftest import ARCHITECTURE, CONFIGURATION, PLANS
+
+from ichseg import plans, schema
+from ichseg.errors import PlansError
+
+
+def test_plans_survive_json(tmp_path):
+    path = tmp_path / "plans.json"
+    path.write_text(schema.dumps(PLANS))
+    assert plans.load(path) == PLANS
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw.pop("recipe"), r"missing keys \['recipe'\]"),
+        (lambda raw: raw.update(typo=1), r"unknown keys \['typo'\]"),
+        (lambda raw: raw.update(schema_version=99), "plans schema 99, this code reads 1"),
+        (lambda raw: raw.update(transpose=[0, 0, 1]), "not an order of three axes"),
+        (lambda raw: raw.update(transpose=[0, 1]), "found 2 values, expected 3"),
+        (lambda raw: raw.update(recipe="v3"), "recipe 'v3'"),
+        (lambda raw: raw.update(orientation="RAS"), "orientation 'RAS'"),
+        (lambda raw: raw.update(labels=["background"]), "expected a background and at least one"),
+        (lambda raw: raw.update(channels=["CT", "CT"]), "2 channels, 1 normalisations"),
+        (lambda raw: raw.update(normalise_first=1), "found 1, expected bool"),
+        (lambda raw: raw["configurations"][0].update(batch=True), "found True, expected int"),
+        (lambda raw: raw["configurations"][0].update(patch=[4, 15, 16]), "not a multiple of"),
+        (lambda raw: raw["normalisations"][0].update(deviation=0), "with|deviation 0"),
+    ],
+)
+def test_a_wrong_key_or_value_is_refused_by_name(tmp_path, change, message):
+    raw = schema.to_json(PLANS)
+    change(raw)
+    path = tmp_path / "plans.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(PlansError, match=message) as caught:
+        plans.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_not_json_and_not_there(tmp_path):
+    with pytest.raises(PlansError, match="cannot read"):
+        plans.load(tmp_path / "plans.json")
+    (tmp_path / "plans.json").write_text("{")
+    with pytest.raises(PlansError, match="not JSON"):
+        plans.load(tmp_path / "plans.json")
+
+
+def test_unknown_configuration_lists_the_known():
+    with pytest.raises(
+        PlansError, match="no configuration '2d' in the plans, which have 3d_fullres"
+    ):
+        PLANS.configuration("2d")
+
+
+def test_total_stride_is_the_product_over_levels():
+    deep = dataclasses.replace(
+        ARCHITECTURE,
+        features=(4, 8, 16),
+        kernels=((3, 3, 3),) * 3,
+        strides=((1, 1, 1), (1, 2, 2), (2, 2, 2)),
+        encoder_convs=(2, 2, 2),
+        decoder_convs=(2, 2),
+    )
+    assert deep.total_stride == (2, 4, 4)
+
+
+def test_architecture_lists_must_agree():
+    with pytest.raises(ValueError, match="2 levels, but"):
+        dataclasses.replace(ARCHITECTURE, encoder_convs=(1,))
+    with pytest.raises(ValueError, match="expected ones"):
+        dataclasses.replace(ARCHITECTURE, strides=((1, 2, 2), (1, 2, 2)))
+
+
+def test_a_2d_patch_is_a_tile_of_one_slice():
+    flat = dataclasses.replace(ARCHITECTURE, kernels=((3, 3), (3, 3)), strides=((1, 1), (2, 2)))
+    assert dataclasses.replace(CONFIGURATION, patch=(16, 8), architecture=flat).tile == (1, 16, 8)
+    with pytest.raises(ValueError, match="for a 3D network"):
+        dataclasses.replace(CONFIGURATION, patch=(16, 8))
