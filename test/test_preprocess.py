@@ -61,6 +61,10 @@ def test_every_orientation_gives_the_network_the_same_data(d):
     flips = [column for column in range(3) if matrix[axes[column], column] < 0]
     volume = Volume(np.flip(stored, flips), (1.0, 1.0, 1.0), direction=tuple(matrix.ravel()))
     np.testing.assert_array_equal(preprocess.orient_axes(volume).apply(volume.voxels), canonical)
+    transposed = dataclasses.replace(PLANS, transpose=(2, 0, 1))
+    np.testing.assert_array_equal(
+        preprocess.plan_axes(volume, transposed).apply(volume.voxels), canonical.transpose(2, 0, 1)
+    )
 
 
 def test_an_oblique_scan_goes_to_the_nearest_axes():
@@ -109,10 +113,11 @@ def test_background_outside_the_filled_nonzero_region_becomes_minus_one():
     volume = Volume(image, CONFIGURATION.spacing_mm)
     placement = preprocess.place([volume], PLANS, CONFIGURATION)
     labels = np.zeros(image.shape, np.uint8)
+    labels[2, 1, 1] = 1  # outside, yet annotated: stays
     outside = preprocess.outside_nonzero([volume], placement)
     grid = preprocess.prepare_labels(volume.with_voxels(labels), placement, PLANS, outside)
     expected = np.zeros((3, 5, 5), np.int8)
-    expected[:, 0, 0] = -1
+    expected[:, 0, 0] = (-1, -1, 1)
     np.testing.assert_array_equal(grid, expected)
 
 

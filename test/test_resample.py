@@ -91,7 +91,7 @@ def test_no_label_appears_that_was_not_there(seed, order):
     )
 
 
-@pytest.mark.parametrize("apart", [None, 0])
+@pytest.mark.parametrize("apart", [None, 0, 1, 2])
 def test_slabs_together_are_the_whole(apart):
     scores = torch.randn(2, 9, 12, 10, generator=torch.Generator().manual_seed(0))
     shape = (14, 20, 7)

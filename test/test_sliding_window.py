@@ -76,6 +76,13 @@ def test_the_identity_gives_the_image_back_mirrored_or_not():
         np.testing.assert_allclose(scores[1], 1 - data[0], atol=1e-5)
 
 
+def test_a_small_volume_lies_in_the_middle_of_its_tile():
+    seen = []
+    predict_tiled(lambda x: seen.append(x) or x, torch.ones(1, 1, 8, 5), (4, 8, 8))
+    assert seen[0].sum((0, 1, 3, 4)).tolist() == [0, 40, 0, 0]
+    assert seen[0].sum((0, 1, 2, 3)).tolist() == [0, 8, 8, 8, 8, 8, 0, 0]
+
+
 def test_mirroring_averages_over_all_subsets_of_the_axes():
     """A network that answers with the column index is symmetric after averaging over x flips."""
 

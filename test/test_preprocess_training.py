@@ -1,0 +1,168 @@
+"""Preprocessing a dataset into the store."""
+
+import argparse
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ichseg import preprocess as inference
+from ichseg import schema, volume
+from ichseg.errors import DatasetError, PlansError
+from ichseg.volume import Volume
+from training import planner, preprocess, store
+from training.dataset import Case, Dataset, save_dataset
+from training.fingerprint import compute_fingerprint
+from training.planner import Overrides
+from training.preprocess import folder_of, preprocess_dataset
+
+SPACING = (5.0, 1.0, 1.0)
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A workspace with three cases, zero-padded, two of them on another grid."""
+    rng = np.random.default_rng(3)
+    cases = []
+    for index in range(3):
+        shape = (8, 20 + 2 * index, 24)
+        voxels = rng.integers(1, 100, shape).astype(np.int16)
+        voxels[:, :3] = 0
+        label = np.zeros(shape, np.uint8)
+        label[2:5, 6:12, 8:15] = 1
+        spacing = (5.0, 1.0, 1.0 if index else 0.8)
+        name = f"case_{index}"
+        volume.write(Volume(voxels, spacing), tmp_path / f"raw/{name}_0000.mha")
+        volume.write(Volume(label, spacing), tmp_path / f"raw/{name}.mha")
+        cases.append(Case(name, (tmp_path / f"raw/{name}_0000.mha",), tmp_path / f"raw/{name}.mha"))
+    dataset = Dataset("Tiny", ("CT",), ("background", "bleed"), tuple(cases))
+    save_dataset(dataset, tmp_path)
+    plans = planner.plan(
+        compute_fingerprint(dataset, 1),
+        dataset,
+        recipe="msd2018",
+        overrides=Overrides(spacing_mm=SPACING, patch=(8, 16, 16), batch=2),
+    )
+    (tmp_path / "plans.json").write_text(schema.dumps(plans))
+    return tmp_path, dataset, plans
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_stores_what_inference_prepares(work):
+    workspace, dataset, plans = work
+    assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1) == 3
+    folder = folder_of(workspace, "3d_fullres")
+    assert folder == workspace / "preprocessed" / "3d_fullres"
+    assert store.list_cases(folder) == ("case_0", "case_1", "case_2")
+    for case in dataset.cases:
+        images = [volume.read(path) for path in case.images]
+        expected = inference.prepare(images, plans, plans.configuration("3d_fullres"))
+        found = store.open_case(folder, case.name)
+        np.testing.assert_array_equal(found.data, expected.data)
+        label = inference.prepare_labels(volume.read(case.label), expected.placement, plans)
+        np.testing.assert_array_equal(np.maximum(found.target, 0), label)
+
+
+def test_zeros_within_the_crop_are_marked(work):
+    workspace, dataset, plans = work
+    image = volume.read(dataset.cases[1].images[0])
+    corner = image.voxels.copy()
+    corner[:, :10, :6] = 0
+    volume.write(image.with_voxels(corner), dataset.cases[1].images[0])
+    preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+    target = store.open_case(folder_of(workspace, "3d_fullres"), "case_1").target
+    expected = np.zeros((8, 22, 24), np.int8)
+    expected[2:5, 6:12, 8:15] = 1
+    expected[:, :10, :6] = -1
+    np.testing.assert_array_equal(target, expected[:, 3:])
+
+
+def test_finished_cases_are_not_done_again(work):
+    workspace, dataset, plans = work
+    preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+    before = contents(folder_of(workspace, "3d_fullres"))
+    for case in dataset.cases:
+        case.images[0].unlink()  # reading any would fail
+    assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1) == 0
+    assert contents(folder_of(workspace, "3d_fullres")) == before
+
+
+def test_a_killed_run_is_finished_by_the_next(work):
+    workspace, dataset, plans = work
+    folder = folder_of(workspace, "3d_fullres")
+    preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+    before = contents(folder)
+    (folder / "case_1.json").unlink()  # killed just before the case was whole
+    (folder / "case_1.target.npy").write_bytes(b"half")
+    (folder / ".writing-abc.npy").write_bytes(b"half")
+    assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1) == 1
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failing_case_is_named_and_stops_no_other(work, caplog, workers):
+    workspace, dataset, plans = work
+    dataset.cases[0].images[0].write_bytes(b"no image")
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(
+            DatasetError, match=r"1 of 3 cases failed, the first: case case_0: .*damaged"
+        ),
+    ):
+        preprocess_dataset(dataset, plans, "3d_fullres", workspace, workers)
+    assert store.list_cases(folder_of(workspace, "3d_fullres")) == ("case_1", "case_2")
+    errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert len(errors) == 1
+    assert "case case_0" in errors[0]
+
+
+def test_other_plans_are_refused(work):
+    workspace, dataset, plans = work
+    preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+    scheme = replace(plans.normalisations[0], mean=0.0)
+    other = replace(plans, normalisations=(scheme,))
+    with pytest.raises(DatasetError, match="preprocessed with other plans"):
+        preprocess_dataset(dataset, other, "3d_fullres", workspace, 1)
+    # what does not touch the voxels may change
+    batch = replace(plans.configuration("3d_fullres"), batch=7)
+    assert (
+        preprocess_dataset(
+            dataset, replace(plans, configurations=(batch,)), "3d_fullres", workspace, 1
+        )
+        == 0
+    )
+
+
+def test_a_folder_of_unknown_origin_is_refused(work):
+    workspace, dataset, plans = work
+    folder = folder_of(workspace, "3d_fullres")
+    store.write_case(folder, "x", np.zeros((1, 2, 2, 2), np.float32), np.zeros((2, 2, 2), np.int8))
+    with pytest.raises(DatasetError, match="files of unknown origin"):
+        preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+
+
+def test_an_unknown_configuration_is_refused(work):
+    workspace, dataset, plans = work
+    with pytest.raises(PlansError, match="no configuration '4d'"):
+        preprocess_dataset(dataset, plans, "4d", workspace, 1)
+    assert not (workspace / "preprocessed").exists()
+
+
+def test_command(work, capsys):
+    workspace, *_ = work
+    parser = argparse.ArgumentParser()
+    preprocess.add_arguments(parser)
+    args = parser.parse_args(["--workspace", str(workspace), "--workers", "1"])
+    assert args.configuration == "3d_fullres"
+    assert preprocess.main(args) == 0
+    assert "3 cases preprocessed" in capsys.readouterr().out
+    record = json.loads(
+        (Path(workspace) / "preprocessed/3d_fullres/.preprocessing.json").read_text()
+    )
+    assert record["spacing_mm"] == [5.0, 1.0, 1.0]

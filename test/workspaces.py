@@ -1,0 +1,72 @@
+"""A tiny training workspace: a few cases with a bright box, planned by hand and preprocessed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from conftest import CONFIGURATION, PLANS
+
+from ichseg import preprocess, schema, volume
+from ichseg.plans import Configuration, Plans
+from ichseg.volume import Volume
+from training import dataset, store
+from training.augment import AugmentationConfig
+from training.config import TrainingConfig
+from training.dataset import Case, Dataset
+
+# every kind of augmentation in nearly every sample, small warps for small patches
+BUSY = AugmentationConfig(
+    elastic_probability=0.7,
+    elastic_alpha_2d=(0, 50),
+    rotation_probability=0.7,
+    scaling_probability=0.7,
+    gamma_probability=0.7,
+)
+QUICK = TrainingConfig(
+    epochs=2,
+    batches_per_epoch=3,
+    validation_batches=2,
+    learning_rate=1e-3,
+    augmentation=BUSY,
+    device="cpu",
+    threads=1,
+    workers=0,
+    validation=False,
+)
+
+
+def planned(**changes: object) -> Plans:
+    """The tiny plans with another configuration."""
+    configuration = dataclasses.replace(CONFIGURATION, **changes)
+    return dataclasses.replace(PLANS, configurations=(configuration,))
+
+
+def make_workspace(
+    folder: Path, *, cases: int = 6, shape: tuple[int, int, int] = (6, 24, 24), plans: Plans = PLANS
+) -> Path:
+    """A workspace as ``convert``, ``plan`` and ``preprocess`` leave it."""
+    configuration: Configuration = plans.configurations[0]
+    rng = np.random.default_rng(7)
+    listed = []
+    for index in range(cases):
+        name = f"case_{index}"
+        reference = np.zeros(shape, np.uint8)
+        z, y, x = (int(rng.integers(size // 3)) for size in shape)
+        reference[z : z + shape[0] // 2, y : y + shape[1] // 3, x : x + shape[2] // 3] = 1
+        voxels = (rng.normal(35, 3, shape) + 35 * reference).astype(np.float32)
+        image = Volume(voxels, configuration.spacing_mm)
+        label = image.with_voxels(reference)
+        case = Case(name, (folder / "raw" / f"{name}.nii.gz",), folder / "raw" / f"{name}_l.nii.gz")
+        volume.write(image, case.images[0])
+        volume.write(label, case.label)
+        prepared = preprocess.prepare([image], plans, configuration)
+        target = preprocess.prepare_labels(label, prepared.placement, plans)
+        store.write_case(
+            folder / "preprocessed" / configuration.name, name, prepared.data, target
+        )
+        listed.append(case)
+    dataset.save_dataset(Dataset("tiny", plans.channels, plans.labels, tuple(listed)), folder)
+    (folder / "plans.json").write_text(schema.dumps(plans))
+    return folder
