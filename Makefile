@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
-PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
+PIP    := $(PY) -m pip install -qq --disable-pip-version-check
 
 # A benchmark that needs data from outside the clone says so in a line "# needs: ...", and is run by hand.
 BENCHMARKS = $(shell grep -L '^\# needs: ' benchmarks/*.py 2>/dev/null)
