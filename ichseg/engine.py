@@ -61,7 +61,7 @@ def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def torch_engine(network: torch.nn.Module, device: torch.device, *, average: str) -> Network:
-    """A network as a callable on tiles: ``(1, C, Z, Y, X)`` to float32 scores ``(1, K, Z, Y, X)``.
+    """A network as a callable on tiles: ``(B, C, Z, Y, X)`` to float32 scores ``(B, K, Z, Y, X)``.
 
     A 2D network gets its one-slice tile without the slice axis. On CUDA it runs in fp16 autocast,
     and a tile whose logits are not finite is redone in fp32.

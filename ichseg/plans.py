@@ -19,7 +19,7 @@ RECIPES = ("msd2018", "nnunetv2")
 
 @dataclass(frozen=True, slots=True)
 class Normalisation:
-    """Intensity normalisation of one channel (nnunet.md section 4).
+    """Intensity normalisation of one channel.
 
     Attributes:
         scheme: ``ct`` (clip, subtract mean, divide by deviation, all of the training foreground),
@@ -103,7 +103,7 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class Resampling:
-    """How volumes change grid (nnunet.md section 5).
+    """How volumes change grid.
 
     Attributes:
         image_order, label_order, score_order: Spline orders 0, 1 or 3. Labels of order 1 are

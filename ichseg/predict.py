@@ -114,9 +114,9 @@ class Ensemble:
         began = time.perf_counter()
         total, done = self.forwards(volume, preset), 0
 
-        def count() -> None:
+        def count(tiles: int) -> None:
             nonlocal done
-            done += 1
+            done += tiles
             if progress is not None:
                 progress(done, total)
 
@@ -166,14 +166,14 @@ class Ensemble:
         if name not in self._seconds_per_forward:
             configuration = self.model.plans.configuration(name)
             run = self._engine(self.model.members_of(name)[0])
-            tile = torch.zeros(
-                (1, len(self.model.plans.channels), *configuration.tile), device=self.device
-            )
+            count = sliding_window.tiles_at_once(configuration.tile)
+            shape = (count, len(self.model.plans.channels), *configuration.tile)
+            tiles = torch.zeros(shape, device=self.device)
             for _ in range(2):  # the first call also allocates and tunes
                 start = time.perf_counter()
-                run(tile).cpu()
+                run(tiles).cpu()
                 elapsed = time.perf_counter() - start
-            self._seconds_per_forward[name] = elapsed
+            self._seconds_per_forward[name] = elapsed / count
         return self._seconds_per_forward[name]
 
     def _predict(
@@ -181,7 +181,7 @@ class Ensemble:
         data: torch.Tensor,
         configuration: Configuration,
         preset: str,
-        count: Callable[[], None],
+        count: Callable[[int], None],
     ) -> torch.Tensor:
         """Mean scores ``(K, Z, Y, X)`` over the configuration's networks."""
         members = self._members(configuration.name, preset)
@@ -191,7 +191,7 @@ class Ensemble:
 
             def counted(tile: torch.Tensor, run: sliding_window.Network = run) -> torch.Tensor:
                 scores = run(tile)
-                count()
+                count(len(tile))
                 return scores
 
             scores = sliding_window.predict_tiled(

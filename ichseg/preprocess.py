@@ -1,4 +1,4 @@
-"""From a volume in the scanner's grid to the network's grid and back (nnunet.md sections 2, 4, 5).
+"""From a volume in the scanner's grid to the network's grid and back.
 
 Forth: bring the axes into the plan's order, crop to nonzero, resample, normalise. Back,
 ``restore``: resample the scores slab by slab, take the best label at once, paste into the crop,
@@ -201,7 +201,7 @@ def prepare_labels(
         label: Labels in the case's own grid.
         placement: From ``place`` or ``prepare``.
         plans: For the interpolation order.
-        outside: From ``outside_nonzero``; background there becomes -1 (nnunet.md section 2).
+        outside: From ``outside_nonzero``; background there becomes -1.
 
     Returns:
         int8 ``(Z, Y, X)``.

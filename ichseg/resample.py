@@ -3,7 +3,7 @@
 Interpolation along an axis is linear in the data, so it is a matrix: the interpolation applied to
 an identity. Three matrix products then resize a volume, on whichever device holds it. Coordinates
 are pixel-centred (half-pixel), borders are extended by the edge, as
-``skimage.transform.resize(mode="edge", anti_aliasing=False)`` does; nnunet.md section 5.
+``skimage.transform.resize(mode="edge", anti_aliasing=False)`` does.
 """
 
 from __future__ import annotations

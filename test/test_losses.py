@@ -46,7 +46,9 @@ def test_background_does_not_count_in_dice():
 def test_classes_are_averaged():
     probabilities = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])  # one voxel of each class
     target = torch.tensor([[1, 1]])  # class 1 half found: 2/3; class 2 only invented: 0
-    assert soft_dice(probabilities, target, batch_dice=True).item() == pytest.approx(1 / 3, abs=1e-4)
+    assert soft_dice(probabilities, target, batch_dice=True).item() == pytest.approx(
+        1 / 3, abs=1e-4
+    )
 
 
 def test_empty_prediction_of_an_empty_target_is_perfect():
@@ -99,3 +101,15 @@ def test_deeply_supervised_loss_weighs_the_scales():
     expected = 2 / 3 * dice_cross_entropy(scales[0], target, batch_dice=True)
     expected = expected + 1 / 3 * dice_cross_entropy(scales[1], coarser, batch_dice=True)
     torch.testing.assert_close(dice_cross_entropy(scales, target, batch_dice=True), expected)
+
+
+def test_a_coarser_target_is_the_label_at_its_voxels_centres():
+    """Three voxels become one, and the middle one counts: 1 0."""
+    target = torch.tensor([[[0, 1, 0, 1, 0, 1]]])
+    undecided = torch.zeros(1, 2, 1, 6)
+    right = torch.tensor([[[[-9.0, 9.0]], [[9.0, -9.0]]]])
+    losses = [
+        dice_cross_entropy([undecided, coarse, coarse], target, batch_dice=True).item()
+        for coarse in (right, -right)
+    ]
+    assert losses[0] < 0.2 < 2 < losses[1]

@@ -44,7 +44,8 @@ def test_presets_run_what_they_say(tmp_path, scan):
             scan, preset, lambda done, total, seen=seen: seen.append((done, total))
         )
         assert seen[-1] == (passes * tiles, passes * tiles)
-        assert len(seen) == passes * tiles == result.ran["forward_passes"]
+        assert seen == sorted(set(seen))
+        assert result.ran["forward_passes"] == passes * tiles
     with pytest.raises(InputError, match="preset 'best', expected one of full, balanced, fast"):
         ensemble.segment(scan, "best")
 

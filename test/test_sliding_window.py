@@ -104,7 +104,7 @@ def test_a_central_voxel_is_predicted_64_times():
     data = torch.arange(512.0).reshape(1, 8, 8, 8)
 
     def counting(x: torch.Tensor) -> torch.Tensor:
-        count.view(-1)[x.long().flatten()] += 1
+        count.view(-1).index_add_(0, x.long().flatten(), torch.ones(x.numel()))
         return x
 
     predict_tiled(counting, data, (4, 4, 4), mirror_axes=(0, 1, 2))
@@ -113,7 +113,22 @@ def test_a_central_voxel_is_predicted_64_times():
     assert count.max() == 64
 
 
-def test_tile_count_is_the_number_of_calls():
+def test_tile_count_is_the_number_of_tiles_predicted():
     calls = []
-    predict_tiled(lambda x: calls.append(1) or x, torch.zeros(1, 9, 30, 3), (4, 8, 8))
-    assert len(calls) == sliding_window.tile_count((9, 30, 3), (4, 8, 8)) == 4 * 7
+    predict_tiled(lambda x: calls.append(len(x)) or x, torch.zeros(1, 9, 30, 3), (4, 8, 8))
+    assert sum(calls) == sliding_window.tile_count((9, 30, 3), (4, 8, 8)) == 4 * 7
+
+
+def test_the_batch_size_changes_nothing(monkeypatch):
+    """A network that mixes the voxels of a tile, but not tiles with each other."""
+    data = torch.randn(1, 9, 17, 13, generator=torch.Generator().manual_seed(1))
+
+    def ranked(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1).cumsum(1).reshape(x.shape)
+
+    masks = []
+    for voxels in (1, 3 * 256, 10**9):
+        monkeypatch.setattr(sliding_window, "BATCH_VOXELS", voxels)
+        masks.append(predict_tiled(ranked, data, (4, 8, 8), mirror_axes=(0, 2)))
+    torch.testing.assert_close(masks[0], masks[1])
+    torch.testing.assert_close(masks[0], masks[2])

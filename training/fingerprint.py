@@ -1,4 +1,4 @@
-"""What a dataset looks like: voxel sizes, shapes and foreground intensities (nnunet.md section 3).
+"""What a dataset looks like: voxel sizes, shapes and foreground intensities.
 
 Intensities are those of *all* foreground voxels of all cases, pooled. nnU-Net takes a sample in
 which each case weighs the same; here a large bleed weighs more than a small one.

@@ -1,4 +1,4 @@
-"""From a fingerprint to plans: voxel size, patch, batch and topology (nnunet.md sections 5 and 6).
+"""From a fingerprint to plans: voxel size, patch, batch and topology.
 
 Recipes are tables of constants for one family of functions: ``msd2018`` is the paper as written,
 with the constants of the first public nnU-Net code where the paper is silent; ``nnunetv2`` is

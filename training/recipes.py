@@ -11,7 +11,7 @@ ANISOTROPY = 3.0  # ratio of spacings, or of patch edges, beyond which an axis i
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The constants of one generation of nnU-Net (nnunet.md section 6.1).
+    """The constants of one generation of nnU-Net.
 
     Attributes:
         name: As in plans.

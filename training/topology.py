@@ -118,7 +118,7 @@ POOLINGS: dict[str, Callable[[Sequence[float], Sequence[float], int], Topology]]
 def approximate_elements(
     patch: Sequence[int], topology: Topology, features: Sequence[int], channels: int, classes: int
 ) -> float:
-    """Feature-map elements of one patch, as nnU-Net v1 estimated them (nnunet.md section 6.2)."""
+    """Feature-map elements of one patch, as nnU-Net v1 estimated them."""
     sizes = _level_voxels(patch, topology)
     total = 5 * sizes[0] * features[0] + (channels + classes) * sizes[0]
     for level in range(1, len(sizes)):
