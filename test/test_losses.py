@@ -85,7 +85,7 @@ def test_bf16_logits_are_scored_in_fp32():
 
 
 def test_deep_supervision_weights():
-    """nnunet.md section 10: six heads."""
+    """nnU-Net v2: six heads."""
     expected = (0.516, 0.258, 0.129, 0.065, 0.032, 0.0)
     assert deep_supervision_weights(6) == pytest.approx(expected, abs=6e-4)
     assert deep_supervision_weights(1) == (1.0,)

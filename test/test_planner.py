@@ -1,4 +1,4 @@
-"""The planner against the plans that the real ones make, against worked examples, and its refusals."""
+"""The planner against the plans of the real ones, against worked examples, and its refusals."""
 
 import argparse
 import math

@@ -51,7 +51,7 @@ def test_stops_when_validation_has_not_improved_in_60_epochs():
 
 
 def test_stops_below_the_lowest_rate():
-    """3e-4, 6e-5, 1.2e-5, 2.4e-6, 4.8e-7: the fourth drop ends it (nnunet.md section 11)."""
+    """3e-4, 6e-5, 1.2e-5, 2.4e-6, 4.8e-7: the fourth drop ends it."""
     falling = [1 - 0.01 * epoch for epoch in range(130)]
     states = run(PAPER, [0.5] * 130, validation=falling)
     reasons = [end_reason(PAPER, state, 0) for state in states]

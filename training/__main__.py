@@ -1,0 +1,98 @@
+"""Command line of the training half: ``python -m training COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from ichseg.errors import IchsegError
+
+# command: (module, what it does, an example)
+COMMANDS = {
+    "synthesize": (
+        "training.synthesize",
+        "make head-CT phantoms with bleeds, as an MSD dataset",
+        "synthesize --out data/Task01_Bleeds --cases 100 --seed 1",
+    ),
+    "convert": (
+        "training.dataset",
+        "bring an MSD dataset into a workspace",
+        "convert data/Task01_Bleeds --workspace work",
+    ),
+    "fingerprint": (
+        "training.fingerprint",
+        "measure spacings, sizes and foreground intensities",
+        "fingerprint --workspace work",
+    ),
+    "plan": (
+        "training.planner",
+        "decide spacing, patch, batch and network",
+        "plan --workspace work",
+    ),
+    "preprocess": (
+        "training.preprocess",
+        "bring all cases into a configuration's grid",
+        "preprocess 3d_fullres --workspace work",
+    ),
+    "train": (
+        "training.train",
+        "train one fold; the same command resumes it",
+        "train 3d_fullres --workspace work --fold 0",
+    ),
+    "export": (
+        "training.export",
+        "write the finished folds as a weights bundle",
+        "export --workspace work --configuration 3d_fullres --folds 0,1,2,3,4 --out weights",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it succeeded."""
+    parser = _top_parser()
+    chosen = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    module_name, summary, example = COMMANDS[chosen.command]
+    try:
+        module = importlib.import_module(module_name)
+        command_parser = argparse.ArgumentParser(
+            prog=f"python -m training {chosen.command}",
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"example:\n  python -m training {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command_parser)
+        return int(module.main(command_parser.parse_args(chosen.arguments)))
+    except IchsegError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    width = max(len(name) for name in COMMANDS)
+    listing = "\n".join(
+        f"  {name:<{width}}  {summary}" for name, (_, summary, _) in COMMANDS.items()
+    )
+    examples = "\n".join(f"  python -m training {example}" for _, _, example in COMMANDS.values())
+    parser = argparse.ArgumentParser(
+        prog="python -m training",
+        usage="python -m training COMMAND [options]\n       python -m training COMMAND --help",
+        description="From a dataset to a weights bundle, one command a step.\n\n"
+        f"commands, in order:\n{listing}",
+        epilog=f"from nothing to weights:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

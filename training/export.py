@@ -1,0 +1,242 @@
+"""Write finished folds as a weights bundle: tensors in fp16 and ``model.json``, nothing pickled.
+
+May be run again whenever one more fold has finished: what is in the bundle already comes out byte
+for byte the same and is not checked again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ichseg import bundle, schema, volume
+from ichseg.bundle import Member, Model
+from ichseg.errors import TrainingError, WeightsError
+from training import dataset
+from training.config import TrainingConfig
+from training.fold import BEST, LATEST, FoldRun, load_checkpoint, open_run, run_folder
+from training.validate import score_labels, segment_case
+
+NAME = "ich-synthetic-compact"
+DESCRIPTION = (
+    "Segments intracranial haemorrhage in head CT without contrast. Trained on synthetic scans "
+    "only; a demonstration, not for diagnosis or any clinical use."
+)
+INPUT_SLUG, OUTPUT_SLUG = "head-ct", "intracranial-hemorrhage-segmentation"
+CHECKPOINTS = {"latest": LATEST, "best": BEST}
+MAX_DICE_CHANGE = 1e-3  # that rounding the weights may cost or gain in any checked case
+
+_log = logging.getLogger(__name__)
+
+
+def export(
+    workspace: Path,
+    configuration: str,
+    folds: Sequence[str],
+    out: Path,
+    *,
+    checkpoint: str = "latest",
+    check_cases: int = 2,
+    name: str = NAME,
+    version: str = "1",
+    description: str = DESCRIPTION,
+) -> Model:
+    """Write the bundle of those folds that have finished training.
+
+    Args:
+        workspace: With the runs.
+        configuration: Such as ``3d_fullres``.
+        folds: Those wanted; unfinished ones are left out, with a line in the log.
+        out: The bundle's folder.
+        checkpoint: ``latest`` or ``best``.
+        check_cases: Validation cases of each fold to score before and after rounding.
+        name: Of the bundle.
+        version: Of the bundle.
+        description: What it is and is not for.
+
+    Raises:
+        TrainingError: No fold has finished, or rounding changes a Dice by more than 0.001.
+    """
+    finished: list[tuple[FoldRun, str, dict[str, Any]]] = []
+    for fold in folds:
+        path = run_folder(workspace, configuration, fold)
+        if not (path / LATEST).exists() or not (path / "config.json").exists():
+            _log.info("fold %s: not trained yet, left out", fold)
+            continue
+        config = schema.load(TrainingConfig, path / "config.json")
+        run = open_run(workspace, configuration, fold, config)
+        reason = load_checkpoint(path / LATEST, run.configuration)["finished"]
+        if reason is None:
+            _log.info("fold %s: training has not ended, left out", fold)
+            continue
+        raw = load_checkpoint(path / CHECKPOINTS[checkpoint], run.configuration)
+        finished.append((run, fold, raw))
+    if not finished:
+        raise TrainingError(
+            f"{run_folder(workspace, configuration, '*')}: none of the folds {', '.join(folds)} "
+            "has finished; `train` them first"
+        )
+    known = _known_members(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".writing-") as beside:
+        members = []
+        for run, fold, raw in finished:
+            member = bundle.save_member(
+                Path(beside), configuration, fold, raw["network"], dtype=torch.float16
+            )
+            if member not in known:
+                check_rounding(workspace, run, fold, raw["network"], check_cases)
+            members.append(member)
+        for member in members:
+            (Path(beside) / member.file).replace(out / member.file)
+    model = _describe(workspace, finished, members, checkpoint, name, version, description)
+    bundle.save_model(out, model)
+    _remove_others(out, members)
+    return model
+
+
+def check_rounding(
+    workspace: Path, run: FoldRun, fold: str, weights: dict[str, Tensor], check_cases: int
+) -> None:
+    """Segment a few of the fold's validation cases with the weights as trained and as stored.
+
+    Cases without any reference label are passed over: their Dice is 0 or undefined by one voxel.
+
+    Raises:
+        TrainingError: The Dice of a label in a case changes by more than 0.001.
+    """
+    rounded = {key: value.half().float() for key, value in weights.items()}
+    cases = {case.name: case for case in dataset.load_dataset(workspace).labelled}
+    left = check_cases
+    for name in run.spec.validation:
+        reference = volume.read(cases[name].label or Path()).voxels
+        if left == 0 or not reference.any():
+            continue
+        left -= 1
+        before = score_labels(segment_case(cases[name], run, weights), reference, run.plans)
+        after = score_labels(segment_case(cases[name], run, rounded), reference, run.plans)
+        for label in before:
+            old, new = before[label], after[label]
+            if (old is None) != (new is None) or abs((old or 0) - (new or 0)) > MAX_DICE_CHANGE:
+                raise TrainingError(
+                    f"fold {fold}, case {name}: Dice of {label} is {old} as trained, {new} in "
+                    f"fp16; expected a change of at most {MAX_DICE_CHANGE}"
+                )
+        _log.info("fold %s, case %s: Dice %s as trained, %s in fp16", fold, name, before, after)
+
+
+def _describe(
+    workspace: Path,
+    finished: Sequence[tuple[FoldRun, str, dict[str, Any]]],
+    members: Sequence[Member],
+    checkpoint: str,
+    name: str,
+    version: str,
+    description: str,
+) -> Model:
+    run = finished[0][0]
+    data = dataset.load_dataset(workspace)
+    dimensions = run.configuration.architecture.dimensions
+    folds = {
+        fold: {
+            "epochs": raw["schedule"]["epoch"],
+            "minutes": round(raw["elapsed_s"] / 60, 1),
+            "ended": raw["finished"] or "best checkpoint",
+            "config": schema.to_json(own.config),
+        }
+        for own, fold, raw in finished
+    }
+    return Model(
+        schema_version=bundle.SCHEMA_VERSION,
+        name=name,
+        version=version,
+        description=description,
+        input_slug=INPUT_SLUG,
+        output_slug=OUTPUT_SLUG,
+        average="probabilities",
+        mirror_axes=tuple(range(3 - dimensions, 3)),
+        plans=run.plans,
+        members=tuple(members),
+        provenance={
+            "dataset": data.name,
+            "cases": len(data.labelled),
+            "recipe": run.config.recipe,
+            "checkpoint": checkpoint,
+            "folds": folds,
+            "torch": torch.__version__,
+            "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        },
+    )
+
+
+def _known_members(out: Path) -> tuple[Member, ...]:
+    """What an earlier export has written and checked."""
+    try:
+        return bundle.load_model(out).members
+    except WeightsError:
+        return ()
+
+
+def _remove_others(out: Path, members: Sequence[Member]) -> None:
+    """Weights of an earlier bundle that ``model.json`` no longer names."""
+    for path in out.glob("*.safetensors"):
+        if path.name not in {member.file for member in members}:
+            path.unlink()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the ``export`` command."""
+    dataset.add_workspace_argument(parser)
+    parser.add_argument("--configuration", default="3d_fullres", help="[%(default)s]")
+    parser.add_argument(
+        "--folds",
+        default="0,1,2,3,4",
+        metavar="K,K,...",
+        help="the finished of these [%(default)s]",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the bundle's folder"
+    )
+    parser.add_argument(
+        "--checkpoint", choices=CHECKPOINTS, default="latest", help="which weights [%(default)s]"
+    )
+    parser.add_argument(
+        "--check-cases",
+        type=int,
+        default=2,
+        metavar="N",
+        help="validation cases of a fold scored before and after rounding [%(default)s]",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="of torch; 0 leaves it to torch [0]"
+    )
+    parser.add_argument("--name", default=NAME, help="[%(default)s]")
+    parser.add_argument("--model-version", default="1", help="[%(default)s]")
+    parser.add_argument("--description", default=DESCRIPTION, help="what it is and is not for")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the ``export`` command."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model = export(
+        args.workspace,
+        args.configuration,
+        [fold.strip() for fold in args.folds.split(",")],
+        args.out,
+        checkpoint=args.checkpoint,
+        check_cases=args.check_cases,
+        name=args.name,
+        version=args.model_version,
+        description=args.description,
+    )
+    _log.info("%s: folds %s", args.out, ", ".join(member.fold for member in model.members))
+    return 0

@@ -1,0 +1,52 @@
+#!/bin/sh
+# Train the default weights from nothing: synthesize, plan, preprocess, five folds, export.
+#
+#   training/make_default_weights.sh [WORKDIR]        default: ./default-weights
+#
+# Two folds run side by side, one core each. What is done is kept: run it again after an interruption.
+# Each finished fold is exported at once. These may be set in the environment:
+#   CASES    synthetic scans                        MINUTES  of training, each fold
+#   SEED     of the scans (20221 is the held-out set's, never train on it)
+#   OUT      the bundle's folder                    PYTHON   the interpreter
+set -eu
+
+here=$(cd "$(dirname "$0")/.." && pwd)
+work=${1:-default-weights}
+cases=${CASES:-200}
+minutes=${MINUTES:-12}
+seed=${SEED:-1}
+out=${OUT:-$here/weights}
+python=${PYTHON:-$here/.venv/bin/python}
+export PYTHONPATH="$here"
+
+step() { echo "== $*" >&2; "$python" -m training "$@"; }
+
+if [ "$seed" = 20221 ]; then
+    echo "seed 20221 is the held-out set's: choose another" >&2
+    exit 1
+fi
+mkdir -p "$work"
+[ -f "$work/data/dataset.json" ] || step synthesize --out "$work/data" --cases "$cases" --seed "$seed"
+[ -f "$work/dataset.json" ] || step convert "$work/data" --workspace "$work"
+[ -f "$work/plans.json" ] || step plan --workspace "$work" --spacing 5,0.9,0.9 \
+    --patch 16,96,96 --batch 2 --features 8,16,32,64,128
+step preprocess 3d_fullres --workspace "$work"
+
+train() {
+    step train 3d_fullres --workspace "$work" --fold "$1" --recipe compact --minutes "$minutes" \
+        --no-validation >"$work/fold_$1.log" 2>&1  # benchmarks/default_weights.py scores the bundle
+}
+
+# On Ctrl-C or SIGTERM both trainers write a checkpoint and end; then this script does.
+first='' second=''
+trap 'kill -TERM $first $second 2>/dev/null; wait; exit 130' INT TERM
+
+for fold in 0 2 4; do
+    train $fold & first=$!
+    if [ $fold -lt 4 ]; then train $((fold + 1)) & second=$!; fi
+    wait "$first"
+    [ -z "$second" ] || wait "$second"
+    first='' second=''
+    step export --workspace "$work" --configuration 3d_fullres --out "$out" --threads 2
+done
+echo "the bundle is in $out" >&2

@@ -1,0 +1,154 @@
+"""When the learning rate drops and when training ends: pure functions of a frozen state.
+
+``plateau`` is the schedule of the paper (P18): exponential moving
+averages of the losses decide. ``poly`` decays over a length known beforehand, in epochs or minutes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+SCHEDULES = ("plateau", "poly")
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleRules:
+    """The numbers of a schedule.
+
+    Attributes:
+        kind: ``plateau`` or ``poly``.
+        learning_rate: At the start.
+        epochs: At most so many.
+        minutes: At most so many of training, or None.
+        momentum: Weight of the old value in a loss average.
+        threshold: A smaller change of a loss average is no improvement.
+        drop_patience: Epochs without improvement of the training average before the rate drops.
+        drop_factor: What it is multiplied by then.
+        stop_patience: Epochs without improvement of the validation average before training ends.
+        lowest_rate: Training ends below this rate.
+        exponent: Of the poly decay.
+    """
+
+    kind: str
+    learning_rate: float
+    epochs: int
+    minutes: float | None = None
+    momentum: float = 0.93
+    threshold: float = 5e-3
+    drop_patience: int = 30
+    drop_factor: float = 0.2
+    stop_patience: int = 60
+    lowest_rate: float = 1e-6
+    exponent: float = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleState:
+    """Where a schedule stands after ``epoch`` epochs.
+
+    Attributes:
+        epoch: Epochs completed.
+        learning_rate: Of the next epoch.
+        train_average, validation_average: Moving averages of the losses; None before any epoch.
+        train_best, validation_best: Their values when they last improved.
+        train_best_epoch: Epoch of that improvement, or of the last drop of the rate.
+        validation_best_epoch: Epoch of that improvement.
+    """
+
+    epoch: int
+    learning_rate: float
+    train_average: float | None = None
+    train_best: float | None = None
+    train_best_epoch: int = 0
+    validation_average: float | None = None
+    validation_best: float | None = None
+    validation_best_epoch: int = 0
+
+
+def start(rules: ScheduleRules) -> ScheduleState:
+    """The state before the first epoch."""
+    return ScheduleState(epoch=0, learning_rate=rules.learning_rate)
+
+
+def advance(
+    rules: ScheduleRules,
+    state: ScheduleState,
+    *,
+    train_loss: float,
+    validation_loss: float,
+    elapsed_s: float = 0.0,
+) -> ScheduleState:
+    """The state after one more epoch with these mean losses.
+
+    Args:
+        rules: The schedule's numbers.
+        state: Before the epoch.
+        train_loss: Mean training loss of the epoch.
+        validation_loss: Mean validation loss after it.
+        elapsed_s: Seconds trained so far; counts when the rules limit the minutes.
+    """
+    epoch = state.epoch + 1
+    train, train_best, train_epoch = _follow(
+        rules, train_loss, state.train_average, state.train_best, state.train_best_epoch, epoch
+    )
+    validation, validation_best, validation_epoch = _follow(
+        rules,
+        validation_loss,
+        state.validation_average,
+        state.validation_best,
+        state.validation_best_epoch,
+        epoch,
+    )
+    rate = state.learning_rate
+    if rules.kind == "poly":
+        rate = rules.learning_rate * (1 - progress(rules, epoch, elapsed_s)) ** rules.exponent
+    elif epoch - train_epoch >= rules.drop_patience:
+        rate, train_epoch = rate * rules.drop_factor, epoch  # and the count begins again
+    return replace(
+        state,
+        epoch=epoch,
+        learning_rate=rate,
+        train_average=train,
+        train_best=train_best,
+        train_best_epoch=train_epoch,
+        validation_average=validation,
+        validation_best=validation_best,
+        validation_best_epoch=validation_epoch,
+    )
+
+
+def progress(rules: ScheduleRules, epoch: int, elapsed_s: float) -> float:
+    """How much of the training is done, 0 to 1, by epochs or by minutes, whichever ends first."""
+    done = epoch / rules.epochs
+    if rules.minutes is not None:
+        done = max(done, elapsed_s / (60 * rules.minutes))
+    return min(1.0, done)
+
+
+def end_reason(rules: ScheduleRules, state: ScheduleState, elapsed_s: float) -> str | None:
+    """Why training is over, in words, or None when it goes on."""
+    if state.epoch >= rules.epochs:
+        return f"all {rules.epochs} epochs done"
+    if rules.minutes is not None and elapsed_s >= 60 * rules.minutes:
+        return f"{rules.minutes:g} minutes have passed"
+    if rules.kind == "plateau":
+        if state.learning_rate < rules.lowest_rate:
+            return f"learning rate {state.learning_rate:.1e} is below {rules.lowest_rate:.1e}"
+        if state.epoch - state.validation_best_epoch >= rules.stop_patience:
+            return f"validation loss has not improved in {rules.stop_patience} epochs"
+    return None
+
+
+def _follow(
+    rules: ScheduleRules,
+    loss: float,
+    average: float | None,
+    best: float | None,
+    best_epoch: int,
+    epoch: int,
+) -> tuple[float, float, int]:
+    """The moving average with this loss, its best value so far and the epoch of that."""
+    average = loss if average is None else rules.momentum * average + (1 - rules.momentum) * loss
+    if best is None or average < best - rules.threshold:
+        return average, average, epoch
+    return average, best, best_epoch
