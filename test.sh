@@ -23,7 +23,7 @@ Exits 0 when all of it holds, 1 when anything differs. Needs the container engin
 Environment:
   IMAGE             name of the image                            (default ichseg:latest)
   CONTAINER_ENGINE  docker, or what stands in for it             (default docker; see ./build.sh --help)
-  PRESET            full, balanced or fast, for run 2            (default full, with which the stored masks were made)
+  PRESET            full, balanced or fast, for run 2            (default balanced, with which the stored masks were made)
   INPUT_SLUG        the image socket's slug, for run 3           (default head-ct)
   OUTPUT_SLUG       the slug the mask must come out under        (default intracranial-hemorrhage-segmentation)
   EXTRA_RUN_ARGS    further flags for the engine's run, split at spaces
@@ -49,7 +49,7 @@ done
 
 cd "$(dirname "${BASH_SOURCE[0]}")"
 image="${IMAGE:-ichseg:latest}"
-preset="${PRESET:-full}"
+preset="${PRESET:-balanced}"
 input_slug="${INPUT_SLUG:-head-ct}"
 output_slug="${OUTPUT_SLUG:-intracranial-hemorrhage-segmentation}"
 read -r -a engine <<<"${CONTAINER_ENGINE:-docker}"
