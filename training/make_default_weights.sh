@@ -32,9 +32,11 @@ mkdir -p "$work"
     --patch 16,96,96 --batch 2 --features 8,16,32,64,128
 step preprocess 3d_fullres --workspace "$work"
 
-train() {
-    step train 3d_fullres --workspace "$work" --fold "$1" --recipe compact --minutes "$minutes" \
-        --no-validation >"$work/fold_$1.log" 2>&1  # benchmarks/default_weights.py scores the bundle
+train() { # exec: so that it is the trainer that the trap ends, and not a shell around it
+    echo "== train fold $1, see $work/fold_$1.log" >&2
+    # no --validation: benchmarks/default_weights.py scores the bundle
+    exec "$python" -m training train 3d_fullres --workspace "$work" --fold "$1" \
+        --recipe compact --minutes "$minutes" --no-validation >>"$work/fold_$1.log" 2>&1
 }
 
 # On Ctrl-C or SIGTERM both trainers write a checkpoint and end; then this script does.
