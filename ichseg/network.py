@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ichseg.errors import PlansError
 from ichseg.plans import Architecture
 
 _CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -33,6 +34,11 @@ class UNet(nn.Module):
 
     def __init__(self, architecture: Architecture, input_channels: int, classes: int) -> None:
         super().__init__()
+        if architecture.block != "plain":
+            raise PlansError(
+                f"the plans ask for a {architecture.block} encoder, this code builds plain ones; "
+                "plan with --architecture plain"
+            )
         a, dimensions = architecture, architecture.dimensions
         levels = len(a.features)
         inputs = (input_channels, *a.features[:-1])

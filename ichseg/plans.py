@@ -15,6 +15,8 @@ from ichseg.errors import PlansError
 
 SCHEMA_VERSION = 1
 RECIPES = ("msd2018", "nnunetv2")
+PRESETS = ("plain", "resenc_m", "resenc_l", "resenc_xl")
+BLOCKS = ("plain", "residual")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +57,12 @@ class Architecture:
         features: Feature maps per level.
         kernels: Kernel size per level, each of two or three axes.
         strides: Downsampling on entering each level; the first is all ones.
-        encoder_convs: Convolutions per encoder level.
+        encoder_convs: Convolutions per encoder level; of a residual encoder, blocks of two.
         decoder_convs: Convolutions per decoder level, one entry fewer than levels, finest first.
         upsampling_bias, head_bias: Whether transposed convolutions and the 1x1 head carry a bias.
         deep_supervision: Whether training attaches a head to every decoder level.
+        block: What the encoder is made of: ``plain`` convolutions, or ``residual`` blocks after a
+            stem of one convolution. The decoder is plain.
     """
 
     features: tuple[int, ...]
@@ -69,8 +73,11 @@ class Architecture:
     upsampling_bias: bool
     head_bias: bool
     deep_supervision: bool
+    block: str = schema.optional("plain")
 
     def __post_init__(self) -> None:
+        if self.block not in BLOCKS:
+            raise ValueError(f"block {self.block!r}, expected one of {BLOCKS}")
         levels = len(self.features)
         found = (
             len(self.kernels),
@@ -174,6 +181,23 @@ class Configuration:
 
 
 @dataclass(frozen=True, slots=True)
+class Override:
+    """A value that the user chose in place of the planner.
+
+    Attributes:
+        name: The option of the ``plan`` command that chose it, without its dashes.
+        automatic: What the planner takes if nothing at all is chosen, for ``3d_fullres``; empty
+            where it finds nothing that fits. Written as at the command line, as is the next;
+            a choice without a value as yes or no.
+        chosen: What was chosen.
+    """
+
+    name: str
+    automatic: str
+    chosen: str
+
+
+@dataclass(frozen=True, slots=True)
 class Plans:
     """All decisions for one dataset and recipe.
 
@@ -190,6 +214,9 @@ class Plans:
         normalisations: One per channel.
         resampling: Interpolation orders and the separate-z rule.
         configurations: One or more, by distinct name.
+        preset: Whose network and memory were planned for: ``plain``, or one of nnU-Net v2's
+            presets with a residual encoder.
+        overrides: What the user chose in place of the planner.
     """
 
     schema_version: int
@@ -203,6 +230,8 @@ class Plans:
     normalisations: tuple[Normalisation, ...]
     resampling: Resampling
     configurations: tuple[Configuration, ...]
+    preset: str = schema.optional("plain")
+    overrides: tuple[Override, ...] = schema.optional(())
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -211,6 +240,8 @@ class Plans:
             )
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe {self.recipe!r}, expected one of {RECIPES}")
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset {self.preset!r}, expected one of {PRESETS}")
         if len(self.normalisations) != len(self.channels):
             raise ValueError(
                 f"{len(self.channels)} channels, {len(self.normalisations)} normalisations"

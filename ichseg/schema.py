@@ -1,7 +1,9 @@
 """Frozen dataclasses <-> strict JSON, for every JSON file that this project reads back.
 
 A file must hold exactly the fields of its dataclass: an unknown, missing or mistyped key is an
-error that names it, so a typo or a file of another version never passes in silence.
+error that names it, so a typo or a file of another version never passes in silence. A field made
+by ``optional`` may be absent, and is left out where it has its default: files written before the
+field existed stay readable, and equal to what is written now.
 """
 
 from __future__ import annotations
@@ -19,11 +21,18 @@ from ichseg.errors import PlansError
 T = TypeVar("T")
 
 
+def optional(default: Any) -> Any:
+    """A dataclass field that came to a schema later and may be absent from its files."""
+    return dataclasses.field(default=default, metadata={"optional": True})
+
+
 def to_json(value: object) -> Any:
     """The value as JSON types: dataclasses become objects, tuples become lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)
+            field.name: to_json(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if not (_is_optional(field) and getattr(value, field.name) == field.default)
         }
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
@@ -49,13 +58,15 @@ def from_json(cls: type[T], raw: Any, *, where: str) -> T:
             f"{where}: found {type(raw).__name__}, expected an object of {cls.__name__}"
         )
     hints = typing.get_type_hints(cls)
-    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown, missing = sorted(raw.keys() - names), sorted(names - raw.keys())
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names = {field.name for field in fields}
+    needed = {field.name for field in fields if not _is_optional(field)}
+    unknown, missing = sorted(raw.keys() - names), sorted(needed - raw.keys())
     if unknown or missing:
         raise PlansError(
             f"{where}: {cls.__name__} has unknown keys {unknown}, missing keys {missing}"
         )
-    values = {name: _decode(hints[name], raw[name], f"{where}: {name}") for name in names}
+    values = {name: _decode(hints[name], raw[name], f"{where}: {name}") for name in raw}
     try:
         return cls(**values)
     except ValueError as error:
@@ -88,6 +99,10 @@ def load_object(path: Path) -> Any:
 def dumps(value: object) -> str:
     """Strict JSON text (no NaN), indented, with a final newline."""
     return json.dumps(to_json(value), indent=1, allow_nan=False) + "\n"
+
+
+def _is_optional(field: dataclasses.Field[Any]) -> bool:
+    return bool(field.metadata.get("optional"))
 
 
 def _decode(hint: Any, raw: Any, where: str) -> Any:

@@ -1,52 +1,23 @@
 """The planner against the plans of the real ones, against worked examples, and its refusals."""
 
 import argparse
-import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
+from planning import HEAD, dataset_of, decide_alike, fingerprint_of, plan_heads
 
 from ichseg import plans as plans_module
 from ichseg import schema
 from ichseg.errors import DatasetError, PlansError
-from ichseg.network import UNet
 from training import planner
 from training import topology as rules
-from training.dataset import Case, Dataset, save_dataset
-from training.fingerprint import Fingerprint, Intensities
-from training.planner import Overrides, plan
-from training.recipes import RECIPES
-from training.topology import Topology
-
-HEAD = Intensities(1000, 55.0, 12.0, -20.0, 15.0, 56.0, 90.0, 130.0)
-LABELS = ("background", "bleed")
-
-
-def dataset_of(count, channels=("CT",)):
-    cases = tuple(Case(f"c{i:03d}", (Path("x"),) * len(channels), Path("y")) for i in range(count))
-    return Dataset("Heads", channels, LABELS, cases)
-
-
-def fingerprint_of(spacings, shapes, relative_size=1.0, intensities=(HEAD,)):
-    return Fingerprint(
-        schema_version=1,
-        names=tuple(f"c{i:03d}" for i in range(len(shapes))),
-        spacings_mm=tuple(spacings),
-        shapes=tuple(shapes),
-        relative_size=relative_size,
-        intensities=intensities,
-    )
-
-
-def plan_heads(slices=29, in_plane=0.45, recipe="msd2018", **overrides):
-    """100 cases of 512 x 512, 5 mm, as INSTANCE's."""
-    fingerprint = fingerprint_of([(5.0, in_plane, in_plane)] * 100, [(slices, 512, 512)] * 100)
-    return plan(fingerprint, dataset_of(100), recipe=recipe, overrides=Overrides(**overrides))
-
+from training.dataset import save_dataset
+from training.overrides import Overrides
+from training.plan_patch import Grid, first_patch
+from training.plan_spacing import target_spacing
+from training.planner import plan
+from training.recipes import RECIPES, find_recipe
 
 ONE, FLAT, FULL = (1, 1, 1), (1, 2, 2), (2, 2, 2)
 KERNELS = ((1, 3, 3),) * 3 + ((3, 3, 3),) * 4
@@ -71,14 +42,13 @@ FEATURES = {
     ],
 )
 def test_instance_like_data(recipe, slices, in_plane, patch):
-    plans = plan_heads(slices, in_plane, recipe)
+    plans = plan_heads(slices, in_plane, recipe=recipe)
     full = plans.configuration("3d_fullres")
     assert full.patch == patch
     assert full.batch == 2
     assert full.spacing_mm == (5.0, in_plane, in_plane)
     assert full.median_shape == (slices, 512, 512)
     assert full.dummy_2d is True
-    assert full.batch_dice is False
     assert full.previous_stage is None
     assert full.architecture.kernels == KERNELS
     assert full.architecture.strides == STRIDES[recipe]
@@ -147,57 +117,46 @@ def test_shrinking_by_hand(recipe):
     # 10x512x512 pools 1, 7, 7 times. All axes cover the whole case, and the last gives way: a step
     # of 128 would leave 384, which pools 6 times, so the step is 64: 448. Then the same in y. Then
     # z covers most: 8. Only that fits the memory.
-    fingerprint = fingerprint_of([(5.0, 0.45, 0.45)] * 50, [(10, 512, 512)] * 50)
-    plans = plan(fingerprint, dataset_of(50), recipe=recipe, overrides=Overrides())
+    plans, reasons = decide_alike((5.0, 0.45, 0.45), (10, 512, 512), cases=50, recipe=recipe)
     full = plans.configuration("3d_fullres")
     assert full.patch == (8, 448, 448)
-    elements = {"approximate": rules.approximate_elements, "exact": rules.exact_elements}
-    topology = Topology(full.architecture.strides, full.architecture.kernels)
+    constants = find_recipe(recipe, "plain")
     fit = [
-        elements[RECIPES[recipe].memory](patch, topology, full.architecture.features, 1, 2)
-        <= RECIPES[recipe].budget_3d
+        rules.MEMORIES[constants.memory](patch, full.architecture, 1, 2)
+        <= constants.limits_3d.budget
         for patch in ((10, 448, 448), (8, 448, 448))
     ]
     assert fit == [False, True]
+    assert [attempt.patch for attempt in reasons.full.attempts] == [
+        (10, 512, 512),
+        (10, 512, 448),
+        (10, 448, 448),
+        (8, 448, 448),
+    ]
+    assert [attempt.shortened for attempt in reasons.full.attempts] == [None, 2, 1, 0]
 
 
 @pytest.mark.parametrize(
-    ("spacing", "rule", "expected"),
+    ("spacing", "recipe", "expected"),
     [
-        ((1.0, 1.0, 1.0), "volume", [256, 256, 256]),
-        ((2.0, 1.0, 1.0), "volume", [161, 323, 323]),  # 256^3 voxels, half as many along z
-        ((2.0, 1.0), "volume", [1448, 2896]),  # 2048^2 pixels
-        ((5.0, 0.5, 1.0), "edge", [512, 5120, 2560]),
+        ((1.0, 1.0, 1.0), "nnunetv2", (256, 256, 256)),
+        ((2.0, 1.0, 1.0), "nnunetv2", (161, 323, 323)),  # 256^3 voxels, half as many along z
+        ((2.0, 1.0), "nnunetv2", (1448, 2896)),  # 2048^2 pixels
+        ((5.0, 0.5, 1.0), "msd2018", (512, 5120, 2560)),
+        ((0.5, 0.5), "msd2018", (300, 200)),  # the slice, whatever its size
     ],
 )
-def test_first_patch(spacing, rule, expected):
-    assert planner.first_patch(spacing, rule) == expected
-
-
-def test_coarse_compact_network():
-    """The default weights' configuration: 5 x 0.9 x 0.9 mm, patch 16 x 96 x 96, five levels."""
-    plans = plan_heads(
-        spacing_mm=(5.0, 0.9, 0.9), patch=(16, 96, 96), batch=2, features=(8, 16, 32, 64, 128)
+def test_first_patch(spacing, recipe, expected):
+    grid = Grid(
+        recipe=find_recipe(recipe, "plain"),
+        spacing_mm=spacing,
+        shape=(300.0, 200.0, 100.0)[: len(spacing)],
+        case_voxels=6e6,
+        cases=1,
+        channels=1,
+        classes=2,
     )
-    chosen = plans.configuration("3d_fullres")
-    assert chosen.spacing_mm == (5.0, 0.9, 0.9)
-    assert chosen.median_shape == (29, 256, 256)
-    assert (chosen.patch, chosen.batch) == ((16, 96, 96), 2)
-    assert chosen.architecture.features == (8, 16, 32, 64, 128)
-    # 16 slices pool twice, 96 voxels four times, the slices last
-    assert chosen.architecture.strides == (ONE, FLAT, FLAT, FULL, FULL)
-    # 0.9 and 1.8 mm are finer than half of 5 mm, 3.6 mm is not
-    assert chosen.architecture.kernels == ((1, 3, 3),) * 2 + ((3, 3, 3),) * 3
-    assert plans.configuration("2d").spacing_mm == (5.0, 0.9, 0.9)
-
-
-def test_fewer_features_stop_the_pooling():
-    plans = plan_heads(patch=(16, 96, 96), features=(8, 16, 32))
-    assert plans.configuration("3d_fullres").architecture.strides == (ONE, FULL, FULL)
-    plans = plan_heads(features=(8, 16, 32))
-    full = plans.configuration("3d_fullres")
-    assert full.architecture.total_stride == (4, 4, 4)
-    assert math.prod(full.patch) > 16 * 320 * 320  # a smaller network leaves room
+    assert first_patch(grid) == expected
 
 
 def test_plans_survive_json(tmp_path):
@@ -224,9 +183,8 @@ def test_the_coarsest_axis_comes_first():
 def test_target_spacing_is_the_median():
     spacings = np.array([(4.0, 0.4, 0.5), (5.0, 0.6, 0.5), (6.0, 0.5, 0.7)])
     shapes = np.array([(30, 512, 512)] * 3)
-    np.testing.assert_array_equal(
-        planner.target_spacing(spacings, shapes, RECIPES["msd2018"]), (5.0, 0.5, 0.5)
-    )
+    found = target_spacing(spacings, shapes, find_recipe("msd2018", "plain"))
+    assert found.spacing_mm == (5.0, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -242,74 +200,10 @@ def test_target_spacing_is_the_median():
 def test_thick_slices_are_kept_fine_in_nnunetv2(slices, others, expected):
     spacings = np.array([(s, 0.5, 0.5) for s in slices])
     shapes = np.array([(others, 512, 512)] * 3)
-    found = planner.target_spacing(spacings, shapes, RECIPES["nnunetv2"])
-    np.testing.assert_allclose(found, (expected, 0.5, 0.5))
-    found = planner.target_spacing(spacings, shapes, RECIPES["msd2018"])
-    np.testing.assert_allclose(found, (slices[1], 0.5, 0.5))
-
-
-def test_pool_late_by_hand():
-    # 9 and 40 voxels: halved once and three times with 4 or more left
-    topology = rules.pool_late((9, 40, 40), (3.0, 1.0, 1.0), 99)
-    assert topology.strides == (ONE, FLAT, FLAT, FULL)
-    # 1 mm and not 2 mm is below half of 3 mm
-    assert topology.kernels == ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))
-    assert topology.divisor == (2, 8, 8)
-    assert rules.pool_late((3, 5, 7), (1.0, 1.0, 1.0), 99) == Topology((ONE,), ((3, 3, 3),))
-
-
-def test_pool_by_spacing_by_hand():
-    # 1, 2, then within a factor 2 of 3 mm: all axes; 6 and 10 voxels are too few after that
-    topology = rules.pool_by_spacing((12, 40), (3.0, 1.0), 99)
-    assert topology.strides == ((1, 1), (1, 2), (2, 2), (1, 2))
-    assert topology.kernels[-1] == (3, 3)
-    # two groups of one axis each at first: the first axis' wins
-    assert topology.kernels == ((3, 1), (3, 3), (3, 3), (3, 3))
-
-
-def test_pool_by_spacing_v2_by_hand():
-    topology = rules.pool_by_spacing_v2((12, 40), (3.0, 1.0), 99)
-    # the last single axis has 10 voxels, fewer than 12: it is not pooled alone
-    assert topology.strides == ((1, 1), (1, 2), (2, 2))
-    assert topology.kernels == ((1, 3), (3, 3), (3, 3))
-
-
-def test_pool_by_spacing_v2_rounds_up_and_never_forgets():
-    # 15 -> 8 -> 4: half an odd size is rounded up
-    assert rules.pool_by_spacing_v2((15, 15), (1.0, 1.0), 99).divisor == (4, 4)
-    # the second axis falls behind by a factor of 8 and keeps its kernel of 3 all the same
-    topology = rules.pool_by_spacing_v2((100, 7), (1.0, 1.0), 99)
-    assert topology.divisor == (16, 1)
-    assert topology.kernels == ((3, 3),) * 5
-
-
-def test_approximate_elements_by_hand():
-    topology = Topology(((1, 1), (2, 2), (2, 1)), ((3, 3),) * 3)
-    # 5*64*2 + (1+3)*64 at the top, 5*16*4 in the middle, 2*8*8 at the bottom
-    assert rules.approximate_elements((8, 8), topology, (2, 4, 8), 1, 3) == 640 + 256 + 320 + 128
-
-
-def test_exact_elements_count_the_network():
-    """Against the outputs of all convolutions of the network itself."""
-    for recipe, name in (("nnunetv2", "3d_fullres"), ("nnunetv2", "2d")):
-        configuration = plan_heads(recipe=recipe).configuration(name)
-        architecture = replace(configuration.architecture, deep_supervision=False)
-        total = 0
-
-        def count(_module, _inputs, output):
-            nonlocal total
-            total += output.numel()
-
-        with torch.device("meta"):
-            network = UNet(architecture, 1, 2).eval()
-            convolutions = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-            for module in network.modules():
-                if isinstance(module, convolutions):
-                    module.register_forward_hook(count)
-            network(torch.empty(1, 1, *configuration.patch))
-        topology = Topology(architecture.strides, architecture.kernels)
-        features = architecture.features
-        assert rules.exact_elements(configuration.patch, topology, features, 1, 2) == total
+    found = target_spacing(spacings, shapes, find_recipe("nnunetv2", "plain"))
+    assert found.spacing_mm == pytest.approx((expected, 0.5, 0.5))
+    found = target_spacing(spacings, shapes, find_recipe("msd2018", "plain"))
+    assert found.spacing_mm == (slices[1], 0.5, 0.5)
 
 
 @pytest.mark.parametrize("recipe", ["msd2018", "nnunetv2"])
@@ -318,12 +212,9 @@ def test_patches_fit_the_memory_and_the_network(recipe, shape):
     fingerprint = fingerprint_of([(4.0, 1.0, 1.2)] * 10, [shape] * 10)
     plans = plan(fingerprint, dataset_of(10), recipe=recipe, overrides=Overrides())
     full = plans.configuration("3d_fullres")
-    a = full.architecture
-    memory = {"approximate": rules.approximate_elements, "exact": rules.exact_elements}
-    used = memory[RECIPES[recipe].memory](
-        full.patch, Topology(a.strides, a.kernels), a.features, 1, 2
-    )
-    assert used <= RECIPES[recipe].budget_3d
+    a, constants = full.architecture, find_recipe(recipe, "plain")
+    used = rules.MEMORIES[constants.memory](full.patch, a, 1, 2)
+    assert used <= constants.limits_3d.budget
     for size, stride, whole in zip(full.patch, a.total_stride, full.median_shape, strict=True):
         assert size % stride == 0
         assert size // stride >= 4 or stride == 1
@@ -364,39 +255,26 @@ def test_a_flat_ct_foreground_is_refused():
 def test_slices_beyond_the_memory_have_no_2d_configuration(caplog):
     fingerprint = fingerprint_of([(5.0, 0.2, 0.2)] * 5, [(20, 2048, 2048)] * 5)
     plans = plan(fingerprint, dataset_of(5), recipe="msd2018", overrides=Overrides())
+    assert "2d" not in {c.name for c in plans.configurations}
+    assert "no 2d configuration: two patches of 2048x2048 exceed 12 GB" in caplog.text
+
+
+def test_slices_too_small_to_pool_have_no_2d_configuration(caplog):
+    plans, _ = decide_alike((5.0, 1.0, 1.0), (30, 7, 7))
     assert [c.name for c in plans.configurations] == ["3d_fullres"]
-    assert "no 2d configuration: slices of 2048x2048" in caplog.text
+    assert "no 2d configuration: patch 7x7 is too small to pool" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("spacing", "shape", "reason"),
     [
-        (
-            {"patch": (16, 100, 96)},
-            "patch 16x100x96 is not a multiple of 4x16x16, .* 16x96x96 or 16x112x96 would fit",
-        ),
-        ({"patch": (4, 7, 7)}, "patch 4x7x7 is too small to pool"),
-        ({"patch": (0, 96, 96)}, "expected three positive sizes"),
-        (
-            {"patch": (16, 96, 96), "features": (8, 16, 32, 64, 128, 256)},
-            "name 6 levels, but a patch of 16x96x96 pools to 5: give 5 numbers",
-        ),
-        ({"features": (8,)}, "expected two or more positive numbers"),
-        ({"features": (8, 0)}, "expected two or more positive numbers"),
-        ({"batch": 0}, "batch 0, expected at least 1"),
-        ({"spacing_mm": (5.0, 0.0, 0.9)}, "expected three positive numbers"),
-        ({"spacing_mm": (5.0, math.nan, 0.9)}, "expected three positive numbers"),
-        ({"recipe": "v3"}, "recipe 'v3', expected one of msd2018, nnunetv2"),
+        ((5.563, 0.436, 0.488), (2, 407, 31), "stuck at 1x192x14"),
+        ((0.901, 5.528, 2.672), (36, 37, 40), "patch 12x11x12 is too small to pool"),
     ],
 )
-def test_refusals(overrides, message):
-    with pytest.raises(PlansError, match=message):
-        plan_heads(**overrides)
-
-
-def test_the_patches_a_refusal_names_do_fit():
-    for patch in ((16, 96, 96), (16, 112, 96)):
-        assert plan_heads(patch=patch).configuration("3d_fullres").patch == patch
+def test_too_little_memory_is_refused(spacing, shape, reason):
+    with pytest.raises(PlansError, match=f"no patch fits 0.01 GB of GPU memory: {reason}"):
+        decide_alike(spacing, shape, recipe="nnunetv2", preset="resenc_m", gpu_memory_gb=0.01)
 
 
 def test_volumes_too_small_to_pool_are_refused():
@@ -415,15 +293,36 @@ def test_command(tmp_path, capsys):
     save_dataset(dataset_of(100), tmp_path)
     fingerprint = fingerprint_of([(5.0, 0.45, 0.45)] * 100, [(29, 512, 512)] * 100)
     (tmp_path / "fingerprint.json").write_text(schema.dumps(fingerprint))
-    words = ["--spacing", "5,0.9,0.9", "--patch", "16,96,96", "--batch", "3"]
-    words += ["--features", "8,16,32,64,128"]
+    words = ["--spacing", "5,0.9,0.9", "--patch", "16,96,96", "--batch", "3", "--batch-dice"]
+    words += ["--features", "8,16,32,64,128", "--gpu-memory-gb", "6", "--ct-clip=-20,120"]
+    words += ["--deep-supervision"]
     assert planner.main(parse(str(tmp_path), *words)) == 0
-    full = plans_module.load(tmp_path / "plans.json").configuration("3d_fullres")
+    plans = plans_module.load(tmp_path / "plans.json")
+    full = plans.configuration("3d_fullres")
     assert (full.patch, full.batch, full.spacing_mm) == ((16, 96, 96), 3, (5.0, 0.9, 0.9))
-    assert "3d_fullres: spacing 5x0.9x0.9 mm" in capsys.readouterr().out
+    assert full.batch_dice is True
+    assert plans.normalisations[0].clip_low == -20.0
+    names = ["spacing", "patch", "batch", "features", "gpu-memory-gb", "ct-clip", "batch-dice"]
+    assert [override.name for override in plans.overrides] == [*names, "deep-supervision"]
+    assert (plans.overrides[-1].automatic, plans.overrides[-1].chosen) == ("no", "yes")
+    printed = capsys.readouterr().out
+    assert "3d_fullres: spacing 5x0.9x0.9 mm" in printed
+    assert "chosen: patch 16,96,96 (automatic: 16,320,320)" in printed
     assert planner.main(parse(str(tmp_path))) == 0
     plans = plans_module.load(tmp_path / "plans.json")
     assert (plans.recipe, plans.configuration("3d_fullres").patch) == ("msd2018", (16, 320, 320))
+    words = ["--recipe", "nnunetv2", "--architecture", "resenc_l", "--no-batch-dice", "--explain"]
+    assert planner.main(parse(str(tmp_path), *words)) == 0
+    plans = plans_module.load(tmp_path / "plans.json")
+    assert (plans.recipe, plans.preset) == ("nnunetv2", "resenc_l")
+    assert plans.configuration("3d_fullres").architecture.block == "residual"
+    assert "3D_FULLRES patch 24x448x384, batch 2" in capsys.readouterr().out
+
+
+def test_command_refuses_an_architecture_before_anything_long(tmp_path):
+    save_dataset(dataset_of(100), tmp_path)  # whose images do not exist
+    with pytest.raises(PlansError, match="architecture resenc_m with recipe msd2018"):
+        planner.main(parse(str(tmp_path), "--architecture", "resenc_m"))
 
 
 @pytest.mark.parametrize(
@@ -431,6 +330,8 @@ def test_command(tmp_path, capsys):
     [
         (["--patch", "16,96"], "expected 3 whole numbers separated by commas"),
         (["--spacing", "5,a,1"], "expected 3 numbers separated by commas"),
+        (["--ct-clip", "20"], "expected 2 numbers separated by commas"),
+        (["--architecture", "resenc"], "invalid choice: 'resenc'"),
         (["--features", ""], "expected whole numbers separated by commas"),
     ],
 )

@@ -1,17 +1,47 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from conftest import ARCHITECTURE, CONFIGURATION, PLANS
 
 from ichseg import plans, schema
 from ichseg.errors import PlansError
+from ichseg.network import build_network
+from ichseg.plans import Override
 
 
 def test_plans_survive_json(tmp_path):
     path = tmp_path / "plans.json"
     path.write_text(schema.dumps(PLANS))
     assert plans.load(path) == PLANS
+
+
+def test_what_came_later_survives_json(tmp_path):
+    residual = dataclasses.replace(ARCHITECTURE, block="residual")
+    changed = dataclasses.replace(
+        PLANS,
+        recipe="nnunetv2",
+        preset="resenc_l",
+        overrides=(Override("patch", "16,320,320", "16,96,96"),),
+        configurations=(dataclasses.replace(CONFIGURATION, architecture=residual),),
+    )
+    path = tmp_path / "plans.json"
+    path.write_text(schema.dumps(changed))
+    assert plans.load(path) == changed
+
+
+def test_what_came_later_may_be_absent():
+    raw = schema.to_json(PLANS)
+    assert not {"preset", "overrides"} & raw.keys()
+    assert "block" not in raw["configurations"][0]["architecture"]
+    assert schema.from_json(plans.Plans, raw, where="here") == PLANS
+
+
+def test_plans_of_the_default_weights_are_written_as_they_were():
+    path = Path(__file__).parent.parent / "weights" / "model.json"
+    raw = json.loads(path.read_text())["plans"]
+    assert schema.to_json(schema.from_json(plans.Plans, raw, where=str(path))) == raw
 
 
 @pytest.mark.parametrize(
@@ -23,6 +53,12 @@ def test_plans_survive_json(tmp_path):
         (lambda raw: raw.update(transpose=[0, 0, 1]), "not an order of three axes"),
         (lambda raw: raw.update(transpose=[0, 1]), "found 2 values, expected 3"),
         (lambda raw: raw.update(recipe="v3"), "recipe 'v3'"),
+        (lambda raw: raw.update(preset="resenc"), "preset 'resenc', expected one of"),
+        (lambda raw: raw.update(overrides=[{"name": "batch"}]), "missing keys .*'chosen'"),
+        (
+            lambda raw: raw["configurations"][0]["architecture"].update(block="dense"),
+            "block 'dense', expected one of",
+        ),
         (lambda raw: raw.update(orientation="RAS"), "orientation 'RAS'"),
         (lambda raw: raw.update(labels=["background"]), "expected a background and at least one"),
         (lambda raw: raw.update(channels=["CT", "CT"]), "2 channels, 1 normalisations"),
@@ -74,6 +110,12 @@ def test_architecture_lists_must_agree():
         dataclasses.replace(ARCHITECTURE, encoder_convs=(1,))
     with pytest.raises(ValueError, match="expected ones"):
         dataclasses.replace(ARCHITECTURE, strides=((1, 2, 2), (1, 2, 2)))
+
+
+def test_a_residual_encoder_is_not_built_as_a_plain_one():
+    residual = dataclasses.replace(ARCHITECTURE, block="residual")
+    with pytest.raises(PlansError, match="ask for a residual encoder, this code builds plain ones"):
+        build_network(residual, 1, 2)
 
 
 def test_a_2d_patch_is_a_tile_of_one_slice():

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ichseg.plans import Architecture
+
 SMALLEST_EDGE = 4  # voxels of an axis in the bottleneck
 
 
@@ -116,29 +118,29 @@ POOLINGS: dict[str, Callable[[Sequence[float], Sequence[float], int], Topology]]
 
 
 def approximate_elements(
-    patch: Sequence[int], topology: Topology, features: Sequence[int], channels: int, classes: int
+    patch: Sequence[int], network: Architecture, channels: int, classes: int
 ) -> float:
     """Feature-map elements of one patch, as nnU-Net v1 estimated them."""
-    sizes = _level_voxels(patch, topology)
-    total = 5 * sizes[0] * features[0] + (channels + classes) * sizes[0]
-    for level in range(1, len(sizes)):
-        maps = 2 if level == len(sizes) - 1 else 5
-        total += maps * sizes[level] * features[level]
-    return total
+    maps = _level_maps(patch, network)
+    middle = 5 * sum(maps[:-1])
+    return middle + 2 * maps[-1] + (channels + classes) * math.prod(patch)
 
 
 def exact_elements(
-    patch: Sequence[int], topology: Topology, features: Sequence[int], channels: int, classes: int
+    patch: Sequence[int], network: Architecture, channels: int, classes: int
 ) -> float:
     """Elements of all convolutions' outputs for one patch, as nnU-Net v2 counts them."""
     del channels  # the input itself is not charged
-    sizes = _level_voxels(patch, topology)
-    encoder = sum(2 * s * f for s, f in zip(sizes, features, strict=True))
-    decoder = sum(3 * s * f for s, f in zip(sizes[:-1], features[:-1], strict=True))
-    return encoder + decoder + sizes[0] * classes
+    maps = _level_maps(patch, network)
+    # a residual block has two convolutions; one more is the stem of the first level, or on the
+    # shortcut of a level that pools
+    convs = [2 * n + 1 if network.block == "residual" else n for n in network.encoder_convs]
+    encoder = sum(n * m for n, m in zip(convs, maps, strict=True))
+    decoder = sum((n + 1) * m for n, m in zip(network.decoder_convs, maps[:-1], strict=True))
+    return encoder + decoder + classes * math.prod(patch)
 
 
-MEMORIES: dict[str, Callable[[Sequence[int], Topology, Sequence[int], int, int], float]] = {
+MEMORIES: dict[str, Callable[[Sequence[int], Architecture, int, int], float]] = {
     "approximate": approximate_elements,
     "exact": exact_elements,
 }
@@ -156,13 +158,13 @@ def _topology(
     return Topology(((1,) * axes, *strides), (*kernels, (3,) * axes))
 
 
-def _level_voxels(patch: Sequence[int], topology: Topology) -> list[float]:
-    """Voxels of a feature map at each level."""
+def _level_maps(patch: Sequence[int], network: Architecture) -> list[float]:
+    """Elements that one convolution puts out at each level."""
     voxels = float(math.prod(patch))
     found = []
-    for stride in topology.strides:
+    for stride, features in zip(network.strides, network.features, strict=True):
         voxels /= math.prod(stride)
-        found.append(voxels)
+        found.append(voxels * features)
     return found
 
 
