@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from ichseg.errors import OutputError
-from ichseg.preprocess import orient_axes
+from ichseg.orient import orient_axes
 from ichseg.volume import Volume, replacing
 
 WINDOW_LEVEL_HU = 40.0

@@ -89,41 +89,52 @@ def read(path: Path) -> Volume:
     Raises:
         InputError: The file is missing, of another type, damaged, not 3D, or holds NaN or infinity.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    suffix = suffix_of(path)
-    if not suffix:
-        raise InputError(f"{path}: unknown file type, expected one of {', '.join(SUFFIXES)}")
-    content = _content(path)
-    reader = _open(path)
-    if reader.GetDimension() != 3:
-        raise InputError(
-            f"{path}: {reader.GetDimension()}D image of size {reader.GetSize()}, "
-            "expected a 3D volume"
-        )
-    if reader.GetNumberOfComponents() != 1:
-        raise InputError(
-            f"{path}: {reader.GetNumberOfComponents()} components per voxel, "
-            "expected a scalar volume"
-        )
-    if min(reader.GetSize()) < 1:
-        raise InputError(f"{path}: empty volume of size {reader.GetSize()}")
-    if suffix in NIFTI_SUFFIXES:
-        z, y, x = reader.GetSize()[::-1]
-        voxels = _nifti1_voxels(content, (z, y, x), path)
-    else:
-        voxels = _itk_voxels(reader, path)
+    shape = stored_shape(path)
+    if len(shape) != 3:
+        raise InputError(f"{path}: {len(shape)}D image of size {shape[::-1]}, expected a 3D volume")
+    (volume,) = read_channels(path)
+    voxels = volume.voxels
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         count = int(voxels.size - np.isfinite(voxels).sum())
         raise InputError(f"{path}: {count} voxels are NaN or infinite, expected finite intensities")
-    direction = np.array(reader.GetDirection()).reshape(3, 3)[::-1, ::-1]
-    return Volume(
-        voxels=voxels,
-        spacing_mm=_triple(reader.GetSpacing()[::-1]),
-        origin_mm=_triple(reader.GetOrigin()[::-1]),
-        direction=tuple(float(value) for value in direction.ravel()),
-        nifti_header=content[:_NIFTI1_HEADER] if suffix in NIFTI_SUFFIXES else None,
+    return volume
+
+
+def read_channels(path: Path) -> tuple[Volume, ...]:
+    """Read the channels of a 4D file, or the one of a 3D file; NaN and infinity are let through.
+
+    Channels are the last axis of a NIfTI file. Their place is that of the first three axes:
+    spacing and origin without the fourth, direction the upper left 3x3 of 4x4.
+
+    Raises:
+        InputError: The file is missing, of another type, damaged, or neither 3D nor 4D.
+    """
+    reader, shape = _examine(path)
+    content = _content(path)
+    nifti = suffix_of(path) in NIFTI_SUFFIXES
+    voxels = _nifti1_voxels(content, shape, path) if nifti else _itk_voxels(reader, path)
+    axes = len(shape)
+    direction = np.array(reader.GetDirection()).reshape(axes, axes)[:3, :3][::-1, ::-1]
+    return tuple(
+        Volume(
+            voxels=channel,
+            spacing_mm=_triple(reader.GetSpacing()[:3][::-1]),
+            origin_mm=_triple(reader.GetOrigin()[:3][::-1]),
+            direction=tuple(float(value) for value in direction.ravel()),
+            nifti_header=content[:_NIFTI1_HEADER] if nifti and axes == 3 else None,
+        )
+        for channel in voxels.reshape(-1, *shape[-3:])
     )
+
+
+def stored_shape(path: Path) -> tuple[int, ...]:
+    """Shape ``(z, y, x)`` or ``(channel, z, y, x)`` of a file; its voxels are not read.
+
+    Raises:
+        InputError: The file is missing, of another type, has no readable header, or is neither 3D
+            nor 4D with one number per voxel.
+    """
+    return _examine(path)[1]
 
 
 def write(volume: Volume, path: Path) -> None:
@@ -201,6 +212,26 @@ def _damaged(path: Path, reason: object) -> InputError:
     return InputError(f"{path}: damaged or not a {suffix_of(path)} volume ({reason})")
 
 
+def _examine(path: Path) -> tuple[sitk.ImageFileReader, tuple[int, ...]]:
+    """A reader of a file with three or four axes, and its shape."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if not suffix_of(path):
+        raise InputError(f"{path}: unknown file type, expected one of {', '.join(SUFFIXES)}")
+    reader = _open(path)
+    size = reader.GetSize()
+    if len(size) not in (3, 4):
+        raise InputError(f"{path}: {len(size)}D image of size {size}, expected a 3D volume")
+    if reader.GetNumberOfComponents() != 1:
+        raise InputError(
+            f"{path}: {reader.GetNumberOfComponents()} components per voxel, "
+            "expected a scalar volume"
+        )
+    if min(size) < 1:
+        raise InputError(f"{path}: empty volume of size {size}")
+    return reader, tuple(size[::-1])
+
+
 def _open(path: Path) -> sitk.ImageFileReader:
     """A reader that knows size and place of the file's volume."""
     reader = sitk.ImageFileReader()
@@ -222,10 +253,8 @@ def _itk_voxels(reader: sitk.ImageFileReader, path: Path) -> npt.NDArray[np.gene
     return voxels
 
 
-def _nifti1_voxels(
-    content: bytes, shape: tuple[int, int, int], path: Path
-) -> npt.NDArray[np.generic]:
-    """Voxels ``(z, y, x)`` of an inflated NIfTI-1 file.
+def _nifti1_voxels(content: bytes, shape: tuple[int, ...], path: Path) -> npt.NDArray[np.generic]:
+    """Voxels of an inflated NIfTI-1 file.
 
     Not left to ITK, whose NIfTI library fills what is missing with zeros, turns NaN into 0, and
     asked for ``a.nii.gz`` takes the voxels of ``a.nii`` if there is one.

@@ -96,7 +96,9 @@ def test_refuses_weights_that_rounding_changes(workspace, tmp_path, monkeypatch)
         return np.full((6, 24, 24), 0 if same else 1, np.uint8)
 
     monkeypatch.setattr(exporter, "segment_case", segment)
-    with pytest.raises(TrainingError, match=r"Dice of hemorrhage is 0\.0 as trained, 0\.\d+ in fp"):
+    with pytest.raises(
+        TrainingError, match=r"Dice of hemorrhage in \d cases is 0\.0000 as trained, 0\.\d+ in fp"
+    ):
         export(workspace, "3d_fullres", ("0",), tmp_path)
     assert not list(tmp_path.iterdir())
 

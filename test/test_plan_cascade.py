@@ -127,7 +127,6 @@ def test_deep_supervision_can_be_chosen():
         assert plans.configuration("2d").architecture.deep_supervision is False
 
 
-
 def test_choices_that_do_not_fit_the_low_resolution_are_refused():
     # 48 voxels are halved three times; at 5 x 0.5 x 0.5 mm the slices get a fourth level to
     # themselves, at 5 x 2.5 x 2.5 mm they are halved along with the others

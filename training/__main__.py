@@ -18,9 +18,14 @@ COMMANDS = {
         "synthesize --out data/Task01_Bleeds --cases 100 --seed 1",
     ),
     "convert": (
-        "training.dataset",
-        "bring an MSD dataset into a workspace",
+        "training.convert",
+        "bring an MSD, nnU-Net or INSTANCE dataset into a workspace",
         "convert data/Task01_Bleeds --workspace work",
+    ),
+    "verify": (
+        "training.verify",
+        "check every case, in one table",
+        "verify --workspace work",
     ),
     "fingerprint": (
         "training.fingerprint",

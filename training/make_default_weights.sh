@@ -3,8 +3,9 @@
 #
 #   training/make_default_weights.sh [WORKDIR]        default: ./default-weights
 #
-# Two folds run side by side, one core each. What is done is kept: run it again after an interruption.
-# Each finished fold is exported at once. These may be set in the environment:
+# Two folds run side by side on one core each, the last one on both for a little over half the time.
+# What is done is kept: run it again after an interruption. Each finished fold is exported at once.
+# These may be set in the environment:
 #   CASES    synthetic scans                        MINUTES  of training, each fold
 #   SEED     of the scans (20221 is the held-out set's, never train on it)
 #   OUT      the bundle's folder                    PYTHON   the interpreter
@@ -13,7 +14,7 @@ set -eu
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=${1:-default-weights}
 cases=${CASES:-200}
-minutes=${MINUTES:-12}
+minutes=${MINUTES:-30}
 seed=${SEED:-1}
 out=${OUT:-$here/weights}
 python=${PYTHON:-$here/.venv/bin/python}
@@ -28,15 +29,16 @@ fi
 mkdir -p "$work"
 [ -f "$work/data/dataset.json" ] || step synthesize --out "$work/data" --cases "$cases" --seed "$seed"
 [ -f "$work/dataset.json" ] || step convert "$work/data" --workspace "$work"
-[ -f "$work/plans.json" ] || step plan --workspace "$work" --spacing 5,0.9,0.9 \
-    --patch 16,96,96 --batch 2 --features 8,16,32,64,128
+[ -f "$work/plans.json" ] || step plan --workspace "$work" --spacing 5,1.2,1.2 \
+    --patch 16,96,96 --batch 2 --features 8,16,32,64,128 \
+    --ct-clip=-50,130 --batch-dice --deep-supervision
 step preprocess 3d_fullres --workspace "$work"
 
-train() { # exec: so that it is the trainer that the trap ends, and not a shell around it
+train() { # fold, minutes, threads; exec: so that it is the trainer that the trap ends, and not a shell around it
     echo "== train fold $1, see $work/fold_$1.log" >&2
     # no --validation: benchmarks/default_weights.py scores the bundle
     exec "$python" -m training train 3d_fullres --workspace "$work" --fold "$1" \
-        --recipe compact --minutes "$minutes" --no-validation >>"$work/fold_$1.log" 2>&1
+        --recipe compact --minutes "$2" --threads "$3" --learning-rate 2e-3 --no-validation >>"$work/fold_$1.log" 2>&1
 }
 
 # On Ctrl-C or SIGTERM both trainers write a checkpoint and end; then this script does.
@@ -44,8 +46,12 @@ first='' second=''
 trap 'kill -TERM $first $second 2>/dev/null; wait; exit 130' INT TERM
 
 for fold in 0 2 4; do
-    train $fold & first=$!
-    if [ $fold -lt 4 ]; then train $((fold + 1)) & second=$!; fi
+    if [ $fold -lt 4 ]; then
+        train $fold "$minutes" 1 & first=$!
+        train $((fold + 1)) "$minutes" 1 & second=$!
+    else
+        train $fold $((minutes * 3 / 5)) 2 & first=$!
+    fi
     wait "$first"
     [ -z "$second" ] || wait "$second"
     first='' second=''

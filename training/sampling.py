@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import multiprocessing.connection
-import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -22,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from training import parallel
 from training.augment import NO_AUGMENTATION, OUTSIDE, AugmentationConfig, augment, draw_warp
 from training.store import StoredCase, open_case
 
@@ -251,12 +249,4 @@ def _open(folder: Path, name: str) -> StoredCase:
 
 def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this worker when the training process is gone, even by SIGKILL."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
+    parallel.end_with_parent()

@@ -1,0 +1,183 @@
+"""The same work on many cases: worker processes, how many of them, and how far they are."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from ichseg.errors import DatasetError
+
+_PLAIN_LINE_S = 10.0  # between two lines of progress in a log file
+_MEMORY_SHARE = 0.8  # of what is free; the rest is for the parent process and the file cache
+_CGROUP = Path("/sys/fs/cgroup")
+_MEMINFO = Path("/proc/meminfo")
+
+Item = TypeVar("Item")
+T = TypeVar("T")
+
+
+def each_case(
+    function: Callable[..., T],
+    cases: Sequence[Item],
+    *shared: object,
+    workers: int,
+    initialize: Callable[[], None] | None = None,
+) -> Iterator[tuple[Item, T | Exception]]:
+    """Run ``function(case, *shared)`` over all cases in parallel processes, in order of completion.
+
+    A case that fails yields its exception in place of a result and stops no other. With one worker
+    everything runs in this process. Workers end at once on Ctrl-C, and when this process is killed.
+
+    Raises:
+        DatasetError: A worker process was killed, most often for want of memory.
+    """
+    if workers < 1:
+        raise DatasetError(f"{workers} workers, expected at least 1")
+    if workers == 1:
+        for case in cases:
+            try:
+                yield case, function(case, *shared)
+            except Exception as error:  # whatever it is, the other cases go on
+                yield case, error
+        return
+    # forkserver: no copy of this process' threads and memory, and its modules load only once
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])
+    with ProcessPoolExecutor(
+        min(workers, max(1, len(cases))),
+        mp_context=context,
+        initializer=_begin_worker,
+        initargs=(initialize,),
+    ) as pool:
+        waiting: dict[Future[T], Item] = {
+            pool.submit(function, case, *shared): case for case in cases
+        }
+        try:
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    case, failure = waiting.pop(future), future.exception()
+                    if isinstance(failure, BrokenProcessPool):
+                        raise DatasetError(
+                            "a worker process was killed, perhaps for want of memory; "
+                            "try fewer --workers"
+                        ) from failure
+                    yield case, failure if isinstance(failure, Exception) else future.result()
+        finally:  # interrupted: the cases that have not begun never do
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def end_with_parent() -> None:
+    """Have this worker process end as soon as its parent is gone, even by SIGKILL.
+
+    Otherwise it would wait for ever for work: each worker keeps the queue open for the others.
+    """
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def default_workers(bytes_per_worker: int | None = None) -> int:
+    """How many processes to run: one a core, fewer where memory would not suffice.
+
+    Args:
+        bytes_per_worker: What each holds at its peak; None leaves memory out of account.
+    """
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    free = free_memory_bytes()
+    if bytes_per_worker is None or free is None:
+        return cores
+    return max(1, min(cores, int(_MEMORY_SHARE * free) // max(1, bytes_per_worker)))
+
+
+def free_memory_bytes() -> int | None:
+    """Memory that can be had without swapping, within a container's limit; None if unknown."""
+    found = []
+    try:
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    except OSError:  # not Linux
+        return None
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # version 2, version 1
+        try:
+            limit = (_CGROUP / name).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdecimal():  # else "max": none
+            found.append(int(limit))
+    return min(found, default=None)
+
+
+def with_progress(
+    results: Iterator[T], total: int, doing: str, stream: TextIO | None = None
+) -> Iterator[T]:
+    """Pass results on and tell how many there are and how long the others will take.
+
+    At a terminal that is one line, gone while a result is dealt with, so that whatever else is
+    written stands on lines of its own. Elsewhere it is a plain line every ten seconds.
+
+    Args:
+        results: One per case, as ``each_case`` yields them.
+        total: How many to expect.
+        doing: Such as ``verify``.
+        stream: To write on; stderr by default.
+    """
+    stream = sys.stderr if stream is None else stream
+    terminal = stream.isatty()
+    started = told = time.monotonic()
+    try:
+        if terminal:
+            stream.write(f"{doing}: 0 of {total} cases")
+            stream.flush()
+        for done, result in enumerate(results, start=1):
+            if terminal:
+                stream.write("\r\x1b[K")
+            yield result
+            now = time.monotonic()
+            line = f"{doing}: {done} of {total} cases"
+            if done < total:
+                line += f", about {duration((now - started) / done * (total - done))} left"
+            if terminal:
+                stream.write(line)
+                stream.flush()
+            elif now - told >= _PLAIN_LINE_S:
+                stream.write(line + "\n")
+                stream.flush()
+                told = now
+    finally:
+        if terminal:
+            stream.write("\r\x1b[K")
+            stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """A time for people: ``42 s``, ``3 min``, ``2 h 05 min``."""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _begin_worker(initialize: Callable[[], None] | None) -> None:
+    # Ctrl-C reaches the workers too. They end without a traceback; files appear whole or not at all
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_parent()
+    if initialize is not None:
+        initialize()
+
+
+def _wait_for_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
