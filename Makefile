@@ -8,8 +8,10 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install -qq --disable-pip-version-check
 
-# A benchmark that needs data from outside the clone says so in a line "# needs: ...", and is run by hand.
-BENCHMARKS = $(shell grep -L '^\# needs: ' benchmarks/*.py 2>/dev/null)
+# Those that need no data from outside the clone; docs/benchmarks.md has all.
+BENCHMARKS := preprocessing
+# Folder of the rival's environment, made there if need be: make bench RIVAL_ENV=/opt/nnunetv2
+RIVAL_ENV  := benchmarks/.rival-env
 
 .PHONY: help demo test lint types image bench clean
 .DELETE_ON_ERROR:
@@ -33,10 +35,9 @@ types: $(VENV)/.dev-installed ## mypy: strict on what ships, default on training
 image: ## build the container image (./build.sh --help)
 	./build.sh
 
-bench: $(VENV)/.dev-installed ## run the benchmarks that need no extra data
-	@if [ -z "$(BENCHMARKS)" ]; then echo "benchmarks/ holds none that runs without extra data."; fi
-	@failed=0; for script in $(BENCHMARKS); do \
-		echo "== $$script"; PYTHONPATH=. $(PY) $$script || failed=1; \
+bench: $(VENV)/.dev-installed ## measure against nnunetv2 (the first time installs it: gigabytes)
+	@failed=0; for name in $(BENCHMARKS); do \
+		echo "== $$name"; PYTHONPATH=. $(PY) benchmarks/$$name.py --rival-env $(RIVAL_ENV) || failed=1; \
 	done; exit $$failed
 
 clean: ## remove what these made: .venv, out/, export/, caches

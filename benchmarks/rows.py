@@ -1,0 +1,69 @@
+"""What a benchmark prints: a table for people, and last one line of JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One comparison; ``row`` says what is measured, ``bar`` what ``ratio`` has to reach.
+
+    Attributes:
+        row: Name.
+        ours, rival: In ``unit``; ``rival`` is None where there is none.
+        unit: Of both.
+        ratio: Of ours and the rival's, or None; see ``faster`` and ``smaller``.
+        bar: What has to be reached, or None for a row that only informs.
+        ok: Whether it is; None without a bar.
+    """
+
+    row: str
+    ours: float
+    rival: float | None
+    unit: str
+    ratio: float | None
+    bar: float | None
+    ok: bool | None
+
+
+def faster(row: str, ours: float, rival: float, unit: str, bar: float) -> Row:
+    """How many times faster ours is; the bar is the least."""
+    ratio = rival / ours
+    return Row(row, ours, rival, unit, ratio, bar, ratio >= bar)
+
+
+def smaller(row: str, ours: float, rival: float, unit: str, bar: float | None) -> Row:
+    """What fraction of the rival's ours is; the bar is the most."""
+    ratio = ours / rival
+    return Row(row, ours, rival, unit, ratio, bar, None if bar is None else ratio <= bar)
+
+
+def at_most(row: str, ours: float, unit: str, bar: float) -> Row:
+    """A figure of ours alone, which the bar limits."""
+    return Row(row, ours, None, unit, None, bar, ours <= bar)
+
+
+def report(benchmark: str, rows: Sequence[Row]) -> int:
+    """Print all rows; 0 when every bar is met, else 1."""
+    width = max(len(row.row) for row in rows)
+    print(f"{'':{width}}  {'ours':>10}  {'rival':>10}  unit   {'ratio':>8}  {'bar':>6}")
+    for row in rows:
+        cells = (_figure(row.ours), _figure(row.rival), _figure(row.ratio), _figure(row.bar))
+        verdict = "" if row.ok is None else ("ok" if row.ok else "MISSED")
+        print(
+            f"{row.row:{width}}  {cells[0]:>10}  {cells[1]:>10}  {row.unit:5}  "
+            f"{cells[2]:>8}  {cells[3]:>6}  {verdict}".rstrip()
+        )
+    rounded = [
+        {key: float(f"{v:.5g}") if isinstance(v, float) else v for key, v in asdict(row).items()}
+        for row in rows
+    ]
+    print(json.dumps({"benchmark": benchmark, "rows": rounded}), flush=True)
+    return 0 if all(row.ok is not False for row in rows) else 1
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
