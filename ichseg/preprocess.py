@@ -7,7 +7,7 @@ undo the axes.
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,35 +18,11 @@ from scipy import ndimage
 
 from ichseg import resample
 from ichseg.errors import InputError
+from ichseg.orient import Array, AxisOrder, nonzero_box, orient_axes
 from ichseg.plans import Configuration, Normalisation, Plans
 from ichseg.volume import Volume
 
-Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class AxisOrder:
-    """A lossless change of axes: permute, then flip.
-
-    Attributes:
-        permutation: Array axis that becomes each new axis.
-        flips: Whether each new axis then runs backwards.
-    """
-
-    permutation: tuple[int, int, int]
-    flips: tuple[bool, bool, bool]
-
-    def apply(self, array: Array) -> Array:
-        """The array ``(z, y, x)`` in the new order, as a view."""
-        return np.flip(array.transpose(self.permutation), self._flipped())
-
-    def undo(self, array: Array) -> Array:
-        """Exact inverse of ``apply``, as a view."""
-        return np.flip(array, self._flipped()).transpose(np.argsort(self.permutation))
-
-    def _flipped(self) -> tuple[int, ...]:
-        return tuple(axis for axis, flip in enumerate(self.flips) if flip)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +66,6 @@ class PreparedCase:
     placement: Placement
 
 
-def orient_axes(volume: Volume) -> AxisOrder:
-    """Permutation and flips that bring the axes nearest to superior, posterior, left (LPS)."""
-    matrix = np.array(volume.direction).reshape(3, 3)  # rows: patient axes, columns: array axes
-    best = max(
-        itertools.permutations(range(3)),
-        key=lambda p: sum(abs(matrix[row, p[row]]) for row in range(3)),
-    )
-    z, y, x = (bool(matrix[row, best[row]] < 0) for row in range(3))
-    return AxisOrder((best[0], best[1], best[2]), (z, y, x))
-
-
 def plan_axes(volume: Volume, plans: Plans) -> AxisOrder:
     """The change of axes that the plan asks for: its orientation, then its transpose."""
     if plans.orientation == "LPS":
@@ -110,17 +75,6 @@ def plan_axes(volume: Volume, plans: Plans) -> AxisOrder:
     a, b, c = plans.transpose
     p, f = axes.permutation, axes.flips
     return AxisOrder((p[a], p[b], p[c]), (f[a], f[b], f[c]))
-
-
-def nonzero_box(stack: Sequence[Array]) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Bounding box of the voxels nonzero in any channel; the whole volume if there are none."""
-    nonzero = _nonzero(stack)
-    bounds = []
-    for axis in range(3):
-        others = tuple(a for a in range(3) if a != axis)
-        used = np.flatnonzero(nonzero.any(others))
-        bounds.append((int(used[0]), int(used[-1]) + 1) if used.size else (0, nonzero.shape[axis]))
-    return bounds[0], bounds[1], bounds[2]
 
 
 def place(channels: Sequence[Volume], plans: Plans, configuration: Configuration) -> Placement:
@@ -157,39 +111,46 @@ def place(channels: Sequence[Volume], plans: Plans, configuration: Configuration
 def prepare(channels: Sequence[Volume], plans: Plans, configuration: Configuration) -> PreparedCase:
     """Bring a case's volumes (one per channel) into the network's grid and intensities.
 
+    Beside the result no copy of a volume is made, but one in float32 where it is both normalised
+    first and resampled.
+
     Raises:
         InputError: The number of channels or their geometry is not as planned.
     """
     placement = place(channels, plans, configuration)
     cropped = [placement.axes.apply(channel.voxels)[placement.slices] for channel in channels]
-    inside = None
+    outside = None
     if any(normalisation.masked for normalisation in plans.normalisations):
-        inside = ndimage.binary_fill_holes(_nonzero(cropped))
+        outside = _outside(cropped)
+    resampled = placement.grid_shape != placement.crop_shape
+    normalise_first = plans.normalise_first and resampled  # else the order changes nothing
+    if outside is not None and resampled and not normalise_first:
+        outside = resample.resize_labels(
+            outside.view(np.uint8),
+            placement.grid_shape,
+            order=plans.resampling.label_order,
+            apart=_apart(placement, plans, "label"),
+        ).view(np.bool_)
     apart = _apart(placement, plans, "image")
     data = np.empty((len(channels), *placement.grid_shape), np.float32)
-    for index, (image, scheme) in enumerate(zip(cropped, plans.normalisations, strict=True)):
-        values = image.astype(np.float32)
-        if plans.normalise_first:
-            values = normalise(values, scheme, inside)
-        values = resample.resize_image(
-            values, placement.grid_shape, order=plans.resampling.image_order, apart=apart
-        )
-        if not plans.normalise_first:
-            grid_inside = None
-            if inside is not None:
-                grid_inside = resample.resize_labels(
-                    inside.astype(np.uint8), placement.grid_shape, order=0, apart=apart
-                ).astype(bool)
-            values = normalise(values, scheme, grid_inside)
-        data[index] = values
+    for image, scheme, result in zip(cropped, plans.normalisations, data, strict=True):
+        if normalise_first:
+            image = normalise(image.astype(np.float32), scheme, outside)
+        order = plans.resampling.image_order
+        resample.resize(image, torch.from_numpy(result), order=order, apart=apart)
+        if not normalise_first:
+            normalise(result, scheme, outside)
     return PreparedCase(data, placement)
 
 
-def outside_nonzero(channels: Sequence[Volume], placement: Placement) -> npt.NDArray[np.bool_]:
-    """Voxels of the crop outside the filled nonzero region, in the plan's axis order."""
-    cropped = [placement.axes.apply(channel.voxels)[placement.slices] for channel in channels]
-    outside: npt.NDArray[np.bool_] = ~ndimage.binary_fill_holes(_nonzero(cropped))
-    return outside
+def outside_nonzero(
+    channels: Sequence[Volume], placement: Placement
+) -> npt.NDArray[np.bool_] | None:
+    """Voxels of the crop outside the filled nonzero region, in the plan's axis order.
+
+    None if there are none.
+    """
+    return _outside([placement.axes.apply(c.voxels)[placement.slices] for c in channels])
 
 
 def prepare_labels(
@@ -218,25 +179,38 @@ def prepare_labels(
 
 
 def normalise(
-    values: FloatArray, scheme: Normalisation, inside: npt.NDArray[np.bool_] | None = None
+    values: FloatArray, scheme: Normalisation, outside: npt.NDArray[np.bool_] | None = None
 ) -> FloatArray:
-    """Normalise one channel; ``inside`` is the nonzero region of a masked z-score."""
+    """Normalise one channel ``(Z, Y, X)`` in place, and return it.
+
+    Args:
+        values: Intensities.
+        scheme: What to do.
+        outside: A masked z-score leaves these voxels out and sets them to 0; unless they are all.
+    """
+    if scheme.scheme == "none":
+        return values
     if scheme.scheme == "ct":
-        clipped = np.clip(values, scheme.clip_low, scheme.clip_high)
-        return ((clipped - scheme.mean) / max(scheme.deviation, 1e-8)).astype(np.float32)
-    if scheme.scheme == "zscore":
-        region = values[inside] if scheme.masked and inside is not None and inside.any() else values
-        mean = float(region.mean(dtype=np.float64))
-        deviation = float(region.std(dtype=np.float64))
-        result = ((values - mean) / max(deviation, 1e-8)).astype(np.float32)
-        if scheme.masked and inside is not None:
-            result[~inside] = 0
-        return result
-    return values.astype(np.float32)
+        np.clip(values, scheme.clip_low, scheme.clip_high, out=values)
+        values -= scheme.mean
+        values /= max(scheme.deviation, 1e-8)
+        return values
+    masked = scheme.masked and outside is not None
+    counted = ~outside if masked and outside is not None and not outside.all() else None
+    values -= values.mean(dtype=np.float64, where=True if counted is None else counted)
+    squares = (  # slice by slice, lest a float64 copy of the volume be made
+        float(np.square(part if counted is None else part[counted[z]], dtype=np.float64).sum())
+        for z, part in enumerate(values)
+    )
+    count = values.size if counted is None else int(counted.sum())
+    values /= max(math.sqrt(sum(squares) / count), 1e-8)
+    if masked:
+        values[outside] = 0
+    return values
 
 
 def restore(
-    parts: Sequence[tuple[torch.Tensor, Placement]], plans: Plans, *, slab_voxels: int = 4_000_000
+    parts: Sequence[tuple[torch.Tensor, Placement]], plans: Plans, *, slab_voxels: int = 2_000_000
 ) -> npt.NDArray[np.uint8]:
     """Labels in the volume's own grid and axis order from scores in the networks' grids.
 
@@ -259,27 +233,45 @@ def restore(
     inner = labels[placement.slices]
     for start in range(0, crop[0], step):
         rows = slice(start, min(start + step, crop[0]))
-        total: torch.Tensor | None = None
+        leads: torch.Tensor | None = None
         for scores, own in parts:
             apart = None
             if "score" in plans.resampling.separate_z:
                 apart = resample.coarse_axis(
                     own.grid_spacing_mm, own.spacing_mm, plans.resampling.anisotropy
                 )
-            slab = resample.resize_scores_slab(
+            slab = resample.resize_leads(
                 scores, crop, rows, order=plans.resampling.score_order, apart=apart
             )
-            total = slab if total is None else total + slab
-        assert total is not None
-        inner[rows] = total.argmax(0).to(torch.uint8).cpu().numpy()
+            leads = slab if leads is None else leads.add_(slab)
+        assert leads is not None
+        inner[rows] = _largest(leads).cpu().numpy()
     return np.ascontiguousarray(placement.axes.undo(labels))
 
 
-def _nonzero(stack: Sequence[Array]) -> npt.NDArray[np.bool_]:
-    nonzero: npt.NDArray[np.bool_] = stack[0] != 0
+def _largest(leads: torch.Tensor) -> torch.Tensor:
+    """The label with the largest lead over label 0, and 0 if none has one; the lower on a tie."""
+    best = leads[0]
+    labels = (best > 0).to(torch.uint8)
+    best = best.clamp(min=0) if len(leads) > 1 else best
+    for label, lead in enumerate(leads[1:], start=2):  # far faster than argmax
+        labels.masked_fill_(lead > best, label)
+        best = torch.maximum(best, lead)
+    return labels
+
+
+def _outside(stack: Sequence[Array]) -> npt.NDArray[np.bool_] | None:
+    """Where all channels are zero and connected through such voxels, by faces, to the border.
+
+    None if that is nowhere.
+    """
+    zero: npt.NDArray[np.bool_] = np.equal(stack[0], 0)
     for channel in stack[1:]:
-        nonzero = nonzero | (channel != 0)
-    return nonzero
+        zero &= np.equal(channel, 0)
+    if not any(np.moveaxis(zero, axis, 0)[[0, -1]].any() for axis in range(3)):
+        return None  # every zero lies in a hole, which is filled
+    outside: npt.NDArray[np.bool_] = ~ndimage.binary_fill_holes(~zero)
+    return outside
 
 
 def _apart(placement: Placement, plans: Plans, kind: str) -> int | None:

@@ -1,7 +1,9 @@
 """Changing grids: spline, linear and nearest resampling as one small matrix per axis.
 
 Interpolation along an axis is linear in the data, so it is a matrix: the interpolation applied to
-an identity. Three matrix products then resize a volume, on whichever device holds it. Coordinates
+an identity. Three matrix products then resize a volume, on whichever device holds it. An output
+voxel depends on few input voxels, so each product is made of narrow blocks; and volumes are
+resized a slab of slices at a time, so that beside the result no copy of one is made. Coordinates
 are pixel-centred (half-pixel), borders are extended by the edge, as
 ``skimage.transform.resize(mode="edge", anti_aliasing=False)`` does.
 """
@@ -9,12 +11,22 @@ are pixel-centred (half-pixel), borders are extended by the edge, as
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional
+
+_SLAB_VOXELS = 4_000_000  # of the output, resized at once: 16 MB
+_VOTE_VOXELS = 500_000  # the same for labels, where several such arrays are needed at once
+_BLOCK_ROWS = 32
+_NEGLIGIBLE = 1e-7  # weight; a spline's weights fall by a factor of 3.7 a voxel
+_TIE = 1e-6  # shares of two labels that differ by less are a tie
 
 
 @functools.lru_cache(maxsize=64)
@@ -36,7 +48,7 @@ def axis_matrix(size_in: int, size_out: int, order: int) -> npt.NDArray[np.float
     if order == 3:
         zoom = (size_out / size_in, 1)
         spline = ndimage.zoom(np.eye(size_in), zoom, order=3, mode="nearest", grid_mode=True)
-        return np.asarray(spline, np.float32)
+        return np.where(abs(spline) < _NEGLIGIBLE, 0, spline).astype(np.float32)
     matrix = np.zeros((size_out, size_in), np.float32)
     rows = np.arange(size_out)
     if order == 0:
@@ -85,27 +97,43 @@ def coarse_axis(
 
 
 def resize_image(
-    image: npt.NDArray[np.float32], shape: Sequence[int], *, order: int, apart: int | None
+    image: npt.NDArray[np.generic], shape: Sequence[int], *, order: int, apart: int | None
 ) -> npt.NDArray[np.float32]:
-    """Resize ``(z, y, x)`` intensities.
+    """Resize ``(z, y, x)`` intensities; see ``resize``."""
+    out = torch.empty(tuple(shape))
+    resize(image, out, order=order, apart=apart)
+    result: npt.NDArray[np.float32] = out.numpy()
+    return result
+
+
+def resize(
+    image: npt.NDArray[np.generic] | Tensor, out: Tensor, *, order: int, apart: int | None
+) -> None:
+    """Resize ``(z, y, x)`` intensities into ``out``, float32, on whichever device holds that.
 
     A cubic spline overshoots, so its result is clipped to the range of what is resized at once: the
     volume, or each slice of the axis ``apart``. That axis itself takes nearest slices.
+
+    Args:
+        image: An array in memory, or a tensor on the device of ``out``; any real type.
+        out: ``(z, y, x)``, the size wanted; overwritten.
+        order: 0, 1 or 3.
+        apart: The separate-z axis, or None.
     """
-    data = torch.from_numpy(np.ascontiguousarray(image, np.float32))
-    for axis in range(3):
-        if axis != apart:
-            data = _apply(_matrix(data.shape[axis], shape[axis], order, data), data, axis)
-    if order == 3:
-        axes = tuple(axis for axis in range(3) if axis != apart)
-        source = torch.from_numpy(np.ascontiguousarray(image, np.float32))
-        low, high = source.amin(axes, keepdim=True), source.amax(axes, keepdim=True)
-        data = torch.minimum(torch.maximum(data, low), high)
-    if apart is not None and data.shape[apart] != shape[apart]:
-        data = data.index_select(
-            apart, torch.from_numpy(nearest_indices(data.shape[apart], shape[apart]))
-        )
-    return np.ascontiguousarray(data.numpy())
+    limits = None
+    if order == 3 and any(image.shape[a] != out.shape[a] for a in range(3) if a != apart):
+        limits = _limits(image, out, apart)
+    for rows in _slabs(out.shape, _SLAB_VOXELS):
+        source = _source(image.shape[0], out.shape[0], 0 if apart == 0 else order, rows)
+        band = _as_float(image[source]).to(out.device)
+        slab = _resize_band(
+            band[None], source, image.shape, out.shape, rows, order=order, apart=apart
+        )[0]
+        if limits is not None:
+            low, high = (limit[rows] if apart == 0 else limit for limit in limits)
+            torch.clamp(slab, low, high, out=out[rows])
+        else:
+            out[rows] = slab
 
 
 def resize_labels(
@@ -114,63 +142,183 @@ def resize_labels(
     """Resize a ``(z, y, x)`` label map; no label appears that was not there.
 
     Order 0 takes the nearest voxel. Order 1 interpolates each label's indicator linearly and takes
-    the largest, the nearest voxel's label on a tie. The axis ``apart`` takes nearest slices.
+    the largest; on a tie the nearest voxel's label, or if that has lost the lowest. The axis
+    ``apart`` takes nearest slices.
     """
-    nearest = labels
+    result = labels
     for axis in range(3):
-        if nearest.shape[axis] != shape[axis]:
-            nearest = np.take(nearest, nearest_indices(nearest.shape[axis], shape[axis]), axis)
-    if order == 0 or nearest.shape == labels.shape:
-        return np.ascontiguousarray(nearest)
-    result, best = nearest.copy(), None
-    for value in np.unique(labels):
-        share = resize_image((labels == value).astype(np.float32), shape, order=1, apart=apart)
-        share += np.where(nearest == value, np.float32(1e-4), np.float32(0))
-        if best is None:
-            best, result = share, np.full(result.shape, value, labels.dtype)
-        else:
-            better = share > best
-            result[better], best[better] = value, share[better]
+        if result.shape[axis] != shape[axis]:
+            result = np.take(result, nearest_indices(result.shape[axis], shape[axis]), axis)
+    result = np.ascontiguousarray(result)
+    if order == 0 or all(labels.shape[a] == shape[a] for a in range(3) if a != apart):
+        return result
+    for rows in _slabs(shape, _VOTE_VOXELS):
+        source = _source(labels.shape[0], shape[0], 0 if apart == 0 else order, rows)
+        result[rows] = _vote(labels, result[rows], source, shape, rows, order=order, apart=apart)
     return result
 
 
-def resize_scores_slab(
-    scores: torch.Tensor, shape: Sequence[int], rows: slice, *, order: int, apart: int | None
-) -> torch.Tensor:
-    """Part of the resized scores: a slab of the first spatial axis.
+def resize_leads(
+    scores: Tensor, shape: Sequence[int], rows: slice, *, order: int, apart: int | None
+) -> Tensor:
+    """By how much each label's score exceeds that of label 0, resized: a slab of the first axis.
+
+    Interpolation is linear, so the differences may be interpolated in place of the scores: there is
+    one fewer, and they decide as well which score is the largest.
 
     Args:
         scores: ``(K, Z, Y, X)`` on any device.
         shape: Full output size ``(z, y, x)``.
         rows: Which output positions of the first axis to compute.
-        order: Spline order; the axis ``apart`` has order 0.
+        order: Spline order; the axis ``apart`` has order 0. Nothing is clipped.
         apart: The separate-z axis, or None.
 
     Returns:
-        ``(K, len(rows), y, x)``, float32.
+        ``(K - 1, len(rows), y, x)``, float32.
     """
-    matrix = _matrix(scores.shape[1], shape[0], 0 if apart == 0 else order, scores)[rows]
-    used = torch.nonzero(matrix.abs().sum(0)).flatten()
-    first, last = int(used[0]), int(used[-1]) + 1
-    slab = _apply(matrix[:, first:last], scores[:, first:last].float(), 1)
-    for axis in (2, 3):
-        kind = 0 if apart == axis - 1 else order
-        slab = _apply(_matrix(scores.shape[axis], shape[axis - 1], kind, scores), slab, axis)
-    return slab
+    rows = slice(rows.start, min(rows.stop, shape[0]))
+    source = _source(scores.shape[1], shape[0], 0 if apart == 0 else order, rows)
+    band = scores[:, source].float()
+    leads = band[1:] - band[:1]
+    return _resize_band(leads, source, scores.shape[1:], shape, rows, order=order, apart=apart)
 
 
-def _matrix(size_in: int, size_out: int, order: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(axis_matrix(size_in, size_out, order)).to(like.device)
+class _Block(NamedTuple):
+    """Rows of an axis' matrix and the only columns in which they are not zero."""
+
+    rows: slice
+    columns: slice
+    weights: Tensor  # (rows, columns)
 
 
-def _apply(matrix: torch.Tensor, data: torch.Tensor, axis: int) -> torch.Tensor:
-    """``matrix @ data`` along one axis; the identity costs nothing."""
-    if matrix.shape[0] == matrix.shape[1] == data.shape[axis] and bool(
-        (matrix.diagonal() == 1).all()
-    ):
-        return data
-    if axis == data.ndim - 1:
-        return data @ matrix.T
-    moved = data.movedim(axis, -2) if axis != data.ndim - 2 else data
-    result = torch.matmul(matrix, moved)
-    return result.movedim(-2, axis) if axis != data.ndim - 2 else result
+@functools.lru_cache(maxsize=256)
+def _blocks(
+    size_in: int, size_out: int, order: int, start: int, stop: int, first: int
+) -> tuple[_Block, ...]:
+    """Rows ``start`` to ``stop`` of the matrix, of data that begin at input voxel ``first``."""
+    matrix = axis_matrix(size_in, size_out, order)
+    blocks = []
+    for top in range(start, stop, _BLOCK_ROWS):
+        rows = slice(top, min(top + _BLOCK_ROWS, stop))
+        used = np.flatnonzero(matrix[rows].any(0))
+        low, high = int(used[0]), int(used[-1]) + 1
+        weights = torch.from_numpy(np.ascontiguousarray(matrix[rows, low:high]))
+        blocks.append(
+            _Block(slice(top - start, rows.stop - start), slice(low - first, high - first), weights)
+        )
+    return tuple(blocks)
+
+
+def _slabs(shape: Sequence[int], voxels: int) -> Iterator[slice]:
+    """The first axis in pieces of so many voxels."""
+    step = max(1, voxels // (shape[1] * shape[2]))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def _source(size_in: int, size_out: int, order: int, rows: slice) -> slice:
+    """The input slices that these output slices depend on."""
+    if size_in == size_out:
+        return rows
+    if order == 0:
+        index = nearest_indices(size_in, size_out)[rows]
+        return slice(int(index[0]), int(index[-1]) + 1)
+    used = np.flatnonzero(axis_matrix(size_in, size_out, order)[rows].any(0))
+    return slice(int(used[0]), int(used[-1]) + 1)
+
+
+def _resize_band(
+    band: Tensor,
+    source: slice,
+    size_in: Sequence[int],
+    size_out: Sequence[int],
+    rows: slice,
+    *,
+    order: int,
+    apart: int | None,
+) -> Tensor:
+    """Output slices ``rows`` of all K from their input slices ``source``: ``(K, n, Y, X)``."""
+    in_plane_at_once = order == 1 and apart in (None, 0)
+    for axis in (0,) if in_plane_at_once else (0, 1, 2):
+        wanted, first = (rows, source.start) if axis == 0 else (slice(0, size_out[axis]), 0)
+        if size_in[axis] != size_out[axis]:
+            kind = 0 if axis == apart else order
+            band = _resize_axis(band, axis + 1, size_in[axis], size_out[axis], kind, wanted, first)
+    if in_plane_at_once:  # torch's kernel does what the two matrices would, faster
+        return functional.interpolate(band, tuple(size_out[1:]), mode="bilinear")
+    return band
+
+
+def _resize_axis(
+    data: Tensor, axis: int, size_in: int, size_out: int, order: int, rows: slice, first: int
+) -> Tensor:
+    """Positions ``rows`` along an axis of contiguous data that begin at input voxel ``first``."""
+    if order == 0:
+        index = torch.from_numpy(nearest_indices(size_in, size_out)[rows] - first)
+        return data.index_select(axis, index.to(data.device))
+    count = rows.stop - rows.start
+    before, after = math.prod(data.shape[:axis]), math.prod(data.shape[axis + 1 :])
+    flat = data.reshape(before, data.shape[axis], after)
+    result = data.new_empty(before, count, after)
+    for block in _blocks(size_in, size_out, order, rows.start, rows.stop, first):
+        weights, columns = block.weights.to(data), block.columns
+        if after == 1:
+            result[:, block.rows, 0] = flat[:, columns, 0] @ weights.T
+        else:
+            result[:, block.rows] = weights @ flat[:, columns]
+    return result.view(*data.shape[:axis], count, *data.shape[axis + 1 :])
+
+
+def _limits(
+    image: npt.NDArray[np.generic] | Tensor, out: Tensor, apart: int | None
+) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value of the volume, or of each output slice of the axis ``apart``."""
+    axes = tuple(axis for axis in range(3) if axis != apart)
+    if isinstance(image, Tensor):
+        limits = image.amin(axes, keepdim=True).float(), image.amax(axes, keepdim=True).float()
+    else:
+        low, high = image.min(axes, keepdims=True), image.max(axes, keepdims=True)
+        limits = _as_float(low).to(out.device), _as_float(high).to(out.device)
+    if apart is None:
+        return limits
+    index = torch.from_numpy(nearest_indices(image.shape[apart], out.shape[apart])).to(out.device)
+    return limits[0].index_select(apart, index), limits[1].index_select(apart, index)
+
+
+def _as_float(part: npt.NDArray[np.generic] | Tensor) -> Tensor:
+    if isinstance(part, Tensor):
+        return part.float()
+    return torch.from_numpy(np.ascontiguousarray(part, np.float32))
+
+
+def _vote(
+    labels: npt.NDArray[np.integer],
+    nearest: npt.NDArray[np.integer],
+    source: slice,
+    shape: Sequence[int],
+    rows: slice,
+    *,
+    order: int,
+    apart: int | None,
+) -> npt.NDArray[np.integer]:
+    """Output slices ``rows``: for each voxel the label with the largest interpolated share."""
+    band = labels[source]
+    if band.min() == band.max():
+        return nearest
+    lowest, *others = np.unique(band)
+    winner = np.full(nearest.shape, lowest, labels.dtype)
+    best = np.full(nearest.shape, -1.0)
+    rest = np.ones(nearest.shape)  # shares sum to 1
+    for value in others:
+        # in float64, lest rounding break ties: where labels meet, halves are common
+        indicator = torch.from_numpy((band == value).astype(np.float64))[None]
+        share = _resize_band(
+            indicator, source, labels.shape, shape, rows, order=order, apart=apart
+        )[0].numpy()
+        rest -= share
+        share += _TIE * (nearest == value)
+        winner[share > best] = value
+        np.maximum(best, share, out=best)
+    rest += _TIE * (nearest == lowest)
+    winner[rest >= best] = lowest
+    return winner

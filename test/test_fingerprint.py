@@ -1,5 +1,8 @@
 """Fingerprints: statistics of all foreground voxels, geometry after orientation and crop."""
 
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -191,13 +194,46 @@ def test_every_failing_case_is_named(tmp_path, caplog):
     ]
 
 
-def test_computed_once_and_kept(tmp_path):
+def test_computed_once_and_kept(tmp_path, monkeypatch):
     dataset, *_ = random_dataset(tmp_path, np.int16)
     made = load_or_compute(tmp_path, dataset, 1)
-    for case in dataset.cases:
-        case.images[0].unlink()
-    assert load_or_compute(tmp_path, dataset, 1) == made  # no image is read
+    monkeypatch.setattr(volume, "read", None)  # no image is read
+    assert load_or_compute(tmp_path, dataset, 1) == made
     assert schema.load(Fingerprint, tmp_path / "fingerprint.json") == made
+
+
+@pytest.mark.parametrize("file", ["image", "label"])
+def test_computed_again_for_changed_files(tmp_path, caplog, file):
+    dataset, images, labels = random_dataset(tmp_path, np.int16)
+    old = load_or_compute(tmp_path, dataset, 1)
+    case = dataset.cases[1]
+    if file == "image":  # as large as before
+        volume.write(images[1][0].with_voxels(images[1][0].voxels + np.int16(3)), case.images[0])
+    else:
+        volume.write(labels[1].with_voxels(1 - labels[1].voxels), case.label)
+    new = load_or_compute(tmp_path, dataset, 1)
+    assert new.intensities != old.intensities
+    assert new == compute_fingerprint(dataset, 1) == fingerprint.load_fingerprint(tmp_path)
+    assert "the cases have changed since; computed again" in caplog.text
+    case.label.unlink()
+    with pytest.raises(DatasetError, match="1 of 3 cases failed, the first: case case_1"):
+        load_or_compute(tmp_path, dataset, 1)
+
+
+def test_one_made_by_hand_stands(tmp_path):
+    dataset, *_ = random_dataset(tmp_path, np.int16)
+    by_hand = replace(compute_fingerprint(dataset, 1), relative_size=0.5, sources="")
+    (tmp_path / "fingerprint.json").write_text(schema.dumps(by_hand))
+    assert load_or_compute(tmp_path, dataset, 1) == by_hand
+
+
+def test_one_of_an_earlier_version_is_replaced(tmp_path, caplog):
+    dataset, *_ = random_dataset(tmp_path, np.int16)
+    raw = schema.to_json(compute_fingerprint(dataset, 1))
+    del raw["sources"]
+    (tmp_path / "fingerprint.json").write_text(schema.dumps(raw))
+    assert load_or_compute(tmp_path, dataset, 1) == compute_fingerprint(dataset, 1)
+    assert "missing keys ['sources']; computed again" in caplog.text
 
 
 def test_computed_again_for_other_cases(tmp_path):
@@ -227,3 +263,9 @@ def test_other_schemas_are_refused(tmp_path):
         schema.from_json(Fingerprint, {**raw, "schema_version": 2}, where="x")
     with pytest.raises(PlansError, match="3 names, 3 spacings, 2 shapes"):
         schema.from_json(Fingerprint, {**raw, "shapes": raw["shapes"][:2]}, where="x")
+
+
+def test_needs_no_torch():
+    """Loading it would take longer than the fingerprint of ten cases."""
+    code = "import sys, training.fingerprint; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,6 +12,7 @@ import pytest
 from workspaces import BUSY, make_workspace
 
 from ichseg.errors import DatasetError
+from ichseg.plans import Normalisation
 from training.augment import NO_AUGMENTATION
 from training.sampling import (
     BatchKey,
@@ -154,7 +155,7 @@ def test_masked_channels_are_zero_outside(tmp_path):
     data = np.full((2, 4, 16, 16), 5, np.float32)
     target = np.zeros((4, 16, 16), np.int8)
     target[..., :8] = -1
-    write_case(tmp_path, "c", data, target)
+    write_case(tmp_path, "c", data, target, (Normalisation("zscore"),) * 2)
     spec = BatchSpec(
         tmp_path, ("c",), ("c",), (4, 16, 16), 1, True, (True, False), 0.33, BUSY, 0, 0
     )

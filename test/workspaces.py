@@ -63,7 +63,8 @@ def make_workspace(
         volume.write(label, case.label)
         prepared = preprocess.prepare([image], plans, configuration)
         target = preprocess.prepare_labels(label, prepared.placement, plans)
-        store.write_case(folder / "preprocessed" / configuration.name, name, prepared.data, target)
+        stored = folder / "preprocessed" / configuration.name
+        store.write_case(stored, name, prepared.data, target, plans.normalisations)
         listed.append(case)
     dataset.save_dataset(Dataset("tiny", plans.channels, plans.labels, tuple(listed)), folder)
     (folder / "plans.json").write_text(schema.dumps(plans))

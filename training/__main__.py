@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _top_parser()
     chosen = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("numexpr").setLevel(logging.WARNING)  # comes with blosc2, and greets
     module_name, summary, example = COMMANDS[chosen.command]
     try:
         module = importlib.import_module(module_name)

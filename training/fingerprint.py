@@ -7,6 +7,7 @@ which each case weighs the same; here a large bleed weighs more than a small one
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import sys
 import time
@@ -17,18 +18,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ichseg import preprocess, schema, volume
-from ichseg.errors import DatasetError
+from ichseg import schema, volume
+from ichseg.errors import DatasetError, PlansError
+from ichseg.orient import nonzero_box, orient_axes
 from training.dataset import (
     Case,
     Dataset,
     add_workspace_argument,
-    default_workers,
     describe_failure,
-    each_case,
     load_dataset,
     read_case,
 )
+from training.parallel import default_workers, each_case, with_progress
 
 SCHEMA_VERSION = 1
 FINGERPRINT_FILE = "fingerprint.json"
@@ -69,6 +70,7 @@ class Fingerprint:
         shapes: Voxels ``(z, y, x)`` after cropping to nonzero.
         relative_size: Median over cases of voxels after over voxels before the crop.
         intensities: One per channel.
+        sources: Of which files, see ``digest_sources``; empty if made by hand.
     """
 
     schema_version: int
@@ -77,6 +79,7 @@ class Fingerprint:
     shapes: tuple[tuple[int, int, int], ...]
     relative_size: float
     intensities: tuple[Intensities, ...]
+    sources: str = ""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -117,7 +120,9 @@ def compute_fingerprint(dataset: Dataset, workers: int) -> Fingerprint:
         raise DatasetError(f"dataset {dataset.name}: no case has a reference segmentation")
     facts: dict[str, _CaseFacts] = {}
     failures = []
-    for case, found in each_case(_examine, cases, dataset.labels, workers=workers):
+    sources = digest_sources(dataset)  # before the files are read: a change meanwhile is noticed
+    results = each_case(_examine, cases, dataset.labels, workers=workers)
+    for case, found in with_progress(results, len(cases), "fingerprint"):
         if isinstance(found, Exception):
             failures.append(describe_failure(case, found))
             _log.error("%s", failures[-1])
@@ -138,7 +143,22 @@ def compute_fingerprint(dataset: Dataset, workers: int) -> Fingerprint:
             summarise([fact.foreground[channel] for fact in ordered], f"channel {name}")
             for channel, name in enumerate(dataset.channels)
         ),
+        sources=sources,
     )
+
+
+def digest_sources(dataset: Dataset) -> str:
+    """A digest of name, size and time of last change of every file of the labelled cases."""
+    digest = hashlib.sha256()
+    for case in dataset.labelled:
+        for path in (*case.images, case.label or Path()):
+            try:
+                found = path.stat()
+                state = f"{found.st_size} {found.st_mtime_ns}"
+            except OSError:  # whoever reads it will say so
+                state = "missing"
+            digest.update(f"{case.name} {path.name} {state}\n".encode())
+    return digest.hexdigest()
 
 
 def load_fingerprint(workspace: Path) -> Fingerprint:
@@ -151,19 +171,28 @@ def load_fingerprint(workspace: Path) -> Fingerprint:
 
 
 def load_or_compute(workspace: Path, dataset: Dataset, workers: int) -> Fingerprint:
-    """The stored fingerprint if it is of these cases; otherwise computed and stored."""
+    """The stored fingerprint if the files are those it was made of; otherwise a new one, stored."""
     path = workspace / FINGERPRINT_FILE
     if path.exists():
-        fingerprint = load_fingerprint(workspace)
-        names = tuple(case.name for case in dataset.labelled)
-        channels = len(fingerprint.intensities)
-        if fingerprint.names == names and channels == len(dataset.channels):
-            return fingerprint
-        _log.warning("%s: is of other cases than the dataset's; computed again", path)
+        try:
+            fingerprint = load_fingerprint(workspace)
+        except PlansError as error:
+            _log.warning("%s; computed again", error)
+        else:
+            if _is_of(fingerprint, dataset):
+                return fingerprint
+            _log.warning("%s: the cases have changed since; computed again", path)
     fingerprint = compute_fingerprint(dataset, workers)
     with volume.replacing(path) as temporary:
         temporary.write_text(schema.dumps(fingerprint), encoding="utf-8")
     return fingerprint
+
+
+def _is_of(fingerprint: Fingerprint, dataset: Dataset) -> bool:
+    names = tuple(case.name for case in dataset.labelled)
+    if (fingerprint.names, len(fingerprint.intensities)) != (names, len(dataset.channels)):
+        return False
+    return fingerprint.sources in ("", digest_sources(dataset))
 
 
 def count_values(values: npt.NDArray[np.generic]) -> Counts | npt.NDArray[np.float64]:
@@ -239,12 +268,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the ``fingerprint`` command: always from the files, whatever is stored."""
+    """Run the ``fingerprint`` command."""
     started = time.monotonic()
     dataset = load_dataset(args.workspace)
-    fingerprint = compute_fingerprint(dataset, args.workers)
-    with volume.replacing(args.workspace / FINGERPRINT_FILE) as temporary:
-        temporary.write_text(schema.dumps(fingerprint), encoding="utf-8")
+    fingerprint = load_or_compute(args.workspace, dataset, args.workers)
     spacing = " x ".join(f"{value:.4g}" for value in np.median(fingerprint.spacings_mm, axis=0))
     shape = " x ".join(f"{value:.4g}" for value in np.median(fingerprint.shapes, axis=0))
     sys.stdout.write(
@@ -263,9 +290,9 @@ def main(args: argparse.Namespace) -> int:
 def _examine(case: Case, labels: Sequence[str]) -> _CaseFacts:
     """Read one case, bring it to LPS, crop it, take its foreground."""
     images, reference = read_case(case, labels)
-    axes = preprocess.orient_axes(images[0])
+    axes = orient_axes(images[0])
     stack = [axes.apply(image.voxels) for image in images]
-    box = preprocess.nonzero_box(stack)
+    box = nonzero_box(stack)
     crop = tuple(slice(start, stop) for start, stop in box)
     foreground = np.greater(axes.apply(reference.voxels)[crop], 0)
     z, y, x = (stop - start for start, stop in box)

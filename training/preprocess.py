@@ -1,4 +1,8 @@
-"""Preprocess a whole dataset for one configuration into the store, in parallel over cases."""
+"""Preprocess a whole dataset for one configuration into the store, in parallel over cases.
+
+torch takes as long to load as five cases to preprocess, and only the workers need it: so it is
+imported where they use it, and not here as well.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +14,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ichseg import plans as plans_module
-from ichseg import preprocess, schema, volume
-from ichseg.errors import DatasetError
+from ichseg import schema, volume
+from ichseg.errors import DatasetError, PlansError
 from ichseg.plans import Configuration, Normalisation, Plans, Resampling
+from training import store
 from training.dataset import (
     Case,
     Dataset,
     add_workspace_argument,
-    default_workers,
     describe_failure,
-    each_case,
+    largest_image_voxels,
     load_dataset,
     read_case,
 )
-from training.store import is_complete, write_case
+from training.parallel import default_workers, each_case, with_progress
 
 PLANS_FILE = "plans.json"
 # Hidden, so that it cannot be the name of a case.
 _RECORD_FILE = ".preprocessing.json"
+# What a worker holds: its libraries; and at the peak, per voxel of each channel, the image as read
+# and in float32, and the result, which may have some more voxels. Labels and masks come on top.
+_BYTES_OF_A_WORKER = 400_000_000
+_BYTES_PER_CHANNEL_VOXEL, _BYTES_PER_VOXEL = 14, 4
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """Those parts of the plans that decide the stored voxels."""
+    """What decides the stored voxels."""
 
+    store_version: int
     dimensions: int
     spacing_mm: tuple[float, float, float]
     orientation: str
@@ -77,40 +84,29 @@ def preprocess_dataset(
     folder = folder_of(workspace, configuration_name)
     _claim(folder, plans, configuration)
     cases = dataset.labelled
-    waiting = [case for case in cases if not is_complete(folder, case.name)]
+    waiting = [case for case in cases if not store.is_complete(folder, case.name)]
     if len(waiting) < len(cases):
         _log.info("%d of %d cases are finished already", len(cases) - len(waiting), len(cases))
-    started = time.monotonic()
     failures = []
+    shared = (dataset.labels, plans, configuration, folder)
     results = each_case(
-        _preprocess_case,
-        waiting,
-        dataset.labels,
-        plans,
-        configuration,
-        folder,
-        workers=workers,
-        initialize=_use_one_thread,
+        _preprocess_case, waiting, *shared, workers=workers, preload=["ichseg.preprocess", "blosc2"]
     )
-    for done, (case, found) in enumerate(results, start=1):
-        if isinstance(found, Exception):
-            failures.append(describe_failure(case, found))
-            _log.error("[%d/%d] %s", done, len(waiting), failures[-1])
-            continue
-        elapsed = time.monotonic() - started
-        _log.info(
-            "[%d/%d] %s: %s voxels, about %.0f s left",
-            done,
-            len(waiting),
-            case.name,
-            "x".join(str(size) for size in found),
-            elapsed / done * (len(waiting) - done),
-        )
+    for case, failure in with_progress(results, len(waiting), f"preprocess {configuration_name}"):
+        if failure is not None:
+            failures.append(describe_failure(case, failure))
+            _log.error("%s", failures[-1])
     if failures:
         raise DatasetError(
             f"{len(failures)} of {len(cases)} cases failed, the first: {failures[0]}"
         )
     return len(waiting)
+
+
+def workers_for(dataset: Dataset) -> int:
+    """How many processes the cores and the memory allow, going by the largest image's header."""
+    per_voxel = _BYTES_PER_CHANNEL_VOXEL * len(dataset.channels) + _BYTES_PER_VOXEL
+    return default_workers(_BYTES_OF_A_WORKER + per_voxel * largest_image_voxels(dataset.labelled))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_workspace_argument(parser)
     parser.add_argument(
-        "--workers", type=int, default=default_workers(), help="parallel processes [%(default)s]"
+        "--workers", type=int, help="parallel processes [one a core, as far as memory suffices]"
     )
 
 
@@ -132,7 +128,8 @@ def main(args: argparse.Namespace) -> int:
     started = time.monotonic()
     dataset = load_dataset(args.workspace)
     plans = plans_module.load(args.workspace / PLANS_FILE)
-    done = preprocess_dataset(dataset, plans, args.configuration, args.workspace, args.workers)
+    workers = workers_for(dataset) if args.workers is None else args.workers
+    done = preprocess_dataset(dataset, plans, args.configuration, args.workspace, workers)
     sys.stdout.write(
         f"{done} cases preprocessed in {time.monotonic() - started:.0f} s, "
         f"{len(dataset.labelled)} stored -> {folder_of(args.workspace, args.configuration)}\n"
@@ -143,6 +140,7 @@ def main(args: argparse.Namespace) -> int:
 def _claim(folder: Path, plans: Plans, configuration: Configuration) -> None:
     """Record what the folder is made with; refuse one that was made otherwise."""
     record = _Record(
+        store_version=store.SCHEMA_VERSION,
         dimensions=configuration.architecture.dimensions,
         spacing_mm=configuration.spacing_mm,
         orientation=plans.orientation,
@@ -161,25 +159,34 @@ def _claim(folder: Path, plans: Plans, configuration: Configuration) -> None:
             )
         with volume.replacing(path) as temporary:
             temporary.write_text(schema.dumps(record), encoding="utf-8")
-    elif schema.load(_Record, path) != record:
+    elif _recorded(path) != record:
         raise DatasetError(
             f"{folder}: was preprocessed with other plans (spacing, intensities or resampling "
-            "differ); delete the folder and preprocess again"
+            "differ) or by another version; delete the folder and preprocess again"
         )
+
+
+def _recorded(path: Path) -> _Record | None:
+    try:
+        return schema.load(_Record, path)
+    except PlansError:  # of another version
+        return None
 
 
 def _preprocess_case(
     case: Case, labels: Sequence[str], plans: Plans, configuration: Configuration, folder: Path
-) -> tuple[int, ...]:
-    """Read, prepare and store one case; returns its shape in the new grid."""
+) -> None:
+    """Read, prepare and store one case."""
+    import torch
+
+    from ichseg import preprocess
+
+    torch.set_num_threads(1)  # cases run side by side: more would only wait for each other
     images, reference = read_case(case, labels)
-    prepared = preprocess.prepare(images, plans, configuration)
-    outside = preprocess.outside_nonzero(images, prepared.placement)
-    target = preprocess.prepare_labels(reference, prepared.placement, plans, outside)
-    write_case(folder, case.name, prepared.data, target)
-    return target.shape
-
-
-def _use_one_thread() -> None:
-    """Cases run in parallel, so that threads within a case would only wait for each other."""
-    torch.set_num_threads(1)
+    placement = preprocess.place(images, plans, configuration)
+    outside = preprocess.outside_nonzero(images, placement)
+    target = preprocess.prepare_labels(reference, placement, plans, outside)
+    del reference, outside  # memory, before what needs most of it
+    data = preprocess.prepare(images, plans, configuration).data
+    del images
+    store.write_case(folder, case.name, data, target, plans.normalisations)
