@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from scipy import ndimage
 
 from ichseg import resample
@@ -21,6 +21,9 @@ from ichseg.errors import InputError
 from ichseg.orient import Array, AxisOrder, nonzero_box, orient_axes
 from ichseg.plans import Configuration, Normalisation, Plans
 from ichseg.volume import Volume
+
+if TYPE_CHECKING:  # not imported: see resample
+    from torch import Tensor
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -137,7 +140,7 @@ def prepare(channels: Sequence[Volume], plans: Plans, configuration: Configurati
         if normalise_first:
             image = normalise(image.astype(np.float32), scheme, outside)
         order = plans.resampling.image_order
-        resample.resize(image, torch.from_numpy(result), order=order, apart=apart)
+        resample.resize(image, result, order=order, apart=apart)
         if not normalise_first:
             normalise(result, scheme, outside)
     return PreparedCase(data, placement)
@@ -210,7 +213,7 @@ def normalise(
 
 
 def restore(
-    parts: Sequence[tuple[torch.Tensor, Placement]], plans: Plans, *, slab_voxels: int = 2_000_000
+    parts: Sequence[tuple[Tensor, Placement]], plans: Plans, *, slab_voxels: int = 2_000_000
 ) -> npt.NDArray[np.uint8]:
     """Labels in the volume's own grid and axis order from scores in the networks' grids.
 
@@ -233,7 +236,7 @@ def restore(
     inner = labels[placement.slices]
     for start in range(0, crop[0], step):
         rows = slice(start, min(start + step, crop[0]))
-        leads: torch.Tensor | None = None
+        leads: Tensor | None = None
         for scores, own in parts:
             apart = None
             if "score" in plans.resampling.separate_z:
@@ -249,14 +252,14 @@ def restore(
     return np.ascontiguousarray(placement.axes.undo(labels))
 
 
-def _largest(leads: torch.Tensor) -> torch.Tensor:
+def _largest(leads: Tensor) -> Tensor:
     """The label with the largest lead over label 0, and 0 if none has one; the lower on a tie."""
     best = leads[0]
-    labels = (best > 0).to(torch.uint8)
+    labels = (best > 0).byte()
     best = best.clamp(min=0) if len(leads) > 1 else best
     for label, lead in enumerate(leads[1:], start=2):  # far faster than argmax
         labels.masked_fill_(lead > best, label)
-        best = torch.maximum(best, lead)
+        best = best.maximum(lead)
     return labels
 
 

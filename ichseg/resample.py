@@ -1,11 +1,13 @@
 """Changing grids: spline, linear and nearest resampling as one small matrix per axis.
 
 Interpolation along an axis is linear in the data, so it is a matrix: the interpolation applied to
-an identity. Three matrix products then resize a volume, on whichever device holds it. An output
-voxel depends on few input voxels, so each product is made of narrow blocks; and volumes are
-resized a slab of slices at a time, so that beside the result no copy of one is made. Coordinates
-are pixel-centred (half-pixel), borders are extended by the edge, as
-``skimage.transform.resize(mode="edge", anti_aliasing=False)`` does.
+an identity. Three matrix products then resize a volume, which may be a numpy array or a torch
+tensor on any device: the operators are the same. An output voxel depends on few input voxels, so
+each product is made of narrow blocks; and volumes are resized a slab of slices at a time, so that
+beside the result no copy of one is made. Coordinates are pixel-centred (half-pixel), borders are
+extended by the edge, as ``skimage.transform.resize(mode="edge", anti_aliasing=False)`` does.
+
+torch itself is not imported: it takes as long to load as five head CTs to resample.
 """
 
 from __future__ import annotations
@@ -13,20 +15,22 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from scipy import ndimage
-from torch import Tensor
-from torch.nn import functional
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Grid = Any  # a numpy array, or a torch tensor on any device
 
 _SLAB_VOXELS = 4_000_000  # of the output, resized at once: 16 MB
 _VOTE_VOXELS = 500_000  # the same for labels, where several such arrays are needed at once
 _BLOCK_ROWS = 32
 _NEGLIGIBLE = 1e-7  # weight; a spline's weights fall by a factor of 3.7 a voxel
-_TIE = 1e-6  # shares of two labels that differ by less are a tie
+_TIE = 2e-6  # shares of two labels that differ by less are a tie: float32 errs by some 1e-7
 
 
 @functools.lru_cache(maxsize=64)
@@ -100,40 +104,34 @@ def resize_image(
     image: npt.NDArray[np.generic], shape: Sequence[int], *, order: int, apart: int | None
 ) -> npt.NDArray[np.float32]:
     """Resize ``(z, y, x)`` intensities; see ``resize``."""
-    out = torch.empty(tuple(shape))
+    out = np.empty(tuple(shape), np.float32)
     resize(image, out, order=order, apart=apart)
-    result: npt.NDArray[np.float32] = out.numpy()
-    return result
+    return out
 
 
-def resize(
-    image: npt.NDArray[np.generic] | Tensor, out: Tensor, *, order: int, apart: int | None
-) -> None:
-    """Resize ``(z, y, x)`` intensities into ``out``, float32, on whichever device holds that.
+def resize(image: Grid, out: Grid, *, order: int, apart: int | None) -> None:
+    """Resize ``(z, y, x)`` intensities into ``out``.
 
     A cubic spline overshoots, so its result is clipped to the range of what is resized at once: the
     volume, or each slice of the axis ``apart``. That axis itself takes nearest slices.
 
     Args:
-        image: An array in memory, or a tensor on the device of ``out``; any real type.
-        out: ``(z, y, x)``, the size wanted; overwritten.
+        image: A numpy array or a tensor, of any real type.
+        out: Of the same kind and device, float32, of the size wanted; overwritten.
         order: 0, 1 or 3.
         apart: The separate-z axis, or None.
     """
     limits = None
     if order == 3 and any(image.shape[a] != out.shape[a] for a in range(3) if a != apart):
-        limits = _limits(image, out, apart)
+        limits = _limits(image, out.shape, apart)
     for rows in _slabs(out.shape, _SLAB_VOXELS):
         source = _source(image.shape[0], out.shape[0], 0 if apart == 0 else order, rows)
-        band = _as_float(image[source]).to(out.device)
-        slab = _resize_band(
-            band[None], source, image.shape, out.shape, rows, order=order, apart=apart
-        )[0]
+        band = _as_float(image[source])[None]
+        slab = _resize_band(band, source, image.shape, out.shape, rows, order=order, apart=apart)[0]
         if limits is not None:
             low, high = (limit[rows] if apart == 0 else limit for limit in limits)
-            torch.clamp(slab, low, high, out=out[rows])
-        else:
-            out[rows] = slab
+            slab = slab.clip(low, high)
+        out[rows] = slab
 
 
 def resize_labels(
@@ -180,7 +178,16 @@ def resize_leads(
     source = _source(scores.shape[1], shape[0], 0 if apart == 0 else order, rows)
     band = scores[:, source].float()
     leads = band[1:] - band[:1]
-    return _resize_band(leads, source, scores.shape[1:], shape, rows, order=order, apart=apart)
+    size = scores.shape[1:]
+    if order != 1 or apart in (1, 2):
+        result: Tensor = _resize_band(leads, source, size, shape, rows, order=order, apart=apart)
+        return result
+    if size[0] != shape[0]:
+        kind = 0 if apart == 0 else order
+        leads = _resize_axis(leads, 1, size[0], shape[0], kind, rows, source.start)
+    from torch.nn.functional import interpolate  # loaded already, or there were no tensor
+
+    return interpolate(leads, tuple(shape[1:]), mode="bilinear")  # faster than two matrices
 
 
 class _Block(NamedTuple):
@@ -188,7 +195,7 @@ class _Block(NamedTuple):
 
     rows: slice
     columns: slice
-    weights: Tensor  # (rows, columns)
+    weights: npt.NDArray[np.float32]  # (rows, columns)
 
 
 @functools.lru_cache(maxsize=256)
@@ -202,7 +209,7 @@ def _blocks(
         rows = slice(top, min(top + _BLOCK_ROWS, stop))
         used = np.flatnonzero(matrix[rows].any(0))
         low, high = int(used[0]), int(used[-1]) + 1
-        weights = torch.from_numpy(np.ascontiguousarray(matrix[rows, low:high]))
+        weights = np.ascontiguousarray(matrix[rows, low:high])
         blocks.append(
             _Block(slice(top - start, rows.stop - start), slice(low - first, high - first), weights)
         )
@@ -228,7 +235,7 @@ def _source(size_in: int, size_out: int, order: int, rows: slice) -> slice:
 
 
 def _resize_band(
-    band: Tensor,
+    band: Grid,
     source: slice,
     size_in: Sequence[int],
     size_out: Sequence[int],
@@ -236,59 +243,65 @@ def _resize_band(
     *,
     order: int,
     apart: int | None,
-) -> Tensor:
+) -> Grid:
     """Output slices ``rows`` of all K from their input slices ``source``: ``(K, n, Y, X)``."""
-    in_plane_at_once = order == 1 and apart in (None, 0)
-    for axis in (0,) if in_plane_at_once else (0, 1, 2):
+    for axis in range(3):
         wanted, first = (rows, source.start) if axis == 0 else (slice(0, size_out[axis]), 0)
         if size_in[axis] != size_out[axis]:
             kind = 0 if axis == apart else order
             band = _resize_axis(band, axis + 1, size_in[axis], size_out[axis], kind, wanted, first)
-    if in_plane_at_once:  # torch's kernel does what the two matrices would, faster
-        return functional.interpolate(band, tuple(size_out[1:]), mode="bilinear")
     return band
 
 
 def _resize_axis(
-    data: Tensor, axis: int, size_in: int, size_out: int, order: int, rows: slice, first: int
-) -> Tensor:
+    data: Grid, axis: int, size_in: int, size_out: int, order: int, rows: slice, first: int
+) -> Grid:
     """Positions ``rows`` along an axis of contiguous data that begin at input voxel ``first``."""
     if order == 0:
-        index = torch.from_numpy(nearest_indices(size_in, size_out)[rows] - first)
-        return data.index_select(axis, index.to(data.device))
+        return _take(data, nearest_indices(size_in, size_out)[rows] - first, axis)
     count = rows.stop - rows.start
     before, after = math.prod(data.shape[:axis]), math.prod(data.shape[axis + 1 :])
     flat = data.reshape(before, data.shape[axis], after)
-    result = data.new_empty(before, count, after)
+    result = _empty(data, (before, count, after))
     for block in _blocks(size_in, size_out, order, rows.start, rows.stop, first):
-        weights, columns = block.weights.to(data), block.columns
+        weights, columns = _as(data, block.weights), block.columns
         if after == 1:
             result[:, block.rows, 0] = flat[:, columns, 0] @ weights.T
         else:
             result[:, block.rows] = weights @ flat[:, columns]
-    return result.view(*data.shape[:axis], count, *data.shape[axis + 1 :])
+    return result.reshape(*data.shape[:axis], count, *data.shape[axis + 1 :])
 
 
-def _limits(
-    image: npt.NDArray[np.generic] | Tensor, out: Tensor, apart: int | None
-) -> tuple[Tensor, Tensor]:
+def _limits(image: Grid, shape: Sequence[int], apart: int | None) -> tuple[Grid, Grid]:
     """Lowest and highest value of the volume, or of each output slice of the axis ``apart``."""
     axes = tuple(axis for axis in range(3) if axis != apart)
-    if isinstance(image, Tensor):
-        limits = image.amin(axes, keepdim=True).float(), image.amax(axes, keepdim=True).float()
-    else:
+    if isinstance(image, np.ndarray):
         low, high = image.min(axes, keepdims=True), image.max(axes, keepdims=True)
-        limits = _as_float(low).to(out.device), _as_float(high).to(out.device)
+    else:
+        low, high = image.amin(axes, keepdim=True), image.amax(axes, keepdim=True)
+    low, high = _as_float(low), _as_float(high)
     if apart is None:
-        return limits
-    index = torch.from_numpy(nearest_indices(image.shape[apart], out.shape[apart])).to(out.device)
-    return limits[0].index_select(apart, index), limits[1].index_select(apart, index)
+        return low, high
+    index = nearest_indices(image.shape[apart], shape[apart])
+    return _take(low, index, apart), _take(high, index, apart)
 
 
-def _as_float(part: npt.NDArray[np.generic] | Tensor) -> Tensor:
-    if isinstance(part, Tensor):
-        return part.float()
-    return torch.from_numpy(np.ascontiguousarray(part, np.float32))
+def _as_float(part: Grid) -> Grid:
+    return np.ascontiguousarray(part, np.float32) if isinstance(part, np.ndarray) else part.float()
+
+
+def _as(data: Grid, weights: npt.NDArray[np.float32]) -> Grid:
+    return weights if isinstance(data, np.ndarray) else data.new_tensor(weights)
+
+
+def _empty(data: Grid, shape: Sequence[int]) -> Grid:
+    return np.empty(shape, np.float32) if isinstance(data, np.ndarray) else data.new_empty(shape)
+
+
+def _take(data: Grid, index: npt.NDArray[np.int64], axis: int) -> Grid:
+    if isinstance(data, np.ndarray):
+        return data.take(index, axis)
+    return data.index_select(axis, data.new_tensor(index).long())
 
 
 def _vote(
@@ -307,14 +320,13 @@ def _vote(
         return nearest
     lowest, *others = np.unique(band)
     winner = np.full(nearest.shape, lowest, labels.dtype)
-    best = np.full(nearest.shape, -1.0)
-    rest = np.ones(nearest.shape)  # shares sum to 1
+    best = np.full(nearest.shape, -1, np.float32)
+    rest = np.ones(nearest.shape, np.float32)  # shares sum to 1
     for value in others:
-        # in float64, lest rounding break ties: where labels meet, halves are common
-        indicator = torch.from_numpy((band == value).astype(np.float64))[None]
+        indicator = _as_float(band == value)[None]
         share = _resize_band(
             indicator, source, labels.shape, shape, rows, order=order, apart=apart
-        )[0].numpy()
+        )[0]
         rest -= share
         share += _TIE * (nearest == value)
         winner[share > best] = value

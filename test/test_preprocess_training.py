@@ -225,6 +225,7 @@ def test_command(work, capsys):
     assert record["spacing_mm"] == [5.0, 1.0, 1.0]
 
 
-def test_the_parent_of_the_workers_needs_no_torch():
+def test_needs_no_torch():
+    """Loading it would take as long as preprocessing five cases."""
     code = "import sys, training.preprocess; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -32,7 +32,6 @@ def each_case(
     *shared: object,
     workers: int,
     initialize: Callable[[], None] | None = None,
-    preload: Sequence[str] = (),
 ) -> Iterator[tuple[Item, T | Exception]]:
     """Run ``function(case, *shared)`` over all cases in parallel processes, in order of completion.
 
@@ -45,7 +44,6 @@ def each_case(
         shared: Further arguments, the same for all.
         workers: Processes.
         initialize: Called once in each worker.
-        preload: Modules that the workers need and this process need not: loaded once for all.
 
     Raises:
         DatasetError: A worker process was killed, most often for want of memory.
@@ -61,7 +59,7 @@ def each_case(
         return
     # forkserver: no copy of this process' threads and memory, and its modules load only once
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__, *preload])
+    context.set_forkserver_preload([function.__module__])
     with ProcessPoolExecutor(
         min(workers, max(1, len(cases))),
         mp_context=context,

@@ -1,13 +1,10 @@
-"""Preprocess a whole dataset for one configuration into the store, in parallel over cases.
-
-torch takes as long to load as five cases to preprocess, and only the workers need it: so it is
-imported where they use it, and not here as well.
-"""
+"""Preprocess a whole dataset for one configuration into the store, in parallel over cases."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ichseg import plans as plans_module
-from ichseg import schema, volume
+from ichseg import preprocess, schema, volume
 from ichseg.errors import DatasetError, PlansError
 from ichseg.plans import Configuration, Normalisation, Plans, Resampling
 from training import store
@@ -89,9 +86,7 @@ def preprocess_dataset(
         _log.info("%d of %d cases are finished already", len(cases) - len(waiting), len(cases))
     failures = []
     shared = (dataset.labels, plans, configuration, folder)
-    results = each_case(
-        _preprocess_case, waiting, *shared, workers=workers, preload=["ichseg.preprocess", "blosc2"]
-    )
+    results = each_case(_preprocess_case, waiting, *shared, workers=workers)
     for case, failure in with_progress(results, len(waiting), f"preprocess {configuration_name}"):
         if failure is not None:
             failures.append(describe_failure(case, failure))
@@ -129,6 +124,9 @@ def main(args: argparse.Namespace) -> int:
     dataset = load_dataset(args.workspace)
     plans = plans_module.load(args.workspace / PLANS_FILE)
     workers = workers_for(dataset) if args.workers is None else args.workers
+    # Read by numpy as the worker processes load it: cases run side by side, and more threads in
+    # each would only wait for one another.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     done = preprocess_dataset(dataset, plans, args.configuration, args.workspace, workers)
     sys.stdout.write(
         f"{done} cases preprocessed in {time.monotonic() - started:.0f} s, "
@@ -177,11 +175,6 @@ def _preprocess_case(
     case: Case, labels: Sequence[str], plans: Plans, configuration: Configuration, folder: Path
 ) -> None:
     """Read, prepare and store one case."""
-    import torch
-
-    from ichseg import preprocess
-
-    torch.set_num_threads(1)  # cases run side by side: more would only wait for each other
     images, reference = read_case(case, labels)
     placement = preprocess.place(images, plans, configuration)
     outside = preprocess.outside_nonzero(images, placement)

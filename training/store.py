@@ -147,9 +147,11 @@ def write_case(
     )
     _file(folder, name, _META).unlink(missing_ok=True)  # from here on the old case is no more
     with volume.replacing(_file(folder, name, _DATA), suffix=".b2nd") as temporary:
-        _write_multiples(temporary, data, steps)
+        temporary.write_bytes(_multiples(data, steps).to_cframe())
     with volume.replacing(_file(folder, name, _TARGET), suffix=".b2nd") as temporary:
-        _new_array(temporary, target.shape, np.int8)[:] = np.ascontiguousarray(target)
+        array = _new_array(target.shape, np.int8)
+        array[:] = np.ascontiguousarray(target)
+        temporary.write_bytes(array.to_cframe())
     with volume.replacing(_file(folder, name, _FOREGROUND), suffix=".npz") as temporary:
         arrays: dict[str, Any] = {str(label): found for label, found in foreground.items()}
         np.savez_compressed(temporary, **arrays)
@@ -244,22 +246,23 @@ def sample_foreground(
     return foreground, counts
 
 
-def _write_multiples(path: Path, data: npt.NDArray[np.float32], steps: tuple[float, ...]) -> None:
-    """Store ``data / steps``, rounded, in the smallest type that holds it."""
+def _multiples(data: npt.NDArray[np.float32], steps: tuple[float, ...]) -> Any:
+    """``data / steps``, rounded, as a Blosc2 array of the smallest type that holds it."""
     divisors = np.array(steps, np.float32).reshape(-1, 1, 1, 1)
     largest = max(
         max(-float(image.min()), float(image.max())) / step
         for image, step in zip(data, steps, strict=True)
     )
     dtype = next(t for t in (np.int16, np.int32, np.int64) if largest < np.iinfo(t).max - 1)
-    array = _new_array(path, data.shape, dtype)
+    array = _new_array(data.shape, dtype)
     for start in range(0, data.shape[1], _CHUNK[0]):  # chunk by chunk, to need little memory
         part = data[:, start : start + _CHUNK[0]] / divisors
         array[:, start : start + _CHUNK[0]] = np.rint(part, out=part).astype(dtype)
+    return array
 
 
-def _new_array(path: Path, shape: tuple[int, ...], dtype: type) -> Any:
-    """An empty Blosc2 array in place of the file."""
+def _new_array(shape: tuple[int, ...], dtype: type) -> Any:
+    """An empty Blosc2 array in memory: filled there and written at once, it is stored sooner."""
     import blosc2  # here: it loads a web client, and who only lists cases need not wait for it
 
     # sorting bytes by their place in a number only slows what has one byte
@@ -270,8 +273,7 @@ def _new_array(path: Path, shape: tuple[int, ...], dtype: type) -> Any:
     return blosc2.empty(
         shape,
         dtype,
-        urlpath=str(path),
-        mode="w",
+        contiguous=True,
         chunks=leading + chunk,
         blocks=leading + block,
         cparams=blosc2.CParams(codec=blosc2.Codec.LZ4HC, clevel=1, filters=filters, nthreads=1),
