@@ -159,14 +159,21 @@ def _intraventricular(anatomy: Anatomy, volume_ml: float, rng: np.random.Generat
     return np.where(allowed, field, _OUTSIDE).astype(np.float32)
 
 
-def _subdural(anatomy: Anatomy, volume_ml: float, rng: np.random.Generator) -> Array:
-    """A crescent along one convexity (a sixth of them along the falx), which it does not cross."""
+def _one_side(anatomy: Anatomy, rng: np.random.Generator) -> tuple[Array, Array, Array, float]:
+    """Depth below the skull, distance from the midline towards a random side, height, all in mm.
+
+    And the height of the top of the brain.
+    """
     depth = anatomy.depth_mm()
     side = 1.0 if rng.random() < 0.5 else -1.0
-    lateral = side * anatomy.middle_mm
     z, _, _ = anatomy.axes_mm()
     height = z + 0 * depth
-    top = float(height[anatomy.inside].max())
+    return depth, side * anatomy.middle_mm, height, float(height[anatomy.inside].max())
+
+
+def _subdural(anatomy: Anatomy, volume_ml: float, rng: np.random.Generator) -> Array:
+    """A crescent along one convexity (a sixth of them along the falx), which it does not cross."""
+    depth, lateral, height, top = _one_side(anatomy, rng)
     falcine = rng.random() < 0.16 and volume_ml < 25
     if falcine:
         surface = np.clip(lateral, 0, None).astype(np.float32)
@@ -204,12 +211,7 @@ def _subdural(anatomy: Anatomy, volume_ml: float, rng: np.random.Generator) -> A
 
 def _epidural(anatomy: Anatomy, volume_ml: float, rng: np.random.Generator) -> Array:
     """A lens: of a ball around a point of the inner table, the part that lies inside."""
-    depth = anatomy.depth_mm()
-    side = 1.0 if rng.random() < 0.5 else -1.0
-    lateral = side * anatomy.middle_mm
-    z, _, _ = anatomy.axes_mm()
-    height = z + 0 * depth
-    top = float(height[anatomy.inside].max())
+    depth, lateral, height, top = _one_side(anatomy, rng)
     site = (
         anatomy.inside & (depth < 2.6) & (lateral > 18) & (height > top - 95) & (height < top - 15)
     )
