@@ -23,6 +23,8 @@ ARG PIP_EXTRA_INDEX_URL=""
 COPY requirements.txt /tmp/requirements.txt
 RUN python -m pip install --no-cache-dir --break-system-packages --root-user-action=ignore \
         --disable-pip-version-check -r /tmp/requirements.txt \
+    && find / -xdev -path '*/openvino/libs/*' \
+        \( -name 'libopenvino_intel_[gn]pu_plugin*' -o -name cache.json \) -delete \
     && rm -rf /root/.cache /tmp/*
 
 COPY process.py /opt/algorithm/process.py

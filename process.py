@@ -17,7 +17,7 @@ from ichseg.cases import InputCase, Job, find_cases
 from ichseg.errors import IchsegError, OutputError, WeightsError
 from ichseg.result import CaseResult, write_results
 
-if TYPE_CHECKING:  # torch takes seconds to import: --help and refusals of input do without
+if TYPE_CHECKING:  # engines take long to import: --help and refusals of input do without
     from ichseg.predict import Ensemble
 
 HERE = Path(__file__).resolve().parent
@@ -49,9 +49,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--device",
-        choices=["auto", "cpu", "cuda"],
+        choices=["auto", "cpu", "cuda", "torch-cpu"],
         default="auto",
-        help="auto takes a GPU if one works",
+        help="auto takes a GPU if one works, else the CPU (OpenVINO); torch-cpu is the reference, "
+        "several times slower",
     )
     add(
         "--preset",
@@ -87,13 +88,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace, job: Job, weights: Path) -> int:
     """Segment every case; one bad scan does not stop the others."""
-    from ichseg import engine
     from ichseg.predict import Ensemble
 
-    engine.use_available_cpus()
     ensemble = Ensemble.load(weights, arguments.device)
     say(f"{ensemble.model.name} {ensemble.model.version}: {ensemble.model.description}")
-    say(f"{len(job.cases)} case(s), preset {arguments.preset}, {engine.describe(ensemble.device)}")
+    say(f"{len(job.cases)} case(s), preset {arguments.preset}, {ensemble.engine.name}")
     results = []
     for number, case in enumerate(job.cases, 1):
         say(f"[{number}/{len(job.cases)}] {case.name}")
@@ -124,11 +123,6 @@ def segment_case(
     from ichseg import volume
 
     image = volume.read(case.image)
-    minutes = ensemble.estimate_seconds(image, arguments.preset) / 60
-    say(
-        f"  {ensemble.forwards(image, arguments.preset)} forward passes, "
-        f"about {minutes:.1f} minutes"
-    )
     segmentation = ensemble.segment(image, arguments.preset, Progress())
     volume.write(segmentation.mask, case.output)
     if arguments.report and not job.platform:
@@ -143,7 +137,11 @@ def segment_case(
         "ran": segmentation.ran,
         "seconds": segmentation.seconds,
     }
-    say(f"  {segmentation.volume_ml:.2f} mL in {segmentation.seconds['total']:.1f} s")
+    ran, took = segmentation.ran, segmentation.seconds
+    say(
+        f"  {segmentation.volume_ml:.2f} mL in {took['total']:.1f} s, "
+        f"of it {took['compile']:.1f} s for compiling; {ran['tiles_skipped']} of {ran['tiles']} tiles skipped as air"
+    )
     return CaseResult(case.name, str(case.output.relative_to(arguments.output)), "", facts)
 
 
@@ -152,15 +150,22 @@ class Progress:
 
     def __init__(self) -> None:
         self.began = self.said = time.monotonic()
+        self.first = 0  # passes done when the clock began: the first ones also warm up
 
     def __call__(self, done: int, total: int) -> None:
-        """Say how far it is, at most once a second at a terminal and once a minute elsewhere."""
+        """Say how long it will take, then how far it is: each second at a terminal, else minute."""
         now = time.monotonic()
+        if self.first == 0:
+            self.began, self.first = now, done
+            return
+        left = (now - self.began) / (done - self.first) * (total - done)
         at_terminal = sys.stderr.isatty()
+        if self.said < self.began:
+            self.said = now
+            say(f"  {total} forward passes, about {left / 60:.1f} minutes")
         if now - self.said < (1 if at_terminal else 60) and not (at_terminal and done == total):
             return
         self.said = now
-        left = (now - self.began) / done * (total - done)
         text = f"  {done}/{total} forward passes, {left:.0f} s left"
         sys.stderr.write(
             f"\r{text:60}" + ("\n" if done == total else "") if at_terminal else text + "\n"

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ichseg import engine, volume
+from ichseg import volume
 from ichseg.predict import Ensemble
 from ichseg.volume import Volume
 from training.metrics import dice
@@ -42,7 +42,6 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--samples-only", action="store_true", help="leave the held-out set out")
     args = parser.parse_args()
-    engine.use_available_cpus()
     ensemble = Ensemble.load(args.weights, args.device)
     rows = score_samples(ensemble, args.preset)
     if not args.samples_only:

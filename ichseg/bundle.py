@@ -10,16 +10,20 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import safetensors
-import safetensors.torch
-import torch
+import safetensors.numpy
 
 from ichseg import schema
 from ichseg.errors import PlansError, WeightsError
 from ichseg.plans import Plans
 from ichseg.volume import replacing
+
+if TYPE_CHECKING:  # not imported: OpenVINO does without it
+    from torch import Tensor
 
 SCHEMA_VERSION = 1
 MODEL_FILE = "model.json"
@@ -54,6 +58,9 @@ class Model:
         plans: What the training data decided.
         members: The networks.
         provenance: Free-form: data, settings, dates, scores.
+        cascade: How a cascade's first stage reaches its second: as ``scores``, brought to the
+            second stage's grid and decided there, or as ``labels``, decided in the volume's own
+            grid and resampled like a label map (V2's prediction).
     """
 
     schema_version: int
@@ -67,6 +74,7 @@ class Model:
     plans: Plans
     members: tuple[Member, ...]
     provenance: Mapping[str, Any]
+    cascade: str = schema.optional("scores")
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -75,6 +83,10 @@ class Model:
             )
         if self.average not in ("probabilities", "logits"):
             raise ValueError(f"average {self.average!r}, expected probabilities or logits")
+        if self.plans.regions and self.average != "logits":
+            raise ValueError(f"average {self.average!r} of regions, expected logits")
+        if self.cascade not in ("scores", "labels"):
+            raise ValueError(f"cascade {self.cascade!r}, expected scores or labels")
         if not set(self.mirror_axes) <= {0, 1, 2}:
             raise ValueError(f"mirror axes {self.mirror_axes}, expected among 0, 1, 2")
         if not self.members:
@@ -110,15 +122,16 @@ def load_model(folder: Path) -> Model:
     return model
 
 
-def load_state(folder: Path, member: Member) -> dict[str, torch.Tensor]:
-    """One network's tensors as fp32 on the CPU.
+def load_state(folder: Path, member: Member) -> dict[str, npt.NDArray[np.float32]]:
+    """One network's tensors as fp32 numpy arrays.
 
     Raises:
         WeightsError: The file cannot be read.
     """
     path = folder / member.file
     try:
-        return {name: tensor.float() for name, tensor in safetensors.torch.load_file(path).items()}
+        stored = safetensors.numpy.load_file(path)
+        return {name: tensor.astype(np.float32) for name, tensor in stored.items()}
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path}: cannot read the weights ({error})") from error
 
@@ -127,15 +140,16 @@ def save_member(
     folder: Path,
     configuration: str,
     fold: str,
-    state: Mapping[str, torch.Tensor],
+    state: Mapping[str, Tensor],
     *,
-    dtype: torch.dtype = torch.float16,
+    dtype: npt.DTypeLike = np.float16,
 ) -> Member:
     """Write a network's tensors as ``<configuration>_fold_<fold>.safetensors``, whole or not."""
     path = folder / f"{configuration}_fold_{fold}.safetensors"
-    tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in state.items()}
+    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in state.items()}
+    stored = {name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()}
     with replacing(path, suffix=".safetensors") as temporary:
-        safetensors.torch.save_file(tensors, temporary)
+        safetensors.numpy.save_file(stored, temporary)
     return Member(configuration, fold, path.name, _sha256(path))
 
 

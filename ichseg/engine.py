@@ -1,50 +1,125 @@
-"""Who runs the network: torch on CUDA, or torch on CPU."""
+"""Who runs the networks: OpenVINO on the CPU, torch on CUDA, or torch on the CPU.
+
+All take one fold's tensors and give a callable on tiles; neither torch nor OpenVINO is imported
+before one of them is chosen.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from ichseg.errors import DeviceError
-from ichseg.sliding_window import Network
+from ichseg.plans import Architecture
+from ichseg.resample import Grid
+
+DEVICES = ("auto", "cpu", "cuda", "torch-cpu")
+MOST_THREADS = 32  # more share too little work
+FloatArray = npt.NDArray[np.float32]
 
 
-def choose_device(name: str) -> torch.device:
-    """The device for ``auto`` (CUDA if it works, else CPU), ``cpu`` or ``cuda``.
+@dataclass(frozen=True, slots=True)
+class NetworkSpec:
+    """What an engine has to know of a network, beside its tensors.
+
+    Attributes:
+        architecture: From the plan's configuration.
+        input_channels: Of the tiles.
+        scores: Of each voxel: K.
+        tile: Voxels ``(z, y, x)``; for a 2D network one slice thick.
+        average: ``probabilities`` (the engine applies the softmax) or ``logits``.
+    """
+
+    architecture: Architecture
+    input_channels: int
+    scores: int
+    tile: tuple[int, int, int]
+    average: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedNetwork:
+    """One fold's network, ready to run.
+
+    Attributes:
+        run: Tiles ``(B, C, *tile)`` to scores ``(B, K, *tile)``, float32, any B; where
+            ``Engine.place`` puts things. The scores hold until the next call.
+        batch: The B that it likes best.
+    """
+
+    run: Callable[[Grid], Grid]
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Who runs the networks.
+
+    Attributes:
+        name: For the log and for ``results.json``, such as ``OpenVINO 2026.4.1 on the CPU, 2
+            threads``.
+        place: Puts a prepared case ``(C, Z, Y, X)`` where the networks run.
+        load: A network from its tensors. At most one should be alive at a time. Raises
+            ``ValueError`` where the tensors do not fit.
+    """
+
+    name: str
+    place: Callable[[FloatArray], Grid]
+    load: Callable[[NetworkSpec, Mapping[str, FloatArray]], LoadedNetwork]
+
+
+def choose(device: str) -> Engine:
+    """The engine for a device.
+
+    Args:
+        device: ``auto`` (CUDA if there is a GPU and torch can use it, else ``cpu``), ``cpu``
+            (OpenVINO; torch if that is not installed), ``cuda``, or ``torch-cpu`` (the reference).
 
     Raises:
-        DeviceError: CUDA was asked for and is not usable.
+        DeviceError: Another word; or CUDA was asked for and is not usable.
     """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise DeviceError(
-            f"--device cuda: no usable GPU (torch {torch.__version__} is built for CUDA "
-            f"{torch.version.cuda or 'none'}); check nvidia-smi, or use --device cpu"
-        )
-    return torch.device("cuda")
+    if device not in DEVICES:
+        raise DeviceError(f"device {device!r}, expected one of {', '.join(DEVICES)}")
+    if device == "cuda" or (device == "auto" and gpu_is_there()):
+        from ichseg import torch_engine
+
+        if device == "cuda" or torch_engine.cuda_is_usable():
+            return torch_engine.engine_on(torch_engine.choose_device("cuda"))
+    if device != "torch-cpu":
+        from ichseg import openvino_engine
+
+        with contextlib.suppress(ImportError):
+            return openvino_engine.engine(cpu_threads())
+    from ichseg import torch_engine
+
+    return torch_engine.engine_on(torch_engine.choose_device("cpu"))
 
 
-def describe(device: torch.device) -> str:
-    """One phrase for the log."""
-    if device.type == "cuda":
-        return f"torch on {torch.cuda.get_device_name(device)}"
-    return f"torch on CPU, {torch.get_num_threads()} threads"
+def gpu_is_there() -> bool:
+    """Whether NVIDIA's driver sees a GPU; it is asked itself, as torch takes seconds to import."""
+    count = ctypes.c_int(0)
+    with contextlib.suppress(OSError, AttributeError):
+        driver = ctypes.CDLL("libcuda.so.1")
+        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
+            return count.value > 0
+    return False
 
 
-def use_available_cpus() -> int:
-    """Set torch's threads to the CPUs this process may really use, and return the number.
+def cpu_threads() -> int:
+    """CPUs that this process may really use, at most 32.
 
-    torch counts the machine's cores; a container may be allowed fewer by affinity or by its
-    cgroup's quota, and more threads than that only get in each other's way.
+    torch and OpenVINO count the machine's cores; a container may be allowed fewer by affinity or by
+    its cgroup's quota, and more threads than that only get in each other's way.
     """
-    threads = max(1, min(len(os.sched_getaffinity(0)), cgroup_cpus()))
-    torch.set_num_threads(threads)
-    return threads
+    return max(1, min(len(os.sched_getaffinity(0)), cgroup_cpus(), MOST_THREADS))
 
 
 def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> int:
@@ -58,33 +133,3 @@ def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> int:
         if quota_us > 0:
             return max(1, math.ceil(quota_us / period_us))
     return 1_000_000
-
-
-def torch_engine(network: torch.nn.Module, device: torch.device, *, average: str) -> Network:
-    """A network as a callable on tiles: ``(B, C, Z, Y, X)`` to float32 scores ``(B, K, Z, Y, X)``.
-
-    A 2D network gets its one-slice tile without the slice axis. On CUDA it runs in fp16 autocast,
-    and a tile whose logits are not finite is redone in fp32.
-
-    Args:
-        network: A ``UNet`` with its weights; moved to ``device`` and set to evaluation.
-        device: Where to run.
-        average: ``probabilities`` (softmax is applied here) or ``logits``.
-    """
-    two_dimensional = next(p for p in network.parameters() if p.ndim > 2).ndim == 4
-    layout = torch.channels_last if two_dimensional else torch.channels_last_3d
-    network = network.to(device).eval().to(memory_format=layout)  # type: ignore[call-overload]
-
-    def run(tile: torch.Tensor) -> torch.Tensor:
-        x = tile.squeeze(2) if two_dimensional else tile
-        with torch.inference_mode():
-            with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
-                logits = network(x.contiguous(memory_format=layout)).float()
-            if device.type == "cuda" and not torch.isfinite(logits).all():
-                logits = network(x).float()
-            if two_dimensional:
-                logits = logits.unsqueeze(2)
-            scores: torch.Tensor = logits.softmax(1) if average == "probabilities" else logits
-            return scores
-
-    return run

@@ -17,6 +17,7 @@ SCHEMA_VERSION = 1
 RECIPES = ("msd2018", "nnunetv2")
 PRESETS = ("plain", "resenc_m", "resenc_l", "resenc_xl")
 BLOCKS = ("plain", "residual")
+ORIENTATIONS = ("LPS", "RAS", "as_stored")
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +208,8 @@ class Plans:
         dataset: Name of the dataset.
         channels: Modality of each input channel, such as ``CT``.
         labels: Names by value; ``labels[0]`` is the background.
-        orientation: ``LPS`` (nearest axis permutation and flips before anything else) or
-            ``as_stored``.
+        orientation: ``LPS`` or ``RAS`` (nearest axis permutation and flips before anything else),
+            or ``as_stored``.
         transpose: Axis order that puts the coarsest axis first; applied after orientation.
         normalise_first: Normalise before resampling (``nnunetv2``) or after (``msd2018``).
         normalisations: One per channel.
@@ -217,6 +218,10 @@ class Plans:
         preset: Whose network and memory were planned for: ``plain``, or one of nnU-Net v2's
             presets with a residual encoder.
         overrides: What the user chose in place of the planner.
+        regions: Empty where each label has a score and the largest wins. Else the scores are of
+            regions, which may overlap: the label written where the first region's score is above
+            0 (as a probability: above a half), the same of the second, and so on; later ones
+            write over earlier ones, and elsewhere is background.
     """
 
     schema_version: int
@@ -232,6 +237,7 @@ class Plans:
     configurations: tuple[Configuration, ...]
     preset: str = schema.optional("plain")
     overrides: tuple[Override, ...] = schema.optional(())
+    regions: tuple[int, ...] = schema.optional(())
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -248,10 +254,14 @@ class Plans:
             )
         if sorted(self.transpose) != [0, 1, 2]:
             raise ValueError(f"transpose {self.transpose} is not an order of three axes")
-        if self.orientation not in ("LPS", "as_stored"):
-            raise ValueError(f"orientation {self.orientation!r}, expected LPS or as_stored")
+        if self.orientation not in ORIENTATIONS:
+            raise ValueError(f"orientation {self.orientation!r}, expected one of {ORIENTATIONS}")
         if len(self.labels) < 2:
             raise ValueError(f"labels {self.labels}, expected a background and at least one more")
+        if not set(self.regions) <= set(range(1, len(self.labels))):
+            raise ValueError(
+                f"regions write the labels {self.regions}, expected 1 to {len(self.labels) - 1}"
+            )
 
     def configuration(self, name: str) -> Configuration:
         """The configuration of that name.
@@ -264,6 +274,16 @@ class Plans:
                 return configuration
         known = ", ".join(c.name for c in self.configurations)
         raise PlansError(f"no configuration {name!r} in the plans, which have {known}")
+
+    def input_channels(self, configuration: Configuration) -> int:
+        """Of its network: the image's, and in a cascade's second stage one per foreground label."""
+        previous = 0 if configuration.previous_stage is None else len(self.labels) - 1
+        return len(self.channels) + previous
+
+    @property
+    def scores(self) -> int:
+        """Of a network, each voxel: one per region, or without regions one per label."""
+        return len(self.regions) or len(self.labels)
 
 
 def load(path: Path) -> Plans:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from ichseg import bundle, engine, preprocess, sliding_window
+from ichseg import air, bundle, engine, preprocess, sliding_window
 from ichseg.bundle import Member, Model
+from ichseg.engine import Engine, LoadedNetwork, NetworkSpec
 from ichseg.errors import InputError, WeightsError
-from ichseg.network import UNet, build_network
 from ichseg.plans import Configuration
+from ichseg.preprocess import Placement
+from ichseg.resample import Grid
+from ichseg.sliding_window import Tiles
 from ichseg.volume import Volume
 
-log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
+# What a voxel that no network saw scores as background, above every label: for certain.
+_CERTAIN = {"probabilities": 1.0, "logits": 10.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,8 @@ class Segmentation:
     Attributes:
         mask: Labels, uint8, in the geometry of the input volume.
         volume_ml: Total volume of all foreground labels.
-        ran: What was computed: preset, networks, mirrorings, tiles.
-        seconds: Wall time of preparation, prediction and restoration.
+        ran: What was computed: preset, networks, mirrorings, tiles, engine.
+        seconds: Wall time of preparation, compilation, prediction and restoration.
         warnings: Anything a reader of the result should know.
     """
 
@@ -56,22 +58,46 @@ class Segmentation:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one configuration has to do for one volume.
+
+    Attributes:
+        configuration: Whose networks.
+        placement: Of the volume in its grid.
+        tiles: In that grid.
+        mirrors: Axes to mirror, for each pass over the tiles.
+        members: The networks.
+    """
+
+    configuration: Configuration
+    placement: Placement
+    tiles: Tiles
+    mirrors: list[tuple[int, ...]]
+    members: tuple[Member, ...]
+
+    @property
+    def forward_passes(self) -> int:
+        """Tiles that are not skipped, times mirrorings, times networks."""
+        tiles = self.tiles.total - len(self.tiles.skipped)
+        return tiles * len(self.mirrors) * len(self.members)
+
+
+@dataclass(frozen=True, slots=True)
 class Ensemble:
     """Networks of one bundle, loaded once and used for many volumes.
 
     Attributes:
         model: The bundle's description.
         folder: Where its tensors are.
-        device: Where it runs.
-        networks: One network per configuration; each fold's weights are swapped into it.
+        engine: Who runs them.
     """
 
     model: Model
     folder: Path
-    device: torch.device
-    networks: dict[str, UNet]
-    _seconds_per_forward: dict[str, float] = field(default_factory=dict, repr=False)
+    engine: Engine
+    # By file, and never more than one: each takes memory several times its tensors' size.
+    _alive: dict[str, LoadedNetwork] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(cls, folder: Path, device: str = "auto") -> Ensemble:
@@ -79,23 +105,21 @@ class Ensemble:
 
         Args:
             folder: A folder with ``model.json``.
-            device: ``auto``, ``cpu`` or ``cuda``.
+            device: ``auto``, ``cpu``, ``cuda`` or ``torch-cpu``, see ``engine.choose``.
 
         Raises:
-            WeightsError: The bundle is missing, incomplete, altered or does not fit its plan.
+            WeightsError: The bundle is missing, incomplete or altered.
             DeviceError: CUDA was asked for and is not usable.
         """
-        chosen = engine.choose_device(device)
         model = bundle.load_model(folder)
-        networks = {
-            name: build_network(
-                model.plans.configuration(name).architecture,
-                len(model.plans.channels),
-                len(model.plans.labels),
-            )
-            for name in model.configurations
-        }
-        return cls(model, folder, chosen, networks)
+        for name in model.configurations:
+            previous = model.plans.configuration(name).previous_stage
+            if previous is not None:
+                raise WeightsError(
+                    f"{folder}: {name} needs the segmentation of {previous}, which cannot be run "
+                    "before it yet"
+                )
+        return cls(model, folder, engine.choose(device))
 
     def segment(
         self, volume: Volume, preset: str = "full", progress: Progress | None = None
@@ -112,7 +136,8 @@ class Ensemble:
             WeightsError: A network's file does not fit its plan.
         """
         began = time.perf_counter()
-        total, done = self.forwards(volume, preset), 0
+        works = self.work(volume, preset)
+        total, done = sum(work.forward_passes for work in works), 0
 
         def count(tiles: int) -> None:
             nonlocal done
@@ -120,130 +145,129 @@ class Ensemble:
             if progress is not None:
                 progress(done, total)
 
-        seconds = {"prepare": 0.0, "predict": 0.0}
+        seconds = {"prepare": time.perf_counter() - began, "compile": 0.0, "predict": 0.0}
         parts = []
-        for name in self.model.configurations:
-            configuration = self.model.plans.configuration(name)
+        for work in works:
             start = time.perf_counter()
-            case = preprocess.prepare([volume], self.model.plans, configuration)
+            case = preprocess.prepare([volume], self.model.plans, work.configuration)
+            data = self.engine.place(case.data)
             seconds["prepare"] += time.perf_counter() - start
-            start = time.perf_counter()
-            data = torch.from_numpy(case.data).to(self.device)
-            parts.append((self._predict(data, configuration, preset, count), case.placement))
-            seconds["predict"] += time.perf_counter() - start
+            scores = self._predict(data, work, count, seconds)
+            parts.append((scores, case.placement))
         start = time.perf_counter()
         labels = preprocess.restore(parts, self.model.plans)
         seconds["restore"] = time.perf_counter() - start
         seconds["total"] = time.perf_counter() - began
-        mask = volume.with_voxels(labels)
         return Segmentation(
-            mask=mask,
+            mask=volume.with_voxels(labels),
             volume_ml=float(np.count_nonzero(labels) * volume.voxel_ml),
-            ran=self._ran(preset, total),
+            ran=self._ran(preset, works),
             seconds={step: round(value, 3) for step, value in seconds.items()},
         )
 
-    def forwards(self, volume: Volume, preset: str) -> int:
-        """Forward passes that ``segment`` will make: tiles x mirrorings x networks."""
-        return sum(count for count in self._forwards_by_configuration(volume, preset).values())
+    def work(self, volume: Volume, preset: str) -> list[Work]:
+        """What ``segment`` will do, for each configuration.
 
-    def estimate_seconds(self, volume: Volume, preset: str) -> float:
-        """Expected duration of the prediction, from a timed forward pass of each network."""
-        counts = self._forwards_by_configuration(volume, preset)
-        return sum(count * self._time_forward(name) for name, count in counts.items())
-
-    def _forwards_by_configuration(self, volume: Volume, preset: str) -> dict[str, int]:
-        counts = {}
+        Raises:
+            InputError: The volume does not fit the model, or there is no such preset.
+        """
+        if preset not in PRESETS:
+            raise InputError(f"preset {preset!r}, expected one of {', '.join(PRESETS)}")
+        chosen, plans = PRESETS[preset], self.model.plans
+        works = []
         for name in self.model.configurations:
-            configuration = self.model.plans.configuration(name)
-            shape = preprocess.place([volume], self.model.plans, configuration).grid_shape
-            tiles = sliding_window.tile_count(shape, configuration.tile)
-            mirrors = len(sliding_window.mirrorings(self._mirror_axes(configuration, preset)))
-            counts[name] = tiles * mirrors * len(self._members(name, preset))
-        return counts
-
-    def _time_forward(self, name: str) -> float:
-        if name not in self._seconds_per_forward:
-            configuration = self.model.plans.configuration(name)
-            run = self._engine(self.model.members_of(name)[0])
-            count = sliding_window.tiles_at_once(configuration.tile)
-            shape = (count, len(self.model.plans.channels), *configuration.tile)
-            tiles = torch.zeros(shape, device=self.device)
-            for _ in range(2):  # the first call also allocates and tunes
-                start = time.perf_counter()
-                run(tiles).cpu()
-                elapsed = time.perf_counter() - start
-            self._seconds_per_forward[name] = elapsed / count
-        return self._seconds_per_forward[name]
+            configuration = plans.configuration(name)
+            placement = preprocess.place([volume], plans, configuration)
+            tiles = sliding_window.cover(placement.grid_shape, configuration.tile)
+            dimensions = configuration.architecture.dimensions
+            axes = [a for a in self.model.mirror_axes if a >= 3 - dimensions]
+            works.append(
+                Work(
+                    configuration,
+                    placement,
+                    air.skip_air(tiles, [volume], placement, plans),
+                    sliding_window.mirrorings(axes if chosen.mirror else ()),
+                    self.model.members_of(name)[: chosen.folds],
+                )
+            )
+        return works
 
     def _predict(
+        self, data: Grid, work: Work, count: Callable[[int], None], seconds: dict[str, float]
+    ) -> Grid:
+        """Mean scores ``(K, Z, Y, X)`` over the configuration's networks: folds outermost."""
+        plans, tiles = self.model.plans, work.tiles
+        padded = sliding_window.pad(data, tiles)
+        total = sliding_window.zeros_like(padded, (plans.scores, *tiles.padded))
+        for member in work.members if work.forward_passes else ():
+            self._add_member(member, work, padded, total, count, seconds)
+        certain = _CERTAIN[self.model.average]
+        if plans.regions:
+            background = [-certain] * len(plans.regions)
+        else:
+            background = [certain] + [0.0] * (plans.scores - 1)
+        passes = len(work.members) * len(work.mirrors)
+        return sliding_window.average(total, tiles, passes, background)
+
+    def _add_member(
         self,
-        data: torch.Tensor,
-        configuration: Configuration,
-        preset: str,
+        member: Member,
+        work: Work,
+        padded: Grid,
+        total: Grid,
         count: Callable[[int], None],
-    ) -> torch.Tensor:
-        """Mean scores ``(K, Z, Y, X)`` over the configuration's networks."""
-        members = self._members(configuration.name, preset)
-        total: torch.Tensor | None = None
-        for member in members:
-            run = self._engine(member)
+        seconds: dict[str, float],
+    ) -> None:
+        """Add one network's scores to ``total``; after that nothing here holds the network."""
+        start = time.perf_counter()
+        network = self._network(member, work.configuration)
+        loaded = time.perf_counter()
 
-            def counted(tile: torch.Tensor, run: sliding_window.Network = run) -> torch.Tensor:
-                scores = run(tile)
-                count(len(tile))
-                return scores
+        def counted(batch: Grid) -> Grid:
+            scores = network.run(batch)
+            count(len(batch))
+            return scores
 
-            scores = sliding_window.predict_tiled(
-                counted,
-                data,
-                configuration.tile,
-                mirror_axes=self._mirror_axes(configuration, preset),
-            )
-            total = scores if total is None else total.add_(scores)
-        assert total is not None
-        return total.div_(len(members))
-
-    def _engine(self, member: Member) -> sliding_window.Network:
-        network = self.networks[member.configuration]
-        state = bundle.load_state(self.folder, member)
-        try:
-            network.load_state_dict(state)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise WeightsError(
-                f"{self.folder / member.file}: does not fit its plan ({reason})"
-            ) from error
-        return engine.torch_engine(network, self.device, average=self.model.average)
-
-    def _members(self, name: str, preset: str) -> tuple[Member, ...]:
-        return self.model.members_of(name)[: _preset(preset).folds]
-
-    def _mirror_axes(self, configuration: Configuration, preset: str) -> tuple[int, ...]:
-        if not _preset(preset).mirror:
-            return ()
-        return tuple(
-            a for a in self.model.mirror_axes if a >= 3 - configuration.architecture.dimensions
+        sliding_window.add_tiles(
+            counted, padded, work.tiles, total, mirrors=work.mirrors, batch=network.batch
         )
+        seconds["compile"] += loaded - start
+        seconds["predict"] += time.perf_counter() - loaded
 
-    def _ran(self, preset: str, forwards: int) -> dict[str, object]:
-        networks = [
-            f"{member.configuration} fold {member.fold}"
-            for name in self.model.configurations
-            for member in self._members(name, preset)
-        ]
+    def _network(self, member: Member, configuration: Configuration) -> LoadedNetwork:
+        """The member's network; the one before is given up first."""
+        if member.file not in self._alive:
+            self._alive.clear()
+            plans = self.model.plans
+            spec = NetworkSpec(
+                architecture=configuration.architecture,
+                input_channels=plans.input_channels(configuration),
+                scores=plans.scores,
+                tile=configuration.tile,
+                average=self.model.average,
+            )
+            state = bundle.load_state(self.folder, member)
+            try:
+                self._alive[member.file] = self.engine.load(spec, state)
+            except ValueError as error:
+                raise WeightsError(
+                    f"{self.folder / member.file}: does not fit its plan ({error})"
+                ) from error
+        return self._alive[member.file]
+
+    def _ran(self, preset: str, works: list[Work]) -> dict[str, object]:
         return {
             "model": self.model.name,
             "version": self.model.version,
             "preset": preset,
-            "networks": networks,
-            "mirrored": _preset(preset).mirror,
-            "forward_passes": forwards,
-            "engine": engine.describe(self.device),
+            "networks": [
+                f"{member.configuration} fold {member.fold}"
+                for work in works
+                for member in work.members
+            ],
+            "mirrored": PRESETS[preset].mirror,
+            "tiles": sum(work.tiles.total for work in works),
+            "tiles_skipped": sum(len(work.tiles.skipped) for work in works),
+            "forward_passes": sum(work.forward_passes for work in works),
+            "engine": self.engine.name,
         }
-
-
-def _preset(name: str) -> Preset:
-    if name not in PRESETS:
-        raise InputError(f"preset {name!r}, expected one of {', '.join(PRESETS)}")
-    return PRESETS[name]

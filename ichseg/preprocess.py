@@ -2,7 +2,7 @@
 
 Forth: bring the axes into the plan's order, crop to nonzero, resample, normalise. Back,
 ``restore``: resample the scores slab by slab, take the best label at once, paste into the crop,
-undo the axes.
+undo the axes. Between the stages of a cascade, ``regrid``: from one network's grid to another's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +19,11 @@ from ichseg import resample
 from ichseg.errors import InputError
 from ichseg.orient import Array, AxisOrder, nonzero_box, orient_axes
 from ichseg.plans import Configuration, Normalisation, Plans
+from ichseg.resample import Grid
 from ichseg.volume import Volume
 
-if TYPE_CHECKING:  # not imported: see resample
-    from torch import Tensor
-
 FloatArray = npt.NDArray[np.float32]
+_SLAB_VOXELS = 2_000_000  # of each label, restored at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +69,12 @@ class PreparedCase:
 
 def plan_axes(volume: Volume, plans: Plans) -> AxisOrder:
     """The change of axes that the plan asks for: its orientation, then its transpose."""
-    if plans.orientation == "LPS":
+    axes = AxisOrder((0, 1, 2), (False, False, False))
+    if plans.orientation != "as_stored":
         axes = orient_axes(volume)
-    else:
-        axes = AxisOrder((0, 1, 2), (False, False, False))
+    if plans.orientation == "RAS":
+        z, y, x = axes.flips
+        axes = AxisOrder(axes.permutation, (z, not y, not x))
     a, b, c = plans.transpose
     p, f = axes.permutation, axes.flips
     return AxisOrder((p[a], p[b], p[c]), (f[a], f[b], f[c]))
@@ -213,7 +213,7 @@ def normalise(
 
 
 def restore(
-    parts: Sequence[tuple[Tensor, Placement]], plans: Plans, *, slab_voxels: int = 2_000_000
+    parts: Sequence[tuple[Grid, Placement]], plans: Plans, *, slab_voxels: int = _SLAB_VOXELS
 ) -> npt.NDArray[np.uint8]:
     """Labels in the volume's own grid and axis order from scores in the networks' grids.
 
@@ -230,36 +230,91 @@ def restore(
         uint8, shape of the volume that ``prepare`` was given.
     """
     placement = parts[0][1]
-    crop = placement.crop_shape
-    step = max(1, slab_voxels // (crop[1] * crop[2]))
     labels = np.zeros(placement.full_shape, np.uint8)
-    inner = labels[placement.slices]
-    for start in range(0, crop[0], step):
-        rows = slice(start, min(start + step, crop[0]))
-        leads: Tensor | None = None
+    _decide(parts, labels[placement.slices], placement.spacing_mm, plans, slab_voxels)
+    return np.ascontiguousarray(placement.axes.undo(labels))
+
+
+def regrid(
+    scores: Grid, placement: Placement, wanted: Placement, plans: Plans
+) -> npt.NDArray[np.int8]:
+    """Labels in another configuration's grid, from scores: what a cascade's second stage is given.
+
+    Args:
+        scores: ``(K, Z, Y, X)`` in the first stage's grid.
+        placement: Of the case in that grid.
+        wanted: Of the same case in the second stage's grid.
+        plans: For the interpolation order.
+
+    Returns:
+        int8, of the shape ``wanted.grid_shape``.
+    """
+    labels = np.empty(wanted.grid_shape, np.uint8)
+    _decide([(scores, placement)], labels, wanted.grid_spacing_mm, plans, _SLAB_VOXELS)
+    return labels.astype(np.int8)
+
+
+def one_hot(previous: npt.NDArray[np.int8], classes: int) -> FloatArray:
+    """The first stage's labels as the input channels of the second: ``(classes, Z, Y, X)``.
+
+    Args:
+        previous: ``(Z, Y, X)`` in the second stage's grid.
+        classes: Foreground labels are 1 to ``classes``.
+    """
+    return np.stack([previous == label for label in range(1, classes + 1)]).astype(np.float32)
+
+
+def _decide(
+    parts: Sequence[tuple[Grid, Placement]],
+    labels: npt.NDArray[np.uint8],
+    spacing_mm: tuple[float, float, float],
+    plans: Plans,
+    slab_voxels: int,
+) -> None:
+    """Fill the crop's labels, in the grid of this spacing, slab by slab."""
+    step = max(1, slab_voxels // (labels.shape[1] * labels.shape[2]))
+    for start in range(0, labels.shape[0], step):
+        rows = slice(start, min(start + step, labels.shape[0]))
+        leads: Grid | None = None
         for scores, own in parts:
             apart = None
             if "score" in plans.resampling.separate_z:
                 apart = resample.coarse_axis(
-                    own.grid_spacing_mm, own.spacing_mm, plans.resampling.anisotropy
+                    own.grid_spacing_mm, spacing_mm, plans.resampling.anisotropy
                 )
             slab = resample.resize_leads(
-                scores, crop, rows, order=plans.resampling.score_order, apart=apart
+                scores,
+                labels.shape,
+                rows,
+                order=plans.resampling.score_order,
+                apart=apart,
+                regions=bool(plans.regions),
             )
-            leads = slab if leads is None else leads.add_(slab)
+            leads = slab if leads is None else leads + slab
         assert leads is not None
-        inner[rows] = _largest(leads).cpu().numpy()
-    return np.ascontiguousarray(placement.axes.undo(labels))
+        if not isinstance(leads, np.ndarray):
+            leads = leads.cpu().numpy()
+        if plans.regions:
+            labels[rows] = _written(leads, plans.regions)
+        else:
+            labels[rows] = _largest(leads)
 
 
-def _largest(leads: Tensor) -> Tensor:
+def _largest(leads: FloatArray) -> npt.NDArray[np.uint8]:
     """The label with the largest lead over label 0, and 0 if none has one; the lower on a tie."""
-    best = leads[0]
-    labels = (best > 0).byte()
-    best = best.clamp(min=0) if len(leads) > 1 else best
+    labels: npt.NDArray[np.uint8] = (leads[0] > 0).view(np.uint8)
+    best = np.maximum(leads[0], 0) if len(leads) > 1 else leads[0]
     for label, lead in enumerate(leads[1:], start=2):  # far faster than argmax
-        labels.masked_fill_(lead > best, label)
-        best = best.maximum(lead)
+        np.copyto(labels, label, where=lead > best, casting="unsafe")
+        np.maximum(best, lead, out=best)
+    return labels
+
+
+def _written(leads: FloatArray, regions: Sequence[int]) -> npt.NDArray[np.uint8]:
+    """The label of the last region whose lead over the background is positive, and 0 if none is."""
+    labels = np.zeros(leads.shape[1:], np.uint8)
+    for region, label in zip(leads, regions, strict=True):
+        np.copyto(labels, label, where=region > 0, casting="unsafe")
     return labels
 
 

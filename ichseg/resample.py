@@ -15,14 +15,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Grid = Any  # a numpy array, or a torch tensor on any device
 
@@ -58,11 +55,9 @@ def axis_matrix(size_in: int, size_out: int, order: int) -> npt.NDArray[np.float
     if order == 0:
         matrix[rows, nearest_indices(size_in, size_out)] = 1
         return matrix
-    position = (rows + 0.5) * (size_in / size_out) - 0.5
-    low = np.floor(position).astype(int)
-    fraction = position - low
-    np.add.at(matrix, (rows, np.clip(low, 0, size_in - 1)), 1 - fraction)
-    np.add.at(matrix, (rows, np.clip(low + 1, 0, size_in - 1)), fraction)
+    low, high, share = _neighbours(size_in, size_out)
+    np.add.at(matrix, (rows, low), 1 - share)
+    np.add.at(matrix, (rows, high), share)
     return matrix
 
 
@@ -157,37 +152,100 @@ def resize_labels(
 
 
 def resize_leads(
-    scores: Tensor, shape: Sequence[int], rows: slice, *, order: int, apart: int | None
-) -> Tensor:
+    scores: Grid,
+    shape: Sequence[int],
+    rows: slice,
+    *,
+    order: int,
+    apart: int | None,
+    regions: bool = False,
+) -> Grid:
     """By how much each label's score exceeds that of label 0, resized: a slab of the first axis.
 
     Interpolation is linear, so the differences may be interpolated in place of the scores: there is
     one fewer, and they decide as well which score is the largest.
 
     Args:
-        scores: ``(K, Z, Y, X)`` on any device.
+        scores: ``(K, Z, Y, X)``, a numpy array or a tensor on any device.
         shape: Full output size ``(z, y, x)``.
         rows: Which output positions of the first axis to compute.
         order: Spline order; the axis ``apart`` has order 0. Nothing is clipped.
         apart: The separate-z axis, or None.
+        regions: Whether the scores are of regions, each of which leads by its score itself.
 
     Returns:
-        ``(K - 1, len(rows), y, x)``, float32.
+        ``(K - 1, len(rows), y, x)``, or of regions ``(K, len(rows), y, x)``; float32.
     """
     rows = slice(rows.start, min(rows.stop, shape[0]))
-    source = _source(scores.shape[1], shape[0], 0 if apart == 0 else order, rows)
-    band = scores[:, source].float()
-    leads = band[1:] - band[:1]
+    order_z = 0 if apart == 0 else order
+    if isinstance(scores, np.ndarray) and order == 1 and apart in (None, 0):
+        return _linear_leads(scores, shape, rows, order_z=order_z, regions=regions)
+    source = _source(scores.shape[1], shape[0], order_z, rows)
+    band = _as_float(scores[:, source])
+    leads = band if regions else band[1:] - band[:1]
     size = scores.shape[1:]
     if order != 1 or apart in (1, 2):
-        result: Tensor = _resize_band(leads, source, size, shape, rows, order=order, apart=apart)
-        return result
+        return _resize_band(leads, source, size, shape, rows, order=order, apart=apart)
     if size[0] != shape[0]:
-        kind = 0 if apart == 0 else order
-        leads = _resize_axis(leads, 1, size[0], shape[0], kind, rows, source.start)
+        leads = _resize_axis(leads, 1, size[0], shape[0], order_z, rows, source.start)
     from torch.nn.functional import interpolate  # loaded already, or there were no tensor
 
     return interpolate(leads, tuple(shape[1:]), mode="bilinear")  # faster than two matrices
+
+
+def _linear_leads(
+    scores: npt.NDArray[np.float32],
+    shape: Sequence[int],
+    rows: slice,
+    *,
+    order_z: int,
+    regions: bool,
+) -> npt.NDArray[np.float32]:
+    """``resize_leads`` of order 1 in numpy: image by image, which stays in the cache."""
+    depth, height, width = scores.shape[1:]
+    low_z, high_z, share_z = _neighbours(depth, shape[0])
+    if order_z == 0 or depth == shape[0]:
+        low_z = high_z = nearest_indices(depth, shape[0])
+    low_y, high_y, share_y = _neighbours(height, shape[1])
+    low_x, high_x, share_x = _neighbours(width, shape[2])
+    share_y, share_x = share_y.astype(np.float32)[:, None], share_x.astype(np.float32)
+    result = np.empty((len(scores) - (not regions), rows.stop - rows.start, *shape[1:]), np.float32)
+    for label, leads in enumerate(result, start=not regions):
+        for z, out in zip(range(rows.start, rows.stop), leads, strict=True):
+            image = _lead(scores, label, low_z[z], regions)
+            if high_z[z] != low_z[z]:
+                _blend(image, _lead(scores, label, high_z[z], regions), np.float32(share_z[z]))
+            if width != shape[2]:
+                image, right = image.take(low_x, 1), image.take(high_x, 1)
+                _blend(image, right, share_x)
+            if height == shape[1]:
+                out[...] = image
+            else:
+                image.take(low_y, 0, out=out, mode="clip")  # another mode makes a copy first
+                _blend(out, image.take(high_y, 0), share_y)
+    return result
+
+
+def _lead(
+    scores: npt.NDArray[np.float32], label: int, z: int, regions: bool
+) -> npt.NDArray[np.float32]:
+    """One slice of what ``resize_leads`` resizes, to be overwritten."""
+    lead: npt.NDArray[np.float32] = scores[label, z]
+    return lead.copy() if regions else lead - scores[0, z]
+
+
+def _blend(low: npt.NDArray[np.float32], high: npt.NDArray[np.float32], share: Any) -> None:
+    """Move ``low`` towards ``high`` by this share of the way; both are overwritten."""
+    high -= low
+    high *= share
+    low += high
+
+
+def _neighbours(size_in: int, size_out: int) -> tuple[Any, Any, Any]:
+    """For each output voxel the input voxels below and above, and the share of the latter."""
+    position = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
+    low = np.floor(position).astype(int)
+    return low.clip(0, size_in - 1), (low + 1).clip(0, size_in - 1), position - low
 
 
 class _Block(NamedTuple):

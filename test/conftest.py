@@ -89,3 +89,20 @@ def scan() -> Volume:
         Volume(voxels, (5.0, 0.8, 0.9), (-12.5, 3.25, 40.0)),
         direction=(1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, -1.0),
     )
+
+
+@pytest.fixture(scope="session")
+def shared_workspace(tmp_path_factory):
+    """Of which ``fresh`` shows the cases."""
+    from workspaces import make_workspace
+
+    return make_workspace(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture
+def fresh(shared_workspace, tmp_path):
+    """A workspace of its own runs over shared cases."""
+    for entry in shared_workspace.iterdir():
+        if entry.name != "runs":
+            (tmp_path / entry.name).symlink_to(entry)
+    return tmp_path

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURE, make_bundle
 
-from ichseg import bundle
+from ichseg import bundle, torch_engine
 from ichseg.errors import WeightsError
 from ichseg.network import build_network
 
@@ -15,7 +15,7 @@ def test_a_bundle_survives_the_disk_rounded_to_fp16(tmp_path):
     assert bundle.load_model(tmp_path) == model
     torch.manual_seed(0)
     original = build_network(ARCHITECTURE, 1, 2).state_dict()
-    loaded = bundle.load_state(tmp_path, model.members[0])
+    loaded = torch_engine.tensors(bundle.load_state(tmp_path, model.members[0]))
     assert loaded.keys() == original.keys()
     for name, tensor in loaded.items():
         assert tensor.dtype == torch.float32
@@ -58,6 +58,8 @@ def test_missing_files_and_lfs_pointers_are_named(tmp_path):
         (lambda raw: raw.update(schema_version=7), "model schema 7"),
         (lambda raw: raw.update(members=[]), "no members"),
         (lambda raw: raw.update(average="votes"), "average 'votes'"),
+        (lambda raw: raw["plans"].update(regions=[1]), "average 'probabilities' of regions"),
+        (lambda raw: raw.update(cascade="masks"), "cascade 'masks', expected scores or labels"),
         (lambda raw: raw.update(mirror_axes=[3]), r"mirror axes \(3,\)"),
         (lambda raw: raw["members"][0].update(file="../x.safetensors"), "a plain"),
         (lambda raw: raw["members"][0].update(configuration="2d"), "no configuration '2d'"),

@@ -7,7 +7,7 @@ import torch
 from conftest import CONFIGURATION
 from workspaces import QUICK, make_workspace
 
-from ichseg import bundle
+from ichseg import bundle, torch_engine
 from ichseg.errors import TrainingError
 from training import export as exporter
 from training.__main__ import main as command
@@ -42,7 +42,8 @@ def test_what_is_loaded_is_what_was_trained_rounded(workspace, tmp_path):
         ("3d_fullres", "1"),
     ]
     for member in model.members:
-        loaded, trained = bundle.load_state(tmp_path, member), weights(workspace, member.fold)
+        loaded = torch_engine.tensors(bundle.load_state(tmp_path, member))
+        trained = weights(workspace, member.fold)
         assert loaded.keys() == trained.keys()
         for name, tensor in trained.items():
             torch.testing.assert_close(loaded[name], tensor.half().float(), rtol=0, atol=0)
@@ -75,7 +76,7 @@ def test_the_best_checkpoint_on_request(workspace, tmp_path):
     raw["network"] = {name: tensor + 1 for name, tensor in raw["network"].items()}
     torch.save(raw, path / BEST)
     model = export(workspace, "3d_fullres", ("0",), tmp_path, checkpoint="best", check_cases=0)
-    loaded = bundle.load_state(tmp_path, model.members[0])
+    loaded = torch_engine.tensors(bundle.load_state(tmp_path, model.members[0]))
     for name, tensor in weights(workspace, "0").items():
         torch.testing.assert_close(loaded[name], (tensor + 1).half().float(), rtol=0, atol=0)
     assert model.provenance["checkpoint"] == "best"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from training.losses import deep_supervision_weights, dice_cross_entropy, soft_dice
+from training.losses import deep_supervision_weights, dice_cross_entropy, one_hot, soft_dice
 
 
 def logits_of(foreground):
@@ -23,22 +23,30 @@ def test_batch_dice_sums_before_the_ratio():
     # sample 1: hits 0.9, both masks 0.9 + 0.1 + 1 -> 0.9; sample 2: hits 0.4, 0.4 + 0.4 + 2 -> 2/7
     probabilities = logits_of([[0.9, 0.1], [0.4, 0.4]]).softmax(1)
     target = torch.tensor([[1, 0], [1, 1]])
-    per_sample = soft_dice(probabilities, target, batch_dice=False).item()
+    per_sample = soft_dice(
+        probabilities, one_hot(target, probabilities.shape[1]), batch_dice=False
+    ).item()
     assert per_sample == pytest.approx((2 * 0.9 / 2 + 2 * 0.8 / 2.8) / 2, abs=1e-4)
-    whole = soft_dice(probabilities, target, batch_dice=True).item()
+    whole = soft_dice(
+        probabilities, one_hot(target, probabilities.shape[1]), batch_dice=True
+    ).item()
     assert whole == pytest.approx(2 * (0.9 + 0.8) / (2 + 2.8), abs=1e-4)
 
 
 def test_intersection_is_not_squared():
     """The first public nnU-Net computed sum((p g)^2); then this would be 2 * 0.25 / 1.5."""
-    value = soft_dice(logits_of([[0.5]]).softmax(1), torch.tensor([[1]]), batch_dice=False)
+    value = soft_dice(
+        logits_of([[0.5]]).softmax(1), one_hot(torch.tensor([[1]]), 2), batch_dice=False
+    )
     assert value.item() == pytest.approx(2 * 0.5 / 1.5, abs=1e-4)
 
 
 def test_background_does_not_count_in_dice():
     """All background right, all foreground missed: 0, not the mean with the background's."""
     value = soft_dice(
-        logits_of([[1e-9, 1e-9, 1e-9]]).softmax(1), torch.tensor([[0, 0, 1]]), batch_dice=True
+        logits_of([[1e-9, 1e-9, 1e-9]]).softmax(1),
+        one_hot(torch.tensor([[0, 0, 1]]), 2),
+        batch_dice=True,
     )
     assert value.item() == pytest.approx(0, abs=1e-4)
 
@@ -46,14 +54,16 @@ def test_background_does_not_count_in_dice():
 def test_classes_are_averaged():
     probabilities = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])  # one voxel of each class
     target = torch.tensor([[1, 1]])  # class 1 half found: 2/3; class 2 only invented: 0
-    assert soft_dice(probabilities, target, batch_dice=True).item() == pytest.approx(
-        1 / 3, abs=1e-4
-    )
+    assert soft_dice(
+        probabilities, one_hot(target, probabilities.shape[1]), batch_dice=True
+    ).item() == pytest.approx(1 / 3, abs=1e-4)
 
 
 def test_empty_prediction_of_an_empty_target_is_perfect():
     probabilities = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
-    assert soft_dice(probabilities, torch.zeros(1, 2), batch_dice=False).item() == pytest.approx(1)
+    assert soft_dice(
+        probabilities, one_hot(torch.zeros(1, 2), 2), batch_dice=False
+    ).item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("batch_dice", [True, False])

@@ -1,44 +1,98 @@
 import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ARCHITECTURE
+from conftest import ARCHITECTURE, PLANS
 from torch import nn
 from torch.nn import functional as F
 
-from ichseg.network import build_network
+from ichseg.network import InstanceNorm2d, InstanceNorm3d, build_network
 from ichseg.plans import Architecture
 
-# nnU-Net v2's plan for INSTANCE (16x320x320): strides, kernels and features
-STRIDES = ((1, 1, 1), *[(1, 2, 2)] * 3, *[(2, 2, 2)] * 2, (1, 2, 2))
-KERNELS = (*[(1, 3, 3)] * 3, *[(3, 3, 3)] * 4)
-INSTANCE_3D = Architecture(
-    features=(32, 64, 128, 256, 320, 320, 320),
-    kernels=KERNELS,
-    strides=STRIDES,
-    encoder_convs=(2,) * 7,
-    decoder_convs=(2,) * 6,
-    upsampling_bias=True,
-    head_bias=True,
-    deep_supervision=True,
-)
-INSTANCE_2D = Architecture(
-    features=(32, 64, 128, 256, 512, 512, 512, 512),
-    kernels=((3, 3),) * 8,
-    strides=((1, 1), *[(2, 2)] * 7),
-    encoder_convs=(2,) * 8,
-    decoder_convs=(2,) * 7,
-    upsampling_bias=True,
-    head_bias=True,
-    deep_supervision=True,
-)
+HERE = Path(__file__).parent
+# made by benchmarks/nnunetv2_networks.py, of nnunetv2's own planners and networks
+THEIRS = json.loads((HERE / "nnunetv2_networks.json").read_text())
+PLANNED = json.loads((HERE / "nnunetv2_plans.json").read_text())["tasks"]
 
 
-@pytest.mark.parametrize(("architecture", "millions"), [(INSTANCE_3D, 43.5), (INSTANCE_2D, 46.3)])
-def test_parameter_count_is_nnunets(architecture, millions):
+def architecture_of(theirs):
+    """Of a network that nnunetv2 describes; its decoder is listed coarsest first."""
+    return Architecture(
+        features=tuple(theirs["features"]),
+        kernels=tuple(tuple(kernel) for kernel in theirs["kernels"]),
+        strides=tuple(tuple(stride) for stride in theirs["strides"]),
+        encoder_convs=tuple(theirs["encoder"]),
+        decoder_convs=tuple(theirs["decoder"][::-1]),
+        upsampling_bias=True,
+        head_bias=True,
+        deep_supervision=True,
+        block="residual" if theirs["network"] == "ResidualEncoderUNet" else "plain",
+    )
+
+
+@pytest.mark.parametrize(
+    "row", THEIRS["parameters"], ids=lambda row: f"{row['task']}-{row['planner']}"
+)
+def test_parameter_counts_are_nnunetv2s(row):
+    task = PLANNED[row["task"]]
+    theirs = task["planners"][row["planner"]]["configurations"][row["configuration"]]
+    configuration = SimpleNamespace(previous_stage=theirs["previous_stage"])
+    plans = dataclasses.replace(
+        PLANS,
+        channels=("CT",) * len(task["channels"]),
+        normalisations=PLANS.normalisations * len(task["channels"]),
+        labels=tuple(map(str, range(task["labels"]))),
+    )
     with torch.device("meta"):
-        network = build_network(architecture, 1, 2)
-    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+        network = build_network(
+            architecture_of(theirs), plans.input_channels(configuration), len(plans.labels)
+        )
+    assert sum(p.numel() for p in network.parameters()) == row["parameters"]
+
+
+def test_parameter_counts_of_the_paper():
+    found = {
+        row["configuration"]: row["parameters"] / 1e6
+        for row in THEIRS["parameters"]
+        if (row["task"], row["planner"]) == ("instance_28", "ExperimentPlanner")
+    }
+    assert found == {
+        "2d": pytest.approx(46.3, abs=0.05),
+        "3d_fullres": pytest.approx(43.5, abs=0.05),
+    }
+
+
+@pytest.mark.parametrize("theirs", THEIRS["networks"], ids=lambda theirs: theirs["name"])
+def test_logits_are_nnunetv2s(theirs):
+    """In float64, the weights sin(0), sin(1), ... in the order of our modules."""
+    network = build_network(architecture_of(theirs), theirs["input"][1], theirs["classes"]).double()
+    first = 0
+    with torch.no_grad():
+        for parameter in network.parameters():
+            index = torch.arange(first, first + parameter.numel(), dtype=torch.float64)
+            parameter.copy_(index.sin().reshape(parameter.shape))
+            first += parameter.numel()
+    count = torch.Size(theirs["input"]).numel()
+    x = torch.arange(count, dtype=torch.float64).cos().reshape(theirs["input"])
+    heads = network.train()(x)
+    assert len(heads) == len(theirs["logits"])
+    for ours, expected in zip(heads, theirs["logits"], strict=True):
+        found = ours.flatten()[:: theirs["stride"]][: len(expected)].tolist()
+        assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_residual_blocks_begin_as_their_shortcut():
+    """The second normalisation is 0 at first, so a block without a stride changes nothing."""
+    network = build_network(architecture_of(THEIRS["networks"][1]), 1, 2)
+    x = torch.randn(1, 8, 4, 8, 8)
+    block = network.encoder[1][1]
+    torch.testing.assert_close(block(x), F.leaky_relu(x, 0.01))
+    with torch.no_grad():
+        block.second[1].weight.fill_(1)
+    assert not torch.allclose(block(x), F.leaky_relu(x, 0.01), atol=0.1)
 
 
 def test_forward_equals_the_same_network_written_out():
@@ -95,3 +149,21 @@ def test_each_parameter_is_registered_once():
     names = list(build_network(ARCHITECTURE, 1, 2).state_dict())
     pointers = [t.data_ptr() for t in build_network(ARCHITECTURE, 1, 2).state_dict().values()]
     assert len(set(pointers)) == len(names)
+
+
+@pytest.mark.parametrize("size", [(5, 6), (3, 5, 6)])
+def test_normalisation_is_torchs_own_and_keeps_the_layout(size):
+    ours = (InstanceNorm2d if len(size) == 2 else InstanceNorm3d)(4, affine=True)
+    theirs = (nn.InstanceNorm2d if len(size) == 2 else nn.InstanceNorm3d)(4, affine=True)
+    torch.manual_seed(1)
+    nn.init.normal_(ours.weight)
+    nn.init.normal_(ours.bias)
+    theirs.load_state_dict(ours.state_dict())
+    layout = torch.channels_last if len(size) == 2 else torch.channels_last_3d
+    x = 3 + 2 * torch.randn(3, 4, *size, dtype=torch.float64).contiguous(memory_format=layout)
+    found, expected = ours.double()(x), theirs.double()(x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert found.is_contiguous(memory_format=layout)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-10, atol=1e-10)

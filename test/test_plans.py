@@ -7,7 +7,6 @@ from conftest import ARCHITECTURE, CONFIGURATION, PLANS
 
 from ichseg import plans, schema
 from ichseg.errors import PlansError
-from ichseg.network import build_network
 from ichseg.plans import Override
 
 
@@ -24,6 +23,7 @@ def test_what_came_later_survives_json(tmp_path):
         recipe="nnunetv2",
         preset="resenc_l",
         overrides=(Override("patch", "16,320,320", "16,96,96"),),
+        regions=(1,),
         configurations=(dataclasses.replace(CONFIGURATION, architecture=residual),),
     )
     path = tmp_path / "plans.json"
@@ -33,7 +33,7 @@ def test_what_came_later_survives_json(tmp_path):
 
 def test_what_came_later_may_be_absent():
     raw = schema.to_json(PLANS)
-    assert not {"preset", "overrides"} & raw.keys()
+    assert not {"preset", "overrides", "regions"} & raw.keys()
     assert "block" not in raw["configurations"][0]["architecture"]
     assert schema.from_json(plans.Plans, raw, where="here") == PLANS
 
@@ -59,7 +59,9 @@ def test_plans_of_the_default_weights_are_written_as_they_were():
             lambda raw: raw["configurations"][0]["architecture"].update(block="dense"),
             "block 'dense', expected one of",
         ),
-        (lambda raw: raw.update(orientation="RAS"), "orientation 'RAS'"),
+        (lambda raw: raw.update(orientation="SPL"), "orientation 'SPL', expected one of"),
+        (lambda raw: raw.update(regions=[2]), r"regions write the labels \(2,\), expected 1 to 1"),
+        (lambda raw: raw.update(regions=[0]), r"regions write the labels \(0,\), expected 1 to 1"),
         (lambda raw: raw.update(labels=["background"]), "expected a background and at least one"),
         (lambda raw: raw.update(channels=["CT", "CT"]), "2 channels, 1 normalisations"),
         (lambda raw: raw.update(normalise_first=1), "found 1, expected bool"),
@@ -110,12 +112,6 @@ def test_architecture_lists_must_agree():
         dataclasses.replace(ARCHITECTURE, encoder_convs=(1,))
     with pytest.raises(ValueError, match="expected ones"):
         dataclasses.replace(ARCHITECTURE, strides=((1, 2, 2), (1, 2, 2)))
-
-
-def test_a_residual_encoder_is_not_built_as_a_plain_one():
-    residual = dataclasses.replace(ARCHITECTURE, block="residual")
-    with pytest.raises(PlansError, match="ask for a residual encoder, this code builds plain ones"):
-        build_network(residual, 1, 2)
 
 
 def test_a_2d_patch_is_a_tile_of_one_slice():

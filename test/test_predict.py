@@ -1,14 +1,17 @@
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from conftest import CONFIGURATION, PLANS, make_bundle
+from scipy import ndimage
 
-from ichseg import bundle, engine, preprocess, sliding_window
+from ichseg import air, bundle, preprocess, sliding_window, torch_engine
 from ichseg.errors import DeviceError, InputError, WeightsError
 from ichseg.network import build_network
 from ichseg.predict import Ensemble
+from ichseg.volume import Volume
 
 
 def test_full_is_the_mean_softmax_over_folds_and_mirrors(tmp_path, scan):
@@ -18,7 +21,7 @@ def test_full_is_the_mean_softmax_over_folds_and_mirrors(tmp_path, scan):
     total = 0
     for member in model.members:
         network = build_network(CONFIGURATION.architecture, 1, 2).eval()
-        network.load_state_dict(bundle.load_state(tmp_path, member))
+        network.load_state_dict(torch_engine.tensors(bundle.load_state(tmp_path, member)))
         with torch.inference_mode():
             total = total + sliding_window.predict_tiled(
                 lambda x, n=network: n(x).softmax(1),
@@ -87,7 +90,16 @@ def test_a_gpu_that_is_not_there_is_said(tmp_path):
     make_bundle(tmp_path)
     with pytest.raises(DeviceError, match="no usable GPU"):
         Ensemble.load(tmp_path, "cuda")
-    assert Ensemble.load(tmp_path, "auto").device.type == "cpu"
+    assert "on the CPU" in Ensemble.load(tmp_path, "auto").engine.name
+
+
+def test_the_reference_gives_the_same_mask(tmp_path, scan):
+    make_bundle(tmp_path)
+    ensembles = [Ensemble.load(tmp_path, device) for device in ("cpu", "torch-cpu")]
+    assert [ensemble.engine.name.split()[0] for ensemble in ensembles] == ["OpenVINO", "torch"]
+    masks = [ensemble.segment(scan, "fast").mask.voxels for ensemble in ensembles]
+    assert 0.05 < masks[0].mean() < 0.99
+    assert np.mean(masks[0] != masks[1]) < 1e-3
 
 
 @pytest.mark.gpu
@@ -100,24 +112,80 @@ def test_cuda_agrees_with_cpu(tmp_path, scan):
     assert np.mean(masks[0] != masks[1]) < 0.01
 
 
-def test_cgroup_quota_limits_threads(tmp_path):
-    assert engine.cgroup_cpus(tmp_path) > 1000
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert engine.cgroup_cpus(tmp_path) > 1000
-    (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert engine.cgroup_cpus(tmp_path) == 2
-    (tmp_path / "cpu.max").unlink()
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("300000")
-    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000")
-    assert engine.cgroup_cpus(tmp_path) == 3
+def test_one_network_is_alive_at_a_time_and_folds_are_outermost(tmp_path, scan):
+    make_bundle(tmp_path, folds=3)
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    loads, alive = [], []
+
+    def load(spec, state):
+        assert not any(network() is not None for network in alive)
+        loaded = ensemble.engine.load(spec, state)
+        alive.append(weakref.ref(loaded.run))
+        loads.append(seen[-1] if seen else 0)
+        return loaded
+
+    seen = []
+    counted = dataclasses.replace(
+        ensemble, engine=dataclasses.replace(ensemble.engine, load=load), _alive={}
+    )
+    counted.segment(scan, "full", lambda done, _: seen.append(done))
+    assert loads == [0, seen[-1] // 3, 2 * seen[-1] // 3]
 
 
-def test_logits_or_probabilities():
-    network = build_network(CONFIGURATION.architecture, 1, 2)
-    tile = torch.randn(1, 1, *CONFIGURATION.tile)
-    device = torch.device("cpu")
-    logits = engine.torch_engine(network, device, average="logits")(tile)
-    probabilities = engine.torch_engine(network, device, average="probabilities")(tile)
-    torch.testing.assert_close(logits.softmax(1), probabilities)
-    assert probabilities.sum(1).allclose(torch.ones(1))
+def test_one_network_is_compiled_once_for_many_volumes(tmp_path, scan):
+    make_bundle(tmp_path)
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    first, second = (ensemble.segment(scan, "fast").seconds["compile"] for _ in range(2))
+    assert first > 0.001 > second
+
+
+def test_a_volume_of_air_needs_no_network(tmp_path, scan):
+    make_bundle(tmp_path)
+    result = Ensemble.load(tmp_path, "cpu").segment(
+        scan.with_voxels(np.full_like(scan.voxels, -1000)), "full"
+    )
+    assert not result.mask.voxels.any()
+    assert result.ran["forward_passes"] == 0
+    assert result.ran["tiles_skipped"] == result.ran["tiles"] > 0
+
+
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
+def test_what_is_skipped_changes_nothing_elsewhere(tmp_path, scan, monkeypatch, kind):
+    """A head in a corner; networks that find a lot, also in air."""
+    model = make_bundle(tmp_path)
+    bundle.save_model(tmp_path, dataclasses.replace(model, average=kind))
+    voxels = np.full((14, 60, 70), -1000, np.int16)
+    voxels[:7, :21, :30] = scan.voxels
+    scan = Volume(voxels, scan.spacing_mm)
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    found = ensemble.segment(scan, "balanced")
+    assert 0 < found.ran["tiles_skipped"] < found.ran["tiles"]
+    assert found.ran["forward_passes"] == 2 * (found.ran["tiles"] - found.ran["tiles_skipped"])
+    (work,) = ensemble.work(scan, "balanced")
+    background = np.zeros(work.tiles.shape, bool)
+    for corner in work.tiles.skipped:
+        background[work.tiles.where(corner)[1:]] = True
+    with monkeypatch.context() as patch:
+        patch.setattr(air, "skip_air", lambda tiles, *_: tiles)
+        plain = ensemble.segment(scan, "balanced")
+    assert plain.ran["tiles_skipped"] == 0
+    # the grid's cells in the volume, and the slices and voxels between, which interpolate
+    z, y, x = (np.arange(n) * m // n for n, m in zip(voxels.shape, background.shape, strict=True))
+    skipped = background[np.ix_(z, y, x)]
+    inside = ndimage.binary_erosion(skipped, np.ones((1, 5, 5)))
+    outside = ~ndimage.binary_dilation(skipped, np.ones((1, 5, 5)))
+    assert not found.mask.voxels[inside].any()
+    assert plain.mask.voxels[inside].any()  # or there was nothing to leave out
+    assert plain.mask.voxels[outside].any()
+    np.testing.assert_array_equal(found.mask.voxels[outside], plain.mask.voxels[outside])
+
+
+def test_a_cascade_is_refused_in_words(tmp_path):
+    second = dataclasses.replace(
+        CONFIGURATION, name="3d_cascade_fullres", previous_stage="3d_lowres"
+    )
+    make_bundle(tmp_path, plans=dataclasses.replace(PLANS, configurations=(second,)))
+    with pytest.raises(
+        WeightsError, match="3d_cascade_fullres needs the segmentation of 3d_lowres"
+    ):
+        Ensemble.load(tmp_path, "cpu")

@@ -30,7 +30,7 @@ def as_scores(labels: np.ndarray, classes: int) -> torch.Tensor:
 @given(
     st.sampled_from(range(len(DIRECTIONS))),
     st.permutations([0, 1, 2]),
-    st.sampled_from(["LPS", "as_stored"]),
+    st.sampled_from(["LPS", "RAS", "as_stored"]),
     st.integers(0, 10_000),
 )
 @settings(max_examples=60, deadline=None)
@@ -300,7 +300,7 @@ def test_outside_is_what_a_flood_from_the_border_reaches(seed, filled):
 @given(
     st.sampled_from(range(len(DIRECTIONS))),
     st.permutations([0, 1, 2]),
-    st.sampled_from(["LPS", "as_stored"]),
+    st.sampled_from(["LPS", "RAS", "as_stored"]),
     st.tuples(*[st.floats(0.4, 2.5)] * 3),
     st.integers(0, 10_000),
 )

@@ -118,36 +118,6 @@ def test_read_only_output(place):
     assert "cannot write results there (Permission denied)" in run(place, expect=1)[-1]
 
 
-def test_empty_input_is_refused_before_torch_is_loaded(place):
-    (place / "input" / "scan.mha").unlink()
-    code = (
-        "import sys, process; status = process.main(sys.argv[1:]);"
-        "sys.exit(3 if 'torch' in sys.modules else status)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--input", str(place / "input"), "--output", str(place / "o"),
-         "--weights", str(place / "weights")],
-        cwd=PROCESS.parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1, done.stderr
-    assert "found no scan" in done.stderr.splitlines()[-1]
-
-
-def test_inference_imports_nothing_of_training(place):
-    code = (
-        "import sys, process; status = process.main(sys.argv[1:]); names = {m.split('.')[0] "
-        "for m in sys.modules}; print(sorted(names & {'training', 'batchgenerators', 'evalutils', "
-        "'pandas', 'matplotlib', 'skimage'})); print('torch' in names)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--input", str(place / "input"), "--output",
-         str(place / "output"), "--weights", str(place / "weights"), "--preset", "fast",
-         "--report"],
-        cwd=PROCESS.parent, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.split("\n")[:2] == ["[]", "True"]
-
-
 def test_rotated_geometry_comes_back_bit_for_bit(place, scan):
     angle = 0.3
     tilted = Volume(

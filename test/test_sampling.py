@@ -1,31 +1,25 @@
 import dataclasses
-import itertools
-import os
-import pickle
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from workspaces import BUSY, make_workspace
 
-from ichseg.errors import DatasetError
-from ichseg.plans import Normalisation
-from training.augment import NO_AUGMENTATION
+from ichseg.errors import TrainingError
+from training.augmentation import NO_AUGMENTATION
 from training.sampling import (
     BatchKey,
     BatchSpec,
-    BatchStream,
     centred,
+    draw_batch,
     draw_lower,
     is_forced,
-    make_batch,
-    read_patch,
+    make_patches,
+    overlap,
+    read_region,
+    read_regions,
 )
-from training.store import StoredCase, write_case
 
+FULL_JITTER = {"forced": True, "jitter": 1.0}
 KEYS = [BatchKey(0, 0), BatchKey(0, 1), BatchKey(0, 0, validation=True), BatchKey(1, 0)]
 
 
@@ -47,8 +41,8 @@ def spec(tmp_path_factory):
     )
 
 
-def raw(batch):
-    return batch.data.tobytes() + batch.target.tobytes()
+def raw(patches):
+    return patches.data.tobytes() + patches.labels.tobytes()
 
 
 def test_the_last_third_of_a_batch_is_forced():
@@ -101,128 +95,149 @@ def test_a_2d_patch_draws_its_slice_first():
     assert np.mean([lower[0] == 2 for lower in lowers]) == pytest.approx(0.5, abs=0.08)
 
 
+def test_with_full_jitter_a_forced_voxel_lies_anywhere_in_its_patch():
+    """Of a patch of 5 x 4 x 1 each of the 20 places, alike: 200 of 4000 draws, deviation 14."""
+    rng = np.random.default_rng(4)
+    one = {1: np.array([[50, 60, 70]])}
+    places = [
+        tuple(np.array([50, 60, 70]) - draw_lower(rng, (99,) * 3, one, (5, 4, 1), **FULL_JITTER))
+        for _ in range(4000)
+    ]
+    found, counts = np.unique(places, axis=0, return_counts=True)
+    assert found.tolist() == [[z, y, 0] for z in range(5) for y in range(4)]
+    assert counts.min() > 200 - 5 * 14
+    assert counts.max() < 200 + 5 * 14
+
+
+def test_half_jitter_goes_half_of_the_way_to_the_border():
+    """9 voxels have 4 on either side of the centre, 8 have 4 before and 3 after it; 2 have 1, 0."""
+    rng = np.random.default_rng(5)
+    one = {1: np.array([[50, 60, 70]])}
+    lowers = [
+        draw_lower(rng, (99,) * 3, one, (9, 8, 2), forced=True, jitter=0.5) for _ in range(300)
+    ]
+    z, y, x = (set(axis) for axis in zip(*lowers, strict=True))
+    assert {50 - low for low in z} == {2, 3, 4, 5, 6}
+    assert {60 - low for low in y} == {2, 3, 4, 5}
+    assert {70 - low for low in x} == {1}
+
+
+def test_jitter_never_loses_the_voxel_nor_the_case():
+    rng = np.random.default_rng(6)
+    for _ in range(2000):
+        shape, patch = rng.integers(1, 12, 3), rng.integers(1, 12, 3)
+        voxel = rng.integers(shape)
+        jitter = rng.random()
+        lower = draw_lower(
+            rng, tuple(shape), {1: voxel[None]}, tuple(patch), forced=True, jitter=jitter
+        )
+        for low, v, p, n in zip(lower, voxel, patch, shape, strict=True):
+            assert low <= v < low + p
+            assert (0 <= low <= n - p) if n >= p else low == (n - p) // 2
+
+
+def test_without_jitter_no_random_number_is_spent_on_it():
+    """Only the class and the voxel are drawn: batches are as they were before there was jitter."""
+    first, second = np.random.default_rng(7), np.random.default_rng(7)
+    draw_lower(first, (20,) * 3, {1: np.full((6, 3), 9)}, (4, 6, 8), forced=True, jitter=0)
+    second.integers(1)  # the class
+    second.integers(6)  # the voxel
+    assert first.random() == second.random()
+
+
 def test_a_larger_region_keeps_the_centre():
     assert centred((3, 5, 7), (4, 16, 16), (4, 20, 22)) == (3, 3, 4)
 
 
+def test_overlap_by_hand():
+    """Along z one voxel before the case, along y one beyond it, along x all of it."""
+    source, sink = overlap((2, 3, 4), (-1, 2, 0), (2, 2, 4))
+    assert source == (slice(0, 1), slice(2, 3), slice(0, 4))
+    assert sink == (slice(1, 2), slice(0, 1), slice(0, 4))
+
+
 def test_outside_the_case_is_padding():
     data = np.arange(1, 9, dtype=np.float32).reshape(1, 2, 2, 2)
-    target = np.ones((2, 2, 2), np.int8)
-    case = StoredCase("c", data, target, {})
-    region, labels = read_patch(case, (-1, 1, 0), (2, 2, 3))
+    region = read_region(data, (-1, 1, 0), (2, 2, 3))
+    assert region.dtype == np.float32
     np.testing.assert_array_equal(region[0], [[[0, 0, 0], [0, 0, 0]], [[3, 4, 0], [0, 0, 0]]])
+    target = np.ones((2, 2, 2), np.int8)
     expected = [[[-1, -1, -1], [-1, -1, -1]], [[1, 1, -1], [-1, -1, -1]]]
-    np.testing.assert_array_equal(labels, expected)
-    far, nothing = read_patch(case, (5, 0, 0), (2, 2, 2))
-    assert not far.any()
-    assert (nothing == -1).all()
+    np.testing.assert_array_equal(read_region(target, (-1, 1, 0), (2, 2, 3), outside=-1), expected)
+    for far in ((5, 0, 0), (-9, 0, 0), (0, 2, 0)):
+        assert not read_region(data, far, (2, 2, 2)).any()
+        assert (read_region(target, far, (2, 2, 2), outside=-1) == -1).all()
 
 
-def test_batches_have_the_right_shape_and_labels(spec):
-    batch = make_batch(spec, KEYS[0])
-    assert batch.data.shape == (2, 1, 4, 16, 16)
-    assert batch.data.dtype == np.float32
-    assert batch.target.shape == (2, 4, 16, 16)
+def test_patches_have_the_right_shape_and_labels(spec):
+    made = make_patches(spec, KEYS[0])
+    assert made.data.shape == (2, 1, 4, 16, 16)
+    assert made.data.dtype == np.float32
+    assert made.labels.shape == (2, 1, 4, 16, 16)
     for index in range(10):
-        batch = make_batch(spec, BatchKey(0, index))
-        assert set(np.unique(batch.target)) <= {0, 1}
-        assert batch.target[1].any()  # the forced sample
-    flat = make_batch(dataclasses.replace(spec, patch=(16, 16), in_plane=False), KEYS[0])
-    assert flat.data.shape == (2, 1, 16, 16)
-    assert flat.target.shape == (2, 16, 16)
+        made = make_patches(spec, BatchKey(0, index))
+        assert set(np.unique(made.labels)) <= {-1, 0, 1}
+        assert (made.labels[1] == 1).any()  # the forced sample
+    flat = dataclasses.replace(spec, patch=(16, 16), in_plane=False)
+    assert make_patches(flat, KEYS[0]).data.shape == (2, 1, 1, 16, 16)
 
 
 def test_a_batch_depends_on_its_numbers_only(spec):
-    first = [raw(make_batch(spec, key)) for key in KEYS]
-    assert [raw(make_batch(spec, key)) for key in reversed(KEYS)] == first[::-1]
+    first = [raw(make_patches(spec, key)) for key in KEYS]
+    assert [raw(make_patches(spec, key)) for key in reversed(KEYS)] == first[::-1]
     assert len(set(first)) == len(KEYS)
     for changed in (dataclasses.replace(spec, seed=4), dataclasses.replace(spec, fold=2)):
-        assert raw(make_batch(changed, KEYS[0])) != first[0]
+        assert raw(make_patches(changed, KEYS[0])) != first[0]
 
 
 def test_validation_batches_are_not_augmented(spec):
     changed = dataclasses.replace(spec, augmentation=dataclasses.replace(BUSY, gamma=(2.0, 3.0)))
-    assert raw(make_batch(changed, KEYS[2])) == raw(make_batch(spec, KEYS[2]))
-    assert raw(make_batch(changed, KEYS[0])) != raw(make_batch(spec, KEYS[0]))
+    assert raw(make_patches(changed, KEYS[2])) == raw(make_patches(spec, KEYS[2]))
+    assert raw(make_patches(changed, KEYS[0])) != raw(make_patches(spec, KEYS[0]))
 
 
 def test_validation_draws_differ_from_training_draws(spec):
     same = dataclasses.replace(spec, validation=spec.train, augmentation=NO_AUGMENTATION)
-    assert raw(make_batch(same, KEYS[0])) != raw(make_batch(same, KEYS[2]))
+    assert raw(make_patches(same, KEYS[0])) != raw(make_patches(same, KEYS[2]))
 
 
-def test_masked_channels_are_zero_outside(tmp_path):
-    data = np.full((2, 4, 16, 16), 5, np.float32)
-    target = np.zeros((4, 16, 16), np.int8)
-    target[..., :8] = -1
-    write_case(tmp_path, "c", data, target, (Normalisation("zscore"),) * 2)
-    spec = BatchSpec(
-        tmp_path, ("c",), ("c",), (4, 16, 16), 1, True, (True, False), 0.33, BUSY, 0, 0
-    )
-    batch = make_batch(spec, KEYS[2])
-    assert not batch.data[0, 0, ..., :8].any()
-    assert (batch.data[0, 0, ..., 8:] == 5).all()
-    assert (batch.data[0, 1] == 5).all()
-    assert not batch.target.any()
+def test_regions_hold_what_each_warp_of_the_whole_batch_reaches(spec):
+    spec = dataclasses.replace(spec, batch=4)
+    for number in range(5):
+        draws = draw_batch(spec, BatchKey(0, number))
+        reaches = [draw.warp.reach(spec.tile) for draw in draws if draw.warp is not None]
+        for rank in (0, 1):
+            part = dataclasses.replace(spec, share=(rank, 2))
+            regions = read_regions(part, BatchKey(0, number))
+            assert regions.size == tuple(np.max([spec.tile, *reaches], axis=0))
+            assert regions.voxels.target.shape == (2, *regions.size)
+            assert regions.names == tuple(draw.name for draw in draws[part.mine])
+    validation = read_regions(spec, KEYS[2])
+    assert validation.size == spec.tile
+    assert validation.warps == (None,) * 4
 
 
-def test_the_number_of_workers_changes_no_byte(spec):
-    keys = [BatchKey(0, index) for index in range(5)] + KEYS
-    found = []
-    for workers in (0, 1, 2):
-        with BatchStream(spec, iter(keys), workers=workers, prefetch=3) as stream:
-            found.append([raw(batch) for batch in stream])
-    assert len(found[0]) == len(keys)
-    assert found[1] == found[0]
-    assert found[2] == found[0]
-    assert found[0] == [raw(make_batch(spec, key)) for key in keys]
+def test_forced_samples_are_counted_over_all_processes(spec):
+    """Half of 4 is forced: the first process makes none of them, the second nothing else."""
+    spec = dataclasses.replace(spec, batch=4, foreground_fraction=0.5, centre_jitter=1.0)
+    absent = 0
+    for number in range(20):
+        first, second = (
+            make_patches(dataclasses.replace(spec, share=(rank, 2)), BatchKey(0, number, True))
+            for rank in (0, 1)
+        )
+        assert all((sample == 1).any() for sample in second.labels)
+        absent += sum(not (sample == 1).any() for sample in first.labels)
+    assert absent > 0
 
 
-def test_a_stream_can_change_its_mind(spec):
-    endless = (BatchKey(0, number) for number in itertools.count())
-    with BatchStream(spec, endless, workers=1, prefetch=4) as stream:
-        first = raw(next(stream))
-        stream.restart(iter([KEYS[2]]))
-        assert raw(next(stream)) == raw(make_batch(spec, KEYS[2]))
-        with pytest.raises(StopIteration):
-            next(stream)
-    assert first == raw(make_batch(spec, BatchKey(0, 0)))
-
-
-def test_an_error_in_a_worker_reaches_the_trainer(spec):
-    broken = dataclasses.replace(spec, train=("nobody",))
-    with (
-        BatchStream(broken, iter(KEYS), workers=1, prefetch=2) as stream,
-        pytest.raises(DatasetError, match="no finished case nobody"),
-    ):
-        next(stream)
-
-
-def test_workers_end_when_the_trainer_is_killed(spec, tmp_path):
-    script = tmp_path / "trainer.py"
-    script.write_text(
-        "import os, pickle, signal, sys\n"
-        "from training.sampling import BatchKey, BatchStream\n"
-        "if __name__ == '__main__':\n"
-        "    spec = pickle.loads(open(sys.argv[1], 'rb').read())\n"
-        "    stream = BatchStream(spec, iter([BatchKey(0, 0)]), workers=1, prefetch=1)\n"
-        "    next(stream)\n"
-        "    print(*stream._pool._processes, flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    (tmp_path / "spec").write_bytes(pickle.dumps(spec))
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "spec")],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == -9
-    worker = Path("/proc") / done.stdout.decode().strip()
-    assert worker.name.isdecimal()
-    deadline = time.monotonic() + 10
-    while worker.exists() and "zombie" not in (worker / "status").read_text():
-        assert time.monotonic() < deadline, "the worker outlives its trainer"
-        time.sleep(0.05)
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        ((0, 3), "a batch of 4 over 3 processes, expected a multiple of 3"),
+        ((2, 2), "share 2 of 2 processes, expected 0 to 1"),
+    ],
+)
+def test_refuses_an_impossible_share(spec, share, message):
+    with pytest.raises(TrainingError, match=message):
+        dataclasses.replace(spec, batch=4, share=share)

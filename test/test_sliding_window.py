@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -8,7 +9,15 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from ichseg import sliding_window
-from ichseg.sliding_window import predict_tiled, tile_starts
+from ichseg.sliding_window import (
+    add_tiles,
+    average,
+    cover,
+    mirrorings,
+    pad,
+    predict_tiled,
+    tile_starts,
+)
 
 
 def two_classes(x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +59,7 @@ def test_importance_is_the_reference_gaussian():
     reference = ndimage.gaussian_filter(delta, [t / 8 for t in tile], mode="constant")
     reference /= reference.max()
     weights = [sliding_window.axis_importance(t) for t in tile]
-    ours = torch.einsum("i,j,k->ijk", *weights).numpy()
+    ours = np.einsum("i,j,k->ijk", *weights)
     assert ours.min() > 0
     np.testing.assert_allclose(ours[reference > 0], reference[reference > 0], rtol=1e-4)
 
@@ -111,6 +120,49 @@ def test_a_central_voxel_is_predicted_64_times():
     assert count[3, 3, 3] == 64
     assert count[0, 0, 0] == 8
     assert count.max() == 64
+
+
+def test_arrays_and_tensors_are_predicted_alike():
+    data = np.random.default_rng(3).normal(size=(2, 3, 17, 13)).astype(np.float32)
+    original = data.copy()
+
+    def running(x):
+        return x.cumsum(-1) * 0.1
+
+    found = predict_tiled(running, data, (4, 8, 8), mirror_axes=(0, 2))
+    expected = predict_tiled(running, torch.from_numpy(data), (4, 8, 8), mirror_axes=(0, 2))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+    np.testing.assert_array_equal(data, original)
+
+
+def test_networks_are_averaged_by_adding_up():
+    data = np.random.default_rng(4).normal(size=(1, 9, 17, 13)).astype(np.float32)
+    tiles, mirrors = cover(data.shape[1:], (4, 8, 8)), mirrorings((1, 2))
+    total = None
+    for factor in (1, 2, 6):
+        total = add_tiles(
+            lambda x, f=factor: x * f, pad(data, tiles), tiles, total, mirrors=mirrors, batch=3
+        )
+    np.testing.assert_allclose(average(total, tiles, 3 * len(mirrors)), 3 * data, atol=1e-5)
+
+
+def test_skipped_tiles_are_not_predicted_and_are_background():
+    """Two tiles of eight voxels along x, from 0 and 4 on; the second is skipped."""
+    data = np.arange(12, dtype=np.float32).reshape(1, 1, 1, 12)
+    tiles = dataclasses.replace(cover((1, 1, 12), (1, 1, 8)), skipped=frozenset({(0, 0, 4)}))
+    seen = []
+    total = np.zeros((2, 1, 1, 12), np.float32)
+    add_tiles(
+        lambda x: seen.append(x[0, 0, 0, 0].tolist()) or np.concatenate((x, x), 1),
+        data, tiles, total, mirrors=[()], batch=4,
+    )  # fmt: skip
+    assert seen == [list(range(8))]
+    scores = average(total, tiles, 1, [5.0, -5.0])
+    np.testing.assert_array_equal(scores[:, 0, 0, 4:], [[5.0] * 8, [-5.0] * 8])
+    none = dataclasses.replace(tiles, skipped=frozenset({(0, 0, 0), (0, 0, 4)}))
+    with pytest.raises(ValueError, match="every tile is skipped"):
+        add_tiles(lambda x: x, data, none, None, mirrors=[()], batch=1)
 
 
 def test_tile_count_is_the_number_of_tiles_predicted():

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from ichseg.errors import DatasetError, PlansError
 from ichseg.plans import Normalisation
 from training import store
-from training.store import is_complete, list_cases, open_case, sample_foreground, write_case
+from training.store import (
+    is_complete,
+    list_cases,
+    open_case,
+    sample_foreground,
+    write_case,
+    write_previous,
+)
 
 CT = Normalisation("ct", clip_low=0, clip_high=100, mean=40, deviation=8)
 ZSCORE = Normalisation("zscore")
@@ -228,3 +235,44 @@ def test_damage_is_named(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({**meta, "schema_version": 7}))
     with pytest.raises(PlansError, match="store schema 7, this code reads 2"):
         open_case(tmp_path, "a")
+
+
+def test_previous_labels_lie_beside_a_case_until_it_is_written_anew(tmp_path):
+    data, target, normalisations = example()
+    write_case(tmp_path, "a", data, target, normalisations)
+    assert open_case(tmp_path, "a").previous is None
+    labels = np.random.default_rng(1).integers(0, 3, target.shape).astype(np.int8)
+    write_previous(tmp_path, "a", labels)
+    case = open_case(tmp_path, "a")
+    np.testing.assert_array_equal(case.previous[1:3], labels[1:3])
+    np.testing.assert_array_equal(case.target[...], target)
+    assert case.previous[...].dtype == np.int8
+    assert list_cases(tmp_path) == ("a",)
+    write_case(tmp_path, "a", data, target, normalisations)
+    assert open_case(tmp_path, "a").previous is None
+
+
+def test_refuses_previous_labels_that_are_not_of_the_case(tmp_path):
+    data, target, normalisations = example()
+    with pytest.raises(DatasetError, match="no finished case a"):
+        write_previous(tmp_path, "a", target)
+    write_case(tmp_path, "a", data, target, normalisations)
+    for wrong in (target[1:], target.astype(np.uint8)):
+        with pytest.raises(DatasetError, match=r"case a are .*, expected int8 \(4, 6, 5\)"):
+            write_previous(tmp_path, "a", wrong)
+    write_case(tmp_path / "other", "b", data[:, 1:], target[1:], normalisations)
+    write_previous(tmp_path / "other", "b", target[1:])
+    (tmp_path / "other" / "b.previous.b2nd").rename(tmp_path / "a.previous.b2nd")
+    with pytest.raises(DatasetError, match=r"shape \(3, 6, 5\), expected \(4, 6, 5\)"):
+        open_case(tmp_path, "a")
+
+
+def test_the_whole_numbers_times_their_steps_are_what_is_read(tmp_path):
+    data, target, normalisations = example()
+    write_case(tmp_path, "a", data, target, normalisations)
+    case = open_case(tmp_path, "a")
+    multiples = case.data.multiples((slice(None), slice(1, 3)))
+    assert multiples.dtype == np.int16
+    product = multiples.astype(np.float32) * case.data.steps[:, None, None, None]
+    np.testing.assert_array_equal(product, case.data[:, 1:3])
+    assert (case.data.nbytes, case.target.nbytes) == (2 * 2 * 120, 120)

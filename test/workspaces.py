@@ -6,13 +6,14 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import torch
 from conftest import CONFIGURATION, PLANS
 
 from ichseg import preprocess, schema, volume
 from ichseg.plans import Configuration, Plans
 from ichseg.volume import Volume
 from training import dataset, store
-from training.augment import AugmentationConfig
+from training.augmentation import AugmentationConfig
 from training.config import TrainingConfig
 from training.dataset import Case, Dataset
 
@@ -69,3 +70,25 @@ def make_workspace(
     dataset.save_dataset(Dataset("tiny", plans.channels, plans.labels, tuple(listed)), folder)
     (folder / "plans.json").write_text(schema.dumps(plans))
     return folder
+
+
+def same_run(first: dict, second: dict) -> None:
+    """Weights, optimiser, schedule and logged losses of two checkpoints are equal to the bit."""
+    for part in ("network", "optimiser", "scaler"):
+        assert leaves(first[part]) == leaves(second[part])
+    assert first["schedule"] == second["schedule"]
+    timing = {"seconds", "data_wait_s"}
+    rows = [
+        [{k: v for k, v in row.items() if k not in timing} for row in run["history"]]
+        for run in (first, second)
+    ]
+    assert rows[0] == rows[1]
+
+
+def leaves(tree: object) -> object:
+    """A tree of tensors with their bytes in their place."""
+    if isinstance(tree, dict):
+        return {key: leaves(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [leaves(value) for value in tree]
+    return tree.numpy().tobytes() if isinstance(tree, torch.Tensor) else tree

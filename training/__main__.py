@@ -12,6 +12,11 @@ from ichseg.errors import IchsegError
 
 # command: (module, what it does, an example)
 COMMANDS = {
+    "run": (
+        "training.run",
+        "convert, verify, plan, preprocess, train and export: whatever is not done yet",
+        "run data/Task01_Bleeds --workspace work",
+    ),
     "synthesize": (
         "training.synthesize",
         "make head-CT phantoms with bleeds, as an MSD dataset",
@@ -44,13 +49,19 @@ COMMANDS = {
     ),
     "train": (
         "training.train",
-        "train one fold; the same command resumes it",
+        "train folds; the same command resumes them",
         "train 3d_fullres --workspace work --fold 0",
     ),
     "export": (
         "training.export",
         "write the finished folds as a weights bundle",
         "export --workspace work --configuration 3d_fullres --folds 0,1,2,3,4 --out weights",
+    ),
+    "import-nnunet": (
+        "training.import_nnunet",
+        "turn a trained nnU-Net v2 into a weights bundle",
+        "import-nnunet nnUNet_results/Dataset001_Bleeds/nnUNetTrainer__nnUNetPlans__3d_fullres "
+        "--out weights",
     ),
 }
 
@@ -90,9 +101,10 @@ def _top_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training",
         usage="python -m training COMMAND [options]\n       python -m training COMMAND --help",
-        description="From a dataset to a weights bundle, one command a step.\n\n"
+        description="From a dataset to a weights bundle: run does it all, the others a step each."
+        "\n\n"
         f"commands, in order:\n{listing}",
-        epilog=f"from nothing to weights:\n{examples}",
+        epilog=f"in one command, or from nothing to weights in single ones:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
@@ -101,4 +113,7 @@ def _top_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    if "training.distributed" in sys.modules:
+        sys.modules["training.distributed"].leave(exit_status)
+    sys.exit(exit_status)

@@ -11,11 +11,12 @@ from typing import Any
 
 from ichseg.errors import TrainingError
 from training import schedule
-from training.augment import AugmentationConfig
+from training.augmentation import MSD2018, NNUNETV2, AugmentationConfig
 from training.schedule import ScheduleRules
 
-SCHEMA_VERSION = 1
-PRECISIONS = ("fp32", "bf16")
+SCHEMA_VERSION = 2
+OPTIMISERS = ("adam", "sgd")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 MEMORY_FORMATS = ("contiguous", "channels_last")
 
 
@@ -36,9 +37,15 @@ class TrainingConfig:
     minutes: float | None = _option(
         None, "end after so many minutes of training, whatever the epoch"
     )
-    learning_rate: float = _option(3e-4, "of Adam, at the start")
-    weight_decay: float = _option(3e-5, "L2 penalty of Adam")
-    amsgrad: bool = _option(True, "the amsgrad variant of Adam")
+    optimiser: str = _option("adam", "adam or sgd")
+    learning_rate: float = _option(3e-4, "at the start; the schedule lowers it")
+    weight_decay: float = _option(3e-5, "L2 penalty on all weights")
+    amsgrad: bool = _option(True, "adam: never let the second moment shrink")
+    momentum: float = _option(0.99, "sgd: share of the last step that the next one keeps")
+    nesterov: bool = _option(True, "sgd: look ahead along the momentum")
+    gradient_clip: float = _option(
+        0.0, "scale a gradient whose L2 norm is larger down to this; 0 never does"
+    )
     lr_schedule: str = _option(
         "plateau", "plateau (moving averages of the losses) or poly (fixed length)"
     )
@@ -51,17 +58,44 @@ class TrainingConfig:
     drop_factor: float = _option(0.2, "plateau: what the rate is multiplied by then")
     stop_patience: int = _option(60, "plateau: epochs without better validation before the end")
     lowest_rate: float = _option(1e-6, "plateau: a lower rate ends the training")
-    foreground_fraction: float = _option(0.33, "share of a batch that is centred on foreground")
-    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    foreground_fraction: float = _option(0.33, "share of a batch that must contain foreground")
+    centre_jitter: float = _option(
+        0.0,
+        "where in its patch that foreground may lie: 0 puts one of its voxels in the centre, 1 "
+        "anywhere, 0.5 up to half of the way to the border",
+    )
+    augmentation: AugmentationConfig = field(default=MSD2018)
+    pretrained: str | None = _option(
+        None, "folder of a weights bundle to begin with, as far as its tensors fit"
+    )
     seed: int = _option(0, "of network and batches; fixes everything on the CPU bit for bit")
     device: str = _option("auto", "auto, cpu or cuda")
-    precision: str = _option("fp32", "fp32, or bf16 (autocast; the loss stays in fp32)")
+    precision: str = _option(
+        "fp32",
+        "of convolutions, loss and weights stay in fp32: fp32, bf16, fp16 (CUDA only; the loss is "
+        "scaled), or auto (fp16 on CUDA, fp32 on the CPU)",
+    )
+    compile: bool = _option(False, "compile the network with torch.compile (minutes, once)")
+    deterministic: bool = _option(
+        False, "the same sums in the same order on CUDA, too, where torch can; slower"
+    )
     memory_format: str = _option("contiguous", "contiguous or channels_last")
     threads: int = _option(0, "of torch on the CPU; 0 leaves it to torch")
     workers: int = _option(1, "processes that make batches; 0 makes them in between")
     prefetch: int = _option(4, "batches made ahead")
+    augmentation_engine: str = _option(
+        "auto",
+        "who augments: host (the workers), device (the GPU; workers only read), or auto (the GPU "
+        "if there is one)",
+    )
+    resident: str = _option(
+        "auto",
+        "keep all cases in the memory of the device that augments, so that nothing is read while "
+        "training: yes, no, or auto (on a GPU where they leave it enough for training)",
+    )
     validation: bool = _option(True, "segment the fold's validation cases at the end")
     validation_mirrors: bool = _option(True, "average over mirrorings in that")
+    tensorboard: bool = _option(False, "also write for TensorBoard, to the run's tensorboard/")
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -71,7 +105,7 @@ class TrainingConfig:
         for name in ("epochs", "batches_per_epoch", "validation_batches", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("seed", "workers", "threads"):
+        for name in ("seed", "workers", "threads", "weight_decay", "gradient_clip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
         if not self.learning_rate > 0 or (self.minutes is not None and not self.minutes > 0):
@@ -80,11 +114,22 @@ class TrainingConfig:
             )
         if not 0 <= self.foreground_fraction <= 1:
             raise ValueError(f"foreground_fraction is {self.foreground_fraction}, expected 0 to 1")
+        if not 0 <= self.centre_jitter <= 1:
+            raise ValueError(f"centre_jitter is {self.centre_jitter}, expected 0 to 1")
+        if not 0 <= self.momentum < 1 or (
+            self.optimiser == "sgd" and self.nesterov and not self.momentum
+        ):
+            raise ValueError(
+                f"momentum is {self.momentum}, expected 0 to less than 1, and 0 without nesterov"
+            )
         allowed = {
+            "optimiser": OPTIMISERS,
             "precision": PRECISIONS,
             "memory_format": MEMORY_FORMATS,
             "lr_schedule": schedule.SCHEDULES,
             "device": ("auto", "cpu", "cuda"),
+            "augmentation_engine": ("auto", "host", "device"),
+            "resident": ("auto", "yes", "no"),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -111,7 +156,18 @@ class TrainingConfig:
 
 
 RECIPES = {
+    # P18, the paper; amsgrad and weight decay, of which it says nothing, are C19's
     "msd2018": TrainingConfig(),
+    # V2
+    "nnunetv2": TrainingConfig(
+        recipe="nnunetv2",
+        optimiser="sgd",
+        learning_rate=1e-2,
+        lr_schedule="poly",
+        gradient_clip=12.0,
+        augmentation=NNUNETV2,
+        precision="auto",
+    ),
     # for a small network on a few CPU cores, as long as --minutes says
     "compact": TrainingConfig(
         recipe="compact",
@@ -119,7 +175,7 @@ RECIPES = {
         validation_batches=10,
         learning_rate=1e-3,
         lr_schedule="poly",
-        augmentation=AugmentationConfig(image_order=1),
+        augmentation=dataclasses.replace(MSD2018, image_order=1),
         precision="bf16",
         memory_format="channels_last",
         threads=1,
@@ -169,6 +225,28 @@ def add_flags(group: Any, cls: type[Any], defaults: Any) -> None:
             kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
             options |= {"type": kinds[0], "metavar": kinds[0].__name__.upper()}
         group.add_argument(f"--{name.replace('_', '-')}", **options)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """All flags of the trainer's settings."""
+    settings = parser.add_argument_group("settings", "defaults of the recipe msd2018 in brackets")
+    add_flags(settings, TrainingConfig, RECIPES["msd2018"])
+    ranges = parser.add_argument_group("augmentation", "probabilities and ranges")
+    add_flags(ranges, AugmentationConfig, RECIPES["msd2018"].augmentation)
+
+
+def flags_from(args: argparse.Namespace) -> list[str]:
+    """The flags that were given, as words of a command line."""
+    words = []
+    for name, value in (_given(args, TrainingConfig) | _given(args, AugmentationConfig)).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            words += [f"--{flag}", *map(str, value)]
+        else:
+            words += [f"--{flag}", str(value)]
+    return words
 
 
 def _given(args: argparse.Namespace, cls: type[Any]) -> dict[str, Any]:

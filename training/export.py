@@ -89,9 +89,7 @@ def export(
     with tempfile.TemporaryDirectory(dir=out, prefix=".writing-") as beside:
         members = []
         for run, fold, raw in finished:
-            member = bundle.save_member(
-                Path(beside), configuration, fold, raw["network"], dtype=torch.float16
-            )
+            member = bundle.save_member(Path(beside), configuration, fold, raw["network"])
             if member not in known:
                 check_rounding(workspace, run, fold, raw["network"], check_cases)
             members.append(member)

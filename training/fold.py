@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
-from ichseg import engine, plans, schema
+from ichseg import plans, schema, torch_engine
 from ichseg.errors import TrainingError
 from ichseg.plans import Configuration, Plans
-from training import dataset, splits
+from training import cascade, dataset, splits
 from training.config import TrainingConfig
+from training.distributed import ALONE, Peers
+from training.preprocess import folder_of
 from training.sampling import BatchSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LATEST, BEST = "checkpoint_latest.pt", "checkpoint_best.pt"
 ALL_FOLD = "all"
 _ALL_FOLD_NUMBER = 1_000_000
@@ -30,6 +32,7 @@ class FoldRun:
         plans, configuration, config: What the data decided, and what the user chose.
         spec: Of the batches.
         device: Where the network trains.
+        peers: The processes that train this fold together.
     """
 
     folder: Path
@@ -38,6 +41,14 @@ class FoldRun:
     config: TrainingConfig
     spec: BatchSpec
     device: torch.device
+    peers: Peers = ALONE
+
+    @property
+    def precision(self) -> str:
+        """``fp32``, ``bf16`` or ``fp16``."""
+        if self.config.precision == "auto":
+            return "fp16" if self.device.type == "cuda" else "fp32"
+        return self.config.precision
 
     @property
     def layout(self) -> torch.memory_format:
@@ -47,18 +58,19 @@ class FoldRun:
         return torch.channels_last if len(self.spec.patch) == 2 else torch.channels_last_3d
 
 
-def open_run(workspace: Path, configuration: str, fold: str, config: TrainingConfig) -> FoldRun:
+def open_run(
+    workspace: Path, configuration: str, fold: str, config: TrainingConfig, peers: Peers = ALONE
+) -> FoldRun:
     """Collect what a run needs from the workspace.
 
     Raises:
-        IchsegError: Something is missing, or the fold is unknown.
+        IchsegError: Something is missing, the fold is unknown, or fp16 is asked for on the CPU.
     """
+    device = torch_engine.choose_device(config.device)
+    if config.precision == "fp16" and device.type == "cpu":
+        raise TrainingError("precision fp16 on the CPU, expected fp32, bf16 or auto there")
     planned = plans.load(workspace / "plans.json")
     chosen = planned.configuration(configuration)
-    if chosen.previous_stage is not None:
-        raise TrainingError(
-            f"{configuration}: training a cascade's second stage is not possible yet"
-        )
     names = [case.name for case in dataset.load_dataset(workspace).labelled]
     if fold == ALL_FOLD:
         number, split = _ALL_FOLD_NUMBER, splits.Split(tuple(names), tuple(names))
@@ -67,8 +79,13 @@ def open_run(workspace: Path, configuration: str, fold: str, config: TrainingCon
         if not fold.isdecimal() or int(fold) >= len(folds):
             raise TrainingError(f"fold {fold!r}, expected 0 to {len(folds) - 1}, or {ALL_FOLD}")
         number, split = int(fold), folds[int(fold)]
+    previous_labels = 0
+    if chosen.previous_stage is not None:
+        needed = sorted({*split.train, *split.validation})
+        cascade.require_labels(workspace, chosen, needed, names)
+        previous_labels = len(planned.labels) - 1
     spec = BatchSpec(
-        folder=workspace / "preprocessed" / configuration,
+        folder=folder_of(workspace, configuration),
         train=split.train,
         validation=split.validation,
         patch=chosen.patch,
@@ -79,6 +96,9 @@ def open_run(workspace: Path, configuration: str, fold: str, config: TrainingCon
         augmentation=config.augmentation,
         seed=config.seed,
         fold=number,
+        centre_jitter=config.centre_jitter,
+        previous_labels=previous_labels,
+        share=(peers.rank, peers.count),
     )
     return FoldRun(
         folder=run_folder(workspace, configuration, fold),
@@ -86,7 +106,8 @@ def open_run(workspace: Path, configuration: str, fold: str, config: TrainingCon
         configuration=chosen,
         config=config,
         spec=spec,
-        device=engine.choose_device(config.device),
+        device=device,
+        peers=peers,
     )
 
 

@@ -54,7 +54,7 @@ class HeadParameters:
     dura_hu: float
     rim_hu: float
     """Brightening towards the inner table, what bone correction leaves over; strongest at the
-    vertex."""
+    vertex. The strongest also shows the dura as a line."""
     calcified: tuple[str, ...]
 
 
@@ -76,7 +76,7 @@ def draw_head(rng: np.random.Generator) -> HeadParameters:
         grey_hu=float(rng.normal(35.7, 1.2)),
         white_hu=float(rng.normal(24.0, 1.2)),
         fluid_hu=float(rng.normal(7.5, 1.5)),
-        muscle_hu=float(rng.normal(52, 4)),
+        muscle_hu=float(rng.normal(58, 8)),
         fat_hu=float(rng.normal(-95, 8)),
         bone_hu=float(rng.normal(1500, 120)),
         spongy_hu=float(rng.normal(800, 150)),
@@ -263,6 +263,9 @@ def _brain_hu(
     vessel = np.maximum(basilar, lateral)
     hu += vessel * np.clip(p.grey_hu + 9 - hu, 0, None)
     hu += p.rim_hu * np.exp(-depth / 12.0)
+    # where that is strong, the dura under the inner table shows as a thin bright line, too
+    line = np.clip((p.rim_hu - 1.5) / 6.5, 0, 1) * np.clip(1.5 - depth / 2.0, 0, 1)
+    hu += 0.6 * line * np.clip(p.dura_hu - hu, 0, None)
     hu = hu.astype(np.float32)
     for name in p.calcified:
         _add_calcification(hu, name, rng)

@@ -152,6 +152,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=default_workers(),
         help="parallel processes, if the fingerprint has yet to be computed [%(default)s]",
     )
+    add_override_arguments(parser)
+
+
+def add_override_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of ``Overrides``."""
     chosen = parser.add_argument_group(
         "in place of what the planner finds", "Recorded in the plans, beside what it finds."
     )
@@ -189,10 +194,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(args: argparse.Namespace) -> int:
-    """Run the ``plan`` command."""
-    dataset = load_dataset(args.workspace)
-    overrides = Overrides(
+def overrides_from(args: argparse.Namespace) -> Overrides:
+    """What those flags say.
+
+    Raises:
+        PlansError: A value is out of range.
+    """
+    return Overrides(
         spacing_mm=args.spacing,
         patch=args.patch,
         batch=args.batch,
@@ -202,6 +210,12 @@ def main(args: argparse.Namespace) -> int:
         batch_dice=args.batch_dice,
         deep_supervision=args.deep_supervision,
     )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the ``plan`` command."""
+    dataset = load_dataset(args.workspace)
+    overrides = overrides_from(args)
     find_recipe(args.recipe, args.preset)  # refuse before the fingerprint takes its minutes
     fingerprint = load_or_compute(args.workspace, dataset, args.workers)
     plans, reasons = decide(

@@ -98,6 +98,17 @@ def preprocess_dataset(
     return len(waiting)
 
 
+def is_preprocessed(
+    dataset: Dataset, plans: Plans, configuration_name: str, workspace: Path
+) -> bool:
+    """Whether the store holds all labelled cases, made with these plans."""
+    folder = folder_of(workspace, configuration_name)
+    wanted = _record_of(plans, plans.configuration(configuration_name))
+    return _recorded(folder / _RECORD_FILE) == wanted and all(
+        store.is_complete(folder, case.name) for case in dataset.labelled
+    )
+
+
 def workers_for(dataset: Dataset) -> int:
     """How many processes the cores and the memory allow, going by the largest image's header."""
     per_voxel = _BYTES_PER_CHANNEL_VOXEL * len(dataset.channels) + _BYTES_PER_VOXEL
@@ -137,16 +148,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _claim(folder: Path, plans: Plans, configuration: Configuration) -> None:
     """Record what the folder is made with; refuse one that was made otherwise."""
-    record = _Record(
-        store_version=store.SCHEMA_VERSION,
-        dimensions=configuration.architecture.dimensions,
-        spacing_mm=configuration.spacing_mm,
-        orientation=plans.orientation,
-        transpose=plans.transpose,
-        normalise_first=plans.normalise_first,
-        normalisations=plans.normalisations,
-        resampling=plans.resampling,
-    )
+    record = _record_of(plans, configuration)
     path = folder / _RECORD_FILE
     for unfinished in folder.glob(".writing-*"):  # of a run that was killed
         unfinished.unlink(missing_ok=True)
@@ -164,10 +166,23 @@ def _claim(folder: Path, plans: Plans, configuration: Configuration) -> None:
         )
 
 
+def _record_of(plans: Plans, configuration: Configuration) -> _Record:
+    return _Record(
+        store_version=store.SCHEMA_VERSION,
+        dimensions=configuration.architecture.dimensions,
+        spacing_mm=configuration.spacing_mm,
+        orientation=plans.orientation,
+        transpose=plans.transpose,
+        normalise_first=plans.normalise_first,
+        normalisations=plans.normalisations,
+        resampling=plans.resampling,
+    )
+
+
 def _recorded(path: Path) -> _Record | None:
     try:
         return schema.load(_Record, path)
-    except PlansError:  # of another version
+    except PlansError:  # missing, or of another version
         return None
 
 

@@ -7,6 +7,10 @@ One folder per configuration, four files per case:
     <case>.foreground.npz   voxel coordinates (n, 3) of each label, for foreground sampling
     <case>.json             shape, steps and voxel counts; written last: it marks a finished case
 
+and a fifth for a cascade's second stage, written when the first stage has been trained:
+
+    <case>.previous.b2nd    labels int8 (Z, Y, X) that the first stage found
+
 The arrays are Blosc2 files: compressed blocks, of which a read inflates those that it touches. Why
 whole numbers, and how large the steps are: docs/decisions/0005-store.md.
 """
@@ -33,6 +37,7 @@ _LISTED_AT_LEAST = 10_000  # voxels of a label whose coordinates are kept (nnU-N
 _LISTED_FRACTION = 0.01  # of larger labels
 _SEED = 1234
 _DATA, _TARGET, _FOREGROUND, _META = ".data.b2nd", ".target.b2nd", ".foreground.npz", ".json"
+_PREVIOUS = ".previous.b2nd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +87,28 @@ class StoredArray:
         Raises:
             DatasetError: The file is missing or damaged.
         """
-        try:
-            stored = _open_array(self.path)[index]
-        except (OSError, RuntimeError, ValueError) as error:
-            raise DatasetError(f"{self.path}: damaged, or missing ({error})") from error
+        stored = self.multiples(index)
         if self.steps is None:
             return stored
         steps = self.steps[index[0] if isinstance(index, tuple) else index]
         steps = steps.reshape(steps.shape + (1,) * (stored.ndim - steps.ndim))
         return np.multiply(stored, steps, dtype=np.float32, casting="unsafe")
+
+    def multiples(self, index: Any) -> npt.NDArray[np.integer]:
+        """The same part as the whole numbers on disk, not multiplied by the steps.
+
+        Raises:
+            DatasetError: The file is missing or damaged.
+        """
+        try:
+            return _open_array(self.path)[index]
+        except (OSError, RuntimeError, ValueError) as error:
+            raise DatasetError(f"{self.path}: damaged, or missing ({error})") from error
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole numbers in memory."""
+        return int(np.prod(self.shape)) * _open_array(self.path).dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +120,14 @@ class StoredCase:
         data: Reads as float32, ``(C, Z, Y, X)``.
         target: Reads as int8, ``(Z, Y, X)``.
         foreground: For each label present, voxel coordinates ``(n, 3)``: all, or a sample.
+        previous: Labels of the cascade's first stage, as the target; None if not written.
     """
 
     name: str
     data: StoredArray
     target: StoredArray
     foreground: dict[int, npt.NDArray[np.integer]]
+    previous: StoredArray | None = None
 
 
 def write_case(
@@ -145,18 +165,37 @@ def write_case(
     meta = CaseMeta(
         SCHEMA_VERSION, name, (c, z, y, x), steps, tuple(counts), tuple(counts.values())
     )
-    _file(folder, name, _META).unlink(missing_ok=True)  # from here on the old case is no more
+    for suffix in (_META, _PREVIOUS):  # from here on the old case is no more
+        _file(folder, name, suffix).unlink(missing_ok=True)
     with volume.replacing(_file(folder, name, _DATA), suffix=".b2nd") as temporary:
         temporary.write_bytes(_multiples(data, steps).to_cframe())
-    with volume.replacing(_file(folder, name, _TARGET), suffix=".b2nd") as temporary:
-        array = _new_array(target.shape, np.int8)
-        array[:] = np.ascontiguousarray(target)
-        temporary.write_bytes(array.to_cframe())
+    _write_labels(_file(folder, name, _TARGET), target)
     with volume.replacing(_file(folder, name, _FOREGROUND), suffix=".npz") as temporary:
         arrays: dict[str, Any] = {str(label): found for label, found in foreground.items()}
         np.savez_compressed(temporary, **arrays)
     with volume.replacing(_file(folder, name, _META)) as temporary:
         temporary.write_text(schema.dumps(meta), encoding="utf-8")
+
+
+def write_previous(folder: Path, name: str, labels: npt.NDArray[np.int8]) -> None:
+    """Store beside a finished case what the cascade's first stage found in it.
+
+    Args:
+        folder: The second stage's configuration.
+        name: Name of the case.
+        labels: int8, ``(Z, Y, X)`` as the case's target; 0 is background.
+
+    Raises:
+        DatasetError: The case is not there, or the labels are of another type or shape.
+        OutputError: The folder cannot be written.
+    """
+    shape = open_case(folder, name).target.shape
+    if labels.shape != shape or labels.dtype != np.int8:
+        raise DatasetError(
+            f"{folder}: previous labels of case {name} are {labels.dtype} {labels.shape}, "
+            f"expected int8 {shape}"
+        )
+    _write_labels(_file(folder, name, _PREVIOUS), labels)
 
 
 def choose_step(image: npt.NDArray[np.float32], normalisation: Normalisation) -> float:
@@ -181,8 +220,11 @@ def open_case(folder: Path, name: str) -> StoredCase:
     steps = np.array(meta.steps, np.float32)
     data = StoredArray(_file(folder, name, _DATA), meta.shape, steps)
     target = StoredArray(_file(folder, name, _TARGET), meta.shape[1:])
+    path = _file(folder, name, _PREVIOUS)
+    previous = StoredArray(path, meta.shape[1:]) if path.is_file() else None
     try:
         shapes = tuple(_open_array(array.path).shape for array in (data, target))
+        before = None if previous is None else _open_array(previous.path).shape
         with np.load(_file(folder, name, _FOREGROUND)) as file:
             foreground = {int(label): file[label] for label in file.files}
     except (OSError, RuntimeError, ValueError) as error:
@@ -192,7 +234,11 @@ def open_case(folder: Path, name: str) -> StoredCase:
             f"{folder}: case {name} has shapes {shapes[0]} and {shapes[1]}, "
             f"expected {meta.shape} and {meta.shape[1:]}"
         )
-    return StoredCase(name, data, target, foreground)
+    if before not in (None, meta.shape[1:]):
+        raise DatasetError(
+            f"{path}: previous labels have shape {before}, expected {meta.shape[1:]}"
+        )
+    return StoredCase(name, data, target, foreground, previous)
 
 
 def load_meta(folder: Path, name: str) -> CaseMeta:
@@ -259,6 +305,13 @@ def _multiples(data: npt.NDArray[np.float32], steps: tuple[float, ...]) -> Any:
         part = data[:, start : start + _CHUNK[0]] / divisors
         array[:, start : start + _CHUNK[0]] = np.rint(part, out=part).astype(dtype)
     return array
+
+
+def _write_labels(path: Path, labels: npt.NDArray[np.int8]) -> None:
+    with volume.replacing(path, suffix=".b2nd") as temporary:
+        array = _new_array(labels.shape, np.int8)
+        array[:] = np.ascontiguousarray(labels)
+        temporary.write_bytes(array.to_cframe())
 
 
 def _new_array(shape: tuple[int, ...], dtype: type) -> Any:

@@ -9,12 +9,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ichseg import volume
-from ichseg.errors import DatasetError, IchsegError
+from ichseg import schema, volume
+from ichseg.errors import DatasetError, IchsegError, PlansError
 from training import convert, parallel, splits
 from training.dataset import (
     DATASET_FILE,
@@ -27,13 +28,24 @@ from training.dataset import (
     save_dataset,
 )
 from training.examine import ERROR, WARNING, CaseFacts, Finding, examine_case, shown
+from training.fingerprint import digest_sources
 
+SCHEMA_VERSION = 1
+VERIFIED_FILE = "verified.json"
 # A spacing this many times larger or smaller than the dataset's median is odd.
 ODD_SPACING_FACTOR = 5.0
 # Peak of one worker: the inflated file and its voxels, at most eight bytes each, and the libraries.
 _BYTES_PER_VOXEL, _BYTES_BESIDE = 16, 200_000_000
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    """The layout of verified.json: of which files no error was found."""
+
+    schema_version: int
+    sources: str
 
 
 def verify_dataset(workspace: Path, dataset: Dataset, workers: int) -> list[Finding]:
@@ -64,6 +76,15 @@ def verify_dataset(workspace: Path, dataset: Dataset, workers: int) -> list[Find
     findings += _left_over(workspace, dataset)
     findings += _folds(workspace, dataset)
     return sorted(findings, key=lambda found: (found.case != "-", found.case))
+
+
+def is_verified(workspace: Path, dataset: Dataset) -> bool:
+    """Whether ``verify`` has found no error in the files of the labelled cases as they are now."""
+    try:
+        found = schema.load(_Verified, workspace / VERIFIED_FILE)
+    except PlansError:
+        return False
+    return found == _Verified(SCHEMA_VERSION, digest_sources(dataset))
 
 
 def fix_headers(
@@ -148,6 +169,7 @@ def main(args: argparse.Namespace) -> int:
         workers = parallel.default_workers(voxels * _BYTES_PER_VOXEL + _BYTES_BESIDE)
     findings = verify_dataset(args.workspace, dataset, workers)
     count = Counter(found.severity for found in findings)
+    _note_verified(args.workspace, dataset, verified=not count[ERROR])
     sys.stdout.write(
         f"{table(findings)}{dataset.name}: {len(dataset.cases)} cases in "
         f"{parallel.duration(time.monotonic() - started)}: {count[ERROR]} errors, "
@@ -170,6 +192,16 @@ def main(args: argparse.Namespace) -> int:
         f"{files} files with a mended header, {left} errors left -> {args.fix_headers}\n"
     )
     return 1 if left else 0
+
+
+def _note_verified(workspace: Path, dataset: Dataset, *, verified: bool) -> None:
+    path = workspace / VERIFIED_FILE
+    if not verified:
+        path.unlink(missing_ok=True)
+        return
+    with volume.replacing(path) as temporary:
+        content = schema.dumps(_Verified(SCHEMA_VERSION, digest_sources(dataset)))
+        temporary.write_text(content, encoding="utf-8")
 
 
 def _duplicates(facts: Sequence[CaseFacts]) -> Iterator[Finding]:

@@ -1,0 +1,328 @@
+"""Inference, ours against nnunetv2 2.8.1: the same weights, tiles and mirrorings, on this CPU.
+
+    PYTHONPATH=. .venv/bin/python benchmarks/inference.py [--row NAME ...] [--rival-env FOLDER]
+
+The networks are those of ``benchmarks/plans/compact.json``, with weights that the rival draws at
+random and saves in its own format; ``training import-nnunet`` reads them. Commands run in pairs,
+ours and the rival's in turn, and count as a user waits for them: the start of Python included.
+Seconds in the network's forward are taken inside the same runs. Medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import inference_data, rivals
+from benchmarks.inference_data import COMPACT, ROOT, Cases, Network
+from benchmarks.rows import Row, at_most, faster, report, smaller
+from ichseg import engine, openvino_graph, volume
+from ichseg import plans as plans_module
+from ichseg.engine import NetworkSpec
+from ichseg.volume import Volume
+
+# What the last row restores, see benchmarks/preprocessing.py: its large volume and grid.
+LARGE_SHAPE, LARGE_MM = (400, 512, 512), (0.8, 0.8, 0.8)
+LARGE_GRID, LARGE_GRID_MM = (356, 546, 546), (0.9, 0.75, 0.75)
+MATRIX = 3072  # rows and columns of the product that the forward pass is measured against
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What every row needs.
+
+    Attributes:
+        folder: For what is written.
+        rival_python: Of the rival's environment.
+        repeats: Of each pair of runs.
+    """
+
+    folder: Path
+    rival_python: Path
+    repeats: int
+
+    def rival_environment(self, results: Path) -> dict[str, str]:
+        """Variables by which the rival finds its models."""
+        found = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        for name in ("raw", "preprocessed"):
+            found[f"nnUNet_{name}"] = str(self.folder)
+        return found | {"nnUNet_results": str(results)}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a command.
+
+    Attributes:
+        seconds: Until the command ended.
+        said: Its last line, JSON.
+    """
+
+    seconds: float
+    said: dict[str, float]
+
+
+def main() -> int:
+    """Print one table and one line of JSON; 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--row", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME",
+                        help=f"only these of {', '.join(ROWS)}")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=1, help="of each pair [%(default)s]")
+    rivals.add_arguments(parser)
+    args = parser.parse_args()
+    python = rivals.python_of(args.rival_env)
+    say_what_a_tile_costs()
+    rows: list[Row] = []
+    for name in args.row:
+        began = os.getloadavg()[0]
+        with tempfile.TemporaryDirectory(prefix="bench-inference-") as scratch:
+            rows += ROWS[name](Bench(Path(scratch), python, args.repeats))
+        print(f"{name}: load {began:.1f} before, {os.getloadavg()[0]:.1f} after", flush=True)
+    print(f"\n{engine.choose('cpu').name}; {args.repeats} pair(s) of each command")
+    return report("inference", rows)
+
+
+def say_what_a_tile_costs() -> None:
+    """One line for each network."""
+    plans = plans_module.load(COMPACT)
+    for configuration in plans.configurations:
+        cost = inference_data.gflop(configuration, 1, plans.scores)
+        size = "x".join(map(str, configuration.patch))
+        print(f"network {configuration.name}: tile {size}, {cost:.1f} GFLOP", flush=True)
+
+
+def compare_one_case(bench: Bench) -> list[Row]:
+    """One fold, no mirrorings, 75 tiles; and what of it was not the network's forward."""
+    network = inference_data.make_network(bench.folder, "3d_fullres", 1, bench.rival_python)
+    cases = inference_data.make_cases(bench.folder, (28, 512, 512), 1)
+    ours, theirs = compare_runs(bench, network, cases, "fast", 75)
+    outside = [[run.seconds - run.said["forward"] for run in runs] for runs in (ours, theirs)]
+    return [
+        faster("one case, 75 tiles, end to end", *_medians(ours, theirs), "s", 2),
+        faster("  outside the network's forward", *map(statistics.median, outside), "s", 5),
+    ]
+
+
+def compare_mirrors(bench: Bench) -> list[Row]:
+    """Two folds, 8 mirrorings, 4 tiles."""
+    network = inference_data.make_network(bench.folder, "3d_fullres", 2, bench.rival_python)
+    cases = inference_data.make_cases(bench.folder, (16, 288, 288), 1)
+    ours, theirs = compare_runs(bench, network, cases, "full", 64)
+    return [faster("2 folds, 8 mirrorings, 4 tiles", *_medians(ours, theirs), "s", 1.9)]
+
+
+def compare_folder(bench: Bench) -> list[Row]:
+    """Five cases of 8 slices in one call, by nnU-Net's 2D network."""
+    network = inference_data.make_network(bench.folder, "2d", 1, bench.rival_python)
+    cases = inference_data.make_cases(bench.folder, (8, 512, 512), 5)
+    ours, theirs = compare_runs(bench, network, cases, "fast", 40)
+    return [faster("five cases of 8 slices, 2D network", *_medians(ours, theirs), "s", 1.6)]
+
+
+def compare_runs(
+    bench: Bench, network: Network, cases: Cases, preset: str, passes: int
+) -> tuple[list[Run], list[Run]]:
+    """Both command lines on the same cases; both have to make so many forward passes."""
+    masks, rival_masks = bench.folder / "masks", bench.folder / "rival-masks"
+    command = [
+        sys.executable, ROOT / "benchmarks" / "inference_ours.py", "predict",
+        "--input", cases.ours, "--output", masks, "--weights", network.weights,
+        "--device", "cpu", "--preset", preset,
+    ]  # fmt: skip
+    folds = [path.name.removeprefix("fold_") for path in network.results.rglob("fold_*")]
+    rival_command = [
+        bench.rival_python, ROOT / "benchmarks" / "nnunetv2_predict.py", "predict",
+        "-i", cases.rival, "-o", rival_masks, "-d", inference_data.DATASET,
+        "-c", network.configuration.name, "-f", *sorted(folds), "-device", "cpu",
+        *([] if preset == "full" else ["--disable_tta"]),
+    ]  # fmt: skip
+
+    def ours() -> Run:
+        return _run(command, {**os.environ, "PYTHONPATH": str(ROOT)})
+
+    def rival() -> Run:
+        return _run(rival_command, bench.rival_environment(network.results))
+
+    pairs = _in_pairs(ours, rival, bench.repeats)
+    for run in (*pairs[0], *pairs[1]):
+        if run.said["passes"] != passes:
+            raise SystemExit(f"error: {run.said['passes']} forward passes, expected {passes}")
+    for name in cases.names:
+        found, expected = (
+            volume.read(folder / f"{name}.nii.gz").voxels for folder in (masks, rival_masks)
+        )
+        print(
+            f"  {name}: foreground {expected.mean():.1%}, labels differ in "
+            f"{(found != expected).mean():.3%} of voxels", flush=True,
+        )  # fmt: skip
+    return pairs
+
+
+def compare_restore(bench: Bench) -> list[Row]:
+    """Restoring and writing a mask of 512x512x400 from logits of another grid."""
+    plans = plans_module.load(COMPACT)
+    paths = {name: bench.folder / name for name in ("scores.npy", "plans.json", "dataset.json")}
+    np.save(paths["scores.npy"], inference_data.make_scores(LARGE_GRID))
+    paths["plans.json"].write_text(json.dumps(inference_data.rival_plans(plans)))
+    labels = {"background": 0, "hemorrhage": 1}
+    paths["dataset.json"].write_text(
+        json.dumps({"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz"})
+    )
+    header = bench.folder / "header.nii.gz"
+    volume.write(Volume(np.zeros(LARGE_SHAPE, np.uint8), LARGE_MM), header)
+    request = {
+        "scores": paths["scores.npy"], "plans": paths["plans.json"],
+        "dataset": paths["dataset.json"], "ours": COMPACT, "header": header,
+        "shape": LARGE_SHAPE, "spacing_mm": LARGE_MM,
+        "grid_shape": LARGE_GRID, "grid_mm": LARGE_GRID_MM,
+    }  # fmt: skip
+    runs = []
+    for python, script, environment in (
+        (sys.executable, "inference_ours.py", {**os.environ, "PYTHONPATH": str(ROOT)}),
+        (bench.rival_python, "nnunetv2_predict.py", bench.rival_environment(bench.folder)),
+    ):
+        own = bench.folder / f"{script}.json"
+        own.write_text(json.dumps({**request, "output": bench.folder / script}, default=str))
+        command = [python, ROOT / "benchmarks" / script, "restore", own]
+        runs.append(lambda c=command, e=environment: _run(c, e))
+    ours, theirs = _in_pairs(runs[0], runs[1], max(bench.repeats, 2))
+    found, expected = (
+        volume.read(bench.folder / f"{script}.nii.gz").voxels
+        for script in ("inference_ours.py", "nnunetv2_predict.py")
+    )
+    print(f"  labels differ in {int((found != expected).sum())} of {found.size} voxels")
+    name = f"restoring and writing {'x'.join(map(str, LARGE_SHAPE))}"
+    return [
+        faster(name, *(_of(runs, "seconds") for runs in (ours, theirs)), "s", 10),
+        smaller("  peak memory", *(_of(runs, "peak_mb") for runs in (ours, theirs)), "MB", 0.4),
+    ]
+
+
+def measure_forward(bench: Bench) -> list[Row]:
+    """The forward pass beside the product of two large matrices, in turn, in this process."""
+    del bench
+    plans = plans_module.load(COMPACT)
+    configuration = plans.configuration("3d_fullres")
+    cost = inference_data.gflop(configuration, 1, plans.scores)
+    spec = NetworkSpec(configuration.architecture, 1, plans.scores, configuration.tile, "logits")
+    chosen = engine.choose("cpu")
+    random = np.random.default_rng(0)
+    network = chosen.load(spec, draw_state(spec, random))
+    tile = random.normal(size=(1, 1, *configuration.tile)).astype(np.float32)
+    square = [random.normal(size=(MATRIX, MATRIX)).astype(np.float32) for _ in range(2)]
+    product = openvino_product(square[1])
+    ways: dict[str, tuple[Callable[[], object], float]] = {
+        "forward": (lambda: network.run(tile), cost),
+        "product by OpenVINO": (lambda: product(square[0]), 2 * MATRIX**3 / 1e9),
+        "product by numpy": (lambda: square[0] @ square[1], 2 * MATRIX**3 / 1e9),
+    }
+    rates = np.zeros((len(ways), 20))
+    for turn in range(rates.shape[1]):
+        for way, (call, gflop) in enumerate(ways.values()):
+            began = time.perf_counter()
+            call()
+            rates[way, turn] = gflop / (time.perf_counter() - began)
+    rates = rates[:, 3:]  # the first calls warm up
+    for name, values in zip(ways, rates, strict=True):
+        print(f"  {name}: {np.median(values):.0f} GFLOP/s", flush=True)
+    best = rates[1:][np.median(rates[1:], 1).argmax()]
+    share = float(np.median(rates[0] / best))  # turn by turn: the machine may be shared
+    return [Row("forward, share of a matrix product's rate", share, None, "", None, 0.85,
+                share >= 0.85)]  # fmt: skip
+
+
+def draw_state(spec: NetworkSpec, random: np.random.Generator) -> dict[str, Any]:
+    """Tensors of the network at random."""
+    from ichseg.network import build_network
+
+    network = build_network(spec.architecture, spec.input_channels, spec.scores)
+    return {
+        name: random.normal(scale=max(1, tensor[0].numel()) ** -0.5, size=tensor.shape).astype("f4")
+        for name, tensor in network.state_dict().items()
+    }
+
+
+def openvino_product(right: np.ndarray) -> Callable[[np.ndarray], object]:
+    """The product with a matrix, by the library and with the settings that run the network."""
+    openvino: Any = openvino_graph.import_openvino()
+    op = openvino.opset13
+    left = op.parameter(list(right.shape), np.float32)
+    model = openvino.Model([op.matmul(left, op.constant(right), False, False)], [left], "product")
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": engine.cpu_threads()}
+    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    return lambda value: request.infer([value], share_inputs=True, share_outputs=True)
+
+
+def measure_start(bench: Bench) -> list[Row]:
+    """Importing process.py, in pairs with importing torch and SimpleITK."""
+
+    def importing(code: str) -> Callable[[], Run]:
+        return lambda: _run([sys.executable, "-c", f"{code}; print('{{}}')"], dict(os.environ))
+
+    ours, other = _in_pairs(
+        importing("import process"), importing("import torch, SimpleITK"), max(bench.repeats, 5)
+    )
+    ours_s, other_s = _medians(ours, other)
+    print(f"  import process {ours_s:.2f} s, import torch, SimpleITK {other_s:.2f} s")
+    return [at_most("importing process.py / torch and SimpleITK", ours_s / other_s, "", 1.2)]
+
+
+ROWS: dict[str, Callable[[Bench], list[Row]]] = {
+    "case": compare_one_case,
+    "mirrors": compare_mirrors,
+    "folder": compare_folder,
+    "restore": compare_restore,
+    "forward": measure_forward,
+    "start": measure_start,
+}
+
+
+def _in_pairs(
+    ours: Callable[[], Run], rival: Callable[[], Run], repeats: int
+) -> tuple[list[Run], list[Run]]:
+    """Runs of both; who begins changes from pair to pair."""
+    runs: tuple[list[Run], list[Run]] = ([], [])
+    for repeat in range(repeats):
+        for side in (0, 1) if repeat % 2 == 0 else (1, 0):
+            runs[side].append((ours, rival)[side]())
+        print(f"  ours {runs[0][-1]}\n  rival {runs[1][-1]}", flush=True)
+    return runs
+
+
+def _run(command: list[Any], environment: dict[str, str]) -> Run:
+    began = time.perf_counter()
+    done = subprocess.run(
+        [str(part) for part in command], env=environment, cwd=ROOT, check=False, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    took = time.perf_counter() - began
+    if done.returncode != 0:
+        raise SystemExit(f"error: {' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}")
+    return Run(took, json.loads(done.stdout.splitlines()[-1]))
+
+
+def _medians(ours: list[Run], theirs: list[Run]) -> tuple[float, float]:
+    return (
+        statistics.median(run.seconds for run in ours),
+        statistics.median(run.seconds for run in theirs),
+    )
+
+
+def _of(runs: list[Run], key: str) -> float:
+    return statistics.median(run.said[key] for run in runs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

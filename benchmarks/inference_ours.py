@@ -1,0 +1,90 @@
+"""Our side of inference.py, in a process of its own.
+
+    PYTHONPATH=. python benchmarks/inference_ours.py predict ARGUMENTS OF process.py
+    PYTHONPATH=. python benchmarks/inference_ours.py restore REQUEST.json
+
+Each prints one line of JSON last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def predict(arguments: list[str]) -> dict[str, float]:
+    """``process.py``, and the seconds that the network's forward took of it."""
+    import process
+    from ichseg import engine
+
+    choose, spent = engine.choose, [0.0, 0]
+
+    def chosen(device: str) -> engine.Engine:
+        real = choose(device)
+
+        def load(*of: Any) -> engine.LoadedNetwork:
+            network = real.load(*of)
+
+            def timed(tiles: Any) -> Any:
+                began = time.perf_counter()
+                scores = network.run(tiles)
+                spent[0] += time.perf_counter() - began
+                spent[1] += len(tiles)
+                return scores
+
+            return dataclasses.replace(network, run=timed)
+
+        return dataclasses.replace(real, load=load)
+
+    engine.choose = chosen
+    if process.main(arguments) != 0:
+        raise SystemExit("error: process.py has failed")
+    return {"forward": spent[0], "passes": spent[1]}
+
+
+def restore(request: dict[str, Any]) -> dict[str, float]:
+    """Scores to a mask file."""
+    from ichseg import plans, preprocess, volume
+    from ichseg.orient import AxisOrder
+    from ichseg.volume import Volume
+
+    template = volume.read(Path(request["header"]))
+    shape, spacing = tuple(request["shape"]), tuple(request["spacing_mm"])
+    grid = tuple(request["grid_shape"])
+    placement = preprocess.Placement(
+        axes=AxisOrder((0, 1, 2), (False, False, False)),
+        full_shape=shape,
+        box=((0, shape[0]), (0, shape[1]), (0, shape[2])),
+        spacing_mm=spacing,
+        grid_shape=grid,
+        grid_spacing_mm=tuple(request["grid_mm"]),
+    )
+    planned = plans.load(Path(request["ours"]))
+    scores = np.load(request["scores"])
+    began = time.perf_counter()
+    labels = preprocess.restore([(scores, placement)], planned)
+    mask = Volume(labels, spacing, nifti_header=template.nifti_header)
+    volume.write(mask, Path(request["output"] + ".nii.gz"))
+    return {"seconds": time.perf_counter() - began}
+
+
+def main() -> None:
+    """Do it."""
+    step, *arguments = sys.argv[1:]
+    if step == "predict":
+        found = predict(arguments)
+    else:
+        found = restore(json.loads(Path(arguments[0]).read_text()))
+    status = Path("/proc/self/status").read_text()  # getrusage would count the parent's peak, too
+    peak_kb = int(status.split("VmHWM:")[1].split()[0])
+    print(json.dumps({**found, "peak_mb": peak_kb * 1024 / 1e6}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

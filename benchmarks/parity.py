@@ -1,0 +1,387 @@
+"""A trained nnU-Net, imported, against nnunetv2 2.8.1 itself: the same volumes, the same weights.
+
+    PYTHONPATH=. .venv/bin/python benchmarks/parity.py [--rival-env FOLDER]
+        [--trained MODEL_FOLDER --images FOLDER]
+
+Tiny networks of each kind are trained by the rival on two head CTs of ``test/sample``, one real
+and one synthetic, to find bone and dense tissue. Then nnunetv2 predicts, its half-precision sums
+patched to fp32 (the column "rival" says how far it is from itself without), and so does
+``process.py`` with the imported bundle. ``--trained`` compares a real model as well, on the first
+images of a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from benchmarks import rivals
+from benchmarks.parity_ours import labels_of, probabilities_of
+from benchmarks.rows import Row, at_most, report
+from ichseg import volume
+from ichseg.volume import Volume
+
+ROOT = Path(__file__).resolve().parent.parent
+SLICES = 16  # of each sample
+SAMPLES = ("ge_intraparenchymal.mha", "synthetic_subdural.nii.gz")
+LARGEST_DIFFERENCE = 1e-3  # of a probability
+LARGEST_MARGIN = 2e-3  # of the rival's two best, where labels differ
+LEAST_DICE = 0.9995
+FOREGROUND = (0.001, 0.2)  # share of the volume that each mask has to hold
+FEATURES = (6, 12, 24)
+NETWORKS = {"PlainConvUNet": "plain", "ResidualEncoderUNet": "residual"}
+GRIDS_MM = {"3d_fullres": (4.0, 2.0, 2.0), "3d_lowres": (6.0, 3.2, 3.2), "2d": (2.0, 2.0)}
+DATASET: dict[str, Any] = {
+    "channel_names": {"0": "CT"},
+    "labels": {"background": 0, "bone": 1, "dense": 2},
+    "numTraining": 2,
+    "file_ending": ".mha",
+}
+REGIONS = DATASET | {
+    "labels": {"background": 0, "any": [1, 2], "dense": [2]},
+    "regions_class_order": [1, 2],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model folder and how it came about.
+
+    Attributes:
+        name: For the table.
+        folder: As nnU-Net v2 leaves it.
+        configuration: Which.
+        folds: To train; 0 where it is trained.
+        steps: Of training.
+        previous: The first stage, of a cascade.
+    """
+
+    name: str
+    folder: Path
+    configuration: str
+    folds: int
+    steps: int
+    previous: Model | None = None
+
+    @property
+    def out(self) -> str:
+        """How the names of the rival's results begin."""
+        return str(self.folder.parent / f"rival-{self.folder.name}")
+
+    def request(self) -> dict[str, Any]:
+        """For ``parity_rival.py``."""
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "out": self.out,
+            "configuration": self.configuration,
+            "folds": self.folds,
+            "steps": self.steps,
+            "previous": self.previous and self.previous.out,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A volume, and what a network may be trained to find in it."""
+
+    name: str
+    image: Path
+    label: Path | None
+
+
+def main() -> int:
+    """Print one table and one line of JSON; 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", choices=[*NETWORKS, "regions", "trained"], action="append", help="a part of it"
+    )
+    parser.add_argument("--steps", type=int, default=60, help="of each training [%(default)s]")
+    parser.add_argument("--trained", type=Path, metavar="MODEL_FOLDER", help="a real nnU-Net")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="for the real nnU-Net")
+    parser.add_argument("--cases", type=int, default=4, help="of those images [%(default)s]")
+    rivals.add_arguments(parser)
+    args = parser.parse_args()
+    python = rivals.python_of(args.rival_env)
+    parts = args.only or [*NETWORKS, "regions", *(["trained"] if args.trained else [])]
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="bench-parity-") as scratch:
+        folder = Path(scratch)
+        cases = make_cases(folder / "cases")
+        for part in parts:
+            began = time.perf_counter()
+            if part in NETWORKS:
+                rows += compare(make_models(folder / part, part, args.steps), cases, python)
+            elif part == "regions":
+                rows += compare([make_regions(folder / part, args.steps)], cases, python)
+            else:
+                paths = sorted(args.images.glob("[!.]*.nii.gz"))[: args.cases]
+                listed = [Case(volume.stem_of(path), path, None) for path in paths]
+                rows += compare([link_trained(folder / part, args.trained)], listed, python)
+            print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
+    return report("parity", rows)
+
+
+def make_cases(folder: Path) -> list[Case]:
+    """The samples, and labels made of smoothed HU: 1 for bone, 2 for dense tissue."""
+    cases = []
+    for name in SAMPLES:
+        image = middle(volume.read(ROOT / "test" / "sample" / "input" / name))
+        smooth = ndimage.gaussian_filter(image.voxels.astype(np.float32), (0, 1.5, 1.5))
+        labels = np.where(smooth > 300, 1, np.where((smooth > 38) & (smooth < 100), 2, 0))
+        stem = name.partition(".")[0]
+        case = Case(stem, folder / "images" / f"{stem}.mha", folder / "labels" / f"{stem}.mha")
+        volume.write(image, case.image)
+        volume.write(image.with_voxels(labels.astype(np.uint8)), case.label or Path())
+        cases.append(case)
+    return cases
+
+
+def middle(image: Volume) -> Volume:
+    """The slices in the middle, enough for several tiles."""
+    first = (image.voxels.shape[0] - SLICES) // 2
+    offset = np.array(image.direction).reshape(3, 3)[:, 0] * first * image.spacing_mm[0]
+    z, y, x = (float(value) for value in image.origin_mm + offset)
+    return replace(image, voxels=image.voxels[first : first + SLICES].copy(), origin_mm=(z, y, x))
+
+
+def make_models(folder: Path, network: str, steps: int) -> list[Model]:
+    """One untrained model of each configuration; 3d_fullres with two folds."""
+    plans = make_plans(network)
+    for name in plans["configurations"]:
+        write_model(folder / f"nnUNetTrainer__nnUNetPlans__{name}", plans, DATASET)
+
+    def model(name: str, folds: int = 1, previous: Model | None = None) -> Model:
+        path = folder / f"nnUNetTrainer__nnUNetPlans__{name}"
+        return Model(f"{NETWORKS[network]} {name}", path, name, folds, steps, previous)
+
+    lowres = model("3d_lowres")
+    cascade = model("3d_cascade_fullres", previous=lowres)
+    return [model("2d"), model("3d_fullres", folds=2), lowres, cascade]
+
+
+def link_trained(folder: Path, trained: Path) -> Model:
+    """A model that is trained already; nothing is written into its folder."""
+    folder.mkdir()
+    (folder / trained.name).symlink_to(trained.resolve())
+    name = trained.name.rpartition("__")[2]
+    return Model(f"trained {name}", folder / trained.name, name, 0, 0)
+
+
+def make_regions(folder: Path, steps: int) -> Model:
+    """A network of regions that overlap."""
+    path = folder / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    write_model(path, make_plans("PlainConvUNet"), REGIONS)
+    return Model("regions 3d_fullres", path, "3d_fullres", 1, steps)
+
+
+def write_model(folder: Path, plans: dict[str, Any], dataset: dict[str, Any]) -> None:
+    """What stands in a model folder beside its folds."""
+    folder.mkdir(parents=True)
+    (folder / "plans.json").write_text(json.dumps(plans))
+    (folder / "dataset.json").write_text(json.dumps(dataset))
+
+
+def make_plans(network: str) -> dict[str, Any]:
+    """nnU-Net's plans, of tiny networks."""
+    configurations: dict[str, Any] = {}
+    for name, spacing in GRIDS_MM.items():
+        axes = len(spacing)
+        resampling = {"force_separate_z": None, "order_z": 0}
+        configurations[name] = {
+            "data_identifier": f"nnUNetPlans_{name}",
+            "preprocessor_name": "DefaultPreprocessor",
+            "batch_size": 2,
+            "patch_size": [96, 96] if axes == 2 else [8, 96, 96],
+            "median_image_size_in_voxels": [36.0, 125.0, 125.0][-axes:],
+            "spacing": list(spacing),
+            "normalization_schemes": ["CTNormalization"],
+            "use_mask_for_norm": [False],
+            "batch_dice": False,
+            "architecture": architecture(network, axes),
+        }
+        for kind, order in (("data", 3), ("seg", 1), ("probabilities", 1)):
+            configurations[name] |= {
+                f"resampling_fn_{kind}": "resample_data_or_seg_to_shape",
+                f"resampling_fn_{kind}_kwargs": resampling
+                | {"is_seg": kind == "seg", "order": order},
+            }
+    configurations["3d_lowres"]["next_stage"] = "3d_cascade_fullres"
+    configurations["3d_cascade_fullres"] = {
+        "inherits_from": "3d_fullres",
+        "previous_stage": "3d_lowres",
+    }
+    return {
+        "dataset_name": "Dataset001_Parity",
+        "plans_name": "nnUNetPlans",
+        "original_median_spacing_after_transp": [5.0, 0.6, 0.6],
+        "original_median_shape_after_transp": [29, 400, 400],
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "configurations": configurations,
+        "experiment_planner_used": "ExperimentPlanner",
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {
+            "0": {
+                "mean": 350.0,
+                "std": 350.0,
+                "percentile_00_5": -20.0,
+                "percentile_99_5": 1200.0,
+                "median": 70.0,
+                "min": -1000.0,
+                "max": 2000.0,
+            }
+        },
+    }
+
+
+def architecture(network: str, axes: int) -> dict[str, Any]:
+    """Three levels; the first is thick-sliced, as in nnU-Net's plans for head CT."""
+    plain = network == "PlainConvUNet"
+    encoder = {"n_conv_per_stage": [2, 2, 2]} if plain else {"n_blocks_per_stage": [1, 2, 2]}
+    return {
+        "network_class_name": f"dynamic_network_architectures.architectures.unet.{network}",
+        "arch_kwargs": {
+            "n_stages": 3,
+            "features_per_stage": list(FEATURES),
+            "conv_op": f"torch.nn.modules.conv.Conv{axes}d",
+            "kernel_sizes": [[1, 3, 3][-axes:], [3] * axes, [3] * axes],
+            "strides": [[1] * axes, [1, 2, 2][-axes:], [2] * axes],
+            **encoder,
+            "n_conv_per_stage_decoder": [2, 2] if plain else [1, 1],
+            "conv_bias": True,
+            "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{axes}d",
+            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+
+
+def compare(models: Sequence[Model], cases: Sequence[Case], python: Path) -> list[Row]:
+    """Both predict every case by every model."""
+    folder = models[0].folder.parent
+    request = {
+        "models": [model.request() for model in models],
+        "cases": [
+            {"name": case.name, "image": str(case.image), "label": str(case.label)}
+            for case in cases
+        ],
+        "answer": str(folder / "answer.json"),
+    }
+    (folder / "request.json").write_text(json.dumps(request))
+    script = Path(__file__).with_name("parity_rival.py")
+    _call([str(python), str(script), str(folder / "request.json")])
+    unpatched = {row["model"]: row for row in json.loads((folder / "answer.json").read_text())}
+    rows = []
+    for model in models:
+        as_it_is = unpatched[model.name]
+        print(
+            f"{model.name}: nnunetv2 unpatched differs from itself patched by up to "
+            f"{as_it_is['largest']:.1e}, {as_it_is['labels']} labels",
+            flush=True,
+        )
+        rows += compare_model(model, cases, as_it_is["largest"])
+    return rows
+
+
+def compare_model(model: Model, cases: Sequence[Case], unpatched: float) -> list[Row]:
+    """Rows for one model, the worst of its cases."""
+    weights = model.folder.parent / f"bundle-{model.folder.name}"
+    stages = [model.folder] if model.previous is None else [model.previous.folder, model.folder]
+    _call([sys.executable, "-m", "training", "import-nnunet", *map(str, stages), "--out",
+           str(weights)])  # fmt: skip
+    differences, margins, dices = [0.0], [0.0], [1.0]
+    for case in cases:
+        rival = np.load(f"{model.out}_{case.name}_probabilities.npy")
+        theirs = np.load(f"{model.out}_{case.name}_labels.npy")
+        share = float((theirs > 0).mean())
+        assert FOREGROUND[0] <= share <= FOREGROUND[1], f"{case.name}: {share:.2%} foreground"
+        began = time.perf_counter()
+        if model.previous is None:
+            ours = segment(case, weights, model.folder.parent)
+        else:  # process.py does not run the stages of a cascade yet
+            ours = labels_of(weights, volume.read(case.image))
+        took = time.perf_counter() - began
+        mine = probabilities_of(weights, volume.read(case.image))
+        largest = float(np.abs(mine - rival).max())
+        where = ours != theirs
+        margin = float(margin_of(rival[:, where], regions=mine.shape[0] < 3).max(initial=0))
+        found = [
+            2 * int(((ours == k) & (theirs == k)).sum()) / both
+            for k in range(1, int(theirs.max()) + 1)
+            if (both := int((ours == k).sum() + (theirs == k).sum()))
+        ]
+        print(
+            f"{model.name}, {case.name}: {share:.1%} foreground, largest difference {largest:.1e}, "
+            f"{int(where.sum())} of {theirs.size} labels differ (margin {margin:.1e}), "
+            f"Dice {', '.join(f'{d:.6f}' for d in found)}; ours {took:.0f} s",
+            flush=True,
+        )
+        differences.append(largest)
+        margins.append(margin)
+        dices += found
+    return [
+        replace(
+            at_most(f"{model.name}: largest difference of probabilities", max(differences), "",
+                    LARGEST_DIFFERENCE),
+            rival=unpatched,
+        ),
+        at_most(f"{model.name}: rival's margin where labels differ", max(margins), "",
+                LARGEST_MARGIN),
+        at_most(f"{model.name}: 1 - smallest Dice of a class", 1 - min(dices), "", 1 - LEAST_DICE),
+    ]  # fmt: skip
+
+
+def segment(case: Case, weights: Path, scratch: Path) -> npt.NDArray[np.integer]:
+    """Labels, by the command line."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        source, out = Path(folder) / "in", Path(folder) / "out"
+        source.mkdir()
+        (source / case.image.name).symlink_to(case.image.resolve())
+        _call([sys.executable, "process.py", "--input", str(source), "--output", str(out),
+               "--weights", str(weights), "--device", "cpu"])  # fmt: skip
+        (result,) = json.loads((out / "results.json").read_text())
+        (mask,) = [p for p in out.rglob("*") if p.name.endswith((".mha", ".nii.gz"))]
+        assert result
+        return volume.read(mask).voxels.astype(np.uint8)
+
+
+def margin_of(probabilities: npt.NDArray[Any], *, regions: bool) -> npt.NDArray[Any]:
+    """Between the two best, or of regions from a half, for each voxel of ``(K, n)``."""
+    if regions:
+        margin: npt.NDArray[Any] = 2 * np.abs(probabilities - 0.5).min(0)
+        return margin
+    best = np.sort(probabilities, 0)
+    gap: npt.NDArray[Any] = best[-1] - best[-2]
+    return gap
+
+
+def _call(command: list[str]) -> None:
+    done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    if done.returncode != 0:
+        raise SystemExit(f"error: {' '.join(command)}\n{done.stdout[-3000:]}")
+    for line in done.stdout.splitlines():
+        if line.startswith(("patched", "trained")):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

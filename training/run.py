@@ -1,0 +1,307 @@
+"""From a dataset to weights bundles in one command: each step that is not done yet, in its order.
+
+Each step is a command of its own, said before it runs. What a step leaves in the workspace tells
+whether it is done, so the same command goes on wherever it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ichseg import bundle, plans
+from ichseg.errors import DatasetError, PlansError, WeightsError
+from ichseg.plans import Plans
+from training import config, folds, layouts, planner, preprocess, progress, splits, verify
+from training import overrides as planner_overrides
+from training.config import TrainingConfig
+from training.dataset import DATASET_FILE, add_workspace_argument, load_dataset
+from training.fold import LATEST, open_run, run_folder
+from training.recipes import RECIPES as PLANNER_RECIPES
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One command.
+
+    Attributes:
+        words: Of its command line, after ``python -m training``.
+        done: What shows that it need not be run; empty if it must be.
+    """
+
+    words: tuple[str, ...]
+    done: str = ""
+
+
+def run(args: argparse.Namespace, execute: Callable[[Sequence[str]], int]) -> int:
+    """Run all steps in their order, but for those that are done.
+
+    Args:
+        args: Of the ``run`` command.
+        execute: Runs one command line; its exit status.
+
+    Returns:
+        0, or the status of the first step that failed: the others are not begun.
+
+    Raises:
+        IchsegError: The workspace is of another dataset, or of other plans than the flags say.
+    """
+    for number, (stage, steps) in enumerate(STAGES.items(), start=1):
+        for step in steps(args):  # each is looked at when those before it are done
+            line = f"{_python()} -m training {shlex.join(step.words)}"
+            if step.done:
+                _log.info("== %d of %d, %s: done, %s", number, len(STAGES), stage, step.done)
+                continue
+            _log.info("\n== %d of %d, %s:\n%s", number, len(STAGES), stage, line)
+            if status := execute(step.words):
+                return status
+    for name in _configurations(args, _plans(args)):
+        _log.info("the weights of %s are in %s", name, _bundle_folder(args, name))
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> Iterator[Step]:
+    words = ["convert", str(args.dataset), *_workspace(args)]
+    if args.groups is not None:
+        words += ["--groups", str(args.groups)]
+    path = args.workspace / DATASET_FILE
+    if path.exists():
+        _refuse_other_dataset(args)
+    yield Step(tuple(words), f"{path} is there" if path.exists() else "")
+
+
+def _verify(args: argparse.Namespace) -> Iterator[Step]:
+    dataset = load_dataset(args.workspace)
+    done = verify.is_verified(args.workspace, dataset)
+    found = f"no errors in {len(dataset.labelled)} cases, which have not changed since"
+    yield Step(("verify", *_workspace(args)), found if done else "")
+
+
+def _plan(args: argparse.Namespace) -> Iterator[Step]:
+    words = ["plan", *_workspace(args)]
+    if args.recipe in PLANNER_RECIPES:  # the others are the trainer's alone
+        words += ["--recipe", args.recipe]
+    if args.preset is not None:
+        words += ["--architecture", args.preset]
+    for name, value in _overrides(args).items():
+        flags = {"yes": f"--{name}", "no": f"--no-{name}"}
+        words.append(flags.get(value, f"--{name}={value}"))
+    path = args.workspace / planner.PLANS_FILE
+    if path.exists():
+        _refuse_other_plans(args, path)
+    yield Step(tuple(words), f"{path} is there" if path.exists() else "")
+
+
+def _preprocess(args: argparse.Namespace) -> Iterator[Step]:
+    dataset, planned = load_dataset(args.workspace), _plans(args)
+    for name in _configurations(args, planned):
+        done = preprocess.is_preprocessed(dataset, planned, name, args.workspace)
+        folder = preprocess.folder_of(args.workspace, name)
+        yield Step(
+            ("preprocess", name, *_workspace(args)), f"{folder} holds all cases" if done else ""
+        )
+
+
+def _train(args: argparse.Namespace) -> Iterator[Step]:
+    planned = _plans(args)
+    chosen = config.config_from(args, args.recipe or planned.recipe)
+    words = [*_workspace(args), "--folds", ",".join(_folds(args))]
+    if args.gpus is not None:
+        words += ["--gpus", args.gpus]
+    if args.recipe is not None:
+        words += ["--recipe", args.recipe]
+    words += config.flags_from(args)
+    for name in _configurations(args, planned):
+        done = all(_is_trained(args, name, fold, chosen) for fold in _folds(args))
+        yield Step(
+            ("train", name, *words), f"folds {', '.join(_folds(args))} of {name}" if done else ""
+        )
+
+
+def _export(args: argparse.Namespace) -> Iterator[Step]:
+    dataset, planned = load_dataset(args.workspace), _plans(args)
+    for name in _configurations(args, planned):
+        out = _bundle_folder(args, name)
+        words = ["export", *_workspace(args), "--configuration", name]
+        words += ["--folds", ",".join(_folds(args)), "--out", str(out)]
+        words += ["--name", f"{dataset.name}-{name}", "--description", _description(planned)]
+        if args.threads:
+            words += ["--threads", str(args.threads)]
+        done = _is_exported(args, name, out)
+        yield Step(tuple(words), f"{out} holds these folds" if done else "")
+
+
+# In order. Each gives the commands that it takes, with what shows which of them are done.
+STAGES: dict[str, Callable[[argparse.Namespace], Iterator[Step]]] = {
+    "convert": _convert,
+    "verify": _verify,
+    "plan": _plan,
+    "preprocess": _preprocess,
+    "train": _train,
+    "export": _export,
+}
+
+
+def _refuse_other_dataset(args: argparse.Namespace) -> None:
+    """The dataset may be gone from where it was; while it is there, it must be the same."""
+    if not args.dataset.exists():
+        return
+    source, kept = layouts.read_source(args.dataset), load_dataset(args.workspace)
+    names = sorted(case.name for case in source.cases)
+    if (source.name, names) != (kept.name, [case.name for case in kept.cases]):
+        raise DatasetError(
+            f"{args.workspace}: holds {kept.name} with {len(kept.cases)} cases, but {args.dataset} "
+            f"is {source.name} with {len(names)}, or they have other names; expected the same "
+            "dataset, or a new workspace"
+        )
+
+
+def _refuse_other_plans(args: argparse.Namespace, path: Path) -> None:
+    """Flags of an earlier run may be left out, but none may say otherwise."""
+    found = plans.load(path)
+    there = {override.name: override.chosen for override in found.overrides}
+    there |= {"recipe": found.recipe, "architecture": found.preset}
+    wanted = _overrides(args)
+    if args.recipe in PLANNER_RECIPES:
+        wanted["recipe"] = args.recipe
+    if args.preset is not None:
+        wanted["architecture"] = args.preset
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            raise PlansError(
+                f"{path}: made with {name} {there.get(name, 'as the data say')}, but --{name} is "
+                f"{value}; leave the flag out, or take another workspace"
+            )
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, str]:
+    """What replaces the planner's choice, as its command line takes it."""
+    given = planner_overrides.record(planner.overrides_from(args), None, 0.0)
+    return {override.name: override.chosen for override in given}
+
+
+def _configurations(args: argparse.Namespace, planned: Plans) -> tuple[str, ...]:
+    """Those asked for; before a cascade's second stage comes its first."""
+    names: list[str] = []
+    for name in args.configurations:
+        previous = planned.configuration(name).previous_stage
+        names += [previous, name] if previous is not None else [name]
+    return tuple(dict.fromkeys(names))
+
+
+def _folds(args: argparse.Namespace) -> tuple[str, ...]:
+    if args.folds is not None:
+        return tuple(args.folds)
+    names = [case.name for case in load_dataset(args.workspace).labelled]
+    return tuple(str(fold) for fold in range(len(splits.find_splits(args.workspace, names))))
+
+
+def _is_trained(args: argparse.Namespace, name: str, fold: str, chosen: TrainingConfig) -> bool:
+    if not (run_folder(args.workspace, name, fold) / LATEST).exists():
+        return False
+    return folds.is_finished(args.workspace, open_run(args.workspace, name, fold, chosen))
+
+
+def _is_exported(args: argparse.Namespace, name: str, out: Path) -> bool:
+    """Whether the bundle holds all folds, and none has been trained further since."""
+    try:
+        members = {(member.configuration, member.fold) for member in bundle.load_model(out).members}
+    except WeightsError:
+        return False
+    made = (out / "model.json").stat().st_mtime_ns
+    return all(
+        (name, fold) in members
+        and (run_folder(args.workspace, name, fold) / LATEST).stat().st_mtime_ns <= made
+        for fold in _folds(args)
+    )
+
+
+def _bundle_folder(args: argparse.Namespace, name: str) -> Path:
+    return (args.workspace / "bundles" if args.out is None else args.out) / name
+
+
+def _description(planned: Plans) -> str:
+    return (
+        f"Segments {', '.join(planned.labels[1:])}. Trained on {planned.dataset}. "
+        "For research, not for diagnosis."
+    )
+
+
+def _plans(args: argparse.Namespace) -> Plans:
+    return plans.load(args.workspace / planner.PLANS_FILE)
+
+
+def _workspace(args: argparse.Namespace) -> tuple[str, str]:
+    return "--workspace", str(args.workspace)
+
+
+def _python() -> str:
+    """The interpreter, as a person here would name it."""
+    path = Path(sys.executable)
+    here = Path.cwd()
+    return shlex.quote(os.path.relpath(path) if path.is_relative_to(here) else str(path))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the ``run`` command: its own, and those of the commands it stands for."""
+    parser.usage = "python -m training run DATASET --workspace W [options]"
+    parser.add_argument("dataset", type=Path, metavar="DATASET", help="a folder for `convert`")
+    add_workspace_argument(parser)
+    parser.add_argument(
+        "--configurations",
+        type=_names,
+        default=("3d_fullres",),
+        metavar="NAME,...",
+        help="2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres, if planned [3d_fullres]",
+    )
+    parser.add_argument(
+        "--folds", type=folds.parse_folds, metavar="K,K,...", help="which to train [all]"
+    )
+    parser.add_argument(
+        "--gpus", metavar="N,N,...", help="train folds side by side, one on each of these GPUs"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="for one bundle a configuration [W/bundles]"
+    )
+    parser.add_argument("--groups", type=Path, metavar="CSV", help="of `convert`")
+    parser.add_argument(
+        "--recipe",
+        choices=config.RECIPES,
+        help="of `plan` and `train`; one that `plan` does not have is for `train` alone "
+        "[msd2018, or what the plans have]",
+    )
+    parser.add_argument(
+        "--architecture", dest="preset", choices=plans.PRESETS, help="of `plan` [plain]"
+    )
+    planner.add_override_arguments(parser)
+    config.add_settings(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the ``run`` command; the status of the step that failed, 0 if none did."""
+    from training.__main__ import main as command
+
+    # refuse now what would only be refused after hours
+    chosen = config.config_from(args, args.recipe or "msd2018")
+    planner.overrides_from(args)
+    if chosen.tensorboard:
+        progress.require_tensorboard()
+    if args.gpus is not None:
+        folds.find_gpus(args.gpus)
+    return run(args, command)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """An argparse type: names separated by commas."""
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected different names between commas")
+    return names
