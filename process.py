@@ -140,7 +140,8 @@ def segment_case(
     ran, took = segmentation.ran, segmentation.seconds
     say(
         f"  {segmentation.volume_ml:.2f} mL in {took['total']:.1f} s, "
-        f"of it {took['compile']:.1f} s for compiling; {ran['tiles_skipped']} of {ran['tiles']} tiles skipped as air"
+        f"of it {took['compile']:.1f} s for compiling; "
+        f"{ran['tiles_skipped']} of {ran['tiles']} tiles skipped as air"
     )
     return CaseResult(case.name, str(case.output.relative_to(arguments.output)), "", facts)
 
