@@ -51,6 +51,15 @@ def test_every_field_is_a_flag():
         config_from(bad, "nnunetv1")
 
 
+def test_help_shows_where_recipes_differ():
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    text = " ".join(parser.format_help().split())
+    assert "adam or sgd [adam; nnunetv2: sgd]" in text
+    assert "all looks smaller [0.85 1.25; nnunetv2: 0.7 1.4]" in text
+    assert "average over mirrorings in that [yes; compact: no]" in text
+
+
 def test_the_recipe_of_the_paper():
     """P18, the paper."""
     paper = RECIPES["msd2018"]

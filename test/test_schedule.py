@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from training.schedule import ScheduleRules, advance, end_reason, progress, start
+from training.schedule import ScheduleRules, adopt, advance, end_reason, progress, start
 
 PAPER = ScheduleRules(kind="plateau", learning_rate=3e-4, epochs=1000)
 
@@ -71,6 +71,26 @@ def test_poly_by_hand():
     rules = ScheduleRules(kind="poly", learning_rate=0.01, epochs=4)
     rates = [s.learning_rate for s in run(rules, [0.5] * 4)]
     assert rates == pytest.approx([0.01 * 0.75**0.9, 0.01 * 0.5**0.9, 0.01 * 0.25**0.9, 0])
+
+
+def test_a_longer_poly_decay_goes_on_higher():
+    """Two epochs done of two, so the rate is 0; of four they are half of the way."""
+    rules = ScheduleRules(kind="poly", learning_rate=0.01, epochs=2)
+    end = run(rules, [0.5, 0.5])[-1]
+    assert end.learning_rate == 0
+    longer = dataclasses.replace(rules, epochs=4, learning_rate=0.02)
+    went_on = adopt(longer, end, old_rate=0.01, elapsed_s=0)
+    assert went_on.learning_rate == pytest.approx(0.02 * 0.5**0.9)
+    assert dataclasses.replace(went_on, learning_rate=0) == end
+    assert adopt(rules, end, old_rate=0.01, elapsed_s=0) == end
+
+
+def test_another_rate_keeps_the_drops_so_far():
+    dropped = run(PAPER, [0.5] * 40)[-1]  # 3e-4 / 5
+    lower = dataclasses.replace(PAPER, learning_rate=1e-4)
+    adopted = adopt(lower, dropped, old_rate=3e-4, elapsed_s=0)
+    assert adopted.learning_rate == pytest.approx(2e-5)
+    assert adopt(PAPER, dropped, old_rate=3e-4, elapsed_s=0) == dropped
 
 
 def test_poly_does_not_watch_the_losses():

@@ -57,6 +57,16 @@ COMMANDS = {
         "write the finished folds as a weights bundle",
         "export --workspace work --configuration 3d_fullres --folds 0,1,2,3,4 --out weights",
     ),
+    "evaluate": (
+        "training.evaluate",
+        "score a folder of masks against their references",
+        "evaluate --predictions out --references data/Task01_Bleeds/labelsTr --out evaluation",
+    ),
+    "compare": (
+        "training.compare",
+        "say whether one evaluation is better than another of the same cases",
+        "compare evaluation other_evaluation",
+    ),
     "import-nnunet": (
         "training.import_nnunet",
         "turn a trained nnU-Net v2 into a weights bundle",

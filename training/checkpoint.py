@@ -83,11 +83,11 @@ def resume(run: FoldRun, state: TrainingState) -> None:
     state.optimiser.load_state_dict(raw["optimiser"])
     if raw["scaler"]:  # else it was not fp16 so far, and the scale is found anew
         state.scaler.load_state_dict(raw["scaler"])
-    state.schedule = ScheduleState(**raw["schedule"])
-    # of the coming epoch: another rate at the start lowers or raises all that follow alike
-    factor = run.config.learning_rate / raw["learning_rate"]
-    state.schedule = dataclasses.replace(
-        state.schedule, learning_rate=state.schedule.learning_rate * factor
+    state.schedule = schedule.adopt(
+        run.config.rules,
+        ScheduleState(**raw["schedule"]),
+        old_rate=raw["learning_rate"],
+        elapsed_s=raw["elapsed_s"],
     )
     state.losses = list(raw["losses"])
     state.seconds, state.data_wait_s = raw["seconds"], raw["data_wait_s"]

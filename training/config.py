@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -211,12 +211,19 @@ def _flag_fields(cls: type[Any]) -> Iterator[tuple[str, Any, str]]:
             yield option.name, hints[option.name], option.metadata.get("help", "")
 
 
-def add_flags(group: Any, cls: type[Any], defaults: Any) -> None:
-    """One flag for each field of a config class; left out, it is the recipe's value."""
+def add_flags(group: Any, cls: type[Any], recipes: Mapping[str, Any]) -> None:
+    """One flag for each field of a config class; left out, it is the recipe's value.
+
+    Args:
+        group: To add them to.
+        cls: The config class.
+        recipes: Its value in each recipe; help shows the first's, and others' where they differ.
+    """
     for name, hint, text in _flag_fields(cls):
-        default = getattr(defaults, name)
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        options: dict[str, Any] = {"default": None, "help": f"{text} [{shown}]".strip()}
+        shown = {recipe: _shown(getattr(values, name)) for recipe, values in recipes.items()}
+        usual, *_ = shown.values()
+        others = [f"; {recipe}: {value}" for recipe, value in shown.items() if value != usual]
+        options: dict[str, Any] = {"default": None, "help": f"{text} [{usual}{''.join(others)}]"}
         if hint is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(hint) is tuple:
@@ -227,12 +234,27 @@ def add_flags(group: Any, cls: type[Any], defaults: Any) -> None:
         group.add_argument(f"--{name.replace('_', '-')}", **options)
 
 
+def _shown(value: Any) -> str:
+    """A default, as the command line takes it."""
+    if isinstance(value, tuple):
+        return " ".join(map(_shown, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """All flags of the trainer's settings."""
-    settings = parser.add_argument_group("settings", "defaults of the recipe msd2018 in brackets")
-    add_flags(settings, TrainingConfig, RECIPES["msd2018"])
-    ranges = parser.add_argument_group("augmentation", "probabilities and ranges")
-    add_flags(ranges, AugmentationConfig, RECIPES["msd2018"].augmentation)
+    settings = parser.add_argument_group(
+        "settings", "In brackets the default of recipe msd2018, and of others where they differ."
+    )
+    add_flags(settings, TrainingConfig, RECIPES)
+    ranges = parser.add_argument_group("augmentation", "Probabilities and ranges.")
+    add_flags(
+        ranges,
+        AugmentationConfig,
+        {name: recipe.augmentation for name, recipe in RECIPES.items()},
+    )
 
 
 def flags_from(args: argparse.Namespace) -> list[str]:

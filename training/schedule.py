@@ -101,7 +101,7 @@ def advance(
     )
     rate = state.learning_rate
     if rules.kind == "poly":
-        rate = rules.learning_rate * (1 - progress(rules, epoch, elapsed_s)) ** rules.exponent
+        rate = _poly_rate(rules, epoch, elapsed_s)
     elif epoch - train_epoch >= rules.drop_patience:
         rate, train_epoch = rate * rules.drop_factor, epoch  # and the count begins again
     return replace(
@@ -115,6 +115,25 @@ def advance(
         validation_best=validation_best,
         validation_best_epoch=validation_epoch,
     )
+
+
+def adopt(
+    rules: ScheduleRules, state: ScheduleState, *, old_rate: float, elapsed_s: float
+) -> ScheduleState:
+    """The state under these rules, if others may have led to it.
+
+    A longer ``poly`` decay is higher from now on. The drops that a ``plateau`` has made so far
+    hold for another rate at the start, too.
+
+    Args:
+        rules: The schedule's numbers from now on.
+        state: Under the rules so far.
+        old_rate: Learning rate at the start under those.
+        elapsed_s: Seconds trained so far.
+    """
+    if rules.kind == "poly":
+        return replace(state, learning_rate=_poly_rate(rules, state.epoch, elapsed_s))
+    return replace(state, learning_rate=state.learning_rate * (rules.learning_rate / old_rate))
 
 
 def progress(rules: ScheduleRules, epoch: int, elapsed_s: float) -> float:
@@ -137,6 +156,10 @@ def end_reason(rules: ScheduleRules, state: ScheduleState, elapsed_s: float) -> 
         if state.epoch - state.validation_best_epoch >= rules.stop_patience:
             return f"validation loss has not improved in {rules.stop_patience} epochs"
     return None
+
+
+def _poly_rate(rules: ScheduleRules, epoch: int, elapsed_s: float) -> float:
+    return rules.learning_rate * (1 - progress(rules, epoch, elapsed_s)) ** rules.exponent
 
 
 def _follow(
