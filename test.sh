@@ -131,7 +131,7 @@ sealed_run --user 54321:54321 -v "$work/input:/input:ro" -v "$work/out:/output" 
     grep -q "^CapBnd:[[:space:]]*0*$" /proc/self/status || no "capabilities are left"
     grep -q "^NoNewPrivs:[[:space:]]*1$" /proc/self/status || no "new privileges can be had"
     python /opt/algorithm/process.py --help >/dev/null || no "process.py does not start"
-    python -c "import torch, SimpleITK, scipy.ndimage, safetensors.torch" || no "a package cannot be imported"
+    python -c "import torch, SimpleITK, scipy.ndimage, safetensors, openvino" || no "a package cannot be imported"
 ' || fail "run 1, sealed"
 echo "  image user $user, $platform; starts as an unknown uid, nothing writable but /output and /tmp, no network"
 

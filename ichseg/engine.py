@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -88,19 +89,28 @@ def choose(device: str) -> Engine:
     """
     if device not in DEVICES:
         raise DeviceError(f"device {device!r}, expected one of {', '.join(DEVICES)}")
+    notes = []
     if device == "cuda" or (device == "auto" and gpu_is_there()):
         from ichseg import torch_engine
 
         if device == "cuda" or torch_engine.cuda_is_usable():
             return torch_engine.engine_on(torch_engine.choose_device("cuda"))
+        notes.append("; there is a GPU, but torch cannot use it, see --device cuda")
     if device != "torch-cpu":
         from ichseg import openvino_engine
 
-        with contextlib.suppress(ImportError):
-            return openvino_engine.engine(cpu_threads())
+        try:
+            return _noted(openvino_engine.engine(cpu_threads()), notes)
+        except ImportError as error:
+            notes.append(f"; not by OpenVINO, which cannot be loaded ({error})")
     from ichseg import torch_engine
 
-    return torch_engine.engine_on(torch_engine.choose_device("cpu"))
+    return _noted(torch_engine.engine_on(torch_engine.choose_device("cpu")), notes)
+
+
+def _noted(engine: Engine, notes: list[str]) -> Engine:
+    """The engine, whose name says what else might have been."""
+    return dataclasses.replace(engine, name="".join([engine.name, *notes]))
 
 
 def gpu_is_there() -> bool:

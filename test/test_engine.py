@@ -83,6 +83,29 @@ def test_openvino_equals_torch(spec):
     np.testing.assert_array_equal(network.run(tiles[1:2]), found[1:2])
 
 
+def test_normalisation_is_exact_where_most_of_a_tile_is_air():
+    """147,456 voxels, 80 % of them alike: added up one by one in float32, their mean is off."""
+    spec = NetworkSpec(ARCHITECTURE, 1, 2, (16, 96, 96), "probabilities")
+    state, tile = state_of(spec), 3 * tiles_of(spec, 1)
+    tile[..., :77] = -7.3
+    network = build_network(ARCHITECTURE, 1, 2).double().eval()
+    network.load_state_dict(torch_engine.tensors(state))
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(tile).double()).softmax(1).numpy()
+    found = openvino_engine.engine(2).load(spec, state).run(tile)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+def test_pooling_windows_by_hand():
+    window = openvino_graph.pooling_window
+    assert window([16, 192, 192]) == [1, 1, 64]
+    assert window([16, 192, 3]) == [1, 16, 3]
+    assert window([16, 12, 1]) == [4, 12, 1]
+    assert window([4, 1, 1]) == [4, 1, 1]
+    assert window([5, 7, 9]) == [1, 7, 9]
+    assert window([67, 71]) == [67, 71]  # nothing divides it
+
+
 def test_logits_or_probabilities(spec):
     logits, probabilities = (
         openvino_engine.engine(1)
@@ -137,14 +160,18 @@ def test_choices_on_a_machine_without_a_gpu(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_torch_cannot_use_leaves_the_cpu(monkeypatch):
     monkeypatch.setattr(engine, "gpu_is_there", lambda: True)
-    assert engine.choose("auto").name.startswith("OpenVINO ")
+    name = engine.choose("auto").name
+    assert name.startswith("OpenVINO ")
+    assert name.endswith("; there is a GPU, but torch cannot use it, see --device cuda")
     with pytest.raises(DeviceError, match="no usable GPU"):
         engine.choose("cuda")
 
 
 def test_without_openvino_torch_stands_in(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    assert engine.choose("cpu").name.startswith("torch ")
+    name = engine.choose("cpu").name
+    assert name.startswith("torch ")
+    assert "; not by OpenVINO, which cannot be loaded (" in name
 
 
 def test_cgroup_quota_limits_threads(tmp_path):

@@ -119,11 +119,11 @@ def test_the_plan_is_read_as_it_stands(tmp_path):
 
 
 def test_a_2d_configuration_lacks_the_first_axis(tmp_path):
-    folder = theirs.write(tmp_path, SMALL, "2d")
+    folder = theirs.write(tmp_path, SMALL | {"input": [1, 1, 16, 64]}, "2d")
     model = import_folders([folder], tmp_path / "bundle")
     (own,) = model.plans.configurations
     assert (own.spacing_mm, own.median_shape) == ((5.0, 0.5, 0.5), (30, 250, 260))
-    assert (own.patch, own.tile, own.dummy_2d) == ((16, 24), (1, 16, 24), False)
+    assert (own.patch, own.tile, own.dummy_2d) == ((16, 64), (1, 16, 64), False)
     assert model.mirror_axes == (1, 2)
 
 

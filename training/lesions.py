@@ -1,0 +1,116 @@
+"""Bleeds one by one: which of the reference's were found, and which found ones are none.
+
+The mean of a case hides them: a large bleed drawn well outweighs a small one missed. A lesion is a
+set of voxels that touch, be it by a corner. One of the reference counts as found if the prediction
+shares a voxel with it; one of the prediction is a false positive if it shares none with the
+reference. So one that covers two finds both, and two that cover one are no false positives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+Mask = npt.NDArray[np.bool_]
+
+# By the volume of one lesion; see size_class for the limits.
+SIZE_CLASSES = ("< 1 mL", "1..10 mL", "10..30 mL", "> 30 mL")
+ALL_SIZES = "all"
+_TOUCHING = np.ones((3, 3, 3), bool)
+
+
+@dataclass(frozen=True, slots=True)
+class Lesion:
+    """One connected piece of a mask.
+
+    Attributes:
+        volume_ml: Of the whole piece.
+        overlap_ml: Of what it shares with the other mask.
+    """
+
+    volume_ml: float
+    overlap_ml: float
+
+
+@dataclass(frozen=True, slots=True)
+class LesionCounts:
+    """Lesions of one size, those of the reference by their own and false ones by theirs.
+
+    Attributes:
+        size: One of ``SIZE_CLASSES``, or ``all``.
+        reference: How many there are to be found.
+        found: How many of these were.
+        false_positives: Lesions of the prediction that share nothing with the reference.
+        sensitivity: Found, of those in the reference; None if there are none.
+        f1: 2 found / (2 found + not found + false positives); None if there is nothing at all.
+    """
+
+    size: str
+    reference: int
+    found: int
+    false_positives: int
+    sensitivity: float | None
+    f1: float | None
+
+
+def find_lesions(mask: Mask, other: Mask, voxel_ml: float) -> tuple[Lesion, ...]:
+    """The lesions of ``mask``, largest first, and what each shares with ``other``.
+
+    Args:
+        mask: Shape ``(z, y, x)``.
+        other: The same shape.
+        voxel_ml: Volume of a voxel in mL.
+    """
+    labels, count = ndimage.label(mask, structure=_TOUCHING)
+    sizes = np.bincount(labels[mask], minlength=count + 1)[1:]
+    shared = np.bincount(labels[mask & other], minlength=count + 1)[1:]
+    return tuple(
+        Lesion(int(sizes[i]) * voxel_ml, int(shared[i]) * voxel_ml)
+        for i in np.argsort(-sizes, kind="stable")
+    )
+
+
+def size_class(volume_ml: float) -> str:
+    """Which of ``SIZE_CLASSES`` a volume is of; 1 mL and 10 mL begin a class, 30 mL ends one."""
+    if volume_ml < 1:
+        return SIZE_CLASSES[0]
+    if volume_ml < 10:
+        return SIZE_CLASSES[1]
+    return SIZE_CLASSES[2] if volume_ml <= 30 else SIZE_CLASSES[3]
+
+
+def count_lesions(
+    cases: Iterable[tuple[Sequence[Lesion], Sequence[Lesion]]],
+) -> tuple[LesionCounts, ...]:
+    """Counts over cases, for each size and, last, for all.
+
+    Args:
+        cases: Lesions of the reference and of the prediction.
+    """
+    sizes = (*SIZE_CLASSES, ALL_SIZES)
+    present, found, false = (dict.fromkeys(sizes, 0) for _ in range(3))
+    for of_reference, of_prediction in cases:
+        for lesion in of_reference:
+            for size in (size_class(lesion.volume_ml), ALL_SIZES):
+                present[size] += 1
+                found[size] += lesion.overlap_ml > 0
+        for lesion in of_prediction:
+            for size in (size_class(lesion.volume_ml), ALL_SIZES):
+                false[size] += lesion.overlap_ml == 0
+    return tuple(_counts(size, present[size], found[size], false[size]) for size in sizes)
+
+
+def _counts(size: str, present: int, found: int, false: int) -> LesionCounts:
+    everything = present + found + false  # 2 found + not found + false
+    return LesionCounts(
+        size=size,
+        reference=present,
+        found=found,
+        false_positives=false,
+        sensitivity=found / present if present else None,
+        f1=2 * found / everything if everything else None,
+    )

@@ -1,0 +1,116 @@
+"""How sure a mean is, whether two differ, and how well two sets of volumes agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+RESAMPLES = 10_000
+_BATCH = 1_000  # resamples at once, so that memory stays small
+_NORMAL_95 = 1.959964  # deviations of a normal distribution within which 95 % lie
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean and its 95 % interval.
+
+    Attributes:
+        mean: None without values.
+        low, high: None with fewer than two values.
+        count: How many values.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeAgreement:
+    """Volumes found against those of the reference (Bland and Altman 1986).
+
+    Attributes:
+        bias_ml: Mean of found less reference.
+        low_ml, high_ml: Within these lie 95 % of the differences: the bias, 1.96 deviations down
+            and up. None with fewer than two cases.
+        correlation: Intraclass correlation, ICC(2,1): two-way random, absolute agreement, of single
+            measurements (Shrout and Fleiss 1979). None where it is not defined.
+    """
+
+    bias_ml: float | None
+    low_ml: float | None
+    high_ml: float | None
+    correlation: float | None
+
+
+def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> Interval:
+    """Mean of finite values and its 95 % interval: percentiles of 10,000 resampled means.
+
+    The same values and seed give the same interval.
+    """
+    found = np.asarray(values, np.float64)
+    if not len(found):
+        return Interval(None, None, None, 0)
+    if len(found) == 1:
+        return Interval(float(found[0]), None, None, 1)
+    random = np.random.default_rng(seed)
+    means = np.concatenate(
+        [
+            found[random.integers(len(found), size=(_BATCH, len(found)))].mean(axis=1)
+            for _ in range(RESAMPLES // _BATCH)
+        ]
+    )
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(float(found.mean()), float(low), float(high), len(found))
+
+
+def wilcoxon(differences: Sequence[float]) -> float | None:
+    """Two-sided p of Wilcoxon's signed-rank test that paired differences are centred on 0.
+
+    Differences of 0 are left out, as Wilcoxon did; None if no other is left.
+    """
+    found = np.asarray(differences, np.float64)
+    found = found[found != 0]
+    return float(stats.wilcoxon(found).pvalue) if len(found) else None
+
+
+def volume_agreement(found_ml: Sequence[float], reference_ml: Sequence[float]) -> VolumeAgreement:
+    """Agreement of paired volumes, one pair a case."""
+    pairs = np.column_stack([found_ml, reference_ml]).astype(np.float64)
+    if not len(pairs):
+        return VolumeAgreement(None, None, None, None)
+    differences = pairs[:, 0] - pairs[:, 1]
+    bias = float(differences.mean())
+    if len(pairs) == 1:
+        return VolumeAgreement(bias, None, None, None)
+    reach = _NORMAL_95 * float(differences.std(ddof=1))
+    correlation = intraclass_correlation(pairs)
+    return VolumeAgreement(
+        bias, bias - reach, bias + reach, None if math.isnan(correlation) else correlation
+    )
+
+
+def intraclass_correlation(ratings: npt.NDArray[np.float64]) -> float:
+    """ICC(2,1) of ``n`` subjects that each of ``k`` raters measured once.
+
+    Args:
+        ratings: Shape ``(n, k)``, both at least 2.
+
+    Returns:
+        1 for perfect agreement; NaN when all ratings are equal.
+    """
+    n, k = ratings.shape
+    total = ratings.mean()
+    rows, columns = ratings.mean(axis=1), ratings.mean(axis=0)
+    between = k * float(((rows - total) ** 2).sum()) / (n - 1)
+    raters = n * float(((columns - total) ** 2).sum()) / (k - 1)
+    rest = ratings - rows[:, None] - columns[None] + total
+    error = float((rest**2).sum()) / ((n - 1) * (k - 1))
+    divisor = between + (k - 1) * error + k * (raters - error) / n
+    return (between - error) / divisor if divisor else math.nan
