@@ -175,6 +175,7 @@ RECIPES = {
         validation_batches=10,
         learning_rate=1e-3,
         lr_schedule="poly",
+        centre_jitter=1.0,  # docs/decisions/0011
         augmentation=dataclasses.replace(MSD2018, image_order=1),
         precision="bf16",
         memory_format="channels_last",
