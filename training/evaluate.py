@@ -309,8 +309,8 @@ def _describe_label(evaluation: Evaluation, index: int) -> str:
     present = found.cases - found.empty_references
     lines = [
         f"label {found.label}: {found.cases} cases, {present} with it; empty masks: "
-        f"{found.empty_references} references, {found.empty_predictions} predictions, "
-        f"{found.both_empty} both (--empty {evaluation.empty})",
+        f"references {found.empty_references}, predictions {found.empty_predictions}, "
+        f"both {found.both_empty} (--empty {evaluation.empty})",
         "",
         f"{'':14}  {'mean':>8}  {'95 % interval':>18}  {'median':>8}  {'min':>8}  {'max':>8}  "
         f"finite",
