@@ -73,9 +73,9 @@ def build(spec: NetworkSpec, state: Mapping[str, FloatArray]) -> Any:
         x = graph.upsample(
             x, f"upsampling.{i}", deeper, features, a.strides[i + 1], a.upsampling_bias
         )
-        x = graph.op.concat([x, skips[i]], 1)
+        both = [x, skips[i]]
         x = graph.block(
-            x, f"decoder.{i}", 2 * features, features, a.kernels[i], ones, a.decoder_convs[i]
+            both, f"decoder.{i}", 2 * features, features, a.kernels[i], ones, a.decoder_convs[i]
         )
     x = graph.convolution(x, "heads.0", a.features[0], spec.scores, ones, ones)
     if a.head_bias:
@@ -135,12 +135,16 @@ class _Graph:
         kernel: tuple[int, ...],
         stride: tuple[int, ...],
     ) -> Any:
+        """Of one input, or of two side by side: then a sum, which saves putting them together."""
         weight = self.take(f"{name}.weight", features, inputs, *kernel)
-        padding = [k // 2 for k in kernel]
-        dilations = [1] * self.dimensions
-        return self.op.convolution(
-            x, self.op.constant(weight), list(stride), padding, padding, dilations
-        )
+        padding, dilations = [k // 2 for k in kernel], [1] * self.dimensions
+        parts, first = [], 0
+        for part in x if isinstance(x, list) else [x]:
+            last = first + part.get_output_shape(0)[1]
+            own = self.op.constant(np.ascontiguousarray(weight[:, first:last]))
+            parts.append(self.op.convolution(part, own, list(stride), padding, padding, dilations))
+            first = last
+        return parts[0] if len(parts) == 1 else self.op.add(*parts)
 
     def add_bias(self, x: Any, name: str, features: int) -> Any:
         return self.op.add(x, self.channels(self.take(name, features)))
@@ -157,7 +161,7 @@ class _Graph:
 
         OpenVINO's own (``MVN``, ``GroupNormalization``) and its ``ReduceMean`` add up a channel's
         voxels one after another in float32. Where many are alike, as air is, every addition rounds
-        the same way: deviations of hundredths, and probabilities off by 0.16 (docs/decisions/0009).
+        the same way, and probabilities come out wrong by up to 0.16 (docs/decisions/0009).
         """
         weight = self.channels(self.take(f"{name}.weight", features))
         mean = self.mean(x)

@@ -76,9 +76,11 @@ def on_tiles(network: torch.nn.Module, device: torch.device, *, average: str) ->
         average: ``probabilities`` (softmax is applied here) or ``logits``.
     """
     two_dimensional = next(p for p in network.parameters() if p.ndim > 2).ndim == 4
-    layout = torch.channels_last if two_dimensional else torch.channels_last_3d
+    half, layout = None, torch.contiguous_format
+    if device.type == "cuda":  # on the CPU torch normalises batches in channels-last badly
+        half = torch.float16
+        layout = torch.channels_last if two_dimensional else torch.channels_last_3d
     network = network.to(device).eval().to(memory_format=layout)  # type: ignore[call-overload]
-    half = torch.float16 if device.type == "cuda" else None
 
     def run(tiles: torch.Tensor) -> torch.Tensor:
         x = tiles.squeeze(2) if two_dimensional else tiles

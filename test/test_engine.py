@@ -83,16 +83,18 @@ def test_openvino_equals_torch(spec):
     np.testing.assert_array_equal(network.run(tiles[1:2]), found[1:2])
 
 
-def test_normalisation_is_exact_where_most_of_a_tile_is_air():
+@pytest.mark.parametrize("device", ["cpu", "torch-cpu"])
+def test_normalisation_is_exact_where_most_of_a_tile_is_air(device):
     """147,456 voxels, 80 % of them alike: added up one by one in float32, their mean is off."""
     spec = NetworkSpec(ARCHITECTURE, 1, 2, (16, 96, 96), "probabilities")
-    state, tile = state_of(spec), 3 * tiles_of(spec, 1)
-    tile[..., :77] = -7.3
+    state, tiles = state_of(spec), 3 * tiles_of(spec, 2)
+    tiles[..., :77] = -7.3
     network = build_network(ARCHITECTURE, 1, 2).double().eval()
     network.load_state_dict(torch_engine.tensors(state))
     with torch.inference_mode():
-        expected = network(torch.from_numpy(tile).double()).softmax(1).numpy()
-    found = openvino_engine.engine(2).load(spec, state).run(tile)
+        expected = network(torch.from_numpy(tiles).double()).softmax(1).numpy()
+    chosen = engine.choose(device)
+    found = chosen.load(spec, state).run(chosen.place(tiles))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
 
 
