@@ -163,7 +163,8 @@ class Progress:
         at_terminal = sys.stderr.isatty()
         if self.said < self.began:
             self.said = now
-            say(f"  {total} forward passes, about {left / 60:.1f} minutes")
+            text = f"{left:.0f} seconds" if left < 100 else f"{left / 60:.1f} minutes"
+            say(f"  {total} forward passes, about {text}")
         if now - self.said < (1 if at_terminal else 60) and not (at_terminal and done == total):
             return
         self.said = now
