@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from training.anatomy import Anatomy, enlarge, estimate_anatomy
-from training.phantom import smooth_noise
+from training.head_atlas import smooth_noise
 
 Array = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]

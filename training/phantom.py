@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from scipy import ndimage
 
-Array = npt.NDArray[np.float32]
+from training.head_atlas import (
+    ATLAS_ORIGIN_MM,
+    INSIDE,
+    Array,
+    Atlas,
+    load_atlas,
+    smooth_noise,
+)
+from training.outside import outside_hu
 
-AIR, FAT, MUSCLE, BONE, SPONGY, SINUS, MASTOID, FLUID, INSIDE = range(9)
-ATLAS_ORIGIN_MM = np.array((-71.0, -91.0, -90.0), np.float32)
 ATLAS_CENTRE_MM = np.array((10.0, 18.0, 0.0), np.float32)
 VERTEX_MM = 88.0  # z of the skin's highest point in the atlas
-_ATLAS_DIR = Path(__file__).parent / "atlas"
 CHANNELS = ("outside_hu", "inside", "grey", "fluid", "ventricles")
 
 
@@ -52,6 +56,7 @@ class HeadParameters:
     bone_hu: float
     spongy_hu: float
     dura_hu: float
+    lens_hu: float
     rim_hu: float
     """Brightening towards the inner table, what bone correction leaves over; strongest at the
     vertex. The strongest also shows the dura as a line."""
@@ -76,11 +81,12 @@ def draw_head(rng: np.random.Generator) -> HeadParameters:
         grey_hu=float(rng.normal(35.7, 1.2)),
         white_hu=float(rng.normal(24.0, 1.2)),
         fluid_hu=float(rng.normal(7.5, 1.5)),
-        muscle_hu=float(rng.normal(58, 8)),
+        muscle_hu=float(rng.normal(60, 8)),
         fat_hu=float(rng.normal(-95, 8)),
         bone_hu=float(rng.normal(1500, 120)),
         spongy_hu=float(rng.normal(800, 150)),
-        dura_hu=float(rng.normal(52, 4)),
+        dura_hu=float(rng.normal(53, 6)),
+        lens_hu=float(rng.normal(80, 10)),
         rim_hu=float(rng.uniform(1.5, 8.0)),
         calcified=tuple(calcified),
     )
@@ -98,55 +104,6 @@ _CALCIFICATION_SITE_MM = {  # (z, y, x) in the atlas
     "falx": (50.0, -35.0, 0.0),
     "left carotid": (-20.0, -6.0, 13.0), "right carotid": (-20.0, -6.0, -13.0),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Atlas:
-    """The unbent anatomy; arrays ``(z, y, x)`` at 1 mm."""
-
-    tissue: npt.NDArray[np.uint8]
-    grey: tuple[Array, Array]
-    """Fraction of grey matter in Colin 27 and in the ICBM152 average; likewise below."""
-    fluid: tuple[Array, Array]
-    ventricles: tuple[Array, Array]
-    ventricle_distance_mm: Array
-    """Every second voxel."""
-    depth_mm: Array
-    """Distance to the inner table, every second voxel."""
-
-
-@functools.lru_cache(maxsize=1)
-def load_atlas() -> Atlas:
-    """The atlas from ``training/atlas``, unpacked once a process."""
-    with np.load(_ATLAS_DIR / "head.npz") as file:
-        tissue = file["tissue"]
-    brains = []
-    for name in ("colin27", "icbm152"):
-        with np.load(_ATLAS_DIR / f"{name}.npz") as file:
-            packed = file["brain"]
-            wet = (
-                np.unpackbits(file["ventricles"])[: tissue.size]
-                .reshape(tissue.shape)
-                .astype(np.float32)
-            )
-        fluid = (packed >> 4).astype(np.float32) / 15
-        grey = (packed & 15).astype(np.float32) / 15
-        if name == "icbm152":  # an average's sulci are washed out
-            fluid = np.clip((fluid - 0.12) * 1.7, 0, 1)
-        brains.append((np.minimum(grey, 1 - fluid), fluid, ndimage.gaussian_filter(wet, 0.6)))
-    union = (brains[0][2] > 0.5)[::2, ::2, ::2]
-    return Atlas(
-        tissue=tissue,
-        grey=(brains[0][0], brains[1][0]),
-        fluid=(brains[0][1], brains[1][1]),
-        ventricles=(brains[0][2], brains[1][2]),
-        ventricle_distance_mm=ndimage.distance_transform_edt(~union, sampling=2.0).astype(
-            np.float32
-        ),
-        depth_mm=ndimage.distance_transform_edt(
-            tissue[::2, ::2, ::2] == INSIDE, sampling=2.0
-        ).astype(np.float32),
-    )
 
 
 @dataclass(frozen=True)
@@ -184,35 +141,14 @@ def make_head(parameters: HeadParameters, rng: np.random.Generator) -> Head:
     grey = np.minimum(grey, 1 - fluid)
     inside = ndimage.gaussian_filter((atlas.tissue == INSIDE).astype(np.float32), 0.5)
 
-    outside_hu = _outside_hu(atlas, parameters, rng)
     brain_hu = _brain_hu(atlas, parameters, grey, fluid, rng)
-    maps = np.stack([outside_hu, inside, grey, fluid, wet, brain_hu])
+    outside = outside_hu(atlas, parameters, rng)
+    maps = np.stack([outside, inside, grey, fluid, wet, brain_hu])
     bend = np.stack([
         parameters.bend_mm * _noise_nodes(40.0, rng) + 0.9 * _noise_nodes(13.0, rng) for _ in
         range(3)
     ])  # fmt: skip
     return Head(torch.from_numpy(maps)[None], parameters, bend.astype(np.float32))
-
-
-def _outside_hu(atlas: Atlas, p: HeadParameters, rng: np.random.Generator) -> Array:
-    """HU of everything but the brain."""
-    table = np.array(
-        [-1000, p.fat_hu, p.muscle_hu, p.bone_hu, p.spongy_hu, -1000, 0, 12, p.bone_hu * 0.8],
-        np.float32,
-    )
-    shape = atlas.tissue.shape
-    hu = table[atlas.tissue]
-    coarse = smooth_noise(shape, 5.0, rng)
-    fine = rng.standard_normal(shape, dtype=np.float32)
-    bone = (atlas.tissue == BONE) | (atlas.tissue == SPONGY)
-    hu += bone * (0.10 * p.bone_hu * coarse + 120 * fine)
-    muscle = atlas.tissue == MUSCLE
-    hu += muscle * (np.where(coarse > 2.0, -40, 0) + 7 * coarse)
-    hu += (atlas.tissue == FAT) * np.where(coarse > 1.6, 60, 8 * coarse)
-    # mastoid cells: walls of bone around holes of air, a few mm across
-    cells = ndimage.gaussian_filter(fine, 0.9) * 5.3
-    hu = np.where(atlas.tissue == MASTOID, np.clip(100 + 900 * cells, -950, 1300), hu)
-    return np.clip(hu, -1000, 2400).astype(np.float32)
 
 
 def _brain_hu(
@@ -375,17 +311,6 @@ def _rotation(angles_deg: tuple[float, float, float]) -> npt.NDArray[np.float64]
     )
     about_z = np.array([[1, 0, 0], [0, np.cos(yaw), np.sin(yaw)], [0, -np.sin(yaw), np.cos(yaw)]])
     return about_z @ about_y @ about_x
-
-
-def smooth_noise(shape: tuple[int, ...], scale: float, rng: np.random.Generator) -> Array:
-    """Unit-variance noise that varies over ``scale`` voxels, made on a coarse grid and enlarged."""
-    step = max(scale / 1.5, 1.0)
-    small = tuple(int(np.ceil(n / step)) + 2 for n in shape)
-    noise = torch.from_numpy(rng.standard_normal(small, dtype=np.float32))[None, None]
-    noise = torch.from_numpy(ndimage.gaussian_filter(noise[0, 0].numpy(), 1.0))[None, None]
-    full = torch.nn.functional.interpolate(noise, shape, mode="trilinear", align_corners=True)
-    noise_full: Array = full[0, 0].numpy()
-    return noise_full / np.float32(max(float(noise_full.std()), 1e-6))
 
 
 def _vary(value: float, rng: np.random.Generator) -> float:
