@@ -20,6 +20,7 @@ import safetensors.numpy
 from ichseg import schema
 from ichseg.errors import PlansError, WeightsError
 from ichseg.plans import Plans
+from ichseg.postprocess import ComponentRule
 from ichseg.volume import replacing
 
 if TYPE_CHECKING:  # not imported: OpenVINO does without it
@@ -61,6 +62,9 @@ class Model:
         cascade: How a cascade's first stage reaches its second: as ``scores``, brought to the
             second stage's grid and decided there, or as ``labels``, decided in the volume's own
             grid and resampled like a label map (V2's prediction).
+        rules: What is dropped of the labels found, see ``postprocess``.
+        averages: Names of the configurations whose mean decides; empty for all but those that are
+            only the first stage of another's cascade.
     """
 
     schema_version: int
@@ -75,6 +79,8 @@ class Model:
     members: tuple[Member, ...]
     provenance: Mapping[str, Any]
     cascade: str = schema.optional("scores")
+    rules: tuple[ComponentRule, ...] = schema.optional(())
+    averages: tuple[str, ...] = schema.optional(())
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -93,11 +99,36 @@ class Model:
             raise ValueError("no members")
         for member in self.members:
             self.plans.configuration(member.configuration)
+        for name in self.configurations:
+            first = self.plans.configuration(name).previous_stage
+            if first is not None and first not in self.configurations:
+                raise ValueError(f"{name} needs the segmentation of {first}, which has no members")
+        missing = set(self.averages) - set(self.configurations)
+        if missing:
+            raise ValueError(f"averages {sorted(missing)}, which have no members")
+        for rule in self.rules:
+            if rule.label >= len(self.plans.labels):
+                raise ValueError(f"rule for label {rule.label}, expected one of the plan's labels")
 
     @property
     def configurations(self) -> tuple[str, ...]:
         """Names of the configurations that have members, in order of appearance."""
         return tuple(dict.fromkeys(member.configuration for member in self.members))
+
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        """Names of the configurations whose mean decides."""
+        stages = {self.plans.configuration(name).previous_stage for name in self.configurations}
+        return self.averages or tuple(n for n in self.configurations if n not in stages)
+
+    @property
+    def in_order(self) -> tuple[str, ...]:
+        """The configurations that have to run, first stages before the second ones."""
+        order: list[str] = []
+        for name in self.averaged:
+            first = self.plans.configuration(name).previous_stage
+            order += [stage for stage in (first, name) if stage is not None and stage not in order]
+        return tuple(order)
 
     def members_of(self, configuration: str) -> tuple[Member, ...]:
         """The networks of one configuration."""

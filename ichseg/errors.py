@@ -24,6 +24,10 @@ class WeightsError(IchsegError):
     """A weights bundle is missing, incomplete or altered."""
 
 
+class BudgetError(IchsegError):
+    """The time that a case may take does not suffice."""
+
+
 class DeviceError(IchsegError):
     """The requested compute device is not usable."""
 

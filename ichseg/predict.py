@@ -1,27 +1,31 @@
-"""An ensemble of trained networks: a volume goes in, a segmentation comes out."""
+"""An ensemble of trained networks: a volume goes in, a segmentation comes out.
+
+In three steps, which a pipeline of many volumes may overlap: ``prepare``, ``predict``, ``finish``.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from ichseg import air, bundle, engine, preprocess, sliding_window
+from ichseg import air, bundle, engine, postprocess, preprocess, sliding_window, units
 from ichseg.bundle import Member, Model
 from ichseg.engine import Engine, LoadedNetwork, NetworkSpec
 from ichseg.errors import InputError, WeightsError
 from ichseg.plans import Configuration
-from ichseg.preprocess import Placement
+from ichseg.preprocess import FloatArray, Placement
 from ichseg.resample import Grid
 from ichseg.sliding_window import Tiles
+from ichseg.units import Clock, Count
 from ichseg.volume import Volume
 
-Progress = Callable[[int, int], None]
 # What a voxel that no network saw scores as background, above every label: for certain.
 _CERTAIN = {"probabilities": 1.0, "logits": 10.0}
+_RESTORING_S_PER_SCORE = 4e-8  # on two cores, twice what was measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,9 @@ class Segmentation:
         volume_ml: Total volume of all foreground labels.
         ran: What was computed: preset, networks, mirrorings, tiles, engine.
         seconds: Wall time of preparation, compilation, prediction and restoration.
+        doubt: How much the networks disagree about the foreground: the mean, over networks, of 1 -
+            Dice of what one of them found and what all of its configuration did together. 0 where
+            all agree, also that there is none; None where only one network ran. Before rules.
         warnings: Anything a reader of the result should know.
     """
 
@@ -55,6 +62,7 @@ class Segmentation:
     volume_ml: float
     ran: dict[str, object]
     seconds: dict[str, float]
+    doubt: float | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -77,10 +85,36 @@ class Work:
     members: tuple[Member, ...]
 
     @property
+    def unit_passes(self) -> int:
+        """Tiles that are not skipped: forward passes of one network with one mirroring."""
+        return self.tiles.total - len(self.tiles.skipped)
+
+    @property
     def forward_passes(self) -> int:
         """Tiles that are not skipped, times mirrorings, times networks."""
-        tiles = self.tiles.total - len(self.tiles.skipped)
-        return tiles * len(self.mirrors) * len(self.members)
+        return self.unit_passes * len(self.mirrors) * len(self.members)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A volume in the grid of each configuration: ``data`` float32 ``(C, Z, Y, X)`` of each."""
+
+    volume: Volume
+    preset: str
+    works: tuple[Work, ...]
+    data: tuple[FloatArray, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """Mean scores ``(K, Z, Y, X)`` of each configuration that counts, with its placement."""
+
+    volume: Volume
+    parts: list[tuple[Grid, Placement]]
+    ran: dict[str, object]
+    seconds: dict[str, float]
+    doubt: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +145,14 @@ class Ensemble:
             WeightsError: The bundle is missing, incomplete or altered.
             DeviceError: CUDA was asked for and is not usable.
         """
-        model = bundle.load_model(folder)
-        for name in model.configurations:
-            previous = model.plans.configuration(name).previous_stage
-            if previous is not None:
-                raise WeightsError(
-                    f"{folder}: {name} needs the segmentation of {previous}, which cannot be run "
-                    "before it yet"
-                )
-        return cls(model, folder, engine.choose(device))
+        return cls(bundle.load_model(folder), folder, engine.choose(device))
 
     def segment(
-        self, volume: Volume, preset: str = "full", progress: Progress | None = None
+        self,
+        volume: Volume,
+        preset: str = "full",
+        progress: Count | None = None,
+        budget_s: float | None = None,
     ) -> Segmentation:
         """Segment one volume.
 
@@ -130,43 +160,100 @@ class Ensemble:
             volume: A CT in HU, any orientation and spacing.
             preset: ``full``, ``balanced`` or ``fast``.
             progress: Called with (forward passes done, all of them) after each.
+            budget_s: Seconds that all of it may take, see ``predict``.
 
         Raises:
             InputError: The volume does not fit the model.
             WeightsError: A network's file does not fit its plan.
+            BudgetError: The time does not suffice for one network without mirroring.
+        """
+        prepared = self.prepare(volume, preset)
+        left_s = None if budget_s is None else budget_s - prepared.seconds
+        return self.finish(self.predict(prepared, progress, left_s))
+
+    def prepare(self, volume: Volume, preset: str = "full") -> Prepared:
+        """Bring a volume into the configurations' grids; may run in any thread.
+
+        Raises:
+            InputError: The volume does not fit the model, or there is no such preset.
         """
         began = time.perf_counter()
-        works = self.work(volume, preset)
-        total, done = sum(work.forward_passes for work in works), 0
+        works = tuple(self.work(volume, preset))
+        plans = self.model.plans
+        data = tuple(preprocess.prepare([volume], plans, w.configuration).data for w in works)
+        return Prepared(volume, preset, works, data, time.perf_counter() - began)
 
-        def count(tiles: int) -> None:
-            nonlocal done
-            done += tiles
-            if progress is not None:
-                progress(done, total)
+    def predict(
+        self, prepared: Prepared, progress: Count | None = None, budget_s: float | None = None
+    ) -> Predicted:
+        """Run the networks; in one thread at a time.
 
-        seconds = {"prepare": time.perf_counter() - began, "compile": 0.0, "predict": 0.0}
-        parts = []
-        for work in works:
-            start = time.perf_counter()
-            case = preprocess.prepare([volume], self.model.plans, work.configuration)
-            data = self.engine.place(case.data)
-            seconds["prepare"] += time.perf_counter() - start
-            scores = self._predict(data, work, count, seconds)
-            parts.append((scores, case.placement))
-        start = time.perf_counter()
-        labels = preprocess.restore(parts, self.model.plans)
-        seconds["restore"] = time.perf_counter() - start
-        seconds["total"] = time.perf_counter() - began
+        Args:
+            prepared: From ``prepare``; it can be used again.
+            progress: Called with (forward passes done, all of them) after each.
+            budget_s: Seconds for this and ``finish``. The networks then run unit by unit, one
+                network with one mirroring each: all networks plain, then mirrored along one axis
+                and so on, as many as fit. Finished units of a configuration weigh equally, one
+                that is late is dropped. Each configuration, a cascade's first stage too, gets its
+                share of the time by its work, and at least one unit.
+
+        Raises:
+            WeightsError: A network's file does not fit its plan.
+            BudgetError: Not even one unit of each configuration fits.
+        """
+        works = prepared.works
+        clock = Clock(
+            progress=progress,
+            total=sum(work.forward_passes for work in works),
+            deadline=None
+            if budget_s is None
+            else time.perf_counter() + budget_s - self._restoring_s(prepared.volume),
+            to_come=[units.Load(w.unit_passes, w.tiles.tile, w.forward_passes) for w in works],
+        )
+        parts: dict[str, tuple[Grid, Placement]] = {}
+        doubts: list[float] = []
+        ran_units: list[list[units.Unit]] = []
+        for work, data in zip(works, prepared.data, strict=True):
+            name, first = work.configuration.name, work.configuration.previous_stage
+            if first is not None:
+                previous = self._previous(prepared.volume, parts[first], work)
+                data = np.concatenate((data, previous))
+                if first not in self.model.averaged:
+                    parts.pop(first)
+            done = self._run(self.engine.place(data), work, clock)
+            parts[name] = (done.scores, work.placement)
+            doubts += done.doubts
+            ran_units.append(done.units)
+        return Predicted(
+            volume=prepared.volume,
+            parts=[parts[name] for name in self.model.averaged],
+            ran=self._ran(prepared, ran_units, budget_s),
+            seconds={
+                "prepare": prepared.seconds,
+                "compile": clock.compiling_s,
+                "predict": clock.predicting_s,
+            },
+            doubt=sum(doubts) / len(doubts) if doubts else None,
+        )
+
+    def finish(self, predicted: Predicted) -> Segmentation:
+        """Restore the scores to the volume's grid and decide; may run in any thread."""
+        began = time.perf_counter()
+        volume, model = predicted.volume, self.model
+        labels = preprocess.restore(predicted.parts, model.plans, average=model.average)
+        labels = postprocess.apply_rules(labels, model.rules, volume.voxel_ml)
+        seconds = predicted.seconds | {"restore": time.perf_counter() - began}
+        seconds["total"] = sum(seconds.values())
         return Segmentation(
             mask=volume.with_voxels(labels),
             volume_ml=float(np.count_nonzero(labels) * volume.voxel_ml),
-            ran=self._ran(preset, works),
+            ran=predicted.ran,
             seconds={step: round(value, 3) for step, value in seconds.items()},
+            doubt=predicted.doubt,
         )
 
     def work(self, volume: Volume, preset: str) -> list[Work]:
-        """What ``segment`` will do, for each configuration.
+        """What ``segment`` will do, for each configuration, first stages of cascades first.
 
         Raises:
             InputError: The volume does not fit the model, or there is no such preset.
@@ -175,7 +262,7 @@ class Ensemble:
             raise InputError(f"preset {preset!r}, expected one of {', '.join(PRESETS)}")
         chosen, plans = PRESETS[preset], self.model.plans
         works = []
-        for name in self.model.configurations:
+        for name in self.model.in_order:
             configuration = plans.configuration(name)
             placement = preprocess.place([volume], plans, configuration)
             tiles = sliding_window.cover(placement.grid_shape, configuration.tile)
@@ -192,47 +279,34 @@ class Ensemble:
             )
         return works
 
-    def _predict(
-        self, data: Grid, work: Work, count: Callable[[int], None], seconds: dict[str, float]
-    ) -> Grid:
-        """Mean scores ``(K, Z, Y, X)`` over the configuration's networks: folds outermost."""
+    def _previous(self, volume: Volume, found: tuple[Grid, Placement], work: Work) -> FloatArray:
+        """What a cascade's first stage found, as channels ``(labels, Z, Y, X)`` of the second."""
+        plans, wanted = self.model.plans, work.placement
+        if self.model.cascade == "scores":
+            labels = preprocess.regrid(*found, wanted, plans)
+        else:
+            decided = preprocess.restore([found], plans, average=self.model.average)
+            outside = preprocess.outside_nonzero([volume], wanted)
+            labels = preprocess.prepare_labels(volume.with_voxels(decided), wanted, plans, outside)
+        return preprocess.one_hot(labels, len(plans.labels) - 1)
+
+    def _run(self, data: Grid, work: Work, clock: Clock) -> units.Done:
+        """One configuration's networks."""
         plans, tiles = self.model.plans, work.tiles
-        padded = sliding_window.pad(data, tiles)
-        total = sliding_window.zeros_like(padded, (plans.scores, *tiles.padded))
-        for member in work.members if work.forward_passes else ():
-            self._add_member(member, work, padded, total, count, seconds)
         certain = _CERTAIN[self.model.average]
+        background = [certain] + [0.0] * (plans.scores - 1)
         if plans.regions:
             background = [-certain] * len(plans.regions)
-        else:
-            background = [certain] + [0.0] * (plans.scores - 1)
-        passes = len(work.members) * len(work.mirrors)
-        return sliding_window.average(total, tiles, passes, background)
-
-    def _add_member(
-        self,
-        member: Member,
-        work: Work,
-        padded: Grid,
-        total: Grid,
-        count: Callable[[int], None],
-        seconds: dict[str, float],
-    ) -> None:
-        """Add one network's scores to ``total``; after that nothing here holds the network."""
-        start = time.perf_counter()
-        network = self._network(member, work.configuration)
-        loaded = time.perf_counter()
-
-        def counted(batch: Grid) -> Grid:
-            scores = network.run(batch)
-            count(len(batch))
-            return scores
-
-        sliding_window.add_tiles(
-            counted, padded, work.tiles, total, mirrors=work.mirrors, batch=network.batch
+        return units.run(
+            load=lambda member: self._network(member, work.configuration),
+            members=work.members if work.unit_passes else (),
+            mirrors=work.mirrors,
+            padded=sliding_window.pad(data, tiles),
+            tiles=tiles,
+            background=background,
+            regions=bool(plans.regions),
+            clock=clock,
         )
-        seconds["compile"] += loaded - start
-        seconds["predict"] += time.perf_counter() - loaded
 
     def _network(self, member: Member, configuration: Configuration) -> LoadedNetwork:
         """The member's network; the one before is given up first."""
@@ -255,19 +329,34 @@ class Ensemble:
                 ) from error
         return self._alive[member.file]
 
-    def _ran(self, preset: str, works: list[Work]) -> dict[str, object]:
-        return {
+    def _restoring_s(self, volume: Volume) -> float:
+        """What ``finish`` will take, reserved of a time budget; generous."""
+        scores = volume.voxels.size * self.model.plans.scores * len(self.model.averaged)
+        return 0.3 + _RESTORING_S_PER_SCORE * scores
+
+    def _ran(
+        self, prepared: Prepared, ran: Sequence[Sequence[units.Unit]], budget_s: float | None
+    ) -> dict[str, object]:
+        works, preset = prepared.works, prepared.preset
+        record: dict[str, object] = {
             "model": self.model.name,
             "version": self.model.version,
             "preset": preset,
             "networks": [
-                f"{member.configuration} fold {member.fold}"
-                for work in works
-                for member in work.members
+                f"{work.configuration.name} fold {member.fold}"
+                for work, done in zip(works, ran, strict=True)
+                for member in dict.fromkeys(unit.member for unit in done)
             ],
-            "mirrored": PRESETS[preset].mirror,
+            "mirrored": any(unit.mirror for done in ran for unit in done),
             "tiles": sum(work.tiles.total for work in works),
             "tiles_skipped": sum(len(work.tiles.skipped) for work in works),
-            "forward_passes": sum(work.forward_passes for work in works),
+            "forward_passes": sum(
+                work.unit_passes * len(done) for work, done in zip(works, ran, strict=True)
+            ),
             "engine": self.engine.name,
         }
+        if budget_s is not None:
+            record["time_budget_s"] = round(budget_s, 3)
+            record["units"] = sum(map(len, ran))
+            record["units_planned"] = sum(len(w.mirrors) * len(w.members) for w in works)
+        return record

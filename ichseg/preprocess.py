@@ -213,7 +213,11 @@ def normalise(
 
 
 def restore(
-    parts: Sequence[tuple[Grid, Placement]], plans: Plans, *, slab_voxels: int = _SLAB_VOXELS
+    parts: Sequence[tuple[Grid, Placement]],
+    plans: Plans,
+    *,
+    average: str = "probabilities",
+    slab_voxels: int = _SLAB_VOXELS,
 ) -> npt.NDArray[np.uint8]:
     """Labels in the volume's own grid and axis order from scores in the networks' grids.
 
@@ -224,6 +228,8 @@ def restore(
         parts: Scores ``(K, Z, Y, X)`` with their placement, one for each configuration of an
             ensemble; their mean decides, the lower label on a tie.
         plans: For the interpolation order.
+        average: What the scores are, ``probabilities`` or ``logits``. Of several configurations
+            the probabilities are averaged in either case (V2's ensembling).
         slab_voxels: Output voxels per class computed at once.
 
     Returns:
@@ -231,7 +237,10 @@ def restore(
     """
     placement = parts[0][1]
     labels = np.zeros(placement.full_shape, np.uint8)
-    _decide(parts, labels[placement.slices], placement.spacing_mm, plans, slab_voxels)
+    convert = average == "logits" and len(parts) > 1
+    _decide(
+        parts, labels[placement.slices], placement.spacing_mm, plans, slab_voxels, convert=convert
+    )
     return np.ascontiguousarray(placement.axes.undo(labels))
 
 
@@ -270,8 +279,13 @@ def _decide(
     spacing_mm: tuple[float, float, float],
     plans: Plans,
     slab_voxels: int,
+    *,
+    convert: bool = False,
 ) -> None:
-    """Fill the crop's labels, in the grid of this spacing, slab by slab."""
+    """Fill the crop's labels, in the grid of this spacing, slab by slab.
+
+    With ``convert`` the scores are logits and are averaged as probabilities.
+    """
     step = max(1, slab_voxels // (labels.shape[1] * labels.shape[2]))
     for start in range(0, labels.shape[0], step):
         rows = slice(start, min(start + step, labels.shape[0]))
@@ -290,6 +304,8 @@ def _decide(
                 apart=apart,
                 regions=bool(plans.regions),
             )
+            if convert:
+                slab = _of_probabilities(slab, bool(plans.regions))
             leads = slab if leads is None else leads + slab
         assert leads is not None
         if not isinstance(leads, np.ndarray):
@@ -298,6 +314,18 @@ def _decide(
             labels[rows] = _written(leads, plans.regions)
         else:
             labels[rows] = _largest(leads)
+
+
+def _of_probabilities(leads: Grid, regions: bool) -> Grid:
+    """Leads ``(K, ...)`` of probabilities from leads of logits: over label 0, or over a half."""
+    if not isinstance(leads, np.ndarray):
+        return leads.new_tensor(_of_probabilities(leads.cpu().numpy(), regions))
+    if regions:
+        return np.tanh(leads / 2)
+    shift = np.maximum(leads.max(0), 0)
+    shares = np.exp(leads - shift)
+    background = np.exp(-shift)
+    return (shares - background) / (shares.sum(0) + background)
 
 
 def _largest(leads: FloatArray) -> npt.NDArray[np.uint8]:

@@ -178,14 +178,3 @@ def test_what_is_skipped_changes_nothing_elsewhere(tmp_path, scan, monkeypatch, 
     assert plain.mask.voxels[inside].any()  # or there was nothing to leave out
     assert plain.mask.voxels[outside].any()
     np.testing.assert_array_equal(found.mask.voxels[outside], plain.mask.voxels[outside])
-
-
-def test_a_cascade_is_refused_in_words(tmp_path):
-    second = dataclasses.replace(
-        CONFIGURATION, name="3d_cascade_fullres", previous_stage="3d_lowres"
-    )
-    make_bundle(tmp_path, plans=dataclasses.replace(PLANS, configurations=(second,)))
-    with pytest.raises(
-        WeightsError, match="3d_cascade_fullres needs the segmentation of 3d_lowres"
-    ):
-        Ensemble.load(tmp_path, "cpu")
