@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import shlex
@@ -13,9 +14,10 @@ from conftest import CONFIGURATION, PLANS
 from datasets import write_msd
 
 from ichseg import bundle, volume
-from ichseg.errors import DatasetError, PlansError
+from ichseg.errors import DatasetError, PlansError, TrainingError
+from ichseg.predict import Ensemble
 from ichseg.volume import Volume
-from training import planner, run, train
+from training import cross_validate, export, planner, run, selection, summary, train
 from training.__main__ import main as command
 from training.config import config_from
 from training.fold import LATEST
@@ -103,12 +105,12 @@ def test_a_finished_run_says_so_and_does_nothing(step_by_step, dataset, caplog):
     with caplog.at_level(logging.INFO):
         assert run.run(arguments(dataset, workspace), lambda words: pytest.fail(str(words))) == 0
     assert caplog.messages == [
-        f"== 1 of 6, convert: done, {workspace}/dataset.json is there",
-        "== 2 of 6, verify: done, no errors in 5 cases, which have not changed since",
-        f"== 3 of 6, plan: done, {workspace}/plans.json is there",
-        f"== 4 of 6, preprocess: done, {workspace}/preprocessed/3d_fullres holds all cases",
-        "== 5 of 6, train: done, folds 0, 1 of 3d_fullres",
-        f"== 6 of 6, export: done, {workspace}/bundles/3d_fullres holds these folds",
+        f"== 1 of 8, convert: done, {workspace}/dataset.json is there",
+        "== 2 of 8, verify: done, no errors in 5 cases, which have not changed since",
+        f"== 3 of 8, plan: done, {workspace}/plans.json is there",
+        f"== 4 of 8, preprocess: done, {workspace}/preprocessed/3d_fullres holds all cases",
+        "== 5 of 8, train: done, folds 0, 1 of 3d_fullres",
+        f"== 8 of 8, export: done, {workspace}/bundles/3d_fullres holds these folds",
         f"the weights of 3d_fullres are in {workspace}/bundles/3d_fullres",
     ]
 
@@ -342,7 +344,92 @@ def test_refuses_nonsense_before_anything_is_done(dataset, tmp_path, capsys, fla
 
 
 def test_names_are_different():
-    assert run._names("2d, 3d_fullres") == ("2d", "3d_fullres")
+    assert cross_validate.parse_names("2d, 3d_fullres") == ("2d", "3d_fullres")
     for text in ("2d,", "2d,2d"):
         with pytest.raises(argparse.ArgumentTypeError, match="expected different names"):
-            run._names(text)
+            cross_validate.parse_names(text)
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """A workspace after one run of all folds of two configurations; what it did."""
+    workspace = tmp_path_factory.mktemp("whole")
+    done = []
+
+    def execute(words):
+        done.append(words)
+        return command(words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda _: {0})
+        patch.setattr(export, "MAX_DICE_CHANGE", 1)  # networks of two batches are all ties
+        assert run.run(whole_arguments(dataset, workspace), execute) == 0
+    return workspace, done
+
+
+def whole_arguments(dataset, workspace):
+    words = [word for word in TINY if word not in ("--folds", "0,1")]
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    run.add_arguments(parser)
+    more = ["--configurations", "3d_fullres,2d"]
+    return parser.parse_args([str(dataset), "--workspace", str(workspace), *words, *more])
+
+
+def test_all_folds_are_cross_validated_selected_from_and_exported(whole):
+    workspace, done = whole
+    assert stages(done)[-4:] == ["train", "cross-validate", "select", "export"]
+    for name in ("2d", "3d_fullres"):
+        table = summary.load(workspace / "evaluation" / name)
+        assert [case.name for case in table.cases] == list(NAMES)  # each once
+        metrics = json.loads((workspace / "evaluation" / name / "metrics.json").read_text())
+        assert set(metrics["case"]["DiceCoefficient"]) == {"0", "1", "2", "3", "4"}
+    found = selection.load(workspace)
+    assert [c.configurations for c in found.candidates] == [
+        ("2d",), ("3d_fullres",), ("2d", "3d_fullres"),
+    ]  # fmt: skip
+    for candidate, name in zip(found.candidates, ("2d", "3d_fullres"), strict=False):
+        (label,) = summary.load(workspace / "evaluation" / name).summaries
+        assert candidate.mean_dice == pytest.approx(label.measures[0].mean)
+    model = bundle.load_model(workspace / "bundles" / "selected")
+    assert model.averaged == found.configurations
+    assert model.rules == found.rules
+    folds = [(m.configuration, m.fold) for m in model.members]
+    assert folds == [(name, fold) for name in found.configurations for fold in "01234"]
+    card = (workspace / "bundles" / "selected" / "MODEL_CARD.md").read_text()
+    assert "Mean foreground Dice of 5 cross-validated cases" in card
+    assert f"**{found.mean_dice:.3f}**" in card
+    assert not list(workspace.glob("runs/*/*/probabilities"))
+
+
+def test_the_selected_bundle_segments(whole, dataset, tmp_path):
+    workspace, _ = whole
+    image = volume.read(dataset / "imagesTr" / "case_0.nii.gz")
+    ensemble = Ensemble.load(workspace / "bundles" / "selected", "cpu")
+    found = ensemble.segment(image, "fast")
+    assert set(np.unique(found.mask.voxels)) <= {0, 1}
+    assert len(found.ran["networks"]) == len(ensemble.model.averaged)
+
+
+def test_what_was_selected_is_not_selected_again_until_a_fold_changes(whole, dataset, caplog):
+    workspace, _ = whole
+    arguments = whole_arguments(dataset, workspace)
+    with caplog.at_level(logging.INFO):
+        assert run.run(arguments, lambda words: pytest.fail(str(words))) == 0
+    assert any("== 7 of 8, select: done" in message for message in caplog.messages)
+    record = workspace / "runs" / "2d" / "fold_3" / "validation.json"
+    os.utime(record)
+    done = []
+    run.run(arguments, lambda words: done.append(words) or 0)
+    assert stages(done)[:2] == ["cross-validate", "select"]
+
+
+def test_an_incomplete_cross_validation_is_refused_with_the_command(whole, tmp_path):
+    workspace = shutil.copytree(whole[0], tmp_path / "copy")
+    folder = workspace / "runs" / "2d" / "fold_1"
+    (mask,) = (folder / "validation").iterdir()
+    mask.unlink()
+    with pytest.raises(TrainingError, match=r"1 of 1 validation cases .* `train 2d --fold 1`"):
+        cross_validate.cross_validate(workspace, "2d", workers=1)
+    shutil.rmtree(folder)
+    with pytest.raises(TrainingError, match="run `train` first"):
+        cross_validate.cross_validate(workspace, "2d", workers=1)

@@ -14,7 +14,7 @@ from ichseg.errors import IchsegError
 COMMANDS = {
     "run": (
         "training.run",
-        "convert, verify, plan, preprocess, train and export: whatever is not done yet",
+        "from a dataset to weights: whatever of the commands below is not done yet",
         "run data/Task01_Bleeds --workspace work",
     ),
     "synthesize": (
@@ -52,10 +52,20 @@ COMMANDS = {
         "train folds; the same command resumes them",
         "train 3d_fullres --workspace work --fold 0",
     ),
+    "cross-validate": (
+        "training.cross_validate",
+        "score all training cases, each by the fold that had not seen it",
+        "cross-validate --workspace work",
+    ),
+    "select": (
+        "training.selection",
+        "choose configurations and post-processing by the cross-validation",
+        "select --workspace work",
+    ),
     "export": (
         "training.export",
-        "write the finished folds as a weights bundle",
-        "export --workspace work --configuration 3d_fullres --folds 0,1,2,3,4 --out weights",
+        "write what was selected, or one configuration, as a weights bundle",
+        "export --workspace work --out weights",
     ),
     "evaluate": (
         "training.evaluate",

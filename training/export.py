@@ -7,29 +7,28 @@ for byte the same and is not checked again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import logging
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ichseg import bundle, schema, volume
+from ichseg import bundle, plans, schema, volume
 from ichseg.bundle import Member, Model
 from ichseg.errors import TrainingError, WeightsError
-from training import dataset
+from ichseg.plans import Plans
+from ichseg.postprocess import ComponentRule
+from training import dataset, model_card, selection
 from training.config import TrainingConfig
 from training.fold import BEST, LATEST, FoldRun, load_checkpoint, open_run, run_folder
 from training.validate import score_labels, segment_case
 
-NAME = "ich-synthetic-compact"
-DESCRIPTION = (
-    "Segments intracranial haemorrhage in head CT without contrast. Trained on synthetic scans "
-    "only; a demonstration, not for diagnosis or any clinical use."
-)
 INPUT_SLUG, OUTPUT_SLUG = "head-ct", "intracranial-hemorrhage-segmentation"
 CHECKPOINTS = {"latest": LATEST, "best": BEST}
 MAX_DICE_CHANGE = 1e-3  # that rounding the weights may cost or gain in any checked case
@@ -37,68 +36,122 @@ MAX_DICE_CHANGE = 1e-3  # that rounding the weights may cost or gain in any chec
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A fold that has finished: its run and a checkpoint of it."""
+
+    run: FoldRun
+    fold: str
+    checkpoint: dict[str, Any]
+
+
 def export(
     workspace: Path,
-    configuration: str,
+    configurations: Sequence[str],
     folds: Sequence[str],
     out: Path,
     *,
+    rules: Sequence[ComponentRule] = (),
     checkpoint: str = "latest",
     check_cases: int = 2,
-    name: str = NAME,
+    name: str | None = None,
     version: str = "1",
-    description: str = DESCRIPTION,
+    description: str | None = None,
 ) -> Model:
-    """Write the bundle of those folds that have finished training.
+    """Write the bundle of those folds that have finished training, and its model card.
 
     Args:
         workspace: With the runs.
-        configuration: Such as ``3d_fullres``.
+        configurations: Those whose mean decides; of a cascade the second stage, the first one
+            comes with it.
         folds: Those wanted; unfinished ones are left out, with a line in the log.
         out: The bundle's folder.
+        rules: What is dropped of the labels found.
         checkpoint: ``latest`` or ``best``.
         check_cases: Validation cases of each fold to score before and after rounding.
-        name: Of the bundle.
+        name: Of the bundle; None for that of the dataset and the configurations.
         version: Of the bundle.
-        description: What it is and is not for.
+        description: What it is and is not for; None for what the plans tell.
 
     Raises:
-        TrainingError: No fold has finished, or rounding changes a mean Dice by more than 0.001.
+        TrainingError: No fold of a configuration has finished, or rounding changes a mean Dice by
+            more than 0.001.
     """
-    finished: list[tuple[FoldRun, str, dict[str, Any]]] = []
+    trained = [
+        part
+        for configuration in _with_first_stages(workspace, configurations)
+        for part in _finished(workspace, configuration, folds, checkpoint)
+    ]
+    known = _known_members(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".writing-") as beside:
+        members = []
+        for part in trained:
+            weights = part.checkpoint["network"]
+            member = bundle.save_member(
+                Path(beside), part.run.configuration.name, part.fold, weights
+            )
+            if member not in known:
+                check_rounding(workspace, part.run, part.fold, weights, check_cases)
+            members.append(member)
+        for member in members:
+            (Path(beside) / member.file).replace(out / member.file)
+    model = _describe(workspace, trained, members, checkpoint, version)
+    stages = {part.run.configuration.previous_stage for part in trained}
+    model = dataclasses.replace(
+        model,
+        name=name or f"{model.plans.dataset}-{'+'.join(configurations)}",
+        description=description or describe_plans(model.plans),
+        rules=tuple(rules),
+        averages=tuple(configurations) if stages & set(configurations) else (),
+    )
+    bundle.save_model(out, model)
+    model_card.write(model, workspace, out)
+    _remove_others(out, members)
+    return model
+
+
+def describe_plans(planned: Plans) -> str:
+    """What a bundle is and is not for, by its plans."""
+    return (
+        f"Segments {', '.join(planned.labels[1:])}. Trained on {planned.dataset}. "
+        "For research, not for diagnosis."
+    )
+
+
+def _with_first_stages(workspace: Path, configurations: Sequence[str]) -> tuple[str, ...]:
+    planned = plans.load(workspace / "plans.json")
+    names: list[str] = []
+    for name in configurations:
+        previous = planned.configuration(name).previous_stage
+        names += [previous, name] if previous is not None else [name]
+    return tuple(dict.fromkeys(names))
+
+
+def _finished(
+    workspace: Path, configuration: str, folds: Sequence[str], checkpoint: str
+) -> list[Trained]:
+    """Those of a configuration's folds that have finished."""
+    finished = []
     for fold in folds:
         path = run_folder(workspace, configuration, fold)
         if not (path / LATEST).exists() or not (path / "config.json").exists():
-            _log.info("fold %s: not trained yet, left out", fold)
+            _log.info("%s fold %s: not trained yet, left out", configuration, fold)
             continue
         config = schema.load(TrainingConfig, path / "config.json")
         run = open_run(workspace, configuration, fold, config)
         reason = load_checkpoint(path / LATEST, run.configuration)["finished"]
         if reason is None:
-            _log.info("fold %s: training has not ended, left out", fold)
+            _log.info("%s fold %s: training has not ended, left out", configuration, fold)
             continue
         raw = load_checkpoint(path / CHECKPOINTS[checkpoint], run.configuration)
-        finished.append((run, fold, raw))
+        finished.append(Trained(run, fold, raw))
     if not finished:
         raise TrainingError(
             f"{run_folder(workspace, configuration, '*')}: none of the folds {', '.join(folds)} "
             "has finished; `train` them first"
         )
-    known = _known_members(out)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".writing-") as beside:
-        members = []
-        for run, fold, raw in finished:
-            member = bundle.save_member(Path(beside), configuration, fold, raw["network"])
-            if member not in known:
-                check_rounding(workspace, run, fold, raw["network"], check_cases)
-            members.append(member)
-        for member in members:
-            (Path(beside) / member.file).replace(out / member.file)
-    model = _describe(workspace, finished, members, checkpoint, name, version, description)
-    bundle.save_model(out, model)
-    _remove_others(out, members)
-    return model
+    return finished
 
 
 def check_rounding(
@@ -143,30 +196,28 @@ def check_rounding(
 
 def _describe(
     workspace: Path,
-    finished: Sequence[tuple[FoldRun, str, dict[str, Any]]],
+    trained: Sequence[Trained],
     members: Sequence[Member],
     checkpoint: str,
-    name: str,
     version: str,
-    description: str,
 ) -> Model:
-    run = finished[0][0]
+    run = trained[0].run
     data = dataset.load_dataset(workspace)
-    dimensions = run.configuration.architecture.dimensions
+    dimensions = max(part.run.configuration.architecture.dimensions for part in trained)
     folds = {
-        fold: {
-            "epochs": raw["schedule"]["epoch"],
-            "minutes": round(raw["elapsed_s"] / 60, 1),
-            "ended": raw["finished"] or "best checkpoint",
-            "config": schema.to_json(own.config),
+        f"{part.run.configuration.name} fold {part.fold}": {
+            "epochs": part.checkpoint["schedule"]["epoch"],
+            "minutes": round(part.checkpoint["elapsed_s"] / 60, 1),
+            "ended": part.checkpoint["finished"] or "best checkpoint",
+            "config": schema.to_json(part.run.config),
         }
-        for own, fold, raw in finished
+        for part in trained
     }
     return Model(
         schema_version=bundle.SCHEMA_VERSION,
-        name=name,
+        name=run.plans.dataset,
         version=version,
-        description=description,
+        description=describe_plans(run.plans),
         input_slug=INPUT_SLUG,
         output_slug=OUTPUT_SLUG,
         average="probabilities",
@@ -203,7 +254,11 @@ def _remove_others(out: Path, members: Sequence[Member]) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the ``export`` command."""
     dataset.add_workspace_argument(parser)
-    parser.add_argument("--configuration", default="3d_fullres", help="[%(default)s]")
+    parser.add_argument(
+        "--configuration",
+        metavar="NAME",
+        help="this one, without post-processing [what `select` has selected, with its rules]",
+    )
     parser.add_argument(
         "--folds",
         default="0,1,2,3,4",
@@ -226,25 +281,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, default=0, metavar="N", help="of torch; 0 leaves it to torch [0]"
     )
-    parser.add_argument("--name", default=NAME, help="[%(default)s]")
+    parser.add_argument("--name", help="[the dataset's and the configurations']")
     parser.add_argument("--model-version", default="1", help="[%(default)s]")
-    parser.add_argument("--description", default=DESCRIPTION, help="what it is and is not for")
+    parser.add_argument(
+        "--description", help="what it is and is not for [the labels, the dataset, for research]"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the ``export`` command."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    configurations: tuple[str, ...] = (args.configuration,)
+    rules: tuple[ComponentRule, ...] = ()
+    if args.configuration is None:
+        if not (args.workspace / selection.SELECTION_FILE).is_file():
+            raise TrainingError(
+                f"{args.workspace}: nothing has been selected; `cross-validate` and `select`, "
+                "or name a --configuration"
+            )
+        selected = selection.load(args.workspace)
+        configurations, rules = selected.configurations, selected.rules
     model = export(
         args.workspace,
-        args.configuration,
+        configurations,
         [fold.strip() for fold in args.folds.split(",")],
         args.out,
+        rules=rules,
         checkpoint=args.checkpoint,
         check_cases=args.check_cases,
         name=args.name,
         version=args.model_version,
         description=args.description,
     )
-    _log.info("%s: folds %s", args.out, ", ".join(member.fold for member in model.members))
+    names = ", ".join(f"{member.configuration} fold {member.fold}" for member in model.members)
+    _log.info("%s: %s", args.out, names)
     return 0

@@ -20,6 +20,8 @@ out=${OUT:-$here/weights}
 python=${PYTHON:-$here/.venv/bin/python}
 export PYTHONPATH="$here"
 
+description="Segments intracranial haemorrhage in head CT without contrast. Trained on synthetic scans only; a demonstration, not for diagnosis or any clinical use."
+
 step() { echo "== $*" >&2; "$python" -m training "$@"; }
 
 if [ "$seed" = 20221 ]; then
@@ -55,6 +57,7 @@ for fold in 0 2 4; do
     wait "$first"
     [ -z "$second" ] || wait "$second"
     first='' second=''
-    step export --workspace "$work" --configuration 3d_fullres --out "$out" --threads 2
+    step export --workspace "$work" --configuration 3d_fullres --out "$out" --threads 2 \
+        --name ich-synthetic-compact --description "$description"
 done
 echo "the bundle is in $out" >&2

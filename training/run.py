@@ -16,14 +16,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ichseg import bundle, plans
-from ichseg.errors import DatasetError, PlansError, WeightsError
+from ichseg.errors import DatasetError, PlansError, TrainingError, WeightsError
 from ichseg.plans import Plans
-from training import config, folds, layouts, planner, preprocess, progress, splits, verify
+from training import (
+    config,
+    cross_validate,
+    folds,
+    layouts,
+    planner,
+    preprocess,
+    progress,
+    selection,
+    splits,
+    summary,
+    validate,
+    verify,
+)
 from training import overrides as planner_overrides
 from training.config import TrainingConfig
 from training.dataset import DATASET_FILE, add_workspace_argument, load_dataset
 from training.fold import LATEST, open_run, run_folder
 from training.recipes import RECIPES as PLANNER_RECIPES
+
+SELECTED = "selected"  # the bundle of what was selected
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +78,12 @@ def run(args: argparse.Namespace, execute: Callable[[Sequence[str]], int]) -> in
             _log.info("\n== %d of %d, %s:\n%s", number, len(STAGES), stage, line)
             if status := execute(step.words):
                 return status
+    if _judged(args):
+        names = " + ".join(selection.load(args.workspace).configurations)
+        _log.info(
+            "selected were %s, their weights are in %s", names, _bundle_folder(args, SELECTED)
+        )
+        return 0
     for name in _configurations(args, _plans(args)):
         _log.info("the weights of %s are in %s", name, _bundle_folder(args, name))
     return 0
@@ -126,17 +147,47 @@ def _train(args: argparse.Namespace) -> Iterator[Step]:
         )
 
 
+def _cross_validate(args: argparse.Namespace) -> Iterator[Step]:
+    names = _judged(args)
+    if not names:
+        return
+    done = all(_is_newer(args, name, _evaluation(args, name)) for name in names)
+    words = ("cross-validate", *_workspace(args), "--configurations", ",".join(names))
+    folder = args.workspace / cross_validate.FOLDER
+    yield Step(words, f"{folder} holds {', '.join(names)}" if done else "")
+
+
+def _select(args: argparse.Namespace) -> Iterator[Step]:
+    names = _judged(args)
+    if not names:
+        return
+    path = args.workspace / selection.SELECTION_FILE
+    done = _selected_from(args) == names and all(_is_newer(args, name, path) for name in names)
+    words = ("select", *_workspace(args), "--configurations", ",".join(names))
+    yield Step(words, f"{path} is there" if done else "")
+
+
 def _export(args: argparse.Namespace) -> Iterator[Step]:
-    dataset, planned = load_dataset(args.workspace), _plans(args)
-    for name in _configurations(args, planned):
+    words = ["--folds", ",".join(_folds(args))]
+    if args.threads:
+        words += ["--threads", str(args.threads)]
+    if _judged(args):
+        out = _bundle_folder(args, SELECTED)
+        chosen = selection.load(args.workspace)
+        made = (args.workspace / selection.SELECTION_FILE).stat().st_mtime_ns
+        done = _is_exported(args, chosen.configurations, out, made)
+        yield Step(
+            ("export", *_workspace(args), "--out", str(out), *words),
+            f"{out} holds what was selected" if done else "",
+        )
+        return
+    for name in _configurations(args, _plans(args)):
         out = _bundle_folder(args, name)
-        words = ["export", *_workspace(args), "--configuration", name]
-        words += ["--folds", ",".join(_folds(args)), "--out", str(out)]
-        words += ["--name", f"{dataset.name}-{name}", "--description", _description(planned)]
-        if args.threads:
-            words += ["--threads", str(args.threads)]
-        done = _is_exported(args, name, out)
-        yield Step(tuple(words), f"{out} holds these folds" if done else "")
+        done = _is_exported(args, (name,), out, 0)
+        yield Step(
+            ("export", *_workspace(args), "--configuration", name, "--out", str(out), *words),
+            f"{out} holds these folds" if done else "",
+        )
 
 
 # In order. Each gives the commands that it takes, with what shows which of them are done.
@@ -146,6 +197,8 @@ STAGES: dict[str, Callable[[argparse.Namespace], Iterator[Step]]] = {
     "plan": _plan,
     "preprocess": _preprocess,
     "train": _train,
+    "cross-validate": _cross_validate,
+    "select": _select,
     "export": _export,
 }
 
@@ -210,29 +263,61 @@ def _is_trained(args: argparse.Namespace, name: str, fold: str, chosen: Training
     return folds.is_finished(args.workspace, open_run(args.workspace, name, fold, chosen))
 
 
-def _is_exported(args: argparse.Namespace, name: str, out: Path) -> bool:
-    """Whether the bundle holds all folds, and none has been trained further since."""
+def _judged(args: argparse.Namespace) -> tuple[str, ...]:
+    """Configurations to choose from: none where not all folds are trained and validated.
+
+    A cascade's first stage is a choice of its own only where it was asked for.
+    """
+    planned = _plans(args)
+    chosen = config.config_from(args, args.recipe or planned.recipe)
+    names = [case.name for case in load_dataset(args.workspace).labelled]
+    every = {str(fold) for fold in range(len(splits.find_splits(args.workspace, names)))}
+    if not chosen.validation or set(_folds(args)) != every:
+        return ()
+    order = [configuration.name for configuration in planned.configurations]
+    return tuple(sorted(args.configurations, key=order.index))
+
+
+def _evaluation(args: argparse.Namespace, name: str) -> Path:
+    return cross_validate.folder_of(args.workspace, name) / summary.EVALUATION_FILE
+
+
+def _is_newer(args: argparse.Namespace, name: str, path: Path) -> bool:
+    """Whether a file is there, and no fold has been validated since it was written."""
+    if not path.is_file():
+        return False
+    records = (run_folder(args.workspace, name, f) / validate.RECORD for f in _folds(args))
+    return all(record.stat().st_mtime_ns <= path.stat().st_mtime_ns for record in records)
+
+
+def _selected_from(args: argparse.Namespace) -> tuple[str, ...]:
+    """What an earlier selection chose from."""
+    try:
+        found = selection.load(args.workspace)
+    except TrainingError:
+        return ()
+    return tuple(c.configurations[0] for c in found.candidates if len(c.configurations) == 1)
+
+
+def _is_exported(
+    args: argparse.Namespace, names: Sequence[str], out: Path, selected_ns: int
+) -> bool:
+    """Whether the bundle holds all folds, and none has been trained further or chosen since."""
     try:
         members = {(member.configuration, member.fold) for member in bundle.load_model(out).members}
     except WeightsError:
         return False
-    made = (out / "model.json").stat().st_mtime_ns
-    return all(
+    made = (out / bundle.MODEL_FILE).stat().st_mtime_ns
+    return made >= selected_ns and all(
         (name, fold) in members
         and (run_folder(args.workspace, name, fold) / LATEST).stat().st_mtime_ns <= made
+        for name in names
         for fold in _folds(args)
     )
 
 
 def _bundle_folder(args: argparse.Namespace, name: str) -> Path:
     return (args.workspace / "bundles" if args.out is None else args.out) / name
-
-
-def _description(planned: Plans) -> str:
-    return (
-        f"Segments {', '.join(planned.labels[1:])}. Trained on {planned.dataset}. "
-        "For research, not for diagnosis."
-    )
 
 
 def _plans(args: argparse.Namespace) -> Plans:
@@ -257,7 +342,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workspace_argument(parser)
     parser.add_argument(
         "--configurations",
-        type=_names,
+        type=cross_validate.parse_names,
         default=("3d_fullres",),
         metavar="NAME,...",
         help="2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres, if planned [3d_fullres]",
@@ -269,7 +354,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpus", metavar="N,N,...", help="train folds side by side, one on each of these GPUs"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="for one bundle a configuration [W/bundles]"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="for the bundle `selected`, or one a configuration where only some folds are "
+        "trained [W/bundles]",
     )
     parser.add_argument("--groups", type=Path, metavar="CSV", help="of `convert`")
     parser.add_argument(
@@ -297,11 +386,3 @@ def main(args: argparse.Namespace) -> int:
     if args.gpus is not None:
         folds.find_gpus(args.gpus)
     return run(args, command)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """An argparse type: names separated by commas."""
-    names = tuple(part.strip() for part in text.split(","))
-    if not all(names) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected different names between commas")
-    return names

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from ichseg.plans import Configuration, Plans
 from ichseg.preprocess import Placement
 from ichseg.sliding_window import Network
 from ichseg.volume import Volume
-from training import cascade, dataset, log, store
+from training import cascade, dataset, log, probabilities, store
 from training.fold import LATEST, FoldRun, load_checkpoint
 from training.metrics import dice
 
@@ -73,7 +74,8 @@ def validate(
 ) -> bool:
     """Segment the fold's validation cases with the latest weights, as inference does.
 
-    Writes ``validation/<case>.nii.gz`` and, after each case, ``validation.json``. What these
+    Writes ``validation/<case>.nii.gz``, ``probabilities/<case>.npz`` and, after each case,
+    ``validation.json``. What these
     weights have segmented already is not done again. If the configuration is the first stage of a
     cascade, its labels go to the second stage's store, as far as that holds the cases.
 
@@ -196,6 +198,11 @@ def score_labels(
     return {name: None if math.isnan(score) else score for name, score in scores.items()}
 
 
+def mask_of(run_folder: Path, name: str) -> Path:
+    """Where a fold's run keeps the mask of a validation case."""
+    return run_folder / MASKS / f"{name}.nii.gz"
+
+
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """sha256 over the tensors, in the order of their names."""
     digest = hashlib.sha256()
@@ -216,7 +223,8 @@ def _validate_case(
     channels = [volume.read(path) for path in case.images]
     scores, placement = predict_case(case.name, channels, run, network)
     labels = preprocess.restore([(scores, placement)], run.plans)
-    volume.write(channels[0].with_voxels(labels), _mask(run, case.name))
+    probabilities.save(probabilities.path_of(run.folder, case.name), scores)
+    volume.write(channels[0].with_voxels(labels), mask_of(run.folder, case.name))
     for stage in second:
         if cascade.can_store(workspace, stage, case.name):
             cascade.store_labels(
@@ -244,6 +252,7 @@ def _continue_record(run: FoldRun, weights: str) -> Validation:
     (run.folder / RECORD).unlink(missing_ok=True)
     for mask in (run.folder / MASKS).glob("*.nii.gz"):
         mask.unlink()
+    shutil.rmtree(run.folder / probabilities.FOLDER, ignore_errors=True)
     return fresh
 
 
@@ -254,7 +263,7 @@ def _is_done(
     second: Sequence[Configuration],
     name: str,
 ) -> bool:
-    if name not in record.dice or not _mask(run, name).is_file():
+    if name not in record.dice or not mask_of(run.folder, name).is_file():
         return False
     return all(
         cascade.has_labels(workspace, stage, name)
@@ -290,10 +299,6 @@ def _warn_of_missing(workspace: Path, stage: Configuration, names: Sequence[str]
 def _write(record: Validation, path: Path) -> None:
     with volume.replacing(path) as temporary:
         temporary.write_text(schema.dumps(record), encoding="utf-8")
-
-
-def _mask(run: FoldRun, name: str) -> Path:
-    return run.folder / MASKS / f"{name}.nii.gz"
 
 
 def _text(scores: Mapping[str, float | None]) -> str:
