@@ -17,14 +17,17 @@ RUN groupadd --gid 10001 algorithm \
     && install -d -m 0755 /input /opt/ml/model \
     && install -d -m 1777 /output
 
-# Before the code, so that a change of code does not install torch again. One layer: torch is 700 MB and more.
+# Before the code, so that a change of code does not install torch again. One layer: torch is 700 MB and more. What
+# only tests and compilers use goes again: 280 MB of torch's CPU build and the rest, and OpenVINO's plugins for other devices.
 # --break-system-packages: the image is the environment, also where the base's Python belongs to its distribution.
 ARG PIP_EXTRA_INDEX_URL=""
 COPY requirements.txt /tmp/requirements.txt
 RUN python -m pip install --no-cache-dir --break-system-packages --root-user-action=ignore \
         --disable-pip-version-check -r /tmp/requirements.txt \
-    && find / -xdev -path '*/openvino/libs/*' \
-        \( -name 'libopenvino_intel_[gn]pu_plugin*' -o -name cache.json \) -delete \
+    && site="$(python -c 'import importlib.util as u; print(u.find_spec("safetensors").submodule_search_locations[0])')/.." \
+    && rm -rf "$site"/torch/test "$site"/torch/include "$site"/torch/bin/*[Tt]est* "$site"/torch/bin/protoc* \
+        "$site"/openvino/libs/libopenvino_intel_[gn]pu_plugin* "$site"/openvino/libs/cache.json \
+    && find "$site" -type d -name tests -prune -exec rm -rf {} + \
     && rm -rf /root/.cache /tmp/*
 
 COPY process.py /opt/algorithm/process.py
@@ -38,6 +41,11 @@ RUN find /opt/algorithm \( -type d ! -perm -005 -o -type f ! -perm -004 \) -exec
 LABEL org.opencontainers.image.title="ichseg" \
       org.opencontainers.image.description="Segments intracranial haemorrhage on non-contrast head CT. Research use only, not a medical device." \
       org.opencontainers.image.licenses="Apache-2.0"
+
+# What the container does when it is started: exec, one run, or invoke, a server. ./build.sh --api invoke sets the
+# platform's label along with it, from which the platform learns the same.
+ARG API=exec
+ENV ICHSEG_API=${API}
 
 USER algorithm
 WORKDIR /opt/algorithm

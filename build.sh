@@ -4,10 +4,17 @@ set -euo pipefail
 
 usage() {
     cat <<'HELP'
-Usage: ./build.sh
+Usage: ./build.sh [--api exec|invoke]
+       ./build.sh --check-weights [FOLDER]
 
-Checks that the weights are whole, builds the image, and prints the base it stands on and the image's size.
+Checks that the weights are whole, builds the image, and prints the base it stands on and its size, layer by layer.
 Next: ./test.sh proves the image on the sample cases, ./export.sh writes the tarballs to upload.
+
+  --api exec        the image segments what lies in /input and ends (default)
+  --api invoke      the image is a server on port 4743: the platform keeps it running and asks it for one case after
+                    another. Sets the label org.grand-challenge.api-method=invoke, by which the platform knows
+  --check-weights   only checks the weights bundle in FOLDER (default weights): files listed in SHA256SUMS and
+                    unaltered, none of them a Git LFS pointer
 
 Environment:
   IMAGE             name of the image                    (default ichseg:latest)
@@ -28,11 +35,37 @@ fail() {
     exit 1
 }
 
-case "${1-}" in
-    "") ;;
-    -h | --help) usage && exit 0 ;;
-    *) usage >&2 && fail "unknown argument: $1" ;;
-esac
+check_weights() {
+    local folder="$1" file sum=(sha256sum)
+    command -v sha256sum >/dev/null || sum=(shasum -a 256) # macOS
+    [[ -f "$folder/model.json" && -f "$folder/SHA256SUMS" ]] ||
+        fail "$folder/ has no model.json or no SHA256SUMS: nothing to ship"
+    compgen -G "$folder/*.safetensors" >/dev/null || fail "$folder/ has no *.safetensors: nothing to ship"
+    for file in "$folder"/*; do
+        [[ -f "$file" && ! -L "$file" ]] || fail "$file is not a plain file; a bundle holds nothing else"
+        if [[ "$(head -c 23 "$file" | tr -d '\0')" == "version https://git-lfs" ]]; then
+            fail "$file is a Git LFS pointer, not the file itself: run 'git lfs pull' first"
+        fi
+    done
+    for file in "$folder"/model.json "$folder"/*.safetensors; do
+        grep -qE "[ *](\./)?${file##*/}\$" "$folder/SHA256SUMS" || fail "$file is not listed in $folder/SHA256SUMS"
+    done
+    (cd "$folder" && "${sum[@]}" -c SHA256SUMS >/dev/null) ||
+        fail "$folder/ differs from $folder/SHA256SUMS: fetch it again, or export the model again"
+}
+
+api="exec"
+while [[ $# -gt 0 ]]; do
+    case "$1" in
+        -h | --help) usage && exit 0 ;;
+        --check-weights) check_weights "${2:-$(dirname "${BASH_SOURCE[0]}")/weights}" && exit 0 ;;
+        --api) api="${2-}" && shift ;;
+        --api=*) api="${1#--api=}" ;;
+        *) usage >&2 && fail "unknown argument: $1" ;;
+    esac
+    shift || true
+done
+[[ "$api" == exec || "$api" == invoke ]] || fail "--api is '$api', expected exec or invoke"
 
 cd "$(dirname "${BASH_SOURCE[0]}")"
 image="${IMAGE:-ichseg:latest}"
@@ -41,25 +74,7 @@ read -r -a engine <<<"${CONTAINER_ENGINE:-docker}"
 read -r -a build_args <<<"${BUILD_ARGS-}"
 command -v "${engine[0]}" >/dev/null || fail "no ${engine[0]} here; CONTAINER_ENGINE=podman uses podman"
 
-check_weights() {
-    local file sum=(sha256sum)
-    command -v sha256sum >/dev/null || sum=(shasum -a 256) # macOS
-    [[ -f weights/model.json && -f weights/SHA256SUMS ]] ||
-        fail "weights/ has no model.json or no SHA256SUMS: nothing to ship"
-    compgen -G 'weights/*.safetensors' >/dev/null || fail "weights/ has no *.safetensors: nothing to ship"
-    for file in weights/*; do
-        if [[ "$(head -c 23 "$file" | tr -d '\0')" == "version https://git-lfs" ]]; then
-            fail "$file is a Git LFS pointer, not the file itself: run 'git lfs pull' first"
-        fi
-    done
-    for file in weights/model.json weights/*.safetensors; do
-        grep -qE "[ *](\./)?${file#weights/}\$" weights/SHA256SUMS || fail "$file is not listed in weights/SHA256SUMS"
-    done
-    (cd weights && "${sum[@]}" -c SHA256SUMS >/dev/null) ||
-        fail "weights/ differs from weights/SHA256SUMS: fetch it again, or export the model again"
-}
-
-check_weights
+check_weights weights
 
 # Fetched by name first: what is built on is then in the local store and can be named by digest.
 "${engine[@]}" image inspect "$base" >/dev/null 2>&1 || "${engine[@]}" pull --platform linux/amd64 "$base"
@@ -68,13 +83,19 @@ echo "base:  $base"
        digest {{.}}{{end}}' "$base"
 
 labels=(--label "org.opencontainers.image.base.name=$base")
+[[ "$api" == exec ]] || labels+=(--label "org.grand-challenge.api-method=$api")
 if revision="$(git rev-parse HEAD 2>/dev/null)"; then
     git diff --quiet HEAD -- process.py ichseg weights requirements.txt Dockerfile || revision+="-changed"
     labels+=(--label "org.opencontainers.image.revision=$revision")
 fi
-"${engine[@]}" build --platform linux/amd64 --build-arg "BASE_IMAGE=$base" "${labels[@]}" \
+"${engine[@]}" build --platform linux/amd64 --build-arg "BASE_IMAGE=$base" --build-arg "API=$api" "${labels[@]}" \
     ${build_args[@]+"${build_args[@]}"} -t "$image" .
 
 size="$("${engine[@]}" image inspect --format '{{.Size}}' "$image")"
-echo "image: $image, $((size / 1000000)) MB unpacked"
+echo "image: $image, API $api, $((size / 1000000)) MB unpacked"
 "${engine[@]}" image inspect --format '       id {{.Id}}' "$image"
+echo "       by layer, the last one first:"
+"${engine[@]}" history --no-trunc --format '{{.Size}}	{{.CreatedBy}}' "$image" | tr -s ' ' | sed -nE '
+    /^0 ?B/d
+    s/(dir|file):[0-9a-f]{64}/\1/
+    s/^([^	]*)	(RUN )?(\|[0-9]+ )?([A-Z_]+=[^ ]* )*(\/bin\/sh -c )?(#\(nop\) )?(.{0,80}).*/         \1	\7/p'

@@ -7,172 +7,161 @@ scan and results.json. For research, not for diagnosis.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
+import os
+import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ichseg.cases import InputCase, Job, find_cases
+from ichseg.cases import Job, find_cases, find_challenge_cases
+from ichseg.command_line import parse_arguments
+from ichseg.console import fail, say
 from ichseg.errors import IchsegError, OutputError, WeightsError
-from ichseg.result import CaseResult, write_results
 
 if TYPE_CHECKING:  # engines take long to import: --help and refusals of input do without
     from ichseg.predict import Ensemble
 
+BEGAN = time.monotonic()  # --time-budget counts from here
 HERE = Path(__file__).resolve().parent
 MOUNTED_WEIGHTS = Path("/opt/ml/model")
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Command line; every default suits the Grand Challenge platform."""
-    parser = argparse.ArgumentParser(
-        prog="process.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n"
-        "  python process.py --input scans --output out --preset fast --report\n"
-        "  python process.py --input scans --output out --weights my_bundle --device cuda\n",
-    )
-    add = parser.add_argument
-    add("--input", type=Path, default=Path("/input"), help="folder with the scans (default /input)")
-    add(
-        "--output",
-        type=Path,
-        default=Path("/output"),
-        help="folder for masks and results.json (default /output)",
-    )
-    add(
-        "--weights",
-        type=Path,
-        help="weights bundle (default /opt/ml/model if it holds one, else weights/)",
-    )
-    add(
-        "--device",
-        choices=["auto", "cpu", "cuda", "torch-cpu"],
-        default="auto",
-        help="auto takes a GPU if one works, else the CPU (OpenVINO); torch-cpu is the reference, "
-        "several times slower",
-    )
-    add(
-        "--preset",
-        choices=["full", "balanced", "fast"],
-        default="full",
-        help="full: all folds, all mirrorings; balanced: all folds; fast: one fold (default full)",
-    )
-    add("--report", action="store_true", help="also write an overlay picture of each case")
-    add("--input-slug", help="Grand Challenge input socket (default from the bundle)")
-    add("--output-slug", help="Grand Challenge output socket (default from the bundle)")
-    return parser.parse_args(argv)
+class Stopped(BaseException):
+    """A signal asks for the end; nothing that goes on after a failed case may catch it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit status: 0 if every case was segmented."""
-    arguments = parse_arguments(argv)
+    arguments = parse_arguments(argv, str(__doc__))
+    # numpy, not loaded yet: beside busy networks more threads wait for each other, up to seconds
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    try:
+        with stopped_by_signals():
+            if arguments.api == "invoke" and arguments.predict_dir is None:
+                return serve(arguments)
+            return run_job(arguments, lambda: load(arguments), BEGAN)
+    except Stopped as stop:
+        fail(
+            f"stopped by {stop} before all cases were done; --resume does those that are left, "
+            "--time-budget keeps within a limit"
+        )
+        os._exit(128 + stop.number)  # threads may be at work that nobody needs any more
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Load once, then run a job for each POST, until a signal asks for the end."""
+    from ichseg import server
+
+    def run(ensemble: Ensemble) -> int:
+        return run_job(arguments, lambda: ensemble, time.monotonic())
+
+    try:
+        server.serve(lambda: load(arguments), run)
+    except IchsegError as error:
+        return fail(str(error))
+    except MemoryError:
+        return fail("out of memory while the networks were loaded")
+    return 0
+
+
+def run_job(arguments: argparse.Namespace, loaded: Callable[[], Ensemble], began: float) -> int:
+    """Find the job's cases and segment them.
+
+    Args:
+        arguments: The command line.
+        loaded: Gives the ensemble; asked once the cases are found, as loading takes long.
+        began: What the time budget counts from, by ``time.monotonic()``.
+
+    Returns:
+        The exit status; unless it is 0, the last line on stderr says why.
+    """
     try:
         weights = choose_weights(arguments.weights)
-        slugs = socket_names(weights)
-        job = find_cases(
-            arguments.input,
-            arguments.output,
-            input_slug=arguments.input_slug or slugs["input_slug"],
-            output_slug=arguments.output_slug or slugs["output_slug"],
-        )
-        check_writable(arguments.output)
-        return run(arguments, job, weights)
+        model = read_model(weights)
+        if arguments.predict_dir is not None:
+            job = find_challenge_cases(arguments.input, arguments.predict_dir)
+        else:
+            job = find_cases(
+                arguments.input,
+                arguments.output,
+                input_slug=arguments.input_slug or model["input_slug"],
+                output_slug=arguments.output_slug or model["output_slug"],
+            )
+        check_output(job, arguments.output)
+        return segment(arguments, job, loaded(), model["sha256"], began)
     except IchsegError as error:
         return fail(str(error))
     except MemoryError:
         return fail(f"{arguments.input}: out of memory")
 
 
-def run(arguments: argparse.Namespace, job: Job, weights: Path) -> int:
-    """Segment every case; one bad scan does not stop the others."""
+def load(arguments: argparse.Namespace) -> Ensemble:
+    """The networks, on their device."""
     from ichseg.predict import Ensemble
 
-    ensemble = Ensemble.load(weights, arguments.device)
+    return Ensemble.load(choose_weights(arguments.weights), arguments.device)
+
+
+def segment(
+    arguments: argparse.Namespace, job: Job, ensemble: Ensemble, model_sha256: str, began: float
+) -> int:
+    """Segment every case; one bad scan does not stop the others."""
+    from ichseg import pipeline
+
+    budget_s = arguments.time_budget
+    labels = ensemble.model.plans.labels
+    if job.challenge and len(labels) > 2:
+        raise WeightsError(
+            f"{ensemble.folder}: its masks tell {', '.join(labels[1:])} apart, expected a bundle "
+            "of one label, since INSTANCE's masks hold 0 and 1"
+        )
     say(f"{ensemble.model.name} {ensemble.model.version}: {ensemble.model.description}")
     say(f"{len(job.cases)} case(s), preset {arguments.preset}, {ensemble.engine.name}")
-    results = []
-    for number, case in enumerate(job.cases, 1):
-        say(f"[{number}/{len(job.cases)}] {case.name}")
-        try:
-            results.append(segment_case(case, ensemble, arguments, job))
-        except IchsegError as error:
-            say(f"  failed: {error}")
-            results.append(CaseResult(case.name, None, str(error), {}))
-    write_results(results, arguments.output / "results.json")
-    failed = [result for result in results if result.error]
-    for result in results:
-        if not result.error:
-            say(
-                f"{result.image}: {result.report['volume_ml']:.2f} mL -> "
-                f"{arguments.output / str(result.mask)}"
-            )
+    options = pipeline.Options(
+        output=arguments.output,
+        preset=arguments.preset,
+        report=arguments.report,
+        resume=arguments.resume,
+        deadline=None if budget_s is None else began + budget_s,
+        made_from={
+            "model_sha256": model_sha256,
+            "preset": arguments.preset,
+            "time_budget_s": budget_s,
+        },
+    )
+    results = pipeline.run(job, ensemble, options)
+    failed = [result.error for result in results if result.error]
     if failed:
-        return fail(
-            f"{len(failed)} of {len(results)} cases failed: {'; '.join(r.error for r in failed)}"
-        )
+        more = [f"{len(failed) - 5} more, see results.json"] if len(failed) > 6 else []
+        reasons = "; ".join([*failed[: 5 if more else None], *more])  # one line, not too long
+        return fail(f"{len(failed)} of {len(results)} cases failed: {reasons}")
     return 0
 
 
-def segment_case(
-    case: InputCase, ensemble: Ensemble, arguments: argparse.Namespace, job: Job
-) -> CaseResult:
-    """Read, segment and write one case."""
-    from ichseg import volume
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM (a time-out of the platform) and SIGINT (Ctrl-C) raise ``Stopped``, once."""
+    signals = (signal.SIGTERM, signal.SIGINT)
 
-    image = volume.read(case.image)
-    segmentation = ensemble.segment(image, arguments.preset, Progress())
-    volume.write(segmentation.mask, case.output)
-    if arguments.report and not job.platform:
-        from ichseg import report
+    def stop(number: int, _: FrameType | None) -> NoReturn:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)  # the end is near, and not to be disturbed
+        raise Stopped(number)
 
-        report.write_overlay(
-            image, segmentation.mask, arguments.output / f"{volume.stem_of(case.image)}.png"
-        )
-    facts = {
-        "volume_ml": round(segmentation.volume_ml, 3),
-        "warnings": list(segmentation.warnings),
-        "ran": segmentation.ran,
-        "seconds": segmentation.seconds,
-    }
-    ran, took = segmentation.ran, segmentation.seconds
-    say(
-        f"  {segmentation.volume_ml:.2f} mL in {took['total']:.1f} s, "
-        f"of it {took['compile']:.1f} s for compiling; "
-        f"{ran['tiles_skipped']} of {ran['tiles']} tiles skipped as air"
-    )
-    return CaseResult(case.name, str(case.output.relative_to(arguments.output)), "", facts)
-
-
-class Progress:
-    """Forward passes done: a rewritten line at a terminal, a few plain lines elsewhere."""
-
-    def __init__(self) -> None:
-        self.began = self.said = time.monotonic()
-        self.first = 0  # passes done when the clock began: the first ones also warm up
-
-    def __call__(self, done: int, total: int) -> None:
-        """Say how long it will take, then how far it is: each second at a terminal, else minute."""
-        now = time.monotonic()
-        if self.first == 0:
-            self.began, self.first = now, done
-            return
-        left = (now - self.began) / (done - self.first) * (total - done)
-        at_terminal = sys.stderr.isatty()
-        if self.said < self.began:
-            self.said = now
-            text = f"{left:.0f} seconds" if left < 100 else f"{left / 60:.1f} minutes"
-            say(f"  {total} forward passes, about {text}")
-        if now - self.said < (1 if at_terminal else 60) and not (at_terminal and done == total):
-            return
-        self.said = now
-        text = f"  {done}/{total} forward passes, {left:.0f} s left"
-        sys.stderr.write(
-            f"\r{text:60}" + ("\n" if done == total else "") if at_terminal else text + "\n"
-        )
-        sys.stderr.flush()
+    before = [signal.signal(each, stop) for each in signals]
+    yield
+    for each, handler in zip(signals, before, strict=True):
+        signal.signal(each, handler)
 
 
 def choose_weights(given: Path | None) -> Path:
@@ -182,12 +171,20 @@ def choose_weights(given: Path | None) -> Path:
     return MOUNTED_WEIGHTS if (MOUNTED_WEIGHTS / "model.json").is_file() else HERE / "weights"
 
 
-def socket_names(weights: Path) -> dict[str, Any]:
-    """Input and output slug of the bundle, read without torch; loading checks the rest."""
+def read_model(weights: Path) -> dict[str, Any]:
+    """Input and output slug of the bundle, and its sha256, without torch; loading checks the rest.
+
+    The description holds the checksums of all networks, so its own stands for the whole bundle.
+    """
     path = weights / "model.json"
     try:
-        model = json.loads(path.read_text(encoding="utf-8"))
-        return {"input_slug": model["input_slug"], "output_slug": model["output_slug"]}
+        content = path.read_bytes()
+        model = json.loads(content)
+        return {
+            "input_slug": model["input_slug"],
+            "output_slug": model["output_slug"],
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
     except OSError as error:
         raise WeightsError(
             f"{path}: cannot read ({error.strerror}), expected a weights bundle in {weights}"
@@ -198,8 +195,11 @@ def socket_names(weights: Path) -> dict[str, Any]:
         ) from error
 
 
-def check_writable(output: Path) -> None:
-    """Refuse an output folder that cannot be written before any work is done."""
+def check_output(job: Job, output: Path) -> None:
+    """Refuse an output folder that cannot be written, or where masks would replace scans."""
+    for case in job.cases:
+        if case.output.exists() and case.output.samefile(case.image):
+            raise OutputError(f"{case.image}: its mask would replace it; name another --output")
     probe = output / ".writing-probe"
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -207,18 +207,6 @@ def check_writable(output: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OutputError(f"{output}: cannot write results there ({error.strerror})") from error
-
-
-def say(text: str) -> None:
-    """One plain line on stderr."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
-
-
-def fail(reason: str) -> int:
-    """The last line on stderr says why; the status says that."""
-    say(f"error: {' '.join(reason.split())}")
-    return 1
 
 
 if __name__ == "__main__":

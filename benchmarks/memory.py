@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -25,17 +26,21 @@ class Peak:
     together_mb: float
 
 
-def peak(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> Peak:
-    """Run a command and follow it.
+def peak(
+    command: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path | None = None
+) -> Peak:
+    """Run a command and follow it; what it says on stderr goes to ``log``.
 
     Raises:
         SystemExit: The command failed.
     """
     largest, together = 0, 0
-    with subprocess.Popen(
-        command, env=environment, cwd=folder, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
+    with (
+        Path(log or os.devnull).open("w", encoding="utf-8") as said,
+        subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=said
+        ) as process,
+    ):
         while process.poll() is None:
             family = _family(process.pid)
             largest = max([largest, *(_kilobytes(pid, "status", "VmHWM:") for pid in family)])

@@ -70,11 +70,18 @@ class Engine:
         place: Puts a prepared case ``(C, Z, Y, X)`` where the networks run.
         load: A network from its tensors. At most one should be alive at a time. Raises
             ``ValueError`` where the tensors do not fit.
+        kind: ``openvino``, ``torch-cpu`` or ``cuda``.
+        keep: Like ``place``, but on the host, where scores are then added up as well: slower, for
+            volumes that a GPU's memory does not hold.
+        free_bytes: Of a GPU's memory; None for the CPU.
     """
 
     name: str
     place: Callable[[FloatArray], Grid]
     load: Callable[[NetworkSpec, Mapping[str, FloatArray]], LoadedNetwork]
+    kind: str
+    keep: Callable[[FloatArray], Grid]
+    free_bytes: Callable[[], int | None]
 
 
 def choose(device: str) -> Engine:

@@ -24,6 +24,9 @@ def engine(threads: int) -> Engine:
         name=f"OpenVINO {version} on the CPU, {threads} thread{'s' * (threads > 1)}, float32",
         place=lambda data: data,
         load=functools.partial(_load, openvino.Core(), threads),
+        kind="openvino",
+        keep=lambda data: data,
+        free_bytes=lambda: None,
     )
 
 

@@ -18,7 +18,7 @@ from ichseg.volume import Volume
 Labels = npt.NDArray[np.uint8]
 Point = tuple[float, float, float]
 _CONNECTED = np.ones((3, 3, 3), bool)
-_SLAB_VOXELS = 2_000_000  # looked at together
+_SLAB_VOXELS = 300_000  # looked at together
 
 
 @dataclass(frozen=True, slots=True)

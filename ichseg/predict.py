@@ -184,7 +184,12 @@ class Ensemble:
         return Prepared(volume, preset, works, data, time.perf_counter() - began)
 
     def predict(
-        self, prepared: Prepared, progress: Count | None = None, budget_s: float | None = None
+        self,
+        prepared: Prepared,
+        progress: Count | None = None,
+        budget_s: float | None = None,
+        *,
+        on_host: bool = False,
     ) -> Predicted:
         """Run the networks; in one thread at a time.
 
@@ -196,6 +201,7 @@ class Ensemble:
                 and so on, as many as fit. Finished units of a configuration weigh equally, one
                 that is late is dropped. Each configuration, a cascade's first stage too, gets its
                 share of the time by its work, and at least one unit.
+            on_host: Add up the scores there, for volumes that a GPU's memory does not hold.
 
         Raises:
             WeightsError: A network's file does not fit its plan.
@@ -213,6 +219,7 @@ class Ensemble:
         parts: dict[str, tuple[Grid, Placement]] = {}
         doubts: list[float] = []
         ran_units: list[list[units.Unit]] = []
+        place = self.engine.keep if on_host else self.engine.place
         for work, data in zip(works, prepared.data, strict=True):
             name, first = work.configuration.name, work.configuration.previous_stage
             if first is not None:
@@ -220,7 +227,7 @@ class Ensemble:
                 data = np.concatenate((data, previous))
                 if first not in self.model.averaged:
                     parts.pop(first)
-            done = self._run(self.engine.place(data), work, clock)
+            done = self._run(place(data), work, clock)
             parts[name] = (done.scores, work.placement)
             doubts += done.doubts
             ran_units.append(done.units)

@@ -119,7 +119,9 @@ def resize(image: Grid, out: Grid, *, order: int, apart: int | None) -> None:
     limits = None
     if order == 3 and any(image.shape[a] != out.shape[a] for a in range(3) if a != apart):
         limits = _limits(image, out.shape, apart)
-    for rows in _slabs(out.shape, _SLAB_VOXELS):
+    # a slab is no more than this of either volume: the other may have ten times as many slices
+    plane = max(math.prod(out.shape[1:]), math.prod(image.shape) // out.shape[0])
+    for rows in _slabs((out.shape[0], plane, 1), _SLAB_VOXELS):
         source = _source(image.shape[0], out.shape[0], 0 if apart == 0 else order, rows)
         band = _as_float(image[source])[None]
         slab = _resize_band(band, source, image.shape, out.shape, rows, order=order, apart=apart)[0]

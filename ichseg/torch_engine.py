@@ -26,6 +26,9 @@ def engine_on(device: torch.device) -> Engine:
         name=describe(device),
         place=lambda data: torch.from_numpy(data).to(device),
         load=functools.partial(_load, device),
+        kind="cuda" if device.type == "cuda" else "torch-cpu",
+        keep=torch.from_numpy,
+        free_bytes=lambda: torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
     )
 
 
@@ -72,7 +75,7 @@ def on_tiles(network: torch.nn.Module, device: torch.device, *, average: str) ->
 
     Args:
         network: A ``UNet`` with its weights; moved to ``device`` and set to evaluation.
-        device: Where to run.
+        device: Where to run; tiles may be elsewhere, to where their scores are returned.
         average: ``probabilities`` (softmax is applied here) or ``logits``.
     """
     two_dimensional = next(p for p in network.parameters() if p.ndim > 2).ndim == 4
@@ -84,9 +87,9 @@ def on_tiles(network: torch.nn.Module, device: torch.device, *, average: str) ->
 
     def run(tiles: torch.Tensor) -> torch.Tensor:
         x = tiles.squeeze(2) if two_dimensional else tiles
-        logits = forward(network, x.contiguous(memory_format=layout), device, half)
+        logits = forward(network, x.to(device).contiguous(memory_format=layout), device, half)
         scores = logits.softmax(1) if average == "probabilities" else logits
-        return scores.unsqueeze(2) if two_dimensional else scores
+        return (scores.unsqueeze(2) if two_dimensional else scores).to(tiles.device)
 
     return torch.inference_mode()(functools.partial(in_halves, run))
 

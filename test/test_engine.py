@@ -254,6 +254,17 @@ def test_cuda_equals_torch_on_the_cpu(spec):
     torch.testing.assert_close(found, expected, rtol=0, atol=float(tolerance))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_scores_kept_on_the_host_are_the_same(spec):
+    chosen = engine.choose("cuda")
+    network, tiles = chosen.load(spec, state_of(spec)), tiles_of(spec)
+    found = network.run(chosen.keep(tiles))
+    assert found.device.type == "cpu"
+    torch.testing.assert_close(found, network.run(chosen.place(tiles)).cpu())
+    assert chosen.free_bytes() > 0
+
+
 def test_importing_openvino_leaves_its_converter_importable():
     openvino_graph.import_openvino()
     assert sys.modules.get("openvino.tools.ovc", "not there") is not None

@@ -1,0 +1,70 @@
+"""What a run says: plain lines on stderr, the last of which tells why it failed if it did.
+
+The platform keeps 500 lines, so a case takes a few, however long it takes. At a terminal a progress
+line is rewritten in place.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+_CLEAR = "\r\x1b[K"  # a progress line that stands there
+_MOST_LINES = 20  # of progress, for each case, where lines stay
+_EVERY_S = 60.0
+
+
+def say(text: str) -> None:
+    """One plain line."""
+    sys.stderr.write((_CLEAR if sys.stderr.isatty() else "") + text + "\n")
+    sys.stderr.flush()
+
+
+def fail(reason: str) -> int:
+    """The last line says why; the exit status says that."""
+    say(f"error: {' '.join(reason.split())}")
+    return 1
+
+
+def duration(seconds: float) -> str:
+    """For people: seconds, or minutes from 100 s on."""
+    if seconds >= 100:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+class Progress:
+    """Forward passes done and time left: rewritten each second at a terminal, else a few lines.
+
+    Args:
+        budget_s: After which no more of them run.
+    """
+
+    def __init__(self, budget_s: float | None = None) -> None:
+        self.began = self.said = time.monotonic()
+        self.until = None if budget_s is None else self.began + budget_s
+        self.first = 0  # passes done when the clock began: the first ones also warm up
+        self.share = 0.0  # of the passes, when it was last said
+
+    def __call__(self, done: int, total: int) -> None:
+        """Say how long it will take as soon as that is known, then how far it is."""
+        now = time.monotonic()
+        if self.first == 0:
+            self.began, self.first = now, done
+            return
+        left_s = (now - self.began) / (done - self.first) * (total - done)
+        planned = ""
+        if self.until is not None and now + left_s > self.until:
+            left_s, planned = max(self.until - now, 0.0), " planned, as many as the budget allows"
+        if self.said < self.began:
+            self.said = now
+            say(f"  {total} forward passes{planned}, about {duration(left_s)}")
+        text = f"  {done}/{total} forward passes, {duration(left_s)} left"
+        if sys.stderr.isatty():
+            if done == total or now - self.said >= 1:
+                self.said = now
+                sys.stderr.write(_CLEAR + (text if done < total else ""))
+                sys.stderr.flush()
+        elif now - self.said >= _EVERY_S and done / total - self.share >= 1 / _MOST_LINES:
+            self.said, self.share = now, done / total
+            say(text)
