@@ -57,6 +57,8 @@ def export(
     name: str | None = None,
     version: str = "1",
     description: str | None = None,
+    input_slug: str = INPUT_SLUG,
+    output_slug: str = OUTPUT_SLUG,
 ) -> Model:
     """Write the bundle of those folds that have finished training, and its model card.
 
@@ -72,6 +74,8 @@ def export(
         name: Of the bundle; None for that of the dataset and the configurations.
         version: Of the bundle.
         description: What it is and is not for; None for what the plans tell.
+        input_slug: Grand Challenge socket of the CT.
+        output_slug: And of the mask.
 
     Raises:
         TrainingError: No fold of a configuration has finished, or rounding changes a mean Dice by
@@ -102,6 +106,8 @@ def export(
         model,
         name=name or f"{model.plans.dataset}-{'+'.join(configurations)}",
         description=description or describe_plans(model.plans),
+        input_slug=input_slug,
+        output_slug=output_slug,
         rules=tuple(rules),
         averages=tuple(configurations) if stages & set(configurations) else (),
     )
@@ -286,6 +292,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--description", help="what it is and is not for [the labels, the dataset, for research]"
     )
+    parser.add_argument(
+        "--input-slug",
+        default=INPUT_SLUG,
+        metavar="SLUG",
+        help="Grand Challenge socket [%(default)s]",
+    )
+    parser.add_argument(
+        "--output-slug", default=OUTPUT_SLUG, metavar="SLUG", help="the mask's socket [%(default)s]"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -313,6 +328,8 @@ def main(args: argparse.Namespace) -> int:
         name=args.name,
         version=args.model_version,
         description=args.description,
+        input_slug=args.input_slug,
+        output_slug=args.output_slug,
     )
     names = ", ".join(f"{member.configuration} fold {member.fold}" for member in model.members)
     _log.info("%s: %s", args.out, names)
