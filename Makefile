@@ -13,7 +13,7 @@ BENCHMARKS := preprocessing inference evaluation large_volume
 # Folder of the rival's environment, made there if need be: make bench RIVAL_ENV=/opt/nnunetv2
 RIVAL_ENV  := benchmarks/.rival-env
 
-.PHONY: help demo test lint types image bench clean
+.PHONY: help demo test lint types fuzz image bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -31,6 +31,11 @@ lint: $(VENV)/.dev-installed ## ruff: rules and format
 
 types: $(VENV)/.dev-installed ## mypy: strict on what ships, default on training
 	$(VENV)/bin/mypy ichseg process.py training
+
+fuzz: $(VENV)/.dev-installed ## thousands of damaged and hostile input files, then coverage-guided ones
+	PYTHONPATH=. $(PY) test/fuzz.py --each 2000 --seed 2
+	$(PIP) atheris==3.0.0
+	PYTHONPATH=. $(PY) test/fuzz_coverage.py -max_total_time=60 -rss_limit_mb=2000
 
 image: ## build the container image (./build.sh --help)
 	./build.sh

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # not imported: OpenVINO does without it
 
 SCHEMA_VERSION = 1
 MODEL_FILE = "model.json"
+_LONGEST_REASON = 400  # a file may hold anything, and is quoted
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -116,6 +117,11 @@ class Model:
         return tuple(dict.fromkeys(member.configuration for member in self.members))
 
     @property
+    def expects_hu(self) -> bool:
+        """Whether every channel is normalised as CT."""
+        return all(scheme.scheme == "ct" for scheme in self.plans.normalisations)
+
+    @property
     def averaged(self) -> tuple[str, ...]:
         """Names of the configurations whose mean decides."""
         stages = {self.plans.configuration(name).previous_stage for name in self.configurations}
@@ -147,7 +153,8 @@ def load_model(folder: Path) -> Model:
     try:
         model = schema.load(Model, path)
     except PlansError as error:
-        raise WeightsError(str(error)) from error
+        reason = str(error).removeprefix(f"{path}: ")
+        raise WeightsError(f"{path}: {reason[:_LONGEST_REASON]}") from error
     for member in model.members:
         _verify(folder / member.file, member.sha256)
     return model
@@ -163,8 +170,9 @@ def load_state(folder: Path, member: Member) -> dict[str, npt.NDArray[np.float32
     try:
         stored = safetensors.numpy.load_file(path)
         return {name: tensor.astype(np.float32) for name, tensor in stored.items()}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise WeightsError(f"{path}: cannot read the weights ({error})") from error
+    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        reason = str(error)[:_LONGEST_REASON]
+        raise WeightsError(f"{path}: cannot read the weights ({reason})") from error
 
 
 def save_member(

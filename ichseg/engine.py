@@ -74,6 +74,7 @@ class Engine:
         keep: Like ``place``, but on the host, where scores are then added up as well: slower, for
             volumes that a GPU's memory does not hold.
         free_bytes: Of a GPU's memory; None for the CPU.
+        memory_full: What is raised where a GPU's memory is; none for OpenVINO.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Engine:
     kind: str
     keep: Callable[[FloatArray], Grid]
     free_bytes: Callable[[], int | None]
+    memory_full: tuple[type[Exception], ...] = ()
 
 
 def choose(device: str) -> Engine:

@@ -21,14 +21,16 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
-from ichseg import memory, postprocess, preprocess, result, volume
+from ichseg import memory, plausible, postprocess, preprocess, result, volume
+from ichseg import scan as scan_reader
 from ichseg.cases import InputCase, Job
 from ichseg.console import Progress, duration, say
 from ichseg.errors import BudgetError, DeviceError, IchsegError, InputError, WeightsError
 from ichseg.postprocess import Lesion
-from ichseg.predict import PRESETS, Ensemble, Predicted, Prepared, Segmentation
+from ichseg.predict import Ensemble, Predicted, Prepared, Segmentation
 from ichseg.result import CaseResult
 from ichseg.volume import Volume
+from ichseg.work import PRESETS
 
 P = ParamSpec("P")
 Given = TypeVar("Given")
@@ -44,7 +46,7 @@ class Options:
 
     Attributes:
         output: Folder for the masks and ``results.json``.
-        preset: See ``predict.PRESETS``.
+        preset: See ``work.PRESETS``.
         report: Whether pictures are made.
         resume: Whether cases that are finished are left as they are.
         deadline: Of the whole run, by ``time.monotonic()``; None for no time budget. What is left
@@ -208,7 +210,11 @@ def _open(task: Task, _: Task, ensemble: Ensemble, options: Options, base: int) 
     made_from = result.made_from(image, **options.made_from)
     if image.is_file():
         _refuse_beyond_memory(image, base + 2 * math.prod(volume.stored_shape(image)), "voxels")
-    scan = volume.read(image)
+    found = scan_reader.read(image)
+    scan, warnings = found.volume, found.warnings
+    if ensemble.model.expects_hu:
+        scan, more = plausible.check(scan, image)
+        warnings += more
     read_s = time.perf_counter() - began
     need, on_host = _need(scan, made_from["bytes"], ensemble, options)
     allowed = _refuse_beyond_memory(image, base + need.alone, _size(scan))
@@ -363,10 +369,13 @@ def _rounded(value: Any) -> Any:
 
 def _summary(facts: dict[str, Any], lesions: int) -> str:
     ran, took = facts["ran"], facts["seconds"]
+    units = ""
+    if "units" in ran:
+        units = f"{ran['units']} of {ran['units_planned']} networks x mirrorings ran in time; "
     return (
         f"{facts['volume_ml']:.2f} mL in {lesions} lesion{'s' * (lesions != 1)}, "
         f"{took['total']:.1f} s, of it {took['compile']:.1f} s for compiling; "
-        f"{ran['tiles_skipped']} of {ran['tiles']} tiles skipped as air"
+        f"{units}{ran['tiles_skipped']} of {ran['tiles']} tiles skipped as air"
     )
 
 

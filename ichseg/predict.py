@@ -5,42 +5,29 @@ In three steps, which a pipeline of many volumes may overlap: ``prepare``, ``pre
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from ichseg import air, bundle, engine, postprocess, preprocess, sliding_window, units
+from ichseg import bundle, engine, postprocess, preprocess, sliding_window, units
 from ichseg.bundle import Member, Model
 from ichseg.engine import Engine, LoadedNetwork, NetworkSpec
-from ichseg.errors import InputError, WeightsError
+from ichseg.errors import WeightsError
 from ichseg.plans import Configuration
 from ichseg.preprocess import FloatArray, Placement
 from ichseg.resample import Grid
-from ichseg.sliding_window import Tiles
 from ichseg.units import Clock, Count
 from ichseg.volume import Volume
+from ichseg.work import Work, plan_works, record, units_record
 
 # What a voxel that no network saw scores as background, above every label: for certain.
 _CERTAIN = {"probabilities": 1.0, "logits": 10.0}
 _RESTORING_S_PER_SCORE = 4e-8  # on two cores, twice what was measured
-
-
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """How much of an ensemble runs: how many folds (None: all) and whether tiles are mirrored."""
-
-    folds: int | None
-    mirror: bool
-
-
-PRESETS = {
-    "full": Preset(folds=None, mirror=True),
-    "balanced": Preset(folds=None, mirror=False),
-    "fast": Preset(folds=1, mirror=False),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +41,7 @@ class Segmentation:
         seconds: Wall time of preparation, compilation, prediction and restoration.
         doubt: How much the networks disagree about the foreground: the mean, over networks, of 1 -
             Dice of what one of them found and what all of its configuration did together. 0 where
-            all agree, also that there is none; None where only one network ran. Before rules.
+            all agree, also that there is none; None where no configuration ran two. Before rules.
         warnings: Anything a reader of the result should know.
     """
 
@@ -64,35 +51,6 @@ class Segmentation:
     seconds: dict[str, float]
     doubt: float | None = None
     warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What one configuration has to do for one volume.
-
-    Attributes:
-        configuration: Whose networks.
-        placement: Of the volume in its grid.
-        tiles: In that grid.
-        mirrors: Axes to mirror, for each pass over the tiles.
-        members: The networks.
-    """
-
-    configuration: Configuration
-    placement: Placement
-    tiles: Tiles
-    mirrors: list[tuple[int, ...]]
-    members: tuple[Member, ...]
-
-    @property
-    def unit_passes(self) -> int:
-        """Tiles that are not skipped: forward passes of one network with one mirroring."""
-        return self.tiles.total - len(self.tiles.skipped)
-
-    @property
-    def forward_passes(self) -> int:
-        """Tiles that are not skipped, times mirrorings, times networks."""
-        return self.unit_passes * len(self.mirrors) * len(self.members)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +124,7 @@ class Ensemble:
             InputError: The volume does not fit the model.
             WeightsError: A network's file does not fit its plan.
             BudgetError: The time does not suffice for one network without mirroring.
+            DeviceError: A GPU's memory does not even hold one tile.
         """
         prepared = self.prepare(volume, preset)
         left_s = None if budget_s is None else budget_s - prepared.seconds
@@ -178,7 +137,7 @@ class Ensemble:
             InputError: The volume does not fit the model, or there is no such preset.
         """
         began = time.perf_counter()
-        works = tuple(self.work(volume, preset))
+        works = plan_works(self.model, volume, preset)
         plans = self.model.plans
         data = tuple(preprocess.prepare([volume], plans, w.configuration).data for w in works)
         return Prepared(volume, preset, works, data, time.perf_counter() - began)
@@ -201,11 +160,13 @@ class Ensemble:
                 and so on, as many as fit. Finished units of a configuration weigh equally, one
                 that is late is dropped. Each configuration, a cascade's first stage too, gets its
                 share of the time by its work, and at least one unit.
-            on_host: Add up the scores there, for volumes that a GPU's memory does not hold.
+            on_host: Add up the scores there, for volumes that a GPU's memory does not hold. Where
+                it turns out to be full, all begins again so.
 
         Raises:
             WeightsError: A network's file does not fit its plan.
             BudgetError: Not even one unit of each configuration fits.
+            DeviceError: A GPU's memory does not even hold one tile.
         """
         works = prepared.works
         clock = Clock(
@@ -216,25 +177,40 @@ class Ensemble:
             else time.perf_counter() + budget_s - self._restoring_s(prepared.volume),
             to_come=[units.Load(w.unit_passes, w.tiles.tile, w.forward_passes) for w in works],
         )
+        if not on_host:
+            with contextlib.suppress(*self.engine.memory_full):
+                return self._predict(prepared, dataclasses.replace(clock), budget_s)
+        return self._predict(prepared, clock, budget_s, on_host=True)
+
+    def _predict(
+        self, prepared: Prepared, clock: Clock, budget_s: float | None, *, on_host: bool = False
+    ) -> Predicted:
+        place = self.engine.keep if on_host else self.engine.place
         parts: dict[str, tuple[Grid, Placement]] = {}
         doubts: list[float] = []
         ran_units: list[list[units.Unit]] = []
-        place = self.engine.keep if on_host else self.engine.place
-        for work, data in zip(works, prepared.data, strict=True):
-            name, first = work.configuration.name, work.configuration.previous_stage
+        wanted = [work.configuration.previous_stage for work in prepared.works]
+        for work, data in zip(prepared.works, prepared.data, strict=True):
+            name, first = work.configuration.name, wanted.pop(0)
             if first is not None:
                 previous = self._previous(prepared.volume, parts[first], work)
                 data = np.concatenate((data, previous))
-                if first not in self.model.averaged:
+                if first not in (*self.model.averaged, *wanted):
                     parts.pop(first)
             done = self._run(place(data), work, clock)
             parts[name] = (done.scores, work.placement)
             doubts += done.doubts
             ran_units.append(done.units)
+        ran = record(self.model, prepared.preset, prepared.works, ran_units)
+        ran["engine"] = self.engine.name
+        if on_host:
+            ran["scores_on_host"] = True
+        if budget_s is not None:
+            ran |= units_record(prepared.works, ran_units, budget_s)
         return Predicted(
             volume=prepared.volume,
             parts=[parts[name] for name in self.model.averaged],
-            ran=self._ran(prepared, ran_units, budget_s),
+            ran=ran,
             seconds={
                 "prepare": prepared.seconds,
                 "compile": clock.compiling_s,
@@ -247,7 +223,7 @@ class Ensemble:
         """Restore the scores to the volume's grid and decide; may run in any thread."""
         began = time.perf_counter()
         volume, model = predicted.volume, self.model
-        labels = preprocess.restore(predicted.parts, model.plans, average=model.average)
+        labels = self._restored(predicted.parts)
         labels = postprocess.apply_rules(labels, model.rules, volume.voxel_ml)
         seconds = predicted.seconds | {"restore": time.perf_counter() - began}
         seconds["total"] = sum(seconds.values())
@@ -259,32 +235,13 @@ class Ensemble:
             doubt=predicted.doubt,
         )
 
-    def work(self, volume: Volume, preset: str) -> list[Work]:
-        """What ``segment`` will do, for each configuration, first stages of cascades first.
-
-        Raises:
-            InputError: The volume does not fit the model, or there is no such preset.
-        """
-        if preset not in PRESETS:
-            raise InputError(f"preset {preset!r}, expected one of {', '.join(PRESETS)}")
-        chosen, plans = PRESETS[preset], self.model.plans
-        works = []
-        for name in self.model.in_order:
-            configuration = plans.configuration(name)
-            placement = preprocess.place([volume], plans, configuration)
-            tiles = sliding_window.cover(placement.grid_shape, configuration.tile)
-            dimensions = configuration.architecture.dimensions
-            axes = [a for a in self.model.mirror_axes if a >= 3 - dimensions]
-            works.append(
-                Work(
-                    configuration,
-                    placement,
-                    air.skip_air(tiles, [volume], placement, plans),
-                    sliding_window.mirrorings(axes if chosen.mirror else ()),
-                    self.model.members_of(name)[: chosen.folds],
-                )
-            )
-        return works
+    def _restored(self, parts: list[tuple[Grid, Placement]]) -> npt.NDArray[np.uint8]:
+        """Labels in the volume's grid; on the host where the GPU's memory is full."""
+        plans, average = self.model.plans, self.model.average
+        with contextlib.suppress(*self.engine.memory_full):
+            return preprocess.restore(parts, plans, average=average)
+        on_host = [(scores.cpu(), placement) for scores, placement in parts]
+        return preprocess.restore(on_host, plans, average=average)
 
     def _previous(self, volume: Volume, found: tuple[Grid, Placement], work: Work) -> FloatArray:
         """What a cascade's first stage found, as channels ``(labels, Z, Y, X)`` of the second."""
@@ -340,30 +297,3 @@ class Ensemble:
         """What ``finish`` will take, reserved of a time budget; generous."""
         scores = volume.voxels.size * self.model.plans.scores * len(self.model.averaged)
         return 0.3 + _RESTORING_S_PER_SCORE * scores
-
-    def _ran(
-        self, prepared: Prepared, ran: Sequence[Sequence[units.Unit]], budget_s: float | None
-    ) -> dict[str, object]:
-        works, preset = prepared.works, prepared.preset
-        record: dict[str, object] = {
-            "model": self.model.name,
-            "version": self.model.version,
-            "preset": preset,
-            "networks": [
-                f"{work.configuration.name} fold {member.fold}"
-                for work, done in zip(works, ran, strict=True)
-                for member in dict.fromkeys(unit.member for unit in done)
-            ],
-            "mirrored": any(unit.mirror for done in ran for unit in done),
-            "tiles": sum(work.tiles.total for work in works),
-            "tiles_skipped": sum(len(work.tiles.skipped) for work in works),
-            "forward_passes": sum(
-                work.unit_passes * len(done) for work, done in zip(works, ran, strict=True)
-            ),
-            "engine": self.engine.name,
-        }
-        if budget_s is not None:
-            record["time_budget_s"] = round(budget_s, 3)
-            record["units"] = sum(map(len, ran))
-            record["units_planned"] = sum(len(w.mirrors) * len(w.members) for w in works)
-        return record

@@ -29,6 +29,7 @@ def engine_on(device: torch.device) -> Engine:
         kind="cuda" if device.type == "cuda" else "torch-cpu",
         keep=torch.from_numpy,
         free_bytes=lambda: torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        memory_full=(torch.cuda.OutOfMemoryError, DeviceError),
     )
 
 
@@ -137,10 +138,13 @@ def _load(
         network.load_state_dict(tensors(state), assign=True)
     except RuntimeError as error:
         raise ValueError(str(error).splitlines()[-1].strip()) from error
-    run = on_tiles(network, device, average=spec.average)
-    if device.type == "cpu":
-        return LoadedNetwork(run, tiles_at_once(spec.tile))
-    return LoadedNetwork(run, _batch_that_fits(run, spec, device))
+    try:
+        run = on_tiles(network, device, average=spec.average)
+        if device.type == "cpu":
+            return LoadedNetwork(run, tiles_at_once(spec.tile))
+        return LoadedNetwork(run, _batch_that_fits(run, spec, device))
+    except torch.cuda.OutOfMemoryError as error:
+        raise DeviceError("the GPU's memory does not hold the network; use --device cpu") from error
 
 
 def _batch_that_fits(run: TensorCallable, spec: NetworkSpec, device: torch.device) -> int:

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import math
 import os
-import re
 import struct
 import tempfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
 
+from ichseg import headers
 from ichseg.errors import InputError, OutputError
+from ichseg.headers import NIFTI1_HEADER, Header
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 SUFFIXES = (".mha", *NIFTI_SUFFIXES)
-_NIFTI1_HEADER = 348
 _NIFTI1_DATA_OFFSET = 352  # header and the four bytes that say "no extensions"
 _UINT8_DATATYPE = 2
-_NIFTI_DATATYPES = {
-    2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",
-    256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +83,15 @@ def read(path: Path) -> Volume:
     Raises:
         InputError: The file is missing, of another type, damaged, not 3D, or holds NaN or infinity.
     """
-    shape = stored_shape(path)
-    if len(shape) != 3:
-        raise InputError(f"{path}: {len(shape)}D image of size {shape[::-1]}, expected a 3D volume")
-    (volume,) = read_channels(path)
-    voxels = volume.voxels
+    channels = read_channels(path)
+    if len(channels) != 1:
+        shape = (len(channels), *channels[0].voxels.shape)
+        raise InputError(f"{path}: 4D image of size {shape[::-1]}, expected a 3D volume")
+    voxels = channels[0].voxels
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         count = int(voxels.size - np.isfinite(voxels).sum())
         raise InputError(f"{path}: {count} voxels are NaN or infinite, expected finite intensities")
-    return volume
+    return channels[0]
 
 
 def read_channels(path: Path) -> tuple[Volume, ...]:
@@ -109,21 +103,29 @@ def read_channels(path: Path) -> tuple[Volume, ...]:
     Raises:
         InputError: The file is missing, of another type, damaged, or neither 3D nor 4D.
     """
-    reader, shape = _examine(path)
-    content = _content(path)
-    nifti = suffix_of(path) in NIFTI_SUFFIXES
-    voxels = _nifti1_voxels(content, shape, path) if nifti else _itk_voxels(reader, path)
-    axes = len(shape)
+    header = _header(path)
+    reader = _place(path, header)
+    if reader.GetSize() != header.shape[::-1]:
+        raise _damaged(path, f"size {reader.GetSize()} by ITK, {header.shape[::-1]} by its header")
+    axes = len(header.shape)
+    spacing, origin = reader.GetSpacing()[:3][::-1], reader.GetOrigin()[:3][::-1]
     direction = np.array(reader.GetDirection()).reshape(axes, axes)[:3, :3][::-1, ::-1]
+    if not (np.isfinite([*spacing, *origin]).all() and min(spacing) > 0):
+        raise InputError(
+            f"{path}: voxels of {spacing} mm at {origin} mm (z, y, x), expected positive sizes"
+        )
+    if not np.allclose(direction @ direction.T, np.eye(3), atol=1e-3):
+        raise InputError(f"{path}: its axes are not at right angles, expected a straight grid")
+    voxels = headers.read_voxels(path, suffix_of(path), header)
     return tuple(
         Volume(
             voxels=channel,
-            spacing_mm=_triple(reader.GetSpacing()[:3][::-1]),
-            origin_mm=_triple(reader.GetOrigin()[:3][::-1]),
+            spacing_mm=_triple(spacing),
+            origin_mm=_triple(origin),
             direction=tuple(float(value) for value in direction.ravel()),
-            nifti_header=content[:_NIFTI1_HEADER] if nifti and axes == 3 else None,
+            nifti_header=header.raw if header.raw and axes == 3 else None,
         )
-        for channel in voxels.reshape(-1, *shape[-3:])
+        for channel in voxels.reshape(-1, *header.shape[-3:])
     )
 
 
@@ -134,7 +136,7 @@ def stored_shape(path: Path) -> tuple[int, ...]:
         InputError: The file is missing, of another type, has no readable header, or is neither 3D
             nor 4D with one number per voxel.
     """
-    return _examine(path)[1]
+    return _header(path).shape
 
 
 def write(volume: Volume, path: Path) -> None:
@@ -188,95 +190,40 @@ def replacing(path: Path, *, suffix: str = "") -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
-def _content(path: Path) -> bytes:
-    """The file's bytes, inflated if NIfTI, and seen to be undamaged where a checksum says so.
-
-    ITK itself reads a truncated ``.nii.gz`` or an altered ``.mha`` without an error.
-    """
-    try:
-        content = path.read_bytes()
-        if suffix_of(path) in NIFTI_SUFFIXES:
-            return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-        end = re.search(rb"^ElementDataFile\s*=\s*LOCAL\s*?\n", content, re.MULTILINE)
-        if end and re.search(rb"^CompressedData\s*=\s*[Tt]", content[: end.start()], re.MULTILINE):
-            stream = zlib.decompressobj(zlib.MAX_WBITS | 32)  # zlib or gzip, as MetaIO takes both
-            stream.decompress(content[end.end() :])
-            if not stream.eof:
-                raise EOFError("the compressed voxels end early")
-    except (OSError, EOFError, zlib.error) as error:
-        raise _damaged(path, error) from error
-    return content
-
-
 def _damaged(path: Path, reason: object) -> InputError:
     return InputError(f"{path}: damaged or not a {suffix_of(path)} volume ({reason})")
 
 
-def _examine(path: Path) -> tuple[sitk.ImageFileReader, tuple[int, ...]]:
-    """A reader of a file with three or four axes, and its shape."""
+def _header(path: Path) -> Header:
+    """The checked header of a file."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    if not suffix_of(path):
+    suffix = suffix_of(path)
+    if not suffix:
         raise InputError(f"{path}: unknown file type, expected one of {', '.join(SUFFIXES)}")
-    reader = _open(path)
-    size = reader.GetSize()
-    if len(size) not in (3, 4):
-        raise InputError(f"{path}: {len(size)}D image of size {size}, expected a 3D volume")
-    if reader.GetNumberOfComponents() != 1:
-        raise InputError(
-            f"{path}: {reader.GetNumberOfComponents()} components per voxel, "
-            "expected a scalar volume"
-        )
-    if min(size) < 1:
-        raise InputError(f"{path}: empty volume of size {size}")
-    return reader, tuple(size[::-1])
+    return headers.read_header(path, suffix)
 
 
-def _open(path: Path) -> sitk.ImageFileReader:
-    """A reader that knows size and place of the file's volume."""
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("MetaImageIO" if suffix_of(path) == ".mha" else "NiftiImageIO")
-    reader.SetFileName(str(path))
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise _damaged(path, _itk_reason(error)) from error
-    return reader
+def _place(path: Path, header: Header) -> sitk.ImageFileReader:
+    """A reader that knows size and place of the file's volume.
 
-
-def _itk_voxels(reader: sitk.ImageFileReader, path: Path) -> npt.NDArray[np.generic]:
-    try:
-        voxels: npt.NDArray[np.generic] = sitk.GetArrayFromImage(reader.Execute())
-    except RuntimeError as error:
-        raise _damaged(path, _itk_reason(error)) from error
-    return voxels
-
-
-def _nifti1_voxels(content: bytes, shape: tuple[int, ...], path: Path) -> npt.NDArray[np.generic]:
-    """Voxels of an inflated NIfTI-1 file.
-
-    Not left to ITK, whose NIfTI library fills what is missing with zeros, turns NaN into 0, and
-    asked for ``a.nii.gz`` takes the voxels of ``a.nii`` if there is one.
+    Of a NIfTI file it is shown the header alone: the rest is none of its business, and it goes by
+    the name whether that is compressed.
     """
-    if len(content) < _NIFTI1_HEADER or content[344:348] != b"n+1\0":
-        raise _damaged(path, "no NIfTI-1 header")
-    endian = _endian(content)
-    (datatype,) = struct.unpack_from(endian + "h", content, 70)
-    offset, slope, inter = struct.unpack_from(endian + "fff", content, 108)
-    if datatype not in _NIFTI_DATATYPES:
-        raise InputError(f"{path}: NIfTI datatype {datatype}, expected real numbers")
-    dtype = np.dtype(endian + _NIFTI_DATATYPES[datatype])
-    start = max(int(offset), _NIFTI1_HEADER) if math.isfinite(offset) else _NIFTI1_DATA_OFFSET
-    end = start + math.prod(shape) * dtype.itemsize
-    if len(content) < end:
-        raise _damaged(path, f"{len(content)} bytes, its header says {end}")
-    stored = np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape)
-    voxels = stored.astype(dtype.newbyteorder("="))
-    if not math.isfinite(slope) or slope == 0:  # the standard's word for "not scaled"
-        return voxels
-    inter = inter if math.isfinite(inter) else 0.0
-    return voxels if (slope, inter) == (1, 0) else voxels.astype(np.float32) * slope + inter
+    reader = sitk.ImageFileReader()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    with tempfile.TemporaryDirectory() if header.raw else contextlib.nullcontext() as beside:
+        shown = path
+        if beside:
+            shown = Path(beside) / "header.nii"
+            shown.write_bytes(header.raw + bytes(4))
+        reader.SetImageIO("NiftiImageIO" if beside else "MetaImageIO")
+        reader.SetFileName(str(shown))
+        try:
+            reader.ReadImageInformation()
+        except RuntimeError as error:
+            raise _damaged(path, _itk_reason(error)) from error
+    return reader
 
 
 def _itk_reason(error: RuntimeError) -> str:
@@ -301,7 +248,7 @@ def _write_image(volume: Volume, path: Path) -> None:
 
 
 def _endian(header: bytes | bytearray) -> str:
-    return "<" if struct.unpack_from("<i", header, 0)[0] == _NIFTI1_HEADER else ">"
+    return "<" if struct.unpack_from("<i", header, 0)[0] == NIFTI1_HEADER else ">"
 
 
 def _write_nifti1(volume: Volume, path: Path) -> None:

@@ -242,6 +242,16 @@ def test_a_batch_that_does_not_fit_is_halved():
         torch_engine.in_halves(full, tiles)
 
 
+def test_a_network_that_does_not_fit_the_gpu_is_said(monkeypatch):
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(torch_engine, "on_tiles", full)
+    spec = SPECS["2d"]
+    with pytest.raises(DeviceError, match="does not hold the network; use --device cpu"):
+        engine.choose("torch-cpu").load(spec, state_of(spec))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_equals_torch_on_the_cpu(spec):

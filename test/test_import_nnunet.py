@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import logging
 import os
@@ -10,10 +11,11 @@ import pytest
 import torch
 from nnunet_folders import DATASET
 
-from ichseg import bundle, preprocess, torch_engine
+from ichseg import bundle, preprocess, sliding_window, torch_engine
 from ichseg.errors import OutputError, PlansError, WeightsError
 from ichseg.network import build_network
 from ichseg.plans import Normalisation
+from ichseg.predict import Ensemble
 from ichseg.volume import Volume
 from training.__main__ import main
 from training.import_nnunet import import_folders
@@ -182,6 +184,42 @@ def test_a_cascade_needs_both_folders(tmp_path, cascade):
     with pytest.raises(WeightsError, match="needs its first stage: give 3d_lowres's folder"):
         import_folders(cascade[1:], tmp_path / "other")
     assert not list((tmp_path / "other").iterdir())
+
+
+def test_an_imported_cascade_runs_as_nnunet_predicts(tmp_path, cascade):
+    """The second stage sees the first one's mask of the scan, resampled as a label map is."""
+    folder, folds = tmp_path / "bundle", []
+    model = import_folders(cascade, folder)
+    for member, lead in zip(model.members, (-2.8, -2.3), strict=True):  # else all is foreground
+        state = {k: torch.from_numpy(v) for k, v in bundle.load_state(folder, member).items()}
+        state["heads.0.bias"] += torch.tensor([-lead / 2, lead / 2])
+        folds.append(bundle.save_member(folder, member.configuration, "0", state, dtype=np.float32))
+    model = dataclasses.replace(model, members=tuple(folds))
+    bundle.save_model(folder, model)
+    voxels = np.random.default_rng(0).integers(-200, 300, (6, 20, 22)).astype(np.int16)
+    scan = Volume(voxels, (4.0, 0.8, 0.9))
+    ensemble = Ensemble.load(folder, "cpu")
+    lowres = dataclasses.replace(model, members=model.members[:1])
+    first = dataclasses.replace(ensemble, model=lowres).segment(scan).mask
+    assert 0.1 < first.voxels.mean() < 0.9
+    second = model.plans.configuration("3d_cascade_fullres")
+    case = preprocess.prepare([scan], model.plans, second)
+    labels = preprocess.prepare_labels(first, case.placement, model.plans)
+    network = build_network(second.architecture, 2, 2).eval()
+    network.load_state_dict(torch_engine.tensors(bundle.load_state(folder, folds[1])))
+
+    def mask(previous):
+        data = torch.from_numpy(np.concatenate((case.data, previous[None])).astype(np.float32))
+        with torch.inference_mode():
+            scores = sliding_window.predict_tiled(
+                network, data, second.tile, mirror_axes=model.mirror_axes
+            )
+        return preprocess.restore([(scores, case.placement)], model.plans, average="logits")
+
+    expected, found = mask(labels == 1), ensemble.segment(scan).mask.voxels
+    assert 0.1 < expected.mean() < 0.9
+    assert np.mean(found != expected) < 1e-3
+    assert np.mean(mask(labels > 1) != expected) > 0.01  # or the second stage would not listen
 
 
 def test_folders_that_do_not_belong_together_are_refused(tmp_path, cascade):

@@ -18,6 +18,8 @@ from ichseg.volume import Volume
 class Pretended:
     """Marks what lies above 50 HU; keeps an account of its calls and of the cases in its hands."""
 
+    model = SimpleNamespace(expects_hu=False)
+
     def __init__(self):
         self.calls, self.alive, self.most_alive = [], set(), 0
         self.lock = threading.Lock()

@@ -11,7 +11,9 @@ from ichseg import air, bundle, preprocess, sliding_window, torch_engine
 from ichseg.errors import DeviceError, InputError, WeightsError
 from ichseg.network import build_network
 from ichseg.predict import Ensemble
+from ichseg.units import Unit
 from ichseg.volume import Volume
+from ichseg.work import units_record
 
 
 def test_full_is_the_mean_softmax_over_folds_and_mirrors(tmp_path, scan):
@@ -112,6 +114,98 @@ def test_cuda_agrees_with_cpu(tmp_path, scan):
     assert np.mean(masks[0] != masks[1]) < 0.01
 
 
+def test_a_budget_that_suffices_runs_all_and_says_what_ran(tmp_path, scan):
+    model = make_bundle(tmp_path)
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    expected, found = (ensemble.segment(scan, "full", budget_s=b) for b in (None, 600))
+    assert 0.05 < expected.mask.voxels.mean() < 0.99
+    assert np.mean(found.mask.voxels != expected.mask.voxels) < 1e-3
+    axes = ["plain", "z", "y", "x", "zy", "zx", "yx", "zyx"]
+    networks = ["3d_fullres fold 0", "3d_fullres fold 1"]
+    assert found.ran.pop("time_budget_s") == pytest.approx(600, abs=60)
+    assert found.ran == expected.ran | {
+        "units": 16,
+        "units_planned": 16,
+        "mirrorings": dict.fromkeys(networks, axes),
+    }
+    some = [Unit(model.members[0], ()), Unit(model.members[1], ()), Unit(model.members[1], (1, 2))]
+    (work,) = ensemble.prepare(scan, "full").works
+    assert units_record([work], [some], 8.0) == {
+        "time_budget_s": 8.0,
+        "units": 3,
+        "units_planned": 16,
+        "mirrorings": {networks[0]: ["plain"], networks[1]: ["plain", "yx"]},
+    }
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, DeviceError])
+def test_where_a_gpus_memory_is_full_scores_are_added_up_on_the_host(tmp_path, scan, error):
+    """A device that is full after 100 tiles of those that were placed on it."""
+    make_bundle(tmp_path)
+    ensemble = Ensemble.load(tmp_path, "torch-cpu")
+    expected = ensemble.segment(scan, "full")
+    assert "scores_on_host" not in expected.ran
+    full, seen, calls = error("full"), [], []
+
+    def load(spec, state):
+        loaded = ensemble.engine.load(spec, state)
+
+        def run(tiles):
+            calls.append(len(tiles))
+            if not kept and sum(calls) > 100:
+                raise full
+            return loaded.run(tiles)
+
+        return dataclasses.replace(loaded, run=run)
+
+    def keep(data):
+        kept.append(data.shape)
+        return ensemble.engine.keep(data)
+
+    kept = []
+    limited = dataclasses.replace(
+        ensemble, engine=dataclasses.replace(ensemble.engine, load=load, keep=keep), _alive={}
+    )
+    found = limited.segment(scan, "full", lambda done, total: seen.append((done, total)))
+    assert len(kept) == 1
+    assert found.mask.voxels.tobytes() == expected.mask.voxels.tobytes()
+    assert found.ran == expected.ran | {"scores_on_host": True}
+    assert found.doubt == expected.doubt
+    assert seen[-1] == (expected.ran["forward_passes"],) * 2
+    assert sum(calls) > expected.ran["forward_passes"] + 50
+
+
+def test_what_does_not_fit_the_gpu_either_way_is_said(tmp_path, scan):
+    make_bundle(tmp_path)
+    ensemble = Ensemble.load(tmp_path, "torch-cpu")
+
+    def load(spec, state):
+        raise DeviceError("too small")
+
+    hopeless = dataclasses.replace(
+        ensemble, engine=dataclasses.replace(ensemble.engine, load=load), _alive={}
+    )
+    with pytest.raises(DeviceError, match="too small"):
+        hopeless.segment(scan, "fast")
+
+
+def test_scores_are_restored_on_the_host_where_a_gpus_memory_is_full(tmp_path, scan, monkeypatch):
+    make_bundle(tmp_path)
+    ensemble = Ensemble.load(tmp_path, "torch-cpu")
+    expected = ensemble.segment(scan, "fast").mask.voxels
+    restore, tried = preprocess.restore, []
+
+    def full_at_first(*args, **kwargs):
+        tried.append(1)
+        if len(tried) == 1:
+            raise torch.cuda.OutOfMemoryError
+        return restore(*args, **kwargs)
+
+    monkeypatch.setattr(preprocess, "restore", full_at_first)
+    np.testing.assert_array_equal(ensemble.segment(scan, "fast").mask.voxels, expected)
+    assert len(tried) == 2
+
+
 def test_one_network_is_alive_at_a_time_and_folds_are_outermost(tmp_path, scan):
     make_bundle(tmp_path, folds=3)
     ensemble = Ensemble.load(tmp_path, "cpu")
@@ -161,7 +255,7 @@ def test_what_is_skipped_changes_nothing_elsewhere(tmp_path, scan, monkeypatch, 
     found = ensemble.segment(scan, "balanced")
     assert 0 < found.ran["tiles_skipped"] < found.ran["tiles"]
     assert found.ran["forward_passes"] == 2 * (found.ran["tiles"] - found.ran["tiles_skipped"])
-    (work,) = ensemble.work(scan, "balanced")
+    (work,) = ensemble.prepare(scan, "balanced").works
     background = np.zeros(work.tiles.shape, bool)
     for corner in work.tiles.skipped:
         background[work.tiles.where(corner)[1:]] = True

@@ -124,6 +124,21 @@ def test_a_first_stage_can_be_averaged_too(tmp_path, scan):
     ]
 
 
+def test_two_cascades_share_a_first_stage(tmp_path, scan):
+    third = dataclasses.replace(SECOND, name="3d_cascade_other", spacing_mm=(5.0, 1.3, 1.3))
+    plans = dataclasses.replace(PLANS, configurations=(LOW, SECOND, third))
+    model = make(tmp_path, ["3d_lowres", SECOND.name, third.name], plans=plans)
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    assert ensemble.model.averaged == (SECOND.name, third.name)
+    both = ensemble.predict(ensemble.prepare(scan, "fast"))
+    bundle.save_model(tmp_path, dataclasses.replace(model, averages=(third.name,)))
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    alone = ensemble.predict(ensemble.prepare(scan, "fast"))
+    assert both.ran["networks"] == [f"{name} fold 0" for name in model.in_order]
+    assert alone.ran["networks"] == ["3d_lowres fold 0", f"{third.name} fold 0"]
+    np.testing.assert_array_equal(both.parts[1][0], alone.parts[0][0])
+
+
 def test_logits_of_configurations_are_averaged_as_probabilities(scan):
     """A sure network outvotes two unsure ones as a logit, not as a probability.
 

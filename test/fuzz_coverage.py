@@ -1,0 +1,56 @@
+"""Coverage-guided fuzzing of the volume readers with atheris, which `make fuzz` installs.
+
+    PYTHONPATH=. .venv/bin/python test/fuzz_coverage.py -max_total_time=60 -rss_limit_mb=2000
+
+Arguments are libFuzzer's. Whatever is raised but a clear refusal ends it with status 77.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+import numpy as np
+
+with atheris.instrument_imports(include=["ichseg.headers"]):
+    from ichseg import headers
+from ichseg.errors import InputError
+from ichseg.volume import Volume, write
+
+SUFFIXES = (".mha", ".nii", ".nii.gz")
+
+
+def read(data: bytes) -> None:
+    """Read the bytes as a file, whose kind the first byte says."""
+    suffix = SUFFIXES[data[0] % len(SUFFIXES)] if data else ".mha"
+    path = FOLDER / f"case{suffix}"
+    path.write_bytes(data[1:])
+    try:
+        header = headers.read_header(path, suffix)
+        if header.nbytes < 1 << 24:
+            headers.read_voxels(path, suffix, header)
+        if header.raw:
+            headers.frames_differ(header.raw)
+    except InputError as error:
+        if str(path) not in str(error) or "\n" in str(error):
+            raise RuntimeError("not one line that names the file") from error
+
+
+def sound_files(folder: Path) -> None:
+    """What the fuzzer begins with."""
+    scan = Volume(np.arange(60, dtype=np.int16).reshape(3, 4, 5), (5.0, 0.5, 0.5))
+    for number, suffix in enumerate(SUFFIXES):
+        path = folder / f"sound{suffix}"
+        write(scan, path)
+        path.write_bytes(bytes([number]) + path.read_bytes())
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        FOLDER = Path(name)
+        (FOLDER / "corpus").mkdir()
+        sound_files(FOLDER / "corpus")
+        atheris.Setup([*sys.argv, str(FOLDER / "corpus")], read)
+        atheris.Fuzz()
