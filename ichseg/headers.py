@@ -26,6 +26,7 @@ NIFTI1_HEADER = 348
 _NIFTI1_DATA = 352  # where voxels begin at the earliest: four bytes speak of extensions
 _LONGEST_TEXT = 65_536  # of an MHA header
 _CHUNK = 1 << 20
+_FARTHEST_MM = 1e5
 _GZIP = b"\x1f\x8b"
 NIFTI_TYPES = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",
@@ -222,6 +223,7 @@ def _nifti(pieces: Iterator[bytes]) -> Header:
     start = int(offset) if math.isfinite(offset) else _NIFTI1_DATA
     if start > _LONGEST_TEXT * 16 or start < 0:
         raise _FaultError(f"voxels from byte {start}, expected {_NIFTI1_DATA}")
+    _check_place(raw, end)
     scaled = math.isfinite(slope) and slope != 0  # 0 is the standard's word for "not scaled"
     inter = inter if math.isfinite(inter) else 0.0
     return Header(
@@ -231,6 +233,31 @@ def _nifti(pieces: Iterator[bytes]) -> Header:
         scale=(slope, inter) if scaled and (slope, inter) != (1, 0) else None,
         raw=raw,
     )
+
+
+def _check_place(raw: bytes, end: str) -> None:
+    """Numbers that can be a place in a patient: on others ITK's decomposition never ends."""
+    qcode, scode = struct.unpack_from(end + "hh", raw, 252)
+    used = [*struct.unpack_from(end + "3f", raw, 80)]
+    if qcode > 0:
+        used += struct.unpack_from(end + "6f", raw, 256)
+    if scode > 0:
+        used += struct.unpack_from(end + "12f", raw, 280)
+    odd = [value for value in used if not abs(value) <= _FARTHEST_MM]  # NaN is not, either
+    if odd:
+        raise _FaultError(f"{odd[0]:g} mm as a size or place, expected up to {_FARTHEST_MM:g}")
+
+
+def place_only(raw: bytes) -> bytes:
+    """A checked NIfTI-1 header without the frames that are not in use, which may hold anything."""
+    end = _endian(raw)
+    qcode, scode = struct.unpack_from(end + "hh", raw, 252)
+    shown = bytearray(raw)
+    if qcode <= 0:
+        shown[256:280] = bytes(24)
+    if scode <= 0:
+        shown[280:328] = bytes(48)
+    return bytes(shown)
 
 
 def _shape(size: list[int]) -> tuple[int, ...]:

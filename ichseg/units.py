@@ -218,11 +218,12 @@ def _run_group(
         if budget is None:
             return scores
         now = time.perf_counter()
-        if calls == 1:
-            warm_at, warm_passes = now, passes
-        if first and calls == _WARM_CALLS:
+        over = now > budget.deadline and passes < budget.unit_passes
+        if first and (calls == _WARM_CALLS or (calls < _WARM_CALLS and over)):
             unit_s = (now - warm_at) / (passes - warm_passes) * budget.unit_passes
             _refuse_if_hopeless(loaded - began, unit_s, began, budget)
+        if calls == 1:
+            warm_at, warm_passes = now, passes
         if not first and now > budget.deadline:
             raise _LateError
         return scores

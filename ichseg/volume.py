@@ -216,7 +216,7 @@ def _place(path: Path, header: Header) -> sitk.ImageFileReader:
         shown = path
         if beside:
             shown = Path(beside) / "header.nii"
-            shown.write_bytes(header.raw + bytes(4))
+            shown.write_bytes(headers.place_only(header.raw) + bytes(4))
         reader.SetImageIO("NiftiImageIO" if beside else "MetaImageIO")
         reader.SetFileName(str(shown))
         try:

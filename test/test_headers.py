@@ -112,12 +112,22 @@ def test_mha_that_is_not_what_it_says_is_refused(tmp_path, change, reason):
         ([(344, "i", 0)], "no NIfTI-1 header"),
         ([(4, "4s", b"n+2\0")], "NIfTI-2, expected NIfTI-1"),
         ([(0, "i", 347)], "no NIfTI-1 header"),
+        # ITK never comes back from these
+        ([(254, "h", 1), (280, "f", float("nan"))], "nan mm as a size or place"),
+        ([(254, "h", 1), (300, "f", 5e8)], r"5e\+08 mm as a size or place, expected up to 100000"),
+        ([(252, "h", 1), (268, "f", float("inf"))], "inf mm"),
     ],
 )
 def test_nifti_that_is_not_what_it_says_is_refused(tmp_path, changes, reason):
     for name in ("case.nii", "case.nii.gz"):
         with pytest.raises(InputError, match=reason):
             volume.read(nifti(tmp_path, *changes, name=name))
+
+
+def test_a_frame_that_is_not_in_use_may_hold_anything(tmp_path):
+    nan = float("nan")
+    path = nifti(tmp_path, (252, "h", 0), (256, "f", nan), (254, "h", 0), (280, "f", nan))
+    assert volume.read(path).spacing_mm == pytest.approx((5, 0.6, 0.5))
 
 
 def test_a_bomb_takes_no_memory(tmp_path):

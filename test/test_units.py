@@ -112,6 +112,15 @@ def test_what_cannot_fit_ends_after_the_first_tiles(monkeypatch):
     assert machine.calls == 3
 
 
+@pytest.mark.parametrize(("tile_s", "calls"), [(3.0, 2), (8.0, 1)])
+def test_where_the_time_is_over_already_no_more_tiles_are_waited_for(monkeypatch, tile_s, calls):
+    machine = Machine(monkeypatch, tile_s=lambda _: tile_s)
+    needed = 2 + 4 * tile_s
+    with pytest.raises(BudgetError, match=rf"leaves 5\.5 s .* needs about {needed:.1f} s"):
+        machine.run(budget_s=5.5)
+    assert machine.calls == calls
+
+
 def test_the_first_unit_runs_to_its_end_though_it_gets_slower(monkeypatch):
     machine = Machine(monkeypatch, tile_s=lambda calls: 1.0 if calls < 4 else 50.0)
     assert names(machine.run(budget_s=7)) == [("0", ())]
