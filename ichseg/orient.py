@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,8 @@ import numpy.typing as npt
 from ichseg.volume import Volume
 
 Array = npt.NDArray[np.generic]
+Scalar = TypeVar("Scalar", bound=np.generic)
+Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # (start, stop) per axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +29,11 @@ class AxisOrder:
     permutation: tuple[int, int, int]
     flips: tuple[bool, bool, bool]
 
-    def apply(self, array: Array) -> Array:
+    def apply(self, array: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
         """The array ``(z, y, x)`` in the new order, as a view."""
         return np.flip(array.transpose(self.permutation), self._flipped())
 
-    def undo(self, array: Array) -> Array:
+    def undo(self, array: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
         """Exact inverse of ``apply``, as a view."""
         return np.flip(array, self._flipped()).transpose(np.argsort(self.permutation))
 
@@ -49,7 +52,7 @@ def orient_axes(volume: Volume) -> AxisOrder:
     return AxisOrder((best[0], best[1], best[2]), (z, y, x))
 
 
-def nonzero_box(stack: Sequence[Array]) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+def nonzero_box(stack: Sequence[Array]) -> Box:
     """Bounding box of the voxels nonzero in any channel; the whole volume if there are none.
 
     Looks from each face inwards as far as it is zero, so a CT costs six slices.

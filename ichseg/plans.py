@@ -18,6 +18,7 @@ RECIPES = ("msd2018", "nnunetv2")
 PRESETS = ("plain", "resenc_m", "resenc_l", "resenc_xl")
 BLOCKS = ("plain", "residual")
 ORIENTATIONS = ("LPS", "RAS", "as_stored")
+CROPS = ("nonzero", "head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +223,9 @@ class Plans:
             regions, which may overlap: the label written where the first region's score is above
             0 (as a probability: above a half), the same of the second, and so on; later ones
             write over earlier ones, and elsewhere is background.
+        crop: What is cut away before anything else, in training as in inference: ``nonzero``, the
+            borders where all channels are 0 (nnU-Net); or ``head``, also the air and the headrest
+            around the head, as far as one is found. Outside the crop all is background.
     """
 
     schema_version: int
@@ -238,6 +242,7 @@ class Plans:
     preset: str = schema.optional("plain")
     overrides: tuple[Override, ...] = schema.optional(())
     regions: tuple[int, ...] = schema.optional(())
+    crop: str = schema.optional("nonzero")
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -258,6 +263,10 @@ class Plans:
             raise ValueError(f"orientation {self.orientation!r}, expected one of {ORIENTATIONS}")
         if len(self.labels) < 2:
             raise ValueError(f"labels {self.labels}, expected a background and at least one more")
+        if self.crop not in CROPS:
+            raise ValueError(f"crop {self.crop!r}, expected one of {CROPS}")
+        if self.crop == "head" and any(n.scheme != "ct" for n in self.normalisations):
+            raise ValueError("crop 'head' is found in HU, but not every channel is CT")
         if not set(self.regions) <= set(range(1, len(self.labels))):
             raise ValueError(
                 f"regions write the labels {self.regions}, expected 1 to {len(self.labels) - 1}"

@@ -1,12 +1,13 @@
 """From a volume in the scanner's grid to the network's grid and back.
 
-Forth: bring the axes into the plan's order, crop to nonzero, resample, normalise. Back,
+Forth: bring the axes into the plan's order, crop, resample, normalise. Back,
 ``restore``: resample the scores slab by slab, take the best label at once, paste into the crop,
 undo the axes. Between the stages of a cascade, ``regrid``: from one network's grid to another's.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from scipy import ndimage
 
 from ichseg import resample
 from ichseg.errors import InputError
-from ichseg.orient import Array, AxisOrder, nonzero_box, orient_axes
+from ichseg.head import crop_box
+from ichseg.orient import Array, AxisOrder, Box, orient_axes
 from ichseg.plans import Configuration, Normalisation, Plans
 from ichseg.resample import Grid
 from ichseg.volume import Volume
@@ -41,7 +43,7 @@ class Placement:
 
     axes: AxisOrder
     full_shape: tuple[int, int, int]
-    box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    box: Box
     spacing_mm: tuple[float, float, float]
     grid_shape: tuple[int, int, int]
     grid_spacing_mm: tuple[float, float, float]
@@ -95,8 +97,8 @@ def place(channels: Sequence[Volume], plans: Plans, configuration: Configuration
         raise InputError(f"channels differ in shape: {[c.voxels.shape for c in channels]}")
     axes = plan_axes(first, plans)
     stack = [axes.apply(channel.voxels) for channel in channels]
-    box = nonzero_box(stack)
     spacing = tuple(first.spacing_mm[axis] for axis in axes.permutation)
+    box = crop_box(stack, spacing, plans.crop)
     target = configuration.spacing_mm
     if configuration.architecture.dimensions == 2:
         target = (spacing[0], *target[1:])
@@ -114,8 +116,8 @@ def place(channels: Sequence[Volume], plans: Plans, configuration: Configuration
 def prepare(channels: Sequence[Volume], plans: Plans, configuration: Configuration) -> PreparedCase:
     """Bring a case's volumes (one per channel) into the network's grid and intensities.
 
-    Beside the result no copy of a volume is made, but one in float32 where it is both normalised
-    first and resampled.
+    Beside the result no copy of a volume is made, but one in float32 where a z-score is taken
+    before the volume is resampled.
 
     Raises:
         InputError: The number of channels or their geometry is not as planned.
@@ -137,10 +139,13 @@ def prepare(channels: Sequence[Volume], plans: Plans, configuration: Configurati
     apart = _apart(placement, plans, "image")
     data = np.empty((len(channels), *placement.grid_shape), np.float32)
     for image, scheme, result in zip(cropped, plans.normalisations, data, strict=True):
-        if normalise_first:
+        convert = None
+        if normalise_first and scheme.scheme == "ct":  # voxel by voxel, so a slab at a time
+            convert = functools.partial(_normalised, scheme=scheme)
+        elif normalise_first:
             image = normalise(image.astype(np.float32), scheme, outside)
         order = plans.resampling.image_order
-        resample.resize(image, result, order=order, apart=apart)
+        resample.resize(image, result, order=order, apart=apart, convert=convert)
         if not normalise_first:
             normalise(result, scheme, outside)
     return PreparedCase(data, placement)
@@ -178,7 +183,7 @@ def prepare_labels(
         placement.grid_shape,
         order=plans.resampling.label_order,
         apart=_apart(placement, plans, "label"),
-    ).astype(np.int8)
+    ).astype(np.int8, copy=False)
 
 
 def normalise(
@@ -212,6 +217,10 @@ def normalise(
     return values
 
 
+def _normalised(values: FloatArray, scheme: Normalisation) -> FloatArray:
+    return normalise(values.copy(), scheme)
+
+
 def restore(
     parts: Sequence[tuple[Grid, Placement]],
     plans: Plans,
@@ -236,12 +245,12 @@ def restore(
         uint8, shape of the volume that ``prepare`` was given.
     """
     placement = parts[0][1]
-    labels = np.zeros(placement.full_shape, np.uint8)
+    outline = np.broadcast_to(np.uint8(), placement.full_shape)
+    labels = np.zeros(placement.axes.undo(outline).shape, np.uint8)
     convert = average == "logits" and len(parts) > 1
-    _decide(
-        parts, labels[placement.slices], placement.spacing_mm, plans, slab_voxels, convert=convert
-    )
-    return np.ascontiguousarray(placement.axes.undo(labels))
+    crop = placement.axes.apply(labels)[placement.slices]  # a view, which is written through
+    _decide(parts, crop, placement.spacing_mm, plans, slab_voxels, convert=convert)
+    return labels
 
 
 def regrid(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,7 +104,14 @@ def resize_image(
     return out
 
 
-def resize(image: Grid, out: Grid, *, order: int, apart: int | None) -> None:
+def resize(
+    image: Grid,
+    out: Grid,
+    *,
+    order: int,
+    apart: int | None,
+    convert: Callable[[Grid], Grid] | None = None,
+) -> None:
     """Resize ``(z, y, x)`` intensities into ``out``.
 
     A cubic spline overshoots, so its result is clipped to the range of what is resized at once: the
@@ -115,15 +122,22 @@ def resize(image: Grid, out: Grid, *, order: int, apart: int | None) -> None:
         out: Of the same kind and device, float32, of the size wanted; overwritten.
         order: 0, 1 or 3.
         apart: The separate-z axis, or None.
+        convert: What is resized is this of the image: a function that maps float32 values one by
+            one, the larger never to the smaller, and leaves its argument as it was.
     """
     limits = None
     if order == 3 and any(image.shape[a] != out.shape[a] for a in range(3) if a != apart):
         limits = _limits(image, out.shape, apart)
+        if convert is not None:
+            limits = convert(limits[0]), convert(limits[1])
     # a slab is no more than this of either volume: the other may have ten times as many slices
     plane = max(math.prod(out.shape[1:]), math.prod(image.shape) // out.shape[0])
     for rows in _slabs((out.shape[0], plane, 1), _SLAB_VOXELS):
         source = _source(image.shape[0], out.shape[0], 0 if apart == 0 else order, rows)
-        band = _as_float(image[source])[None]
+        band = _as_float(image[source])
+        if convert is not None:
+            band = convert(band)
+        band = band[None]
         slab = _resize_band(band, source, image.shape, out.shape, rows, order=order, apart=apart)[0]
         if limits is not None:
             low, high = (limit[rows] if apart == 0 else limit for limit in limits)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from heads import SPACING_MM, head_in_air
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -234,6 +235,37 @@ def test_one_of_an_earlier_version_is_replaced(tmp_path, caplog):
     (tmp_path / "fingerprint.json").write_text(schema.dumps(raw))
     assert load_or_compute(tmp_path, dataset, 1) == compute_fingerprint(dataset, 1)
     assert "missing keys ['sources']; computed again" in caplog.text
+
+
+def test_shapes_of_heads_and_what_a_cut_to_them_loses(tmp_path):
+    """The box is worked out in test_head.py: 11 of 12 slices, 69 rows, 54 columns."""
+    label = np.zeros((12, 100, 100), np.uint8)
+    label[3:5, 30:40, 40:50] = 1
+    beyond = label.copy()
+    beyond[11, 40:42, 40:43] = 1
+    image = Volume(head_in_air(), SPACING_MM)
+    labels = [image.with_voxels(label), image.with_voxels(beyond)]
+    for channels in (("CT",), ("CT", "CT")):
+        stacks = [[image] * len(channels)] * 2
+        found = compute_fingerprint(make_dataset(tmp_path, stacks, labels, channels), 1)
+        assert found.shapes == ((12, 100, 100),) * 2
+        assert found.head_shapes == ((11, 69, 54),) * 2
+        assert found.beyond_head == (0, 6)
+    other = compute_fingerprint(make_dataset(tmp_path, stacks, labels, ("CT", "MR")), 1)
+    assert (other.head_shapes, other.beyond_head) == ((), ())
+
+
+def test_one_that_does_not_know_heads_stands_until_they_are_asked_for(tmp_path, caplog):
+    dataset, *_ = random_dataset(tmp_path, np.int16)
+    made = compute_fingerprint(dataset, 1)
+    raw = schema.to_json(made)
+    assert raw.pop("head_shapes") == raw["shapes"]  # nothing in them is a head
+    del raw["beyond_head"]
+    (tmp_path / "fingerprint.json").write_text(schema.dumps(raw))
+    old = load_or_compute(tmp_path, dataset, 1)
+    assert old == replace(made, head_shapes=(), beyond_head=())
+    assert load_or_compute(tmp_path, dataset, 1, heads=True) == made
+    assert "does not say where heads are; computed again" in caplog.text
 
 
 def test_computed_again_for_other_cases(tmp_path):

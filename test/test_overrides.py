@@ -1,5 +1,6 @@
 """What the user chooses in place of the planner: its effect, its record and its refusals."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,8 +8,9 @@ from planning import HEAD, dataset_of, decide_alike, fingerprint_of, plan_heads
 
 from ichseg.errors import PlansError
 from ichseg.plans import Override
+from training.explain import explain
 from training.overrides import Overrides
-from training.planner import plan
+from training.planner import decide, plan
 
 ONE, FLAT, FULL = (1, 1, 1), (1, 2, 2), (2, 2, 2)
 
@@ -124,6 +126,8 @@ def test_choices_beyond_the_memory_are_warned_of(chosen, warning, caplog):
         ({"gpu_memory_gb": math.inf}, "GPU memory inf GB, expected a positive number"),
         ({"ct_clip": (90.0, 20.0)}, "expected a lower and a higher number"),
         ({"ct_clip": (20.0, math.nan)}, "expected a lower and a higher number"),
+        ({"crop": "body"}, "crop 'body', expected one of"),
+        ({"crop": "head"}, "the fingerprint does not say where heads are"),
         ({"ct_clip": (60.0, 90.0)}, "CT clip 60 to 90 HU leaves out .* CT, whose mean is 55.0 HU"),
         ({"recipe": "v3"}, "recipe 'v3', expected one of msd2018, nnunetv2"),
         ({"preset": "resenc_m"}, "architecture resenc_m with recipe msd2018, expected plain"),
@@ -132,6 +136,48 @@ def test_choices_beyond_the_memory_are_warned_of(chosen, warning, caplog):
 def test_refusals(overrides, message):
     with pytest.raises(PlansError, match=message):
         plan_heads(**overrides)
+
+
+def heads(beyond=(0,) * 100):
+    """100 cases of 29 x 512 x 512 whose heads are 29 x 400 x 320."""
+    whole = fingerprint_of([(5.0, 0.45, 0.45)] * 100, [(29, 512, 512)] * 100)
+    return dataclasses.replace(whole, head_shapes=((29, 400, 320),) * 100, beyond_head=beyond)
+
+
+def test_a_cut_to_the_head_plans_for_its_size():
+    chosen = Overrides(crop="head")
+    plans, reasons = decide(heads(), dataset_of(100), recipe="msd2018", overrides=chosen)
+    same = decide_alike((5.0, 0.45, 0.45), (29, 400, 320))[0]
+    assert plans.configurations == same.configurations
+    assert plans.configuration("3d_fullres").median_shape == (29, 400, 320)
+    assert (plans.crop, same.crop) == ("head", "nonzero")
+    assert plans.overrides == (Override("crop", "nonzero", "head"),)
+    text = " ".join(explain(plans, reasons).split())
+    # 400 x 320 of 512 x 512
+    assert "cut to the head, which leaves 49 to 49 % of their voxels (median 49 %)" in text
+
+
+def test_the_head_is_left_alone_where_it_is_not_asked_for():
+    plans = plan(heads((5,) * 100), dataset_of(100), recipe="msd2018", overrides=Overrides())
+    assert plans == plan_heads()
+
+
+def test_a_cut_that_loses_foreground_is_refused():
+    lost = heads((0,) * 97 + (12, 0, 3))
+    message = r"2 of 100 cases have foreground outside .*: c097 \(12 voxels\), c099 \(3 voxels\)$"
+    with pytest.raises(PlansError, match=message):
+        plan(lost, dataset_of(100), recipe="msd2018", overrides=Overrides(crop="head"))
+
+
+def test_a_cut_to_the_head_without_ct_is_refused():
+    fingerprint = fingerprint_of([(1.0, 1.0, 1.0)] * 5, [(32, 32, 32)] * 5, 1.0, (HEAD, HEAD))
+    with pytest.raises(PlansError, match="not every channel is CT: CT, MR"):
+        plan(
+            fingerprint,
+            dataset_of(5, ("CT", "MR")),
+            recipe="msd2018",
+            overrides=Overrides(crop="head"),
+        )
 
 
 def test_a_clip_without_ct_is_refused():

@@ -24,6 +24,7 @@ def test_what_came_later_survives_json(tmp_path):
         preset="resenc_l",
         overrides=(Override("patch", "16,320,320", "16,96,96"),),
         regions=(1,),
+        crop="head",
         configurations=(dataclasses.replace(CONFIGURATION, architecture=residual),),
     )
     path = tmp_path / "plans.json"
@@ -33,7 +34,7 @@ def test_what_came_later_survives_json(tmp_path):
 
 def test_what_came_later_may_be_absent():
     raw = schema.to_json(PLANS)
-    assert not {"preset", "overrides", "regions"} & raw.keys()
+    assert not {"preset", "overrides", "regions", "crop"} & raw.keys()
     assert "block" not in raw["configurations"][0]["architecture"]
     assert schema.from_json(plans.Plans, raw, where="here") == PLANS
 
@@ -54,6 +55,11 @@ def test_plans_of_the_default_weights_are_written_as_they_were():
         (lambda raw: raw.update(transpose=[0, 1]), "found 2 values, expected 3"),
         (lambda raw: raw.update(recipe="v3"), "recipe 'v3'"),
         (lambda raw: raw.update(preset="resenc"), "preset 'resenc', expected one of"),
+        (lambda raw: raw.update(crop="body"), "crop 'body', expected one of"),
+        (
+            lambda raw: (raw.update(crop="head"), raw["normalisations"][0].update(scheme="zscore")),
+            "crop 'head' is found in HU, but not every channel is CT",
+        ),
         (lambda raw: raw.update(overrides=[{"name": "batch"}]), "missing keys .*'chosen'"),
         (
             lambda raw: raw["configurations"][0]["architecture"].update(block="dense"),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from ichseg import preprocess
+from ichseg import preprocess, resample
 from ichseg.errors import InputError
 from ichseg.orient import nonzero_box, orient_axes
 from ichseg.plans import Normalisation, Plans
@@ -229,6 +229,22 @@ def test_either_order_equals_the_same_steps_by_scikit_image(normalise_first):
         else normalised(resized(voxels, (25, 20)))
     )
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_slab_by_slab_is_the_whole_normalised_before(dtype, monkeypatch):
+    """And the volume that was given stays as it was."""
+    voxels = np.random.default_rng(5).integers(-200, 200, (30, 12, 14)).astype(dtype)
+    before = voxels.copy()
+    plans = dataclasses.replace(PLANS, normalise_first=True)
+    finer = dataclasses.replace(CONFIGURATION, spacing_mm=(0.7, 1.0, 0.9))
+    monkeypatch.setattr(resample, "_SLAB_VOXELS", 500)
+    scan = Volume(voxels, (1.0, 1.0, 1.0))
+    found = preprocess.prepare([scan], plans, finer)
+    normal = preprocess.normalise(before.astype(np.float32), plans.normalisations[0])
+    expected = resample.resize_image(normal, found.data.shape[1:], order=3, apart=None)
+    np.testing.assert_array_equal(found.data[0], expected)
+    np.testing.assert_array_equal(voxels, before)
 
 
 @pytest.mark.parametrize("normalise_first", [False, True])

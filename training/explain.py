@@ -125,8 +125,19 @@ def _explain_spacing(plans: Plans, reasons: Reasons) -> str:
         + _paragraph(reason)
         + _paragraph(
             f"At that size the median case has {_times(full.grid.shape)} = "
-            f"{_count(full.grid.case_voxels)} voxels."
+            f"{_count(full.grid.case_voxels)} voxels." + _cut(plans, reasons.fingerprint)
         )
+    )
+
+
+def _cut(plans: Plans, fingerprint: Fingerprint) -> str:
+    """How much smaller cases are after a cut to the head."""
+    if plans.crop != "head":
+        return ""
+    kept = np.prod(fingerprint.head_shapes, axis=1) / np.prod(fingerprint.shapes, axis=1)
+    return (
+        f" Cases are cut to the head, which leaves {100 * kept.min():.0f} to "
+        f"{100 * kept.max():.0f} % of their voxels (median {100 * np.median(kept):.0f} %)."
     )
 
 

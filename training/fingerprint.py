@@ -20,12 +20,14 @@ import numpy.typing as npt
 
 from ichseg import schema, volume
 from ichseg.errors import DatasetError, PlansError
-from ichseg.orient import nonzero_box, orient_axes
+from ichseg.head import crop_box
+from ichseg.orient import Box, orient_axes
 from training.dataset import (
     Case,
     Dataset,
     add_workspace_argument,
     describe_failure,
+    is_ct,
     load_dataset,
     read_case,
 )
@@ -71,6 +73,9 @@ class Fingerprint:
         relative_size: Median over cases of voxels after over voxels before the crop.
         intensities: One per channel.
         sources: Of which files, see ``digest_sources``; empty if made by hand.
+        head_shapes: Voxels ``(z, y, x)`` after cutting to the head, see ``Plans.crop``; empty
+            unless every channel is CT.
+        beyond_head: Foreground voxels that such a cut would lose; empty like ``head_shapes``.
     """
 
     schema_version: int
@@ -80,6 +85,8 @@ class Fingerprint:
     relative_size: float
     intensities: tuple[Intensities, ...]
     sources: str = ""
+    head_shapes: tuple[tuple[int, int, int], ...] = schema.optional(())
+    beyond_head: tuple[int, ...] = schema.optional(())
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -105,6 +112,8 @@ class Counts:
 class _CaseFacts:
     spacing_mm: tuple[float, float, float]
     shape: tuple[int, int, int]
+    head_shape: tuple[int, int, int]
+    beyond_head: int
     relative_size: float
     foreground: tuple[Counts | npt.NDArray[np.float64], ...]  # of each channel
 
@@ -118,10 +127,11 @@ def compute_fingerprint(dataset: Dataset, workers: int) -> Fingerprint:
     cases = dataset.labelled
     if not cases:
         raise DatasetError(f"dataset {dataset.name}: no case has a reference segmentation")
+    in_hu = all(is_ct(channel) for channel in dataset.channels)
     facts: dict[str, _CaseFacts] = {}
     failures = []
     sources = digest_sources(dataset)  # before the files are read: a change meanwhile is noticed
-    results = each_case(_examine, cases, dataset.labels, workers=workers)
+    results = each_case(_examine, cases, dataset.labels, in_hu, workers=workers)
     for case, found in with_progress(results, len(cases), "fingerprint"):
         if isinstance(found, Exception):
             failures.append(describe_failure(case, found))
@@ -144,6 +154,8 @@ def compute_fingerprint(dataset: Dataset, workers: int) -> Fingerprint:
             for channel, name in enumerate(dataset.channels)
         ),
         sources=sources,
+        head_shapes=tuple(fact.head_shape for fact in ordered) if in_hu else (),
+        beyond_head=tuple(fact.beyond_head for fact in ordered) if in_hu else (),
     )
 
 
@@ -170,8 +182,13 @@ def load_fingerprint(workspace: Path) -> Fingerprint:
     return schema.load(Fingerprint, workspace / FINGERPRINT_FILE)
 
 
-def load_or_compute(workspace: Path, dataset: Dataset, workers: int) -> Fingerprint:
-    """The stored fingerprint if the files are those it was made of; otherwise a new one, stored."""
+def load_or_compute(
+    workspace: Path, dataset: Dataset, workers: int, *, heads: bool = False
+) -> Fingerprint:
+    """The stored fingerprint if the files are those it was made of; otherwise a new one, stored.
+
+    With ``heads`` also if the stored one is from a version that did not look for heads.
+    """
     path = workspace / FINGERPRINT_FILE
     if path.exists():
         try:
@@ -179,9 +196,12 @@ def load_or_compute(workspace: Path, dataset: Dataset, workers: int) -> Fingerpr
         except PlansError as error:
             _log.warning("%s; computed again", error)
         else:
-            if _is_of(fingerprint, dataset):
+            if not _is_of(fingerprint, dataset):
+                _log.warning("%s: the cases have changed since; computed again", path)
+            elif heads and not fingerprint.head_shapes:
+                _log.warning("%s: does not say where heads are; computed again", path)
+            else:
                 return fingerprint
-            _log.warning("%s: the cases have changed since; computed again", path)
     fingerprint = compute_fingerprint(dataset, workers)
     with volume.replacing(path) as temporary:
         temporary.write_text(schema.dumps(fingerprint), encoding="utf-8")
@@ -287,22 +307,35 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _examine(case: Case, labels: Sequence[str]) -> _CaseFacts:
-    """Read one case, bring it to LPS, crop it, take its foreground."""
+def _examine(case: Case, labels: Sequence[str], in_hu: bool) -> _CaseFacts:
+    """Read one case, bring it to LPS, crop it, take its foreground; find the head in HU."""
     images, reference = read_case(case, labels)
     axes = orient_axes(images[0])
     stack = [axes.apply(image.voxels) for image in images]
-    box = nonzero_box(stack)
-    crop = tuple(slice(start, stop) for start, stop in box)
-    foreground = np.greater(axes.apply(reference.voxels)[crop], 0)
-    z, y, x = (stop - start for start, stop in box)
+    label = axes.apply(reference.voxels)
     spacing = tuple(images[0].spacing_mm[axis] for axis in axes.permutation)
+    box = crop_box(stack, spacing, "nonzero")
+    crop = _index(box)
+    head = crop_box(stack, spacing, "head") if in_hu else box
+    foreground = np.greater(label[crop], 0)
     return _CaseFacts(
         spacing_mm=(spacing[0], spacing[1], spacing[2]),
-        shape=(z, y, x),
+        shape=_size(box),
+        head_shape=_size(head),
+        beyond_head=int(foreground.sum() - np.count_nonzero(label[_index(head)])),
         relative_size=foreground.size / reference.voxels.size,
         foreground=tuple(count_values(channel[crop][foreground]) for channel in stack),
     )
+
+
+def _index(box: Box) -> tuple[slice, slice, slice]:
+    z, y, x = (slice(*bounds) for bounds in box)
+    return z, y, x
+
+
+def _size(box: Box) -> tuple[int, int, int]:
+    z, y, x = (stop - start for start, stop in box)
+    return z, y, x
 
 
 def _merge(parts: Iterable[Counts]) -> Counts:

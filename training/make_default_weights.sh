@@ -1,12 +1,11 @@
 #!/bin/sh
-# Train the default weights from nothing: synthesize, plan, preprocess, five folds, export.
+# Train the default weights from nothing: synthesize, plan, preprocess, five folds, select, export.
 #
 #   training/make_default_weights.sh [WORKDIR]        default: ./default-weights
 #
-# Two folds run side by side on one core each, the last one on both for a little over half the time.
-# What is done is kept: run it again after an interruption. Each finished fold is exported at once.
+# Two folds run side by side on one core each. What is done is kept: run it again after an interruption.
 # These may be set in the environment:
-#   CASES    synthetic scans                        MINUTES  of training, each fold
+#   CASES    synthetic scans                        EPOCHS   of training, each fold
 #   SEED     of the scans (20221 is the held-out set's, never train on it)
 #   OUT      the bundle's folder                    PYTHON   the interpreter
 set -eu
@@ -14,7 +13,7 @@ set -eu
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=${1:-default-weights}
 cases=${CASES:-200}
-minutes=${MINUTES:-30}
+epochs=${EPOCHS:-50}
 seed=${SEED:-1}
 out=${OUT:-$here/weights}
 python=${PYTHON:-$here/.venv/bin/python}
@@ -36,11 +35,10 @@ mkdir -p "$work"
     --ct-clip=-50,130 --batch-dice --deep-supervision
 step preprocess 3d_fullres --workspace "$work"
 
-train() { # fold, minutes, threads; exec: so that it is the trainer that the trap ends, and not a shell around it
+train() { # fold; exec: so that it is the trainer that the trap ends, and not a shell around it
     echo "== train fold $1, see $work/fold_$1.log" >&2
-    # no --validation: benchmarks/default_weights.py scores the bundle
-    exec "$python" -m training train 3d_fullres --workspace "$work" --fold "$1" \
-        --recipe compact --minutes "$2" --threads "$3" --learning-rate 2e-3 --no-validation >>"$work/fold_$1.log" 2>&1
+    exec "$python" -m training train 3d_fullres --workspace "$work" --fold "$1" --recipe compact --epochs "$epochs" \
+        --augmentation-engine device --threads 1 --learning-rate 2e-3 --no-validation-mirrors >>"$work/fold_$1.log" 2>&1
 }
 
 # On Ctrl-C or SIGTERM both trainers write a checkpoint and end; then this script does.
@@ -48,16 +46,16 @@ first='' second=''
 trap 'kill -TERM $first $second 2>/dev/null; wait; exit 130' INT TERM
 
 for fold in 0 2 4; do
+    train $fold & first=$!
     if [ $fold -lt 4 ]; then
-        train $fold "$minutes" 1 & first=$!
-        train $((fold + 1)) "$minutes" 1 & second=$!
-    else
-        train $fold $((minutes * 3 / 5)) 2 & first=$!
+        train $((fold + 1)) & second=$!
     fi
     wait "$first"
     [ -z "$second" ] || wait "$second"
     first='' second=''
-    step export --workspace "$work" --configuration 3d_fullres --out "$out" --threads 2 \
-        --name ich-synthetic-compact --description "$description"
 done
+step cross-validate --workspace "$work"
+step select --workspace "$work"
+step export --workspace "$work" --out "$out" --threads 2 --name ich-synthetic-compact --model-version 3 \
+    --description "$description"
 echo "the bundle is in $out" >&2

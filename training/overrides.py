@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ichseg.errors import PlansError
-from ichseg.plans import Override, Plans
+from ichseg.plans import CROPS, Override, Plans
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class Overrides:
         ct_clip: Lowest and highest intensity in HU of CT channels, in place of percentiles.
         batch_dice: Whether Dice is over the batch, for 3D configurations.
         deep_supervision: Whether training adds a head per decoder level, for 3D configurations.
+        crop: What is cut away from a case, see ``Plans.crop``.
     """
 
     spacing_mm: tuple[float, float, float] | None = None
@@ -33,6 +34,7 @@ class Overrides:
     ct_clip: tuple[float, float] | None = None
     batch_dice: bool | None = None
     deep_supervision: bool | None = None
+    crop: str | None = None
 
     def __post_init__(self) -> None:
         if self.spacing_mm is not None and not all(0 < s < math.inf for s in self.spacing_mm):
@@ -49,6 +51,8 @@ class Overrides:
             -math.inf < self.ct_clip[0] < self.ct_clip[1] < math.inf
         ):
             raise PlansError(f"CT clip {self.ct_clip} HU, expected a lower and a higher number")
+        if self.crop is not None and self.crop not in CROPS:
+            raise PlansError(f"crop {self.crop!r}, expected one of {CROPS}")
 
 
 def record(
@@ -71,6 +75,7 @@ def record(
         ("ct-clip", overrides.ct_clip),
         ("batch-dice", overrides.batch_dice),
         ("deep-supervision", overrides.deep_supervision),
+        ("crop", overrides.crop),
     ):
         if value is not None:
             alone = automatic_gb if name == "gpu-memory-gb" else _automatic(name, automatic)
@@ -97,6 +102,8 @@ def _automatic(name: str, plans: Plans | None) -> object:
             return ct.clip_low, ct.clip_high
         case "deep-supervision":
             return full.architecture.deep_supervision
+        case "crop":
+            return plans.crop
     return full.batch_dice
 
 

@@ -80,8 +80,9 @@ def decide(
         DatasetError: The foreground of a CT channel has no spread to normalise by.
     """
     constants = find_recipe(recipe, preset, overrides.gpu_memory_gb)
+    crop = overrides.crop or "nonzero"
     spacings = np.array(fingerprint.spacings_mm)  # (cases, 3)
-    shapes = np.array(fingerprint.shapes)  # (cases, 3)
+    shapes = np.array(_shapes(fingerprint, dataset, crop))  # (cases, 3)
     target = target_spacing(spacings, shapes, constants)
     spacing = overrides.spacing_mm or target.spacing_mm
     transpose = coarsest_first(spacing)
@@ -120,6 +121,7 @@ def decide(
         resampling=constants.resampling,
         configurations=_configurations(flat, full, cascade.lowres, overrides),
         preset=preset,
+        crop=crop,
     )
     if overrides != Overrides():
         chosen = record(
@@ -192,6 +194,12 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="train the 3D network with a head at every decoder level, or with one",
     )
+    chosen.add_argument(
+        "--crop",
+        choices=plans_module.CROPS,
+        help="what is cut away from each case, in training and in inference: borders of zeros, or "
+        "also the air around the head",
+    )
 
 
 def overrides_from(args: argparse.Namespace) -> Overrides:
@@ -209,6 +217,7 @@ def overrides_from(args: argparse.Namespace) -> Overrides:
         ct_clip=args.ct_clip,
         batch_dice=args.batch_dice,
         deep_supervision=args.deep_supervision,
+        crop=args.crop,
     )
 
 
@@ -216,8 +225,12 @@ def main(args: argparse.Namespace) -> int:
     """Run the ``plan`` command."""
     dataset = load_dataset(args.workspace)
     overrides = overrides_from(args)
-    find_recipe(args.recipe, args.preset)  # refuse before the fingerprint takes its minutes
-    fingerprint = load_or_compute(args.workspace, dataset, args.workers)
+    # refuse before the fingerprint takes its minutes
+    find_recipe(args.recipe, args.preset)
+    heads = overrides.crop == "head"
+    if heads:
+        _require_ct(dataset)
+    fingerprint = load_or_compute(args.workspace, dataset, args.workers, heads=heads)
     plans, reasons = decide(
         fingerprint, dataset, recipe=args.recipe, overrides=overrides, preset=args.preset
     )
@@ -233,6 +246,36 @@ def main(args: argparse.Namespace) -> int:
         sys.stdout.write("\n" + explain.explain(plans, reasons))
     sys.stdout.write(f"-> {path}\n")
     return 0
+
+
+def _require_ct(dataset: Dataset) -> None:
+    """Refuse to look for heads in anything but HU."""
+    if not all(is_ct(channel) for channel in dataset.channels):
+        raise PlansError(
+            f"crop head is found in HU, but not every channel is CT: {', '.join(dataset.channels)}"
+        )
+
+
+def _shapes(
+    fingerprint: Fingerprint, dataset: Dataset, crop: str
+) -> tuple[tuple[int, int, int], ...]:
+    """Of the cases after the crop; refuses one that loses foreground to the cut to the head."""
+    if crop == "nonzero":
+        return fingerprint.shapes
+    _require_ct(dataset)
+    if not fingerprint.head_shapes:
+        raise PlansError("crop head: the fingerprint does not say where heads are; compute it anew")
+    lost = [
+        f"{name} ({voxels} voxels)"
+        for name, voxels in zip(fingerprint.names, fingerprint.beyond_head, strict=True)
+        if voxels
+    ]
+    if lost:
+        raise PlansError(
+            f"crop head: {len(lost)} of {len(fingerprint.names)} cases have foreground outside of "
+            f"the head that is found, which no network would see: {', '.join(lost[:5])}"
+        )
+    return fingerprint.head_shapes
 
 
 def _automatic(

@@ -11,10 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ichseg import plans as plans_module
 from ichseg import preprocess, schema, volume
 from ichseg.errors import DatasetError, PlansError
 from ichseg.plans import Configuration, Normalisation, Plans, Resampling
+from ichseg.preprocess import Placement
+from ichseg.volume import Volume
 from training import store
 from training.dataset import (
     Case,
@@ -50,6 +54,7 @@ class _Record:
     normalise_first: bool
     normalisations: tuple[Normalisation, ...]
     resampling: Resampling
+    crop: str = schema.optional("nonzero")
 
 
 def folder_of(workspace: Path, configuration_name: str) -> Path:
@@ -161,8 +166,19 @@ def _claim(folder: Path, plans: Plans, configuration: Configuration) -> None:
             temporary.write_text(schema.dumps(record), encoding="utf-8")
     elif _recorded(path) != record:
         raise DatasetError(
-            f"{folder}: was preprocessed with other plans (spacing, intensities or resampling "
-            "differ) or by another version; delete the folder and preprocess again"
+            f"{folder}: was preprocessed with other plans (spacing, intensities, crop or "
+            "resampling differ) or by another version; delete the folder and preprocess again"
+        )
+
+
+def _refuse_beyond(reference: Volume, placement: Placement) -> None:
+    """Refuse a case that loses foreground to the cut to the head."""
+    labels = placement.axes.apply(reference.voxels)
+    lost = np.count_nonzero(labels) - np.count_nonzero(labels[placement.slices])
+    if lost:
+        raise DatasetError(
+            f"{lost} foreground voxels lie outside of the head that is found, which no network "
+            "would see; correct the case, or plan with --crop nonzero"
         )
 
 
@@ -176,6 +192,7 @@ def _record_of(plans: Plans, configuration: Configuration) -> _Record:
         normalise_first=plans.normalise_first,
         normalisations=plans.normalisations,
         resampling=plans.resampling,
+        crop=plans.crop,
     )
 
 
@@ -192,6 +209,8 @@ def _preprocess_case(
     """Read, prepare and store one case."""
     images, reference = read_case(case, labels)
     placement = preprocess.place(images, plans, configuration)
+    if plans.crop == "head":
+        _refuse_beyond(reference, placement)
     outside = preprocess.outside_nonzero(images, placement)
     target = preprocess.prepare_labels(reference, placement, plans, outside)
     del reference, outside  # memory, before what needs most of it
