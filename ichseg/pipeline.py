@@ -225,7 +225,7 @@ def _open(task: Task, _: Task, ensemble: Ensemble, options: Options, base: int) 
         + (", which does not hold the scores: they stay on the host" if on_host else "")
     )
     prepared = ensemble.prepare(scan, options.preset)
-    return Opened(made_from, scan, (), read_s, need, on_host, prepared)
+    return Opened(made_from, scan, warnings, read_s, need, on_host, prepared)
 
 
 def _refuse_beyond_memory(image: Path, needed: int, what: str) -> memory.Limit | None:

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ichseg import memory, pipeline, volume
+from ichseg import memory, pipeline, plausible, volume
+from ichseg import scan as scan_reader
 from ichseg.cases import find_cases
 from ichseg.errors import InputError, WeightsError
 from ichseg.pipeline import Options
 from ichseg.predict import Segmentation
+from ichseg.scan import Scan
 from ichseg.volume import Volume
 
 
@@ -105,6 +107,18 @@ def run(place, ensemble, **options):
 
 def entries(place):
     return json.loads((place / "output" / "results.json").read_text())
+
+
+def test_what_reading_noticed_is_in_the_result(place, monkeypatch):
+    """Also what the voxels' values gave away, for a model that expects HU."""
+    read = scan_reader.read
+    monkeypatch.setattr(scan_reader, "read", lambda path: Scan(read(path).volume, ("of reading",)))
+    monkeypatch.setattr(plausible, "check", lambda found, _: (found, ("of its values",)))
+    ensemble = Pretended()
+    ensemble.model = SimpleNamespace(expects_hu=True)
+    run(place, ensemble)
+    said = [entry["report"]["warnings"] for entry in entries(place)]
+    assert said == [["of reading", "of its values", "odd"]] * 5
 
 
 def test_the_next_is_prepared_and_the_last_written_while_the_networks_run(place):
