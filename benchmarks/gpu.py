@@ -1,14 +1,16 @@
-"""Training on one GPU, against nnunetv2; ``gpu.sh`` calls it.
+"""Training and inference on one GPU, against nnunetv2; ``gpu.sh`` calls it.
 
     PYTHONPATH=. python benchmarks/gpu.py --work FOLDER [--data TASK04] [--rival-env FOLDER]
 
 1. Speed on made scans of INSTANCE's size (28 to 30 slices of 512x512, 5 mm by 0.45 mm), whose plan
    is 16x320x320, batch 2: milliseconds per iteration, share of the card's bf16 peak, data wait.
-2. With ``--data``, the Decathlon's Hippocampus: its automatic plan, fold 0, as many epochs as fit
+2. Inference with that plan, see ``gpu_inference.py``.
+3. With ``--data``, the Decathlon's Hippocampus: its automatic plan, fold 0, as many epochs as fit
    into ``--minutes`` a side at the speed of the slower side: Dice on the held-out cases.
 
-Without nnunetv2 ``gpu_plain.py`` stands in for it in 1, and 2 has no rival. What is done is kept in
-FOLDER. ``--tiny --device cpu`` runs through all of it within minutes, and measures nothing.
+Without nnunetv2 ``gpu_plain.py`` and ``gpu_plain_predict.py`` stand in for it in 1 and 2, and 3 has
+no rival. What is done is kept in FOLDER. ``--tiny --device cpu`` runs through all of it within
+minutes, and measures nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import blocks as timing
+from benchmarks import gpu_inference
 from benchmarks.blocks import BlockProcess
 from benchmarks.fold_pair import CONFIGURATION, HERE, SIDES, FoldPair, Settings, mean_dice
 from benchmarks.rivals import DEFAULT_ENV
@@ -53,7 +56,7 @@ def main() -> int:
         "rival: no nnunetv2 here; its network, loss and optimiser in plain torch under fp16 "
         "autocast, on one batch that already lies on the device (benchmarks/gpu_plain.py)"
     )  # fmt: skip
-    rows = time_instance(args, rival)
+    rows = time_instance(args, rival) + time_inference(args, rival)
     if args.data:
         rows += train_hippocampus(args, rival)
     print(f"\n{_card(args.device)}; rival {'nnunetv2' if rival else 'plain torch, never waiting'}")
@@ -76,7 +79,7 @@ def time_instance(args: argparse.Namespace, rival: Path | None) -> list[Row]:
         raise SystemExit(f"error: planned {planned.patch}, {planned.batch}, not {INSTANCE_PLAN}")
     found = take_turns(pair, rival, args)
     ours, its = (timing.median_of(found[side], "seconds") for side in SIDES)
-    peak = next((value for name, value in PEAK_TFLOPS.items() if name in _card(args.device)), None)
+    peak = _peak(args.device)
     waits = [timing.median_wait(found[side]) for side in SIDES]
     patch = "x".join(map(str, planned.patch))
     rows = [
@@ -88,6 +91,19 @@ def time_instance(args: argparse.Namespace, rival: Path | None) -> list[Row]:
         shares = (100 * work / seconds / peak for seconds in (ours, its))
         rows.append(Row("share of the bf16 peak", *shares, "%", None, None, None))
     return rows
+
+
+def time_inference(args: argparse.Namespace, rival: Path | None) -> list[Row]:
+    """Five folds, eight mirrorings, the plan of the made scans."""
+    return gpu_inference.compare(
+        args.work / "inference",
+        args.work / "instance" / "workspace-seed0" / "plans.json",
+        rival,
+        device=args.device,
+        peak_tflops=_peak(args.device),  # of fp16 as of bf16
+        tiny=args.tiny,
+        repeats=1 if args.tiny else 3,
+    )
 
 
 def train_hippocampus(args: argparse.Namespace, rival: Path | None) -> list[Row]:
@@ -221,6 +237,11 @@ def _nnunetv2(folder: Path) -> Path | None:
 
 def _card(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else "CPU"
+
+
+def _peak(device: str) -> float | None:
+    card = _card(device)
+    return next((value for name, value in PEAK_TFLOPS.items() if name in card), None)
 
 
 def _arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

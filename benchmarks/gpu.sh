@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Training on one GPU against nnunetv2, in one call: prepares, measures, prints the table last.
+# Training and inference on one GPU against nnunetv2, in one call: prepares, measures, prints the table last.
 #
 #   benchmarks/gpu.sh --work FOLDER [--data TASK04] [--minutes 3] [--rival-env FOLDER]
 #   benchmarks/gpu.sh --work FOLDER --tiny --device cpu     does it run through? (measures nothing)

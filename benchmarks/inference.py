@@ -47,11 +47,13 @@ class Bench:
         folder: For what is written.
         rival_python: Of the rival's environment.
         repeats: Of each pair of runs.
+        device: Of both sides.
     """
 
     folder: Path
     rival_python: Path
     repeats: int
+    device: str = "cpu"
 
     def rival_environment(self, results: Path) -> dict[str, str]:
         """Variables by which the rival finds its models."""
@@ -139,23 +141,23 @@ def compare_runs(
     command = [
         sys.executable, ROOT / "benchmarks" / "inference_ours.py", "predict",
         "--input", cases.ours, "--output", masks, "--weights", network.weights,
-        "--device", "cpu", "--preset", preset,
+        "--device", bench.device, "--preset", preset,
     ]  # fmt: skip
     folds = [path.name.removeprefix("fold_") for path in network.results.rglob("fold_*")]
     rival_command = [
         bench.rival_python, ROOT / "benchmarks" / "nnunetv2_predict.py", "predict",
         "-i", cases.rival, "-o", rival_masks, "-d", inference_data.DATASET,
-        "-c", network.configuration.name, "-f", *sorted(folds), "-device", "cpu",
+        "-c", network.configuration.name, "-f", *sorted(folds), "-device", bench.device,
         *([] if preset == "full" else ["--disable_tta"]),
     ]  # fmt: skip
 
     def ours() -> Run:
-        return _run(command, {**os.environ, "PYTHONPATH": str(ROOT)})
+        return run_command(command, {**os.environ, "PYTHONPATH": str(ROOT)})
 
     def rival() -> Run:
-        return _run(rival_command, bench.rival_environment(network.results))
+        return run_command(rival_command, bench.rival_environment(network.results))
 
-    pairs = _in_pairs(ours, rival, bench.repeats)
+    pairs = in_pairs(ours, rival, bench.repeats)
     for run in (*pairs[0], *pairs[1]):
         if run.said["passes"] != passes:
             raise SystemExit(f"error: {run.said['passes']} forward passes, expected {passes}")
@@ -196,8 +198,8 @@ def compare_restore(bench: Bench) -> list[Row]:
         own = bench.folder / f"{script}.json"
         own.write_text(json.dumps({**request, "output": bench.folder / script}, default=str))
         command = [python, ROOT / "benchmarks" / script, "restore", own]
-        runs.append(lambda c=command, e=environment: _run(c, e))
-    ours, theirs = _in_pairs(runs[0], runs[1], max(bench.repeats, 2))
+        runs.append(lambda c=command, e=environment: run_command(c, e))
+    ours, theirs = in_pairs(runs[0], runs[1], max(bench.repeats, 2))
     found, expected = (
         volume.read(bench.folder / f"{script}.nii.gz").voxels
         for script in ("inference_ours.py", "nnunetv2_predict.py")
@@ -269,9 +271,11 @@ def measure_start(bench: Bench) -> list[Row]:
     """Importing process.py, in pairs with importing torch and SimpleITK."""
 
     def importing(code: str) -> Callable[[], Run]:
-        return lambda: _run([sys.executable, "-c", f"{code}; print('{{}}')"], dict(os.environ))
+        return lambda: run_command(
+            [sys.executable, "-c", f"{code}; print('{{}}')"], dict(os.environ)
+        )
 
-    ours, other = _in_pairs(
+    ours, other = in_pairs(
         importing("import process"), importing("import torch, SimpleITK"), max(bench.repeats, 5)
     )
     ours_s, other_s = _medians(ours, other)
@@ -289,7 +293,7 @@ ROWS: dict[str, Callable[[Bench], list[Row]]] = {
 }
 
 
-def _in_pairs(
+def in_pairs(
     ours: Callable[[], Run], rival: Callable[[], Run], repeats: int
 ) -> tuple[list[Run], list[Run]]:
     """Runs of both; who begins changes from pair to pair."""
@@ -301,7 +305,12 @@ def _in_pairs(
     return runs
 
 
-def _run(command: list[Any], environment: dict[str, str]) -> Run:
+def run_command(command: list[Any], environment: dict[str, str]) -> Run:
+    """Until it ends; its last line is JSON.
+
+    Raises:
+        SystemExit: It failed.
+    """
     began = time.perf_counter()
     done = subprocess.run(
         [str(part) for part in command], env=environment, cwd=ROOT, check=False, text=True,

@@ -49,7 +49,9 @@ class Cases:
     names: tuple[str, ...]
 
 
-def make_network(folder: Path, name: str, folds: int, rival_python: Path) -> Network:
+def make_network(
+    folder: Path, name: str, folds: int, rival_python: Path, plans_file: Path = COMPACT
+) -> Network:
     """Networks that the rival draws at random and saves, and that ``import-nnunet`` reads.
 
     Args:
@@ -57,8 +59,9 @@ def make_network(folder: Path, name: str, folds: int, rival_python: Path) -> Net
         name: Of the configuration.
         folds: How many networks.
         rival_python: Of the rival's environment.
+        plans_file: Of a plan with that configuration.
     """
-    plans = plans_module.load(COMPACT)
+    plans = plans_module.load(plans_file)
     configuration = plans.configuration(name)
     model = folder / "results" / DATASET / f"nnUNetTrainer__nnUNetPlans__{name}"
     model.mkdir(parents=True)
@@ -80,7 +83,7 @@ def make_network(folder: Path, name: str, folds: int, rival_python: Path) -> Net
     )  # fmt: skip
     imported = bundle.load_model(folder / "weights").plans
     if imported.configuration(name).architecture != configuration.architecture:
-        raise SystemExit(f"error: {name}: the imported network is not that of {COMPACT}")
+        raise SystemExit(f"error: {name}: the imported network is not that of {plans_file}")
     return Network(configuration, folder / "weights", folder / "results")
 
 
