@@ -13,7 +13,7 @@ BENCHMARKS := preprocessing inference evaluation large_volume
 # Folder of the rival's environment, made there if need be: make bench RIVAL_ENV=/opt/nnunetv2
 RIVAL_ENV  := benchmarks/.rival-env
 
-.PHONY: help demo test lint types fuzz image bench clean
+.PHONY: help demo test browser lint types fuzz image bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -22,8 +22,11 @@ help: ## this list
 demo: $(VENV)/.demo-installed ## segment the sample cases, with pictures, into out/ (minutes, no GPU needed)
 	@$(PY) process.py --input test/sample/input --output out --preset fast --report
 
-test: $(VENV)/.dev-installed ## pytest, all but what needs a GPU
-	$(PY) -m pytest -q -m "not gpu"
+test: $(VENV)/.dev-installed ## pytest, all but what needs a GPU or a browser
+	$(PY) -m pytest -q -m "not gpu and not browser"
+
+browser: $(VENV)/.dev-installed ## the report's pages in Chromium (apt-get install chromium)
+	$(PY) -m pytest -q -m browser
 
 lint: $(VENV)/.dev-installed ## ruff: rules and format
 	$(VENV)/bin/ruff check .

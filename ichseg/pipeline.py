@@ -35,6 +35,7 @@ from ichseg.work import PRESETS
 P = ParamSpec("P")
 Given = TypeVar("Given")
 Made = TypeVar("Made")
+REPORT = "report"  # folder of the page
 MOST_LESIONS = 100  # in results.json; noise has hundreds of thousands
 _LAST_WRITE_S = 3.0  # for what is being written to end; the platform kills 5 s after SIGTERM
 _RESERVE_S, _RESERVE_S_PER_VOXEL = 0.5, 2e-8  # of a time budget, for measuring and writing
@@ -152,7 +153,20 @@ def run(job: Job, ensemble: Ensemble, options: Options) -> list[CaseResult]:
             del done
         if last:
             last.pop().result()
-    return [results[case.output] for case in cases]
+    ended = [results[case.output] for case in cases]
+    if pictures:
+        from ichseg import report
+
+        model = ensemble.model
+        page = report.write_index(
+            options.output / REPORT,
+            ended,
+            title=f"Segmentation of {len(ended)} scan{'s' * (len(ended) != 1)}",
+            subtitle=f"{model.name} {model.version}, preset {options.preset}, "
+            f"{ensemble.engine.name}",
+        )
+        say(f"a page to open in a browser: {page}")
+    return ended
 
 
 def _finished(job: Job, options: Options) -> dict[Path, CaseResult]:
@@ -332,6 +346,7 @@ def _write(task: Task, done: Done, ensemble: Ensemble, output: Path, pictures: b
         from ichseg import report
 
         report.write_overlay(scan, segmentation.mask, output / f"{volume.stem_of(case.image)}.png")
+        report.write_case(output / REPORT, case.name, scan, {"prediction": segmentation.mask})
     write_s = time.perf_counter() - began
     facts = _facts(segmentation, found, done)
     facts["seconds"] |= {"read": round(done.read_s, 3), "write": round(write_s, 3)}

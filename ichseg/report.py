@@ -1,167 +1,311 @@
-"""Pictures for people: a montage of axial slices with the segmentation outlined."""
+"""A page for people: ``write_case`` as each case ends, ``write_index`` at last."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import SimpleITK as sitk
-from scipy import ndimage
 
-from ichseg.errors import OutputError
-from ichseg.orient import orient_axes
+from ichseg import montage, page, schema, viewer
+from ichseg.case_list import Card, Column, Row, Shown, number
+from ichseg.framing import Framed, frame
+from ichseg.html import Html, join, tag
+from ichseg.montage import write_overlay
+from ichseg.page import Section
+from ichseg.result import CaseResult
 from ichseg.volume import Volume, replacing
 
-WINDOW_LEVEL_HU = 40.0
-WINDOW_WIDTH_HU = 80.0
-OUTLINE_RGB = (230, 159, 0)  # the orange of Okabe and Ito's colour-blind-safe palette
-OUTLINE_PX = 2
-TEXT_RGB = (200, 200, 200)
-PANEL_PX = 256  # longer side of one slice
-TITLE_PX = 28
-COLUMNS = 5
-MOST_SLICES = 20
-MOST_MASK_SLICES = 15  # the rest shows the head around it
-HEAD_ABOVE_HU = -300.0
-HEAD_MARGIN_MM = 6.0
+__all__ = ["read_case", "slug_of", "write_case", "write_index", "write_overlay"]
 
-# 3 x 5 pixels each: five rows from the top, three bits a row
-_FONT = """
-0 75557 1 26227 2 71747 3 71717 4 55711 5 74717 6 74757 7 71122 8 75757 9 75717 A 25755 B 65656
-C 34443 D 65556 E 74647 F 74644 G 34553 H 55755 I 72227 J 11152 K 55655 L 44447 M 57755 N 65555
-O 25552 P 65644 Q 25573 R 65655 S 34216 T 72222 U 55557 V 55552 W 55775 X 55255 Y 55222 Z 71247
-. 00002 , 00024 - 00700 _ 00007 : 02020 / 11244 % 51245 ( 12221 ) 42224 + 02720
-"""
-_GLYPHS = {glyph: int(rows, 8) for glyph, rows in re.findall(r"(\S) (\d{5})", _FONT)}
+_MOST_LESIONS = 12  # listed on the page; results.json has more
 
 
-def write_overlay(image: Volume, mask: Volume, path: Path, *, title: str = "") -> None:
-    """Write a PNG montage of the head at brain window with the mask outlined.
+def write_case(
+    folder: Path,
+    name: str,
+    image: Volume,
+    masks: Mapping[str, Volume],
+    *,
+    window: tuple[float, float] | None = montage.BRAIN,
+) -> None:
+    """Write a case's pictures and volumes, for ``write_index`` to make a page with.
 
-    Slices run from the lowest to the highest and are seen from the feet, as radiologists do: the
-    patient's right is on the left, the front is up. An oblique volume is turned by the nearest
-    quarter turns only. The number on each slice counts from the lowest, which is 0. At most 20
-    slices are shown, those with mask before others. Not for diagnosis.
+    They lie in ``folder/cases``: ``.jpg`` a strip of slices, ``.js`` the volumes for the viewer, at
+    most 8 MB, and ``.json`` what the page has to know of them.
 
     Args:
-        image: CT in HU.
-        mask: Same shape; everything but 0 is outlined.
-        path: Ends in ``.png``; replaced whole or not at all.
-        title: One line of ASCII above the slices.
+        folder: Of the page, made if need be.
+        name: Of the case.
+        image: The scan.
+        masks: ``prediction``, ``reference`` or both, in the scan's grid.
+        window: Width and level of the pictures in HU; None if the scan is no CT: one that fits it
+            is taken, and nothing is cut off around it.
 
     Raises:
-        ValueError: The shapes differ.
-        OutputError: The file cannot be written.
+        ValueError: A mask has another shape.
+        OutputError: The folder cannot be written.
     """
-    if mask.voxels.shape != image.voxels.shape:
-        raise ValueError(f"image has shape {image.voxels.shape}, its mask {mask.voxels.shape}")
-    axes = orient_axes(image)
-    spacing_mm = np.array(image.spacing_mm)[list(axes.permutation)]
-    hu = axes.apply(image.voxels).astype(np.float32)
-    inside = axes.apply(mask.voxels).astype(bool)
-
-    box = _head_box(hu, inside, spacing_mm)
-    hu, inside = hu[box], inside[box]
-    px_mm = max(np.array(hu.shape[1:]) * spacing_mm[1:]) / PANEL_PX
-    panels = []
-    for index in _choose_slices(np.flatnonzero(inside.any(axis=(1, 2))), len(hu)):
-        panel = _draw_slice(hu[index], inside[index], spacing_mm[1:] / px_mm)
-        _draw_text(panel, str(index + box[0].start), 4, 4)
-        _draw_text(panel, "R", 24, 4)
-        panels.append(panel)
-    with replacing(path, suffix=".png") as temporary:
-        picture = sitk.GetImageFromArray(_arrange(panels, title), isVector=True)
-        try:
-            sitk.WriteImage(picture, str(temporary))
-        except RuntimeError as error:
-            raise OutputError(f"{path}: cannot write the overlay picture") from error
-
-
-def _head_box(
-    hu: npt.NDArray[np.float32], inside: npt.NDArray[np.bool_], spacing_mm: npt.NDArray[np.float64]
-) -> tuple[slice, slice, slice]:
-    """Box around the head without headrest, and the mask; everything if no head is found."""
-    every = np.maximum(1, np.floor(2.0 / spacing_mm)).astype(int)
-    coarse = hu[:: every[0], :: every[1], :: every[2]] > HEAD_ABOVE_HU
-    plane = ndimage.generate_binary_structure(2, 1)[None]
-    labels, count = ndimage.label(ndimage.binary_opening(coarse, plane, iterations=2))
-    if count == 0:
-        return (slice(0, hu.shape[0]), slice(0, hu.shape[1]), slice(0, hu.shape[2]))
-    head = ndimage.find_objects(labels)[np.argmax(np.bincount(labels.ravel())[1:])]
-    margin = np.ceil([0, HEAD_MARGIN_MM / spacing_mm[1], HEAD_MARGIN_MM / spacing_mm[2]])
-    low = np.array([s.start for s in head]) * every - margin
-    high = np.array([s.stop for s in head]) * every + margin
-    if inside.any():
-        of_mask = ndimage.find_objects(inside.astype(np.uint8))[0]
-        low = np.minimum(low, [s.start for s in of_mask])
-        high = np.maximum(high, [s.stop for s in of_mask])
-    z, y, x = (
-        slice(max(0, int(first)), min(size, int(end)))
-        for first, end, size in zip(low, high, hu.shape, strict=True)
+    slug, is_ct = slug_of(name), window is not None
+    framed = frame(image, masks, is_ct=is_ct)
+    chosen_window = window or montage.fitting_window(framed)
+    cases = folder / "cases"
+    slices, panel_px = montage.write_strip(framed, cases / f"{slug}.jpg", window=chosen_window)
+    script = viewer.make_script(framed, slug, is_ct=is_ct)
+    with replacing(cases / f"{slug}.js", suffix=".js") as temporary:
+        temporary.write_text(script.text, encoding="ascii")
+    shown = Shown(
+        name=name,
+        slug=slug,
+        is_ct=is_ct,
+        masks=tuple(masks),
+        slices=tuple(framed.first_slice + index for index in slices),
+        present=tuple(
+            " ".join(key for key, labels in framed.masks.items() if labels[index].any())
+            for index in slices
+        ),
+        largest_slice=framed.first_slice + _largest_slice(framed, slices),
+        first_slice=framed.first_slice,
+        all_slices=framed.slices,
+        panel_px=panel_px,
+        merged=script.merged,
+        window=chosen_window,
     )
-    return z, y, x
+    with replacing(cases / f"{slug}.json", suffix=".json") as temporary:
+        temporary.write_text(schema.dumps(shown), encoding="utf-8")
 
 
-def _choose_slices(with_mask: npt.NDArray[np.intp], count: int) -> list[int]:
-    """At most 20 of so many slices: up to 15 of the mask's, evenly, then the others, evenly."""
-    others = np.setdiff1d(np.arange(count), with_mask)
-    chosen = _spread(with_mask, max(MOST_MASK_SLICES, MOST_SLICES - len(others)))
-    return sorted(chosen + _spread(others, MOST_SLICES - len(chosen)))
+def _largest_slice(framed: Framed, slices: Sequence[int]) -> int:
+    """With most of the reference, or else of what was found; without any the middle of these."""
+    for name in ("reference", "prediction"):
+        if name in framed.masks and framed.masks[name].any():
+            return int(np.count_nonzero(framed.masks[name], axis=(1, 2)).argmax())
+    return slices[len(slices) // 2]
 
 
-def _spread(indices: npt.NDArray[np.intp], most: int) -> list[int]:
-    """At most so many of the indices, first and last among them."""
-    if len(indices) <= most:
-        return [int(i) for i in indices]
-    return [int(indices[round(at)]) for at in np.linspace(0, len(indices) - 1, most)]
+def read_case(folder: Path, name: str) -> Shown | None:
+    """What ``write_case`` left of a case; None if it was not called for it.
+
+    Raises:
+        PlansError: The file is of something else.
+    """
+    path = folder / "cases" / f"{slug_of(name)}.json"
+    return schema.load(Shown, path) if path.is_file() else None
 
 
-def _draw_slice(
-    hu: npt.NDArray[np.float32],
-    inside: npt.NDArray[np.bool_],
-    px_per_voxel: npt.NDArray[np.float64],
-) -> npt.NDArray[np.uint8]:
-    """One slice ``(y, x)`` with square pixels, windowed, outlined: ``(rows, columns, 3)``."""
-    size = [max(1, round(n * float(px))) for n, px in zip(hu.shape, px_per_voxel, strict=True)]
-    step = np.array(hu.shape) / size  # voxels a pixel
-    # Clipped first, so that bone does not blur into brain; blurred, so that no voxel is skipped.
-    grey = np.clip((hu - WINDOW_LEVEL_HU) / WINDOW_WIDTH_HU + 0.5, 0, 1)
-    grey = ndimage.gaussian_filter(grey, np.where(step > 1, 0.3 * step, 0), mode="nearest")
-    grey = ndimage.affine_transform(
-        grey, step, offset=(step - 1) / 2, output_shape=tuple(size), order=1, mode="nearest"
+def slug_of(name: str) -> str:
+    """A name for a case's files that needs no care in a URL or a file system.
+
+    Names of letters, digits, ``_``, ``-`` and ``.`` are kept; others get a checksum, which tells
+    them apart.
+    """
+    safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".")[:80]
+    if name and safe == name:
+        return name
+    return f"{safe}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def write_index(folder: Path, results: Sequence[CaseResult], *, title: str, subtitle: str) -> Path:
+    """Write the page of an inference: the largest bleeds first, after what failed.
+
+    Args:
+        folder: That ``write_case`` was given, with the names of the results' ``image``.
+        results: Of all cases, in any order; what is not known of one is left out.
+        title: Heading.
+        subtitle: One line: what ran.
+
+    Returns:
+        The page.
+
+    Raises:
+        OutputError: The folder cannot be written.
+        PlansError: A file of ``write_case`` has been altered.
+    """
+    ordered = sorted(results, key=lambda r: (not r.error, -_volume_ml(r), r.image))
+    return page.write(
+        folder,
+        title=title,
+        subtitle=subtitle,
+        sections=[Section("summary", "Summary", _summary(ordered))],
+        columns=(
+            Column("volume", "Volume, mL", 2, "of all that was found"),
+            Column("lesions", "Lesions", 0, "pieces that do not touch"),
+            Column("largest", "Largest, mL", 2, "of the largest lesion"),
+            Column("doubt", "Doubt", 3, "how much the networks disagree"),
+            Column("seconds", "Seconds", 1),
+            Column("note", "Notes"),
+        ),
+        rows=[_row(result) for result in ordered],
+        cards=[_card(result, read_case(folder, result.image)) for result in ordered],
+        order="Failures first, then the largest volume.",
     )
-    panel = np.repeat(np.rint(255 * grey).astype(np.uint8)[..., None], 3, axis=2)
-    # The largest under each pixel: a bleed of one voxel stays visible.
-    for axis in (0, 1):
-        starts = np.minimum(np.arange(size[axis]) * step[axis], hu.shape[axis] - 1).astype(int)
-        inside = np.logical_or.reduceat(inside, starts, axis=axis)
-    square = np.ones((2 * OUTLINE_PX + 1, 2 * OUTLINE_PX + 1), dtype=bool)
-    panel[ndimage.binary_dilation(inside, square) & ~inside] = OUTLINE_RGB
-    return panel
 
 
-def _draw_text(picture: npt.NDArray[np.uint8], text: str, top: int, left: int) -> None:
-    """Write into a picture; what does not fit is cut off, unknown characters are blank."""
-    scale = 3
-    for position, character in enumerate(text.upper()):
-        glyph = _GLYPHS.get(character, 0)
-        bits = [[glyph >> 3 * row + column & 1 for column in (2, 1, 0)] for row in (4, 3, 2, 1, 0)]
-        ink = np.array(bits, dtype=bool).repeat(scale, axis=0).repeat(scale, axis=1)
-        place = picture[top:, left + 4 * scale * position :][: 5 * scale, : 3 * scale]
-        place[ink[: place.shape[0], : place.shape[1]]] = TEXT_RGB
+def _volume_ml(result: CaseResult) -> float:
+    return float(result.report.get("volume_ml") or 0.0)
 
 
-def _arrange(panels: list[npt.NDArray[np.uint8]], title: str) -> npt.NDArray[np.uint8]:
-    """Panels of one size, row by row under the title."""
-    height, width, _ = panels[0].shape
-    columns = min(COLUMNS, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    picture = np.zeros((TITLE_PX + rows * height, columns * width, 3), dtype=np.uint8)
-    for position, panel in enumerate(panels):
-        top, left = TITLE_PX + position // columns * height, position % columns * width
-        picture[top : top + height, left : left + width] = panel
-    _draw_text(picture, title, (TITLE_PX - 15) // 2, 4)
-    return picture
+def _warnings(result: CaseResult) -> list[str]:
+    return [str(warning) for warning in result.report.get("warnings") or ()]
+
+
+def _flags(result: CaseResult) -> tuple[str, ...]:
+    if result.error:
+        return ("failed",)
+    empty = ("nothing found",) if _volume_ml(result) == 0 else ()
+    return (*empty, *(("warnings",) if _warnings(result) else ()))
+
+
+def _seconds(result: CaseResult) -> float | None:
+    total = (result.report.get("seconds") or {}).get("total")
+    return None if total is None else float(total)
+
+
+def _summary(results: Sequence[CaseResult]) -> Html:
+    """How many, how large, how long, and what failed or was warned of."""
+    done = [result for result in results if not result.error]
+    with_bleed = [result for result in done if _volume_ml(result) > 0]
+    warned = sum(bool(_warnings(result)) for result in done)
+    volumes = sorted(_volume_ml(result) for result in with_bleed)
+    seconds = [s for result in done if (s := _seconds(result)) is not None]
+    failures = [
+        tag("li", tag("strong", result.image), ": ", result.error)
+        for result in results
+        if result.error
+    ]
+    largest = f"largest {number(volumes[-1], 1)} mL" if volumes else ""
+    return join(
+        [
+            page.tiles(
+                page.tile("Scans", str(len(results)), f"{len(failures)} failed"),
+                page.tile("With something found", str(len(with_bleed)), largest),
+                page.tile(
+                    "Median volume found",
+                    f"{number(_median(volumes), 1)} mL",
+                    "of scans with something found",
+                ),
+                page.tile("Warnings", str(warned), "scans to look at with care" if warned else ""),
+                page.tile(
+                    "Time a scan",
+                    f"{number(_median(sorted(seconds)), 1)} s",
+                    f"median; {number(sum(seconds), 0)} s in all",
+                ),
+            ),
+            tag("div", tag("h3", "Failed"), tag("ul", *failures), class_="alert")
+            if failures
+            else None,
+        ]
+    )
+
+
+def _median(ordered: Sequence[float]) -> float | None:
+    half = len(ordered) // 2
+    if not ordered:
+        return None
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def _row(result: CaseResult) -> Row:
+    report = result.report
+    lesions = report.get("lesions")
+    return Row(
+        result.image,
+        {
+            "volume": report.get("volume_ml"),
+            "lesions": None if lesions is None else len(lesions),
+            "largest": lesions[0]["volume_ml"] if lesions else None,
+            "doubt": report.get("doubt"),
+            "seconds": _seconds(result),
+            "note": result.error or "; ".join(_warnings(result)),
+        },
+        _flags(result),
+    )
+
+
+def _card(result: CaseResult, shown: Shown | None) -> Card:
+    report = result.report
+    if result.error:
+        return Card(result.image, None, (), tag("p", result.error, class_="alert"), ("failed",))
+    lesions = report.get("lesions") or ()
+    figures = [
+        ("Volume", f"{number(_volume_ml(result), 2)} mL"),
+        ("Lesions", str(len(lesions))),
+    ]
+    if report.get("doubt") is not None:
+        figures.append(("Doubt", number(float(report["doubt"]), 3)))
+    if (seconds := _seconds(result)) is not None:
+        figures.append(("Time", f"{number(seconds, 1)} s"))
+    warnings = [tag("li", warning) for warning in _warnings(result)]
+    body = join(
+        [
+            tag("ul", *warnings, class_="alert") if warnings else None,
+            _lesion_table(lesions) if lesions else None,
+            tag(
+                "details",
+                tag("summary", "What ran, and how long it took"),
+                _listing({**(report.get("ran") or {}), "seconds": report.get("seconds") or {}}),
+            ),
+        ]
+    )
+    return Card(result.image, shown, figures, body, _flags(result))
+
+
+def _lesion_table(lesions: Sequence[Mapping[str, Any]]) -> Html:
+    """The largest lesions; positions in words that need no axes."""
+    several = len({lesion["label"] for lesion in lesions}) > 1
+    rows = []
+    for rank, lesion in enumerate(lesions[:_MOST_LESIONS], 1):
+        low, high = lesion["box_mm"]
+        extent = " × ".join(number(b - a, 0) for a, b in zip(low, high, strict=True))  # noqa: RUF001
+        label = [str(lesion["label"])] if several else []
+        rows.append(
+            [
+                str(rank),
+                *label,
+                number(lesion["volume_ml"], 2),
+                extent,
+                number(lesion["mean_hu"], 0),
+                ", ".join(number(value, 0) for value in lesion["centroid_mm"]),
+            ]
+        )
+    titles = [
+        "Lesion",
+        *(["Label"] if several else []),
+        "Volume, mL",
+        "Extent x, y, z, mm",
+        "Mean HU",
+        "Centre x, y, z, mm LPS",
+    ]
+    more = len(lesions) - _MOST_LESIONS
+    return join(
+        [
+            page.plain_table(titles, rows),
+            tag("p", f"and {more} smaller ones", class_="hint") if more > 0 else None,
+        ]
+    )
+
+
+def _listing(facts: Mapping[str, Any]) -> Html:
+    """Names and values of facts whose names only the code knows."""
+    return tag(
+        "dl",
+        *(
+            tag("div", tag("dt", key.replace("_", " ")), tag("dd", _words(v)))
+            for key, v in facts.items()
+        ),
+        class_="listing",
+    )
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_words(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_words(item) for item in value) or "none"
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else "unknown"
+    return "none" if value is None else str(value)

@@ -51,9 +51,12 @@ def test_flat_folder(place, scan):
     (place / "input" / "again.nii.gz").write_bytes(b"")
     volume.write(scan, place / "input" / "again.nii.gz")
     run(place, "--report")
-    assert files(place / "output") == [
+    assert [name for name in files(place / "output") if "/" not in name] == [
         "again.nii.gz", "again.png", "results.json", "scan.mha", "scan.png",
     ]  # fmt: skip
+    page = (place / "output" / "report" / "index.html").read_text()
+    assert 'data-name="again.nii.gz"' in page
+    assert 'src="cases/scan.mha.jpg"' in page
     mask = volume.read(place / "output" / "scan.mha")
     assert mask.voxels.dtype == np.uint8
     assert (mask.spacing_mm, mask.origin_mm, mask.direction) == (

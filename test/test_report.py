@@ -1,177 +1,198 @@
-"""Overlay pictures: the right pixels, the right way round."""
+"""The page of an inference: what it says, and that names cannot become markup."""
 
-from pathlib import Path
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from html.parser import HTMLParser
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-import SimpleITK as sitk
 
-from ichseg.errors import OutputError
-from ichseg.report import OUTLINE_RGB, PANEL_PX, TEXT_RGB, TITLE_PX, _choose_slices, write_overlay
+from ichseg import page, report
+from ichseg.case_list import Column, Row
+from ichseg.result import CaseResult
 from ichseg.volume import Volume
 
-
-def picture_of(folder: Path, image: Volume, mask: Volume, title: str = "") -> npt.NDArray[np.uint8]:
-    path = folder / "overlay.png"
-    write_overlay(image, mask, path, title=title)
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+EVIL = '"><img src=x onerror=alert(1)>.mha'
 
 
-def outline_in(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    return (picture == OUTLINE_RGB).all(axis=-1)
+class Page(HTMLParser):
+    """Elements with their attributes, and the text of the table's rows."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.rows, self.cards, self._inside, self.text = [], [], [], False, ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.elements.append((tag, attributes))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._inside = True
+        if tag == "article":
+            self.cards.append(attributes)
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self._inside = False
+
+    def handle_data(self, data):
+        self.text += data
+        if self._inside:
+            self.rows[-1][-1] += data
+
+    def with_tag(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
 
 
-def ramp(spacing_mm: tuple[float, float, float] = (5.0, 1.0, 1.0)) -> Volume:
-    """An 8 x 8 x 8 head that differs in every direction: darker below, in front, on the right."""
-    z, y, x = np.indices((8, 8, 8))
-    return Volume((4 * z + 3 * y + 2 * x).astype(np.int16), spacing_mm)
-
-
-def some_mask(image: Volume) -> Volume:
-    voxels = np.zeros(image.voxels.shape, dtype=np.uint8)
-    voxels[6, 1:3, 4:7] = 1
-    voxels[2, 5, 5] = 1
-    return image.with_voxels(voxels)
-
-
-def test_outline_surrounds_the_mask_and_nothing_else(tmp_path: Path) -> None:
-    image = Volume(np.full((1, 8, 8), 30, dtype=np.int16), (5.0, 1.0, 1.0))
-    voxels = np.zeros((1, 8, 8), dtype=np.uint8)
-    voxels[0, 2:4, 4:6] = 1
-
-    found = outline_in(picture_of(tmp_path, image, image.with_voxels(voxels)))
-
-    assert PANEL_PX == 256  # so each of the 8 voxels is 32 pixels wide
-    expected = np.zeros((TITLE_PX + 256, 256), dtype=bool)
-    expected[TITLE_PX + 64 - 2 : TITLE_PX + 128 + 2, 128 - 2 : 192 + 2] = True
-    expected[TITLE_PX + 64 : TITLE_PX + 128, 128:192] = False
-    np.testing.assert_array_equal(found, expected)
-
-
-def test_window_runs_from_0_to_80_hu(tmp_path: Path) -> None:
-    voxels = np.zeros((1, 8, 8), dtype=np.int16)
-    voxels[0, :, :] = [-20, -20, 20, 20, 40, 40, 100, 100]
-    image = Volume(voxels, (5.0, 1.0, 1.0))
-    picture = picture_of(tmp_path, image, image.with_voxels(voxels * 0))
-    centres = picture[TITLE_PX + 200, 32::64]  # between two equal voxels, clear of the text
-    np.testing.assert_array_equal(centres, np.repeat([[0], [64], [128], [255]], 3, axis=1))
-
-
-def test_pixels_are_square_millimetres(tmp_path: Path) -> None:
-    image = Volume(np.full((1, 20, 40), 30, dtype=np.int16), (5.0, 2.0, 0.5))  # 40 mm by 20 mm
-    picture = picture_of(tmp_path, image, image.with_voxels(image.voxels * 0))
-    assert picture.shape == (TITLE_PX + 256, 128, 3)
-
-
-@pytest.mark.parametrize("flips", [(1,), (2,), (0, 2), (0, 1, 2)])
-def test_flipped_volume_gives_the_same_picture(tmp_path: Path, flips: tuple[int, ...]) -> None:
-    image = ramp()
-    mask = some_mask(image)
-    signs = [-1.0 if axis in flips else 1.0 for axis in range(3)]
-    direction = tuple(float(v) for v in np.diag(signs).ravel())
-    flipped = Volume(np.flip(image.voxels, flips), image.spacing_mm, direction=direction)
-    flipped_mask = flipped.with_voxels(np.flip(mask.voxels, flips))
-
-    np.testing.assert_array_equal(
-        picture_of(tmp_path, flipped, flipped_mask), picture_of(tmp_path, image, mask)
-    )
-
-
-def test_sagittal_and_tilted_storage_gives_the_same_picture(tmp_path: Path) -> None:
-    image = ramp()
-    mask = some_mask(image)
-    axes = (2, 0, 1)  # slices run to the left, rows up, columns back
-    cosine, sine = np.cos(0.3), np.sin(0.3)
-    tilt = np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
-    stored = Volume(
-        image.voxels.transpose(axes),
-        (1.0, 5.0, 1.0),
-        direction=tuple(float(v) for v in tilt[:, axes].ravel()),
-    )
-    stored_mask = stored.with_voxels(mask.voxels.transpose(axes))
-
-    np.testing.assert_array_equal(
-        picture_of(tmp_path, stored, stored_mask), picture_of(tmp_path, image, mask)
-    )
-
-
-def test_front_is_up_and_patients_right_is_left(tmp_path: Path) -> None:
-    image = ramp()  # intensity grows to the back and to the left
-    picture = picture_of(tmp_path, image, image.with_voxels(image.voxels * 0))
-    panel = picture[TITLE_PX : TITLE_PX + 256, :256, 0].astype(int)
-    assert panel[250, 128] > panel[5, 128] + 30
-    assert panel[128, 250] > panel[128, 5] + 30
-    assert (panel[24:39, 4:13] == TEXT_RGB[0]).any()  # R
-
-
-def test_negative_has_no_outline(tmp_path: Path) -> None:
-    image = ramp()
-    picture = picture_of(
-        tmp_path, image, image.with_voxels(np.zeros((8, 8, 8), np.uint8)), "negative 0.0 mL"
-    )
-    assert not outline_in(picture).any()
-    assert picture[:TITLE_PX].any()
-
-
-def test_a_single_voxel_of_a_large_slice_is_outlined(tmp_path: Path) -> None:
-    image = Volume(np.full((1, 512, 512), 30, dtype=np.int16), (5.0, 0.45, 0.45))
-    for column in (300, 301, 302):
-        voxels = np.zeros((1, 512, 512), dtype=np.uint8)
-        voxels[0, 301, column] = 1
-        assert outline_in(picture_of(tmp_path, image, image.with_voxels(voxels))).sum() == 5 * 5 - 1
-
-
-def test_air_around_the_head_is_cut_off(tmp_path: Path) -> None:
-    voxels = np.full((4, 200, 200), -1000, dtype=np.int16)
-    voxels[:, 60:160, 80:160] = 30
-    voxels[:, 190:192, 40:160] = 200  # headrest
-    voxels[:, 160:190, 119:121] = 30  # a fold of the sheet between
-    image = Volume(voxels, (5.0, 1.0, 1.0))
-    picture = picture_of(tmp_path, image, image.with_voxels(np.zeros(voxels.shape, np.uint8)))
-    height, width = picture.shape[0] - TITLE_PX, picture.shape[1] / 4
-    assert height == PANEL_PX
-    assert width / height == pytest.approx((80 + 12) / (100 + 12), abs=0.03)
-
-
-def test_mask_beside_the_head_is_shown(tmp_path: Path) -> None:
-    voxels = np.full((1, 100, 100), -1000, dtype=np.int16)
-    voxels[:, 10:60, 10:60] = 30
-    image = Volume(voxels, (5.0, 1.0, 1.0))
+def scan():
+    voxels = np.full((11, 60, 60), -1000, np.int16)
+    voxels[4:, 10:50, 10:50] = 30
+    image = Volume(voxels, (5.0, 2.0, 2.0))
     mask = np.zeros(voxels.shape, np.uint8)
-    mask[0, 90, 90] = 1
-    assert outline_in(picture_of(tmp_path, image, image.with_voxels(mask))).any()
+    mask[6:8, 20:30, 20:30] = 1
+    mask[7, 25:30, 30:40] = 1
+    return image, image.with_voxels(mask)
 
 
-def test_slices_with_the_mask_come_first() -> None:
-    chosen = _choose_slices(np.array([7, 50, 51, 90]), 100)
-    assert len(chosen) == len(set(chosen)) == 20
-    assert {7, 50, 51, 90, 0, 99} <= set(chosen)
-    assert chosen == sorted(chosen)
-    assert sum(i < 45 for i in _choose_slices(np.arange(45), 100)) == 15
-    assert len(_choose_slices(np.arange(100), 100)) == 20
-    assert _choose_slices(np.array([], dtype=int), 3) == [0, 1, 2]
+def facts(volume_ml, **changes):
+    lesion = {
+        "label": 1, "volume_ml": volume_ml, "centroid_mm": [1.0, -2.0, 3.0],
+        "box_mm": [[0, -10, 0], [20, 10, 15]], "mean_hu": 61.2,
+    }  # fmt: skip
+    return {
+        "volume_ml": volume_ml,
+        "lesions": [lesion] if volume_ml else [],
+        "doubt": 0.25,
+        "warnings": [],
+        "ran": {"networks": ["3d_fullres fold 0"], "tiles": 4},
+        "seconds": {"total": 2.5, "compile": 0.5},
+        **changes,
+    }
 
 
-def test_other_shape_is_refused(tmp_path: Path) -> None:
-    image = ramp()
-    with pytest.raises(ValueError, match=r"shape \(8, 8, 8\), its mask \(8, 8, 7\)"):
-        write_overlay(image, Volume(image.voxels[..., :7], (1, 1, 1)), tmp_path / "overlay.png")
+def results():
+    return [
+        CaseResult("small.mha", "small.mha", "", facts(1.5)),
+        CaseResult(EVIL, "x.mha", "", facts(20.0, warnings=["<script>alert(2)</script> & more"])),
+        CaseResult("none.mha", "none.mha", "", facts(0.0)),
+        CaseResult("</script>broken", None, "</script><b>cannot be read", {}),
+    ]
 
 
-def test_unwritable_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    image = ramp()
-    with pytest.raises(OutputError, match=r"overlay\.png: cannot write"):
-        write_overlay(image, some_mask(image), tmp_path / "file" / "overlay.png")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A page of three cases and a failure."""
+    out = tmp_path_factory.mktemp("report")
+    image, mask = scan()
+    for result in results():
+        if not result.error:
+            report.write_case(out, result.image, image, {"prediction": mask})
+    report.write_index(out, results(), title="A <title>", subtitle="with & without")
+    return out
 
 
-def test_failure_to_encode_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("PNG")
+def test_failures_come_first_then_the_largest(folder):
+    found = Page(folder / "index.html")
+    rows = [row for row in found.rows if len(row) == 7][1:]
+    assert [row[0] for row in rows] == ["</script>broken", EVIL, "small.mha", "none.mha"]
+    assert [row[1] for row in rows] == ["–", "20.00", "1.50", "0.00"]  # noqa: RUF001
+    assert [card["data-name"] for card in found.cards] == [row[0] for row in rows]
 
-    monkeypatch.setattr(sitk, "WriteImage", fail)
-    image = ramp()
-    with pytest.raises(OutputError, match=r"overlay\.png: cannot write the overlay picture"):
-        write_overlay(image, some_mask(image), tmp_path / "overlay.png")
-    assert list(tmp_path.iterdir()) == []
+
+def test_no_name_becomes_markup(folder):
+    """Elements and their attributes are those of harmless names, but for the text in them."""
+    found = Page(folder / "index.html")
+    assert {tag for tag, _ in found.elements} <= {
+        "html", "head", "meta", "title", "link", "body", "header", "div", "h1", "h2", "h3", "p",
+        "nav", "a", "button", "strong", "main", "section", "ul", "li", "input", "span", "table",
+        "thead", "tbody", "tr", "th", "td", "article", "dl", "dt", "dd", "img", "details",
+        "summary", "footer", "dialog", "canvas", "label", "script", "i",
+    }  # fmt: skip
+    assert [a["src"] for a in found.with_tag("script")] == ["assets/report.js"]
+    assert not any(key.startswith("on") for _, a in found.elements for key in a)
+    assert all(a["src"].startswith("cases/") for a in found.with_tag("img"))
+    assert EVIL in found.text
+    assert "<script>alert(2)</script> & more" in found.text
+
+
+def test_nothing_is_asked_of_a_network(folder):
+    found = Page(folder / "index.html")
+    for _, attributes in found.elements:
+        for key in ("src", "href"):
+            address = attributes.get(key, "")
+            assert "//" not in address
+            if address.startswith(("cases/", "assets/")):
+                assert (folder / address).is_file()
+    policy = next(a["content"] for a in found.with_tag("meta") if "http-equiv" in a)
+    assert "default-src 'none'" in policy
+    assert "unsafe-eval" not in policy
+    assert "http" not in policy
+
+
+def test_notice_stands_on_the_page(folder):
+    assert "For research, not for diagnosis." in Page(folder / "index.html").text
+
+
+def test_card_has_lesions_doubt_and_what_ran(folder):
+    text = Page(folder / "index.html").text
+    for part in ("20 × 20 × 15", "61", "1, −2, 3", "0.250", "3d_fullres fold 0", "total 2.5"):  # noqa: RUF001
+        assert part in text
+
+
+def test_slices_with_the_mask_are_marked_and_the_largest_opens(folder):
+    shown = report.read_case(folder, "small.mha")
+    assert shown is not None
+    marked = [at for at, present in zip(shown.slices, shown.present, strict=True) if present]
+    assert marked == [6, 7]
+    assert shown.largest_slice == 7
+    assert shown.first_slice == 2
+    assert report.read_case(folder, "other.mha") is None
+
+
+def test_files_of_a_case_have_harmless_names(folder):
+    names = {path.name for path in (folder / "cases").iterdir()}
+    assert {"small.mha.js", "small.mha.jpg", "small.mha.json"} <= names
+    assert all(set(name) <= set(report.slug_of(name)) for name in names)
+    for name in (EVIL, "../../etc", ".hidden", "ä.mha", "a b", "x" * 300, ""):
+        slug = report.slug_of(name)
+        assert not slug.startswith(".")
+        assert len(slug) < 100
+        assert slug.replace("-", "").replace("_", "").replace(".", "").isalnum()
+        assert slug.isascii()
+    assert report.slug_of("a b") != report.slug_of("a_b") == "a_b"
+    assert report.slug_of("a/b") != report.slug_of("a b")
+
+
+def test_case_without_pictures_is_listed(tmp_path):
+    report.write_index(tmp_path, results()[:1], title="t", subtitle="s")
+    found = Page(tmp_path / "index.html")
+    assert found.cards[0]["data-name"] == "small.mha"
+    assert not found.with_tag("img")
+
+
+def test_viewer_script_is_the_one_that_its_licence_file_names(folder):
+    script = (folder / "assets" / "niivue.umd.js").read_bytes()
+    licences = (folder / "assets" / "niivue-LICENSES.txt").read_text()
+    assert hashlib.sha256(script).hexdigest() in licences
+
+
+def test_values_that_are_unknown_are_dashes_and_sort_as_such(tmp_path):
+    page.write(
+        tmp_path, title="t", subtitle="s", sections=(), cards=(), order="",
+        columns=(Column("a", "A", 2),),
+        rows=[Row("x", {"a": None}), Row("y", {"a": float("inf")}), Row("z", {"a": -1.0})],
+    )  # fmt: skip
+    rows = Page(tmp_path / "index.html").rows[1:]
+    assert [row[1] for row in rows] == ["–", "–", "−1.00"]  # noqa: RUF001
+
+
+def test_what_write_case_left_is_strict(folder):
+    path = folder / "cases" / "none.mha.json"
+    content = json.loads(path.read_text())
+    assert set(content) == {field.name for field in dataclasses.fields(report.Shown)}

@@ -105,12 +105,12 @@ def test_a_finished_run_says_so_and_does_nothing(step_by_step, dataset, caplog):
     with caplog.at_level(logging.INFO):
         assert run.run(arguments(dataset, workspace), lambda words: pytest.fail(str(words))) == 0
     assert caplog.messages == [
-        f"== 1 of 8, convert: done, {workspace}/dataset.json is there",
-        "== 2 of 8, verify: done, no errors in 5 cases, which have not changed since",
-        f"== 3 of 8, plan: done, {workspace}/plans.json is there",
-        f"== 4 of 8, preprocess: done, {workspace}/preprocessed/3d_fullres holds all cases",
-        "== 5 of 8, train: done, folds 0, 1 of 3d_fullres",
-        f"== 8 of 8, export: done, {workspace}/bundles/3d_fullres holds these folds",
+        f"== 1 of 9, convert: done, {workspace}/dataset.json is there",
+        "== 2 of 9, verify: done, no errors in 5 cases, which have not changed since",
+        f"== 3 of 9, plan: done, {workspace}/plans.json is there",
+        f"== 4 of 9, preprocess: done, {workspace}/preprocessed/3d_fullres holds all cases",
+        "== 5 of 9, train: done, folds 0, 1 of 3d_fullres",
+        f"== 8 of 9, export: done, {workspace}/bundles/3d_fullres holds these folds",
         f"the weights of 3d_fullres are in {workspace}/bundles/3d_fullres",
     ]
 
@@ -377,7 +377,9 @@ def whole_arguments(dataset, workspace):
 
 def test_all_folds_are_cross_validated_selected_from_and_exported(whole):
     workspace, done = whole
-    assert stages(done)[-4:] == ["train", "cross-validate", "select", "export"]
+    assert stages(done)[-4:] == ["cross-validate", "select", "export", "report"]
+    page = (workspace / "report" / "index.html").read_text()
+    assert all(f'data-name="{name}"' in page for name in NAMES)
     for name in ("2d", "3d_fullres"):
         table = summary.load(workspace / "evaluation" / name)
         assert [case.name for case in table.cases] == list(NAMES)  # each once
@@ -415,12 +417,16 @@ def test_what_was_selected_is_not_selected_again_until_a_fold_changes(whole, dat
     arguments = whole_arguments(dataset, workspace)
     with caplog.at_level(logging.INFO):
         assert run.run(arguments, lambda words: pytest.fail(str(words))) == 0
-    assert any("== 7 of 8, select: done" in message for message in caplog.messages)
+    assert any("== 7 of 9, select: done" in message for message in caplog.messages)
     record = workspace / "runs" / "2d" / "fold_3" / "validation.json"
     os.utime(record)
     done = []
     run.run(arguments, lambda words: done.append(words) or 0)
     assert stages(done)[:2] == ["cross-validate", "select"]
+    os.utime(workspace / "selection.json")
+    done.clear()
+    run.run(arguments, lambda words: done.append(words) or 0)
+    assert stages(done)[-1] == "report"
 
 
 def test_an_incomplete_cross_validation_is_refused_with_the_command(whole, tmp_path):

@@ -77,6 +77,11 @@ COMMANDS = {
         "say whether one evaluation is better than another of the same cases",
         "compare evaluation other_evaluation",
     ),
+    "report": (
+        "training.report",
+        "make a page of a cross-validation: charts, and every case to look at, the worst first",
+        "report work",
+    ),
     "import-nnunet": (
         "training.import_nnunet",
         "turn a trained nnU-Net v2 into a weights bundle",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ichseg import bundle, plans
+from ichseg import bundle, page, plans
 from ichseg.errors import DatasetError, PlansError, TrainingError, WeightsError
 from ichseg.plans import Plans
 from training import (
@@ -26,6 +26,7 @@ from training import (
     planner,
     preprocess,
     progress,
+    report,
     selection,
     splits,
     summary,
@@ -190,6 +191,15 @@ def _export(args: argparse.Namespace) -> Iterator[Step]:
         )
 
 
+def _report(args: argparse.Namespace) -> Iterator[Step]:
+    if not _judged(args):
+        return
+    path = args.workspace / report.FOLDER / page.FILE
+    chosen = args.workspace / selection.SELECTION_FILE
+    done = path.is_file() and path.stat().st_mtime_ns >= chosen.stat().st_mtime_ns
+    yield Step(("report", str(args.workspace)), f"{path} is there" if done else "")
+
+
 # In order. Each gives the commands that it takes, with what shows which of them are done.
 STAGES: dict[str, Callable[[argparse.Namespace], Iterator[Step]]] = {
     "convert": _convert,
@@ -200,6 +210,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], Iterator[Step]]] = {
     "cross-validate": _cross_validate,
     "select": _select,
     "export": _export,
+    "report": _report,
 }
 
 
