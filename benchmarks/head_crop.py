@@ -2,7 +2,8 @@
 
 # needs: two trained workspaces, see docs/decisions/0012-cut-to-the-head.md
 
-    PYTHONPATH=. .venv/bin/python benchmarks/head_crop.py PLAIN HEAD SCAN... --folds 0
+    export PYTHONPATH=. OPENBLAS_NUM_THREADS=1  # as process.py does
+    .venv/bin/python benchmarks/head_crop.py PLAIN HEAD SCAN... --folds 0
 
 PLAIN was planned with `--crop nonzero`, HEAD with `--crop head`. Dice is that of the folds'
 validation, case by case. On each scan the first of these folds is run from both bundles in turns,
