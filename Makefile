@@ -66,7 +66,7 @@ $(VENV)/.demo-installed: requirements.txt | $(PY)
 	@$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev-installed: requirements-dev.txt training/requirements.txt $(VENV)/.demo-installed
+$(VENV)/.dev-installed: requirements-dev.txt requirements-dicom.txt training/requirements.txt $(VENV)/.demo-installed
 	@echo "Installing requirements-dev.txt"
 	@$(PIP) -r requirements-dev.txt
 	@touch $@

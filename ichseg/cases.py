@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ichseg import dicom_file
 from ichseg.errors import InputError
 
 SUFFIXES = (".mha", ".nii.gz", ".nii")
@@ -27,8 +28,8 @@ class InputCase:
     """One scan to segment.
 
     Attributes:
-        name: For the log, the file name.
-        image: The scan's file.
+        name: For the log, the file name, or that of the folder.
+        image: The scan's file, or the folder of its DICOM slices.
         output: Where its mask goes.
     """
 
@@ -56,8 +57,10 @@ def find_cases(folder: Path, output: Path, *, input_slug: str, output_slug: str)
     """Recognise the layout of an input folder.
 
     In this order: ``inputs.json`` (one image socket, or the one named ``input_slug``),
-    ``images/<slug>/*.mha`` (likewise), else volumes lying directly in the folder. On the platform
-    layouts masks go to ``images/<output_slug>/``; in a flat folder they keep the input's file name.
+    ``images/<slug>/*.mha`` (likewise), else what lies directly in the folder: volumes, folders of
+    DICOM slices, or the slices of one scan. On the platform layouts masks go to
+    ``images/<output_slug>/``; in a flat folder they keep the input's file name, and those of DICOM
+    get the folder's name and ``_straight``, since their grid may be another than the slices'.
 
     Raises:
         InputError: There is no case, more than one socket could be meant, or a path leads out of
@@ -85,15 +88,36 @@ def _recognise(folder: Path, output: Path, input_slug: str, output_slug: str) ->
         }
         socket = _choose(slugs, input_slug, folder / "images")
         return Job(_platform_cases(folder / socket, masks, folder), platform=True)
-    images = _volumes(folder, folder)
-    if not images:
+    cases = [InputCase(path.name, path, output / path.name) for path in _volumes(folder, folder)]
+    cases += [
+        InputCase(name, path, output / f"{name}_straight.mha")
+        for name, path in _dicom_folders(folder, output).items()
+    ]
+    if not cases:
         raise InputError(
-            f"{folder}: found no scan, expected {', '.join(SUFFIXES)} files "
+            f"{folder}: found no scan, expected {', '.join(SUFFIXES)} files, DICOM slices "
             "or a Grand Challenge layout"
         )
-    return Job(
-        tuple(InputCase(path.name, path, output / path.name) for path in images), platform=False
-    )
+    for mask, count in Counter(case.output for case in cases).items():
+        if count > 1:
+            raise InputError(f"{folder}: {count} scans whose masks would be {mask.name}")
+    return Job(tuple(sorted(cases, key=lambda case: case.name)), platform=False)
+
+
+def _dicom_folders(folder: Path, output: Path) -> dict[str, Path]:
+    """By name: the folder itself if DICOM slices lie in it, else those in it that hold some.
+
+    The output folder may lie there, too, with an earlier run's DICOM-SEG.
+    """
+    here = sorted(_inside(folder, folder).iterdir())
+    if any(path.is_file() and dicom_file.is_dicom(path) for path in here):
+        return {folder.resolve().name or "scan": folder}
+    return {
+        path.name: _inside(path, folder)
+        for path in here
+        if path.is_dir() and not path.name.startswith(".") and path.resolve() != output.resolve()
+        if dicom_file.holds_dicom(path)
+    }
 
 
 def find_challenge_cases(folder: Path, predict: Path) -> Job:

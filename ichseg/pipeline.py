@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,14 +20,16 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
-from ichseg import memory, plausible, postprocess, preprocess, result, volume
+from ichseg import dicom_seg, memory, plausible, postprocess, preprocess, result, stack, volume
 from ichseg import scan as scan_reader
 from ichseg.cases import InputCase, Job
 from ichseg.console import Progress, duration, say
+from ichseg.dicom import Series
 from ichseg.errors import BudgetError, DeviceError, IchsegError, InputError, WeightsError
 from ichseg.postprocess import Lesion
 from ichseg.predict import Ensemble, Predicted, Prepared, Segmentation
 from ichseg.result import CaseResult
+from ichseg.scan import Scan
 from ichseg.volume import Volume
 from ichseg.work import PRESETS
 
@@ -76,8 +77,7 @@ class Opened:
     """A case that has been read and prepared."""
 
     made_from: dict[str, Any]
-    scan: Volume
-    warnings: tuple[str, ...]
+    scan: Scan
     read_s: float
     need: memory.Need
     on_host: bool
@@ -89,8 +89,7 @@ class Done:
     """A case that the networks have run on."""
 
     made_from: dict[str, Any]
-    scan: Volume
-    warnings: tuple[str, ...]
+    scan: Scan
     read_s: float
     predicted: Predicted
 
@@ -122,7 +121,8 @@ def run(job: Job, ensemble: Ensemble, options: Options) -> list[CaseResult]:
         ended = _write(task, case, ensemble, options.output, pictures)
         results[task.case.output] = ended
         if ended.error:
-            task.case.output.unlink(missing_ok=True)  # an earlier run's would be taken for this one
+            for earlier in (task.case.output, dicom_seg.beside(task.case.output)):
+                earlier.unlink(missing_ok=True)  # it would be taken for this run's
             say(f"{task.name}: failed: {ended.error}")
         if not job.challenge:
             in_order = [results[case.output] for case in cases if case.output in results]
@@ -222,24 +222,24 @@ def _open(task: Task, _: Task, ensemble: Ensemble, options: Options, base: int) 
     began = time.perf_counter()
     image = task.case.image
     made_from = result.made_from(image, **options.made_from)
-    if image.is_file():
-        _refuse_beyond_memory(image, base + 2 * math.prod(volume.stored_shape(image)), "voxels")
-    found = scan_reader.read(image)
-    scan, warnings = found.volume, found.warnings
+    _refuse_beyond_memory(image, base + 2 * scan_reader.count_voxels(image), "voxels")
+    scan = scan_reader.read(image)
+    if scan.series is not None:
+        say(f"{task.name}: {scan.series.words}")
     if ensemble.model.expects_hu:
-        scan, more = plausible.check(scan, image)
-        warnings += more
+        checked, more = plausible.check(scan.volume, image)
+        scan = dataclasses.replace(scan, volume=checked, warnings=scan.warnings + more)
     read_s = time.perf_counter() - began
-    need, on_host = _need(scan, made_from["bytes"], ensemble, options)
-    allowed = _refuse_beyond_memory(image, base + need.alone, _size(scan))
+    need, on_host = _need(scan.volume, made_from["bytes"], ensemble, options)
+    allowed = _refuse_beyond_memory(image, base + need.alone, _size(scan.volume))
     say(
-        f"{task.name}: {_size(scan)}, about {_gb(base + need.alone)} of memory"
+        f"{task.name}: {_size(scan.volume)}, about {_gb(base + need.alone)} of memory"
         + (f", {_gb(allowed.total)} allowed by {allowed.by}" if allowed else "")
         + (f"; {_gb(need.device)} of the GPU's" if need.device else "")
         + (", which does not hold the scores: they stay on the host" if on_host else "")
     )
-    prepared = ensemble.prepare(scan, options.preset)
-    return Opened(made_from, scan, warnings, read_s, need, on_host, prepared)
+    prepared = ensemble.prepare(scan.volume, options.preset)
+    return Opened(made_from, scan, read_s, need, on_host, prepared)
 
 
 def _refuse_beyond_memory(image: Path, needed: int, what: str) -> memory.Limit | None:
@@ -319,7 +319,7 @@ def _predict(
     """Run the networks, in the share of the time that is left."""
     budget_s = None
     if deadline is not None:
-        reserve_s = _RESERVE_S + _RESERVE_S_PER_VOXEL * opened.scan.voxels.size
+        reserve_s = _RESERVE_S + _RESERVE_S_PER_VOXEL * opened.scan.volume.voxels.size
         left_s = deadline - time.monotonic()
         budget_s = left_s / cases_left - reserve_s
         if budget_s <= 0:
@@ -330,18 +330,20 @@ def _predict(
     predicted = ensemble.predict(
         opened.prepared, Progress(budget_s), budget_s, on_host=opened.on_host
     )
-    return Done(opened.made_from, opened.scan, opened.warnings, opened.read_s, predicted)
+    return Done(opened.made_from, opened.scan, opened.read_s, predicted)
 
 
 @_stage
 def _write(task: Task, done: Done, ensemble: Ensemble, output: Path, pictures: bool) -> CaseResult:
     """Restore, measure, write."""
-    case, scan = task.case, done.scan
+    case, scan = task.case, done.scan.volume
     segmentation = ensemble.finish(done.predicted)
     done.predicted.parts.clear()  # the scores' memory is of use to others
     began = time.perf_counter()
     found = postprocess.lesions(segmentation.mask.voxels.astype(np.uint8, copy=False), scan)
     volume.write(segmentation.mask, case.output)
+    if done.scan.series is not None:
+        segmentation = _onto_slices(segmentation, done.scan.series, ensemble, case.output)
     if pictures:
         from ichseg import report
 
@@ -357,9 +359,22 @@ def _write(task: Task, done: Done, ensemble: Ensemble, output: Path, pictures: b
     return CaseResult(case.name, str(case.output.relative_to(output)), "", facts)
 
 
+def _onto_slices(
+    segmentation: Segmentation, series: Series, ensemble: Ensemble, mask: Path
+) -> Segmentation:
+    """Measured on the slices as they were taken, and written as DICOM-SEG if that can be."""
+    labels = stack.onto_slices(series.stack, segmentation.mask.voxels.astype(np.uint8, copy=False))
+    warning = dicom_seg.write(labels, series, dicom_seg.beside(mask), ensemble.model)
+    return dataclasses.replace(
+        segmentation,
+        volume_ml=stack.volume_ml(series.stack, labels),
+        warnings=segmentation.warnings + ((warning,) if warning else ()),
+    )
+
+
 def _facts(segmentation: Segmentation, found: tuple[Lesion, ...], done: Done) -> dict[str, Any]:
     """The ``report`` of ``results.json``."""
-    warnings = [*done.warnings, *segmentation.warnings]
+    warnings = [*done.scan.warnings, *segmentation.warnings]
     if len(found) > MOST_LESIONS:
         warnings.append(f"{len(found)} lesions, the {MOST_LESIONS} largest are listed")
     doubt = segmentation.doubt

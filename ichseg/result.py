@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ichseg import dicom_file
 from ichseg.cases import InputCase
 from ichseg.errors import InputError, OutputError
 from ichseg.volume import replacing
@@ -88,7 +89,7 @@ def made_from(image: Path, **settings: object) -> dict[str, Any]:
         InputError: The scan cannot be looked at.
     """
     try:
-        files = [p for p in image.rglob("*") if p.is_file()] if image.is_dir() else [image]
+        files = list(dicom_file.walk(image)) if image.is_dir() else [image]
         stats = [path.stat() for path in files]
     except OSError as error:
         raise InputError(f"{image}: cannot read ({error.strerror})") from error
@@ -110,6 +111,24 @@ def finished(
             digest = sha256(case.output)
             return result if digest and digest == result.report.get("mask_sha256") else None
     return None
+
+
+def without_lost(results: Sequence[CaseResult], output: Path) -> list[CaseResult]:
+    """The results, in which a mask that is no longer there is an error.
+
+    Somebody may have removed the output folder in the meantime; the later masks made it again.
+    """
+    return [
+        result
+        if result.mask is None or (output / result.mask).is_file()
+        else CaseResult(
+            image=result.image,
+            mask=None,
+            error=f"{output / result.mask}: was removed during the run; --resume does it again",
+            report={},
+        )
+        for result in results
+    ]
 
 
 def sha256(path: Path) -> str | None:

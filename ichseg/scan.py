@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ichseg import headers, volume
+from ichseg import dicom, headers, volume
+from ichseg.dicom import Series
 from ichseg.volume import Volume
 
 _SAME_FRAME_MM = 0.5  # writers round differently; a voxel is rarely smaller
@@ -18,18 +20,23 @@ class Scan:
     Attributes:
         volume: On a straight grid.
         warnings: About the file.
+        series: The slices that it was made from, if it came as DICOM.
     """
 
     volume: Volume
     warnings: tuple[str, ...] = ()
+    series: Series | None = None
 
 
 def read(path: Path) -> Scan:
-    """Read an ``.mha``, ``.nii`` or ``.nii.gz`` file.
+    """Read an ``.mha``, ``.nii`` or ``.nii.gz`` file, or a folder of DICOM slices.
 
     Raises:
-        InputError: The file is missing, of another type, damaged, or no finite 3D volume.
+        InputError: It is missing, of another type, damaged, or no finite 3D volume.
     """
+    if path.is_dir():
+        series = dicom.find_series(path)
+        return Scan(dicom.read(series), series.warnings, series)
     found = volume.read(path)
     warnings = []
     if found.nifti_header is not None:
@@ -40,3 +47,14 @@ def read(path: Path) -> Scan:
                 "as ITK reads them, and the mask has the same header"
             )
     return Scan(found, tuple(warnings))
+
+
+def count_voxels(path: Path) -> int:
+    """Of what ``read`` would give, from headers alone.
+
+    Raises:
+        InputError: There is no readable header.
+    """
+    if path.is_dir():
+        return dicom.voxels(dicom.find_series(path))
+    return math.prod(volume.stored_shape(path))

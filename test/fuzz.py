@@ -112,7 +112,7 @@ def work() -> None:
             # not resolved: links are not to be followed
             path = os.path.abspath(os.fsdecode(args[0]))  # noqa: PTH100
             if not path.startswith(
-                (*allowed, sys.prefix, sys.base_prefix, str(ROOT), "/proc/self")
+                (*allowed, sys.prefix, sys.base_prefix, str(ROOT), "/proc/self", os.devnull)
             ):
                 foreign.append(path)
 

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gzip
 import hashlib
 import json
 import random
 import struct
+import tempfile
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pydicom
+import SimpleITK as sitk
+from dicom_files import make_slice, save
+from pydicom.dataset import Dataset
 
+from ichseg.dicom_file import PLAIN
 from ichseg.volume import Volume, write
 
-KINDS = ("mha", "mha-packed", "nii", "nii.gz", "model.json", "safetensors", "inputs.json")
+KINDS = (
+    "mha", "mha-packed", "nii", "nii.gz", "dicom", "dicom-packed", "model.json", "safetensors",
+    "inputs.json",
+)  # fmt: skip
 HUGE = ("99999999999", "-1", "0", "1e9", "4294967296", "2147483647", "nan", "", "65536 65536")
 PATHS = (
     "/etc/passwd", "../../../../etc/passwd", "LIST", "case%03d.raw 1 3 1", "LOCAL\0", "file:///etc",
@@ -31,7 +43,8 @@ class Mutant:
     Attributes:
         name: For the table, such as ``nii-0012``.
         kind: One of ``KINDS``.
-        path: What is read: the file, or the folder of a bundle or of the platform's input.
+        path: What is read: the file, or the folder of a bundle, of slices or of the platform's
+            input.
     """
 
     name: str
@@ -57,6 +70,9 @@ def make(folder: Path, kind: str, number: int, seed: int, bundle: Path) -> Mutan
         path = home / f"case.{kind.removesuffix('-packed')}"
         path.write_bytes(_volume(home, kind, rng))
         return Mutant(name, kind, path)
+    if kind.startswith("dicom"):
+        _slices(home, kind == "dicom-packed", rng)
+        return Mutant(name, kind, home)
     if kind == "inputs.json":
         (home / "images" / "ct").mkdir(parents=True)
         write(_scan(rng), home / "images" / "ct" / "a.mha")
@@ -111,6 +127,81 @@ _NIFTI_FIELDS = [
     *((76 + 4 * i, "f") for i in range(8)), (108, "f"), (112, "f"), (116, "f"), (123, "b"),
     (252, "h"), (254, "h"), *((256 + 4 * i, "f") for i in range(18)), (344, "4s"), (348, "i"),
 ]  # fmt: skip
+
+
+def _slices(home: Path, packed: bool, rng: random.Random) -> None:
+    """Three slices of a CT, one or all of them altered."""
+    altered = rng.choice(([0], [1], [2], [0, 1, 2]))
+    pixels = np.random.default_rng(rng.randrange(2**32)).integers(-900, 900, (3, 40, 32))
+    for number in range(3):
+        made = make_slice(pixels[number], (0.0, 0.0, 5.0 * number))
+        syntax = rng.choice(PLAIN)
+        if packed:
+            made.PixelData, syntax = _packed(rng.choice(("JPEG", "JPEG2000")))
+            made["PixelData"].is_undefined_length = True
+            made.PixelRepresentation, made.RescaleIntercept = 1, 0
+        elif number in altered and rng.random() < 0.6:
+            for _ in range(rng.randint(1, 3)):
+                name = rng.choice([e.keyword for e in made if e.keyword != "PixelData"])
+                if rng.random() < 0.2:
+                    delattr(made, name)
+                else:
+                    _put(made, name, rng)
+                    break
+        path = home / f"{number}.dcm"
+        with warnings.catch_warnings(), contextlib.suppress(*_PYDICOM_REFUSES):
+            warnings.simplefilter("ignore")
+            save(made, path, syntax)
+        if not path.exists():
+            path.write_bytes(rng.randbytes(400))
+        if number in altered and (packed or rng.random() < 0.6):
+            content = path.read_bytes()
+            pixels_at = content.find(b"\xe0\x7f\x10\x00")
+            only_pixels = packed and pixels_at > 0 and rng.random() < 0.6
+            path.write_bytes(_dicom_noise(content, pixels_at if only_pixels else 132, rng))
+
+
+_PYDICOM_REFUSES = (ValueError, TypeError, AttributeError, OverflowError, struct.error, KeyError)
+
+
+def _put(made: Dataset, name: str, rng: random.Random) -> None:
+    """Another value, as a string of the file would have it."""
+    element = made[name]
+    if element.VR == "US":
+        element.value = rng.choice((0, 1, 2, 15, 4096, 65535))
+    else:
+        words = ("1e9\\1e9", "nan\\0\\0", "-1", "0\\0", "x" * 900, "", "1\\0\\0\\0\\1\\0", *HUGE)
+        element._value = rng.choice((*words, *PATHS))  # as it stands, unchecked
+
+
+@functools.cache
+def _packed(compressor: str) -> tuple[bytes, str]:
+    """Pixels of 40 x 32, compressed, with their transfer syntax."""
+    pixels = np.random.default_rng(1).integers(-900, 900, (1, 40, 32)).astype(np.int16)
+    writer = sitk.ImageFileWriter()
+    writer.SetImageIO("GDCMImageIO")
+    writer.SetUseCompression(True)
+    writer.SetCompressor(compressor)
+    with tempfile.TemporaryDirectory() as folder:
+        writer.SetFileName(f"{folder}/a.dcm")
+        writer.Execute(sitk.GetImageFromArray(pixels))
+        written = pydicom.dcmread(f"{folder}/a.dcm")
+    return written.PixelData, written.file_meta.TransferSyntaxUID
+
+
+def _dicom_noise(content: bytes, start: int, rng: random.Random) -> bytes:
+    """Lengths and types of elements exchanged, from ``start`` on; or any bytes."""
+    if rng.random() < 0.3:
+        return content[:start] + _noise(content[start:], rng)
+    changed = bytearray(content)
+    for _ in range(rng.randint(1, 5)):
+        where = rng.randrange(start, len(changed) - 8)
+        piece = rng.choice(
+            (b"\xff\xff\xff\xff", bytes(4), b"SQ\0\0", b"UN\0\0", b"\xfe\xff\x00\xe0",
+             b"\xfe\xff\xdd\xe0", b"\xe0\x7f\x10\x00", b"\xff\xff\xff\x7f", rng.randbytes(2))
+        )  # fmt: skip
+        changed[where : where + len(piece)] = piece
+    return bytes(changed)
 
 
 def _mha(scan: Volume, packed: bool, rng: random.Random) -> bytes:
