@@ -1,7 +1,7 @@
 """Compressed DICOM pixels, decompressed by ITK in a process of its own.
 
 The decoders that ITK brings die of damaged pixels, by a signal that nothing can catch: of 1,500
-altered JPEG Lossless slices some twenty. In another process that is an error like any other. It is
+altered JPEG Lossless slices fifteen. In another process that is an error like any other. It is
 begun at the first compressed slice, and ends with the series.
 """
 
