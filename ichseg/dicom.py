@@ -8,7 +8,6 @@ or tilt that its header mentions. Numbers of attributes are those of the DICOM s
 from __future__ import annotations
 
 import math
-import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,26 +16,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ichseg import decompress, dicom_file, headers
-from ichseg.decompress import Decoder
-from ichseg.dicom_file import COMPRESSED, EXPLICIT_BIG, DicomFile
+from ichseg import decompress, dicom_file, dicom_pixels, headers
+from ichseg.dicom_file import CT_IMAGE, DicomFile
 from ichseg.errors import InputError
-from ichseg.stack import NOTHING_HU, Stack, grid_of, straighten
+from ichseg.stack import Stack, grid_of, straighten
 from ichseg.volume import Volume
 
-CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
-CT = "CT"
 
-_SOP_CLASS, _SOP_INSTANCE, _MODALITY, _IMAGE_TYPE = 0x00080016, 0x00080018, 0x00080060, 0x00080008
-_SERIES, _SERIES_NUMBER, _ACQUISITION, _FRAME = 0x0020000E, 0x00200011, 0x00200012, 0x00200052
+_SOP_CLASS, _MODALITY, _IMAGE_TYPE = 0x00080016, 0x00080060, 0x00080008
+_SERIES, _SERIES_NUMBER = 0x0020000E, 0x00200011
 _POSITION, _ORIENTATION, _SPACING, _THICKNESS = 0x00200032, 0x00200037, 0x00280030, 0x00180050
-_ROWS, _COLUMNS, _FRAMES, _SAMPLES = 0x00280010, 0x00280011, 0x00280008, 0x00280002
-_PHOTOMETRIC, _ALLOCATED, _STORED, _HIGH, _SIGNED = (
-    0x00280004, 0x00280100, 0x00280101, 0x00280102, 0x00280103,
-)  # fmt: skip
-_PADDING, _PADDING_LIMIT = 0x00280120, 0x00280121
-_INTERCEPT, _SLOPE, _RESCALED_TO = 0x00281052, 0x00281053, 0x00281054
+_ROWS, _COLUMNS = 0x00280010, 0x00280011
 _CONTRAST, _BODY_PART, _TILT, _KERNEL = 0x00180010, 0x00180015, 0x00181120, 0x00181210
 _LOSSY = 0x00282110
 
@@ -140,7 +131,7 @@ def read(series: Series) -> Volume:
         InputError: A slice's pixels are damaged, or no CT's.
     """
     with decompress.decoder() as decode:
-        return straighten(series.stack, lambda i: hounsfield(series.slices[i], decode))
+        return straighten(series.stack, lambda i: dicom_pixels.hounsfield(series.slices[i], decode))
 
 
 def voxels(series: Series) -> int:
@@ -165,7 +156,7 @@ def _headers(folder: Path) -> tuple[list[DicomFile], Counter[str]]:
             )
         if not kind and not file.pixels_at:  # a medium's directory
             continue
-        if kind != CT_IMAGE or modality != CT:
+        if kind != CT_IMAGE or modality != "CT":
             others[f"of modality {modality[:16]}" if modality else "without an image"] += 1
         elif "LOCALIZER" in file.text(_IMAGE_TYPE).upper():
             others["of a localiser"] += 1
@@ -243,7 +234,7 @@ def _one_at_each_place(
     for i, file in enumerate(files):
         if not kept or places[i, 0] - places[kept[-1], 0] > _SAME_PLACE_MM:
             kept.append(i)
-        elif _pixel_bytes(files[kept[-1]]) != _pixel_bytes(file):
+        elif dicom_pixels.pixel_bytes(files[kept[-1]]) != dicom_pixels.pixel_bytes(file):
             raise InputError(
                 f"{folder}: {files[kept[-1]].path.name} and {file.path.name} lie at the same "
                 "place and differ, expected one slice at each place: the slices of one acquisition"
@@ -330,140 +321,3 @@ def _describe(files: Iterable[DicomFile]) -> str:
     if kernel := first.text(_KERNEL).replace("\\", " ")[:24]:
         known.append(f"kernel {kernel}")
     return ", ".join([" ".join(known[:2]), *known[2:]])
-
-
-def hounsfield(file: DicomFile, decode: Decoder) -> npt.NDArray[np.int16]:
-    """A slice in HU, ``(y, x)``; what the scanner did not reconstruct is ``NOTHING_HU``.
-
-    Args:
-        file: As its header says.
-        decode: See ``decompress.decoder``; asked only for compressed pixels.
-
-    Raises:
-        InputError: It has other pixels than a CT slice, or they are damaged.
-    """
-    _refuse_other_pixels(file)
-    slope, intercept = file.numbers(_SLOPE, 1), file.numbers(_INTERCEPT, 1)
-    unit = file.text(_RESCALED_TO).upper()  # US: unspecified
-    if slope is None or intercept is None or slope[0] == 0 or unit not in ("", "HU", "US"):
-        raise file.fault(
-            f"rescaled by {slope} and {intercept} to {unit[:16] or 'HU'!r}, expected a slope and "
-            "an intercept to HU"
-        )
-    stored = _stored(file, decode)
-    hu = stored * np.float32(slope[0]) + np.float32(intercept[0])
-    np.clip(np.rint(hu, out=hu), NOTHING_HU, 32_767, out=hu)
-    slice_hu = hu.astype(np.int16)
-    padding = file.elements.get(_PADDING, b"")
-    if len(padding) == 2:
-        form = "<h" if file.integer(_SIGNED) else "<H"
-        limit = file.elements.get(_PADDING_LIMIT, b"")
-        ends = [struct.unpack(form, v)[0] for v in (padding, limit if len(limit) == 2 else padding)]
-        slice_hu[(stored >= min(ends)) & (stored <= max(ends))] = NOTHING_HU
-    return slice_hu
-
-
-def _refuse_other_pixels(file: DicomFile) -> None:
-    allocated, stored, high = (file.integer(tag) for tag in (_ALLOCATED, _STORED, _HIGH))
-    if file.integer(_SAMPLES) not in (None, 1) or file.integer(_FRAMES) not in (None, 1):
-        raise file.fault("pixels of several samples or frames, expected one slice of grey values")
-    if file.text(_PHOTOMETRIC) != "MONOCHROME2":
-        raise file.fault(f"pixels are {file.text(_PHOTOMETRIC)[:16]!r}, expected MONOCHROME2")
-    if allocated != 16 or not stored or not 8 < stored <= 16 or high != stored - 1:
-        raise file.fault(
-            f"{stored} bits of {allocated} up to bit {high}, expected 9 to 16 of 16, from bit 0 on"
-        )
-    if file.integer(_SIGNED) not in (0, 1):
-        raise file.fault("does not say whether its pixels have a sign")
-
-
-def _stored(file: DicomFile, decode: Decoder) -> npt.NDArray[np.int32]:
-    """Numbers as they are stored, ``(y, x)``."""
-    rows, columns = file.integer(_ROWS) or 0, file.integer(_COLUMNS) or 0
-    bits = file.integer(_STORED) or 16
-    if file.syntax in COMPRESSED:
-        raw = _decompressed(file, rows, columns, decode)
-    else:
-        wanted = 2 * rows * columns
-        if not wanted <= file.pixels_size <= wanted + 2:
-            raise file.fault(
-                f"{file.pixels_size} bytes of pixels, expected {wanted} for {rows} x {columns}"
-            )
-        order = ">u2" if file.syntax == EXPLICIT_BIG else "<u2"
-        raw = np.frombuffer(_pixel_bytes(file)[:wanted], order).reshape(rows, columns)
-    values = raw.astype(np.int32) & ((1 << bits) - 1)  # above them old files keep overlays
-    if file.integer(_SIGNED):
-        values -= (values >> (bits - 1)) << bits
-    return values
-
-
-def _pixel_bytes(file: DicomFile) -> bytes:
-    """The pixels as they lie in the file."""
-    try:
-        with file.path.open("rb") as stream:
-            stream.seek(file.pixels_at)
-            return stream.read(file.pixels_size) if file.pixels_at else b""
-    except OSError as error:
-        raise file.fault(f"cannot read ({error.strerror or error})") from error
-
-
-def _decompressed(
-    file: DicomFile, rows: int, columns: int, decode: Decoder
-) -> npt.NDArray[np.uint16]:
-    """By ITK, which is shown a file of ours: what it needs, and the pixels.
-
-    So no attribute of the file but its pixels reaches that reader.
-    """
-    pixels = dicom_file.fragments(file, 4 * rows * columns + 65_536)
-    found = decode(_plain_slice(file, pixels, rows, columns))
-    if found is None:
-        raise file.fault(f"its pixels, compressed as {COMPRESSED[file.syntax]}, are damaged")
-    if found.shape != (rows, columns):
-        raise file.fault(
-            f"its compressed pixels are {found.shape[0]} x {found.shape[1]}, its header says "
-            f"{rows} x {columns}"
-        )
-    return found
-
-
-def _plain_slice(file: DicomFile, pixels: bytes, rows: int, columns: int) -> bytes:
-    """A DICOM file with these compressed pixels and nothing of a patient's."""
-
-    def element(tag: int, kind: bytes, value: bytes) -> bytes:
-        value += (b"\0" if kind == b"UI" else b" ") * (len(value) % 2)
-        head = struct.pack("<HH2s", tag >> 16, tag & 0xFFFF, kind)
-        long = kind in (b"OB", b"OW")
-        return head + struct.pack("<HI" if long else "<H", *([0] * long), len(value)) + value
-
-    def number(tag: int, value: int) -> bytes:
-        return element(tag, b"US", struct.pack("<H", value))
-
-    meta = (
-        element(0x00020001, b"OB", b"\0\1")
-        + element(0x00020002, b"UI", CT_IMAGE.encode())
-        + element(0x00020003, b"UI", b"1.2.3")
-        + element(0x00020010, b"UI", file.syntax.encode())
-    )
-    stored = file.integer(_STORED) or 16
-    data = (
-        element(_SOP_CLASS, b"UI", CT_IMAGE.encode())
-        + element(_SOP_INSTANCE, b"UI", b"1.2.3")
-        + number(_SAMPLES, 1)
-        + element(_PHOTOMETRIC, b"CS", b"MONOCHROME2")
-        + number(_ROWS, rows)
-        + number(_COLUMNS, columns)
-        + number(_ALLOCATED, 16)
-        + number(_STORED, stored)
-        + number(_HIGH, stored - 1)
-        + number(_SIGNED, file.integer(_SIGNED) or 0)
-    )
-    pixels += b"\0" * (len(pixels) % 2)
-    fragments = (
-        struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OB", 0, 0xFFFFFFFF)
-        + struct.pack("<HHI", 0xFFFE, 0xE000, 0)
-        + struct.pack("<HHI", 0xFFFE, 0xE000, len(pixels))
-        + pixels
-        + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
-    )
-    group_length = struct.pack("<HH2sHI", 0x0002, 0x0000, b"UL", 4, len(meta))
-    return bytes(128) + b"DICM" + group_length + meta + data + fragments

@@ -23,7 +23,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from ichseg import decompress, dicom, dicom_file, scan
+from ichseg import decompress, dicom, dicom_file, dicom_pixels, scan
 from ichseg.errors import InputError
 from ichseg.stack import NOTHING_HU
 
@@ -41,7 +41,7 @@ def write(folder, heights=HEIGHTS, **changes):
 
 def hounsfield(path):
     with decompress.decoder() as decode:
-        return dicom.hounsfield(dicom_file.read_header(path), decode)
+        return dicom_pixels.hounsfield(dicom_file.read_header(path), decode)
 
 
 @pytest.fixture
@@ -327,13 +327,13 @@ def test_damaged_compressed_pixels_are_an_error_even_if_the_decoder_dies(tmp_pat
                 changed[where] = rng.integers(256)
             path.write_bytes(changed)
             try:
-                dicom.hounsfield(dicom_file.read_header(path), decode)
+                dicom_pixels.hounsfield(dicom_file.read_header(path), decode)
                 ended.add("read")
             except InputError as error:
                 ended.add(str(error).split(": ", 1)[1])
         path.write_bytes(whole)  # and the next good one is read
         np.testing.assert_array_equal(
-            dicom.hounsfield(dicom_file.read_header(path), decode), pixels
+            dicom_pixels.hounsfield(dicom_file.read_header(path), decode), pixels
         )
     assert any("compressed as JPEG Lossless" in words for words in ended)
 
