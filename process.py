@@ -103,6 +103,8 @@ def run_job(arguments: argparse.Namespace, loaded: Callable[[], Ensemble], began
         return fail(str(error))
     except MemoryError:
         return fail(f"{arguments.input}: out of memory")
+    except OSError as error:  # such as a file where the output folder was
+        return fail(f"{error.filename or arguments.output}: {error.strerror or error}")
 
 
 def load(arguments: argparse.Namespace) -> Ensemble:
@@ -116,7 +118,7 @@ def segment(
     arguments: argparse.Namespace, job: Job, ensemble: Ensemble, model_sha256: str, began: float
 ) -> int:
     """Segment every case; one bad scan does not stop the others."""
-    from ichseg import pipeline
+    from ichseg import pipeline, result
 
     budget_s = arguments.time_budget
     labels = ensemble.model.plans.labels
@@ -139,8 +141,11 @@ def segment(
             "time_budget_s": budget_s,
         },
     )
-    results = pipeline.run(job, ensemble, options)
-    failed = [result.error for result in results if result.error]
+    ended = pipeline.run(job, ensemble, options)
+    results = result.without_lost(ended, arguments.output)
+    if results != ended and not job.challenge:
+        result.write_results(results, arguments.output / "results.json")
+    failed = [each.error for each in results if each.error]
     if failed:
         more = [f"{len(failed) - 5} more, see results.json"] if len(failed) > 6 else []
         reasons = "; ".join([*failed[: 5 if more else None], *more])  # one line, not too long
@@ -198,13 +203,16 @@ def read_model(weights: Path) -> dict[str, Any]:
 def check_output(job: Job, output: Path) -> None:
     """Refuse an output folder that cannot be written, or where masks would replace scans."""
     for case in job.cases:
-        if case.output.exists() and case.output.samefile(case.image):
+        # a scan that has gone since it was listed is its case's fault, and said there
+        if case.output.exists() and case.image.exists() and case.output.samefile(case.image):
             raise OutputError(f"{case.image}: its mask would replace it; name another --output")
     probe = output / ".writing-probe"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        try:
+            probe.touch()
+        finally:  # also when a signal comes in between
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{output}: cannot write results there ({error.strerror})") from error
 

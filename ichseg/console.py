@@ -6,6 +6,8 @@ line is rewritten in place.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 
@@ -16,8 +18,7 @@ _EVERY_S = 60.0
 
 def say(text: str) -> None:
     """One plain line."""
-    sys.stderr.write((_CLEAR if sys.stderr.isatty() else "") + text + "\n")
-    sys.stderr.flush()
+    _write((_CLEAR if sys.stderr.isatty() else "") + text + "\n")
 
 
 def fail(reason: str) -> int:
@@ -63,8 +64,19 @@ class Progress:
         if sys.stderr.isatty():
             if done == total or now - self.said >= 1:
                 self.said = now
-                sys.stderr.write(_CLEAR + (text if done < total else ""))
-                sys.stderr.flush()
+                _write(_CLEAR + (text if done < total else ""))
         elif now - self.said >= _EVERY_S and done / total - self.share >= 1 / _MOST_LINES:
             self.said, self.share = now, done / total
             say(text)
+
+
+def _write(text: str) -> None:
+    """To stderr; a log whose disk is full or whose reader has gone costs nobody a mask."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # what is buffered would fail again at the exit
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stderr.fileno())
+            os.close(nowhere)

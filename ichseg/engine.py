@@ -12,6 +12,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,8 @@ class Engine:
             volumes that a GPU's memory does not hold.
         free_bytes: Of a GPU's memory; None for the CPU.
         memory_full: What is raised where a GPU's memory is; none for OpenVINO.
+        guard: Around all that touches the device. A GPU that is lost is a ``DeviceError`` at its
+            end, since CUDA tells of it at whichever call comes next.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Engine:
     keep: Callable[[FloatArray], Grid]
     free_bytes: Callable[[], int | None]
     memory_full: tuple[type[Exception], ...] = ()
+    guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
 
 def choose(device: str) -> Engine:

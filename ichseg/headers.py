@@ -117,6 +117,29 @@ def read_voxels(path: Path, suffix: str, header: Header) -> npt.NDArray[np.gener
     return native.astype(np.float32) * slope + inter
 
 
+def is_whole(path: Path, suffix: str, nbytes: int) -> bool:
+    """Whether a file that ITK has just written holds so many bytes of voxels.
+
+    On a full disk ITK leaves the end away, and says nothing if that was in a last buffer.
+    """
+    found = 0
+    try:
+        with path.open("rb") as stream:
+            if suffix == ".mha":
+                text = stream.read(_LONGEST_TEXT)
+                text = text[: text.index(b"\n", text.index(b"ElementDataFile")) + 1]
+                stream.seek(len(text))
+                packed = b"CompressedData = True" in text
+                pieces = _inflate(stream) if packed else _plain(stream)
+            else:
+                pieces = _skip(_inflated(stream), _NIFTI1_DATA)
+            for piece in pieces:
+                found += len(piece)
+    except (EOFError, ValueError, zlib.error):
+        return False
+    return found == nbytes
+
+
 def frames_differ(raw: bytes) -> float:
     """How far apart a NIfTI-1 header's two frames, sform and qform, put a corner, in mm.
 

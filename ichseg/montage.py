@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -229,13 +231,23 @@ def _arrange(panels: list[Picture], title: str) -> Picture:
 
 
 def _write(picture: Picture, path: Path) -> None:
-    """As the kind of file that its name ends in."""
-    with replacing(path, suffix=path.suffix) as temporary:
-        content = sitk.GetImageFromArray(picture, isVector=True)
+    """As the kind of file that its name ends in, which is made in memory.
+
+    Where a disk is full libpng says nothing, and libjpeg ends the process.
+    """
+    content = sitk.GetImageFromArray(picture, isVector=True)
+    with replacing(path, suffix=path.suffix) as temporary, _memory_file() as memory:
+        os.posix_fallocate(memory.fileno(), 0, picture.nbytes)  # RLIMIT_FSIZE holds here too
+        name = f"/proc/self/fd/{memory.fileno()}"
         try:
             if path.suffix == ".jpg":
-                sitk.WriteImage(content, str(temporary), True, JPEG_QUALITY)
+                sitk.WriteImage(content, name, True, JPEG_QUALITY, imageIO="JPEGImageIO")
             else:
-                sitk.WriteImage(content, str(temporary))
+                sitk.WriteImage(content, name, imageIO="PNGImageIO")
         except RuntimeError as error:
             raise OutputError(f"{path}: cannot write the picture") from error
+        temporary.write_bytes(memory.read())
+
+
+def _memory_file() -> BinaryIO:
+    return os.fdopen(os.memfd_create("picture"), "rb")

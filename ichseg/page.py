@@ -167,11 +167,12 @@ def _section(section: Section) -> Html:
 
 
 def _write_assets(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for name in ("report.css", "report.js", "niivue-LICENSES.txt"):
-        shutil.copyfile(ASSETS / name, folder / name)
+        with replacing(folder / name) as temporary:
+            shutil.copyfile(ASSETS / name, temporary)
     with (
         gzip.open(ASSETS / "niivue.umd.js.gz") as packed,
-        (folder / "niivue.umd.js").open("wb") as script,
+        replacing(folder / "niivue.umd.js") as temporary,
+        temporary.open("wb") as script,
     ):
         shutil.copyfileobj(packed, script)

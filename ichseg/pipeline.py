@@ -114,6 +114,9 @@ def run(job: Job, ensemble: Ensemble, options: Options) -> list[CaseResult]:
     if options.resume:
         results = _finished(job, options)
         say(f"{len(results)} of {len(cases)} cases are finished already")
+    recorded = options.output / "results.json"
+    if not job.challenge and recorded.exists():  # it names masks that this run will replace
+        result.write_results([results[c.output] for c in cases if c.output in results], recorded)
     waiting = [task for task in tasks if task.case.output not in results]
     pictures = options.report and not (job.platform or job.challenge)
 
@@ -419,11 +422,14 @@ def _two_threads(folders: set[Path]) -> Iterator[tuple[ThreadPoolExecutor, Threa
     reader, writer = ThreadPoolExecutor(1, "reader"), ThreadPoolExecutor(1, "writer")
     try:
         yield reader, writer
-    except BaseException:
+    except BaseException as error:
         wait([writer.submit(lambda: None)], _LAST_WRITE_S)  # so long for what it is at
         for folder in folders:
             for partial in folder.glob(".writing-*"):
                 partial.unlink(missing_ok=True)
+        if isinstance(error, Exception):  # no signal: time enough, and its reason is the last line
+            reader.shutdown(cancel_futures=True)
+            writer.shutdown(cancel_futures=True)
         raise
     finally:
         reader.shutdown(wait=False, cancel_futures=True)

@@ -124,7 +124,7 @@ class Ensemble:
             InputError: The volume does not fit the model.
             WeightsError: A network's file does not fit its plan.
             BudgetError: The time does not suffice for one network without mirroring.
-            DeviceError: A GPU's memory does not even hold one tile.
+            DeviceError: A GPU's memory does not even hold one tile, or the GPU is lost.
         """
         prepared = self.prepare(volume, preset)
         left_s = None if budget_s is None else budget_s - prepared.seconds
@@ -166,7 +166,7 @@ class Ensemble:
         Raises:
             WeightsError: A network's file does not fit its plan.
             BudgetError: Not even one unit of each configuration fits.
-            DeviceError: A GPU's memory does not even hold one tile.
+            DeviceError: A GPU's memory does not even hold one tile, or the GPU is lost.
         """
         works = prepared.works
         clock = Clock(
@@ -177,10 +177,11 @@ class Ensemble:
             else time.perf_counter() + budget_s - self._restoring_s(prepared.volume),
             to_come=[units.Load(w.unit_passes, w.tiles.tile, w.forward_passes) for w in works],
         )
-        if not on_host:
-            with contextlib.suppress(*self.engine.memory_full):
-                return self._predict(prepared, dataclasses.replace(clock), budget_s)
-        return self._predict(prepared, clock, budget_s, on_host=True)
+        with self.engine.guard():
+            if not on_host:
+                with contextlib.suppress(*self.engine.memory_full):
+                    return self._predict(prepared, dataclasses.replace(clock), budget_s)
+            return self._predict(prepared, clock, budget_s, on_host=True)
 
     def _predict(
         self, prepared: Prepared, clock: Clock, budget_s: float | None, *, on_host: bool = False
@@ -220,10 +221,15 @@ class Ensemble:
         )
 
     def finish(self, predicted: Predicted) -> Segmentation:
-        """Restore the scores to the volume's grid and decide; may run in any thread."""
+        """Restore the scores to the volume's grid and decide; may run in any thread.
+
+        Raises:
+            DeviceError: The GPU that holds the scores is lost.
+        """
         began = time.perf_counter()
         volume, model = predicted.volume, self.model
-        labels = self._restored(predicted.parts)
+        with self.engine.guard():
+            labels = self._restored(predicted.parts)
         labels = postprocess.apply_rules(labels, model.rules, volume.voxel_ml)
         seconds = predicted.seconds | {"restore": time.perf_counter() - began}
         seconds["total"] = sum(seconds.values())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -14,6 +16,8 @@ from ichseg.sliding_window import tiles_at_once
 
 MOST_GPU_VOXELS = 16_000_000  # 10 tiles of 16x320x320: larger batches are no faster
 _GPU_SHARE = 0.7  # of the free memory for a batch; the volume's scores need some too
+
+_GPU_FAILED = re.compile(r"CUDA (driver )?error|CUDNN_STATUS_|CUBLAS_STATUS_|CUFFT_")
 
 TensorCallable = Callable[[torch.Tensor], torch.Tensor]
 
@@ -28,9 +32,34 @@ def engine_on(device: torch.device) -> Engine:
         load=functools.partial(_load, device),
         kind="cuda" if device.type == "cuda" else "torch-cpu",
         keep=torch.from_numpy,
-        free_bytes=lambda: torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        free_bytes=functools.partial(_free_bytes, device),
         memory_full=(torch.cuda.OutOfMemoryError, DeviceError),
+        guard=gpu_guard,
     )
+
+
+@contextlib.contextmanager
+def gpu_guard() -> Iterator[None]:
+    """Say so if the GPU is lost in the block.
+
+    After such an error no call of CUDA succeeds in this process any more: to try again, or to try
+    the next case, is of no use.
+
+    Raises:
+        DeviceError: A call of CUDA has failed, and not for want of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        if not isinstance(error, torch.AcceleratorError) and not _GPU_FAILED.search(reason):
+            raise
+        raise DeviceError(
+            f"the GPU was lost or failed ({reason}); what is finished is kept: check nvidia-smi, "
+            "then --resume does what is left, if need be with --device cpu"
+        ) from error
 
 
 def cuda_is_usable() -> bool:
@@ -127,6 +156,15 @@ def in_halves(run: TensorCallable, tiles: torch.Tensor) -> torch.Tensor:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return torch.cat([in_halves(run, part) for part in tiles.chunk(2)])
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Of a GPU's memory; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    with gpu_guard():
+        free: int = torch.cuda.mem_get_info(device)[0]
+    return free
 
 
 def _load(

@@ -28,6 +28,7 @@ NIFTI_SUFFIXES = (".nii.gz", ".nii")
 SUFFIXES = (".mha", *NIFTI_SUFFIXES)
 _NIFTI1_DATA_OFFSET = 352  # header and the four bytes that say "no extensions"
 _UINT8_DATATYPE = 2
+_MORE = 1 << 16  # bytes, which a full disk has no room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +191,16 @@ def replacing(path: Path, *, suffix: str = "") -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
+def _why_not_written(path: Path, reason: str) -> OSError:
+    """Why a library could not write a file: what the system says to more of it, if it does."""
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(_MORE))
+    except OSError as error:
+        return error
+    return OSError(reason)
+
+
 def _damaged(path: Path, reason: object) -> InputError:
     return InputError(f"{path}: damaged or not a {suffix_of(path)} volume ({reason})")
 
@@ -212,11 +223,8 @@ def _place(path: Path, header: Header) -> sitk.ImageFileReader:
     """
     reader = sitk.ImageFileReader()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    with tempfile.TemporaryDirectory() if header.raw else contextlib.nullcontext() as beside:
-        shown = path
-        if beside:
-            shown = Path(beside) / "header.nii"
-            shown.write_bytes(headers.place_only(header.raw) + bytes(4))
+    with _beside(path, header) if header.raw else contextlib.nullcontext() as beside:
+        shown = beside or path
         reader.SetImageIO("NiftiImageIO" if beside else "MetaImageIO")
         reader.SetFileName(str(shown))
         try:
@@ -224,6 +232,22 @@ def _place(path: Path, header: Header) -> sitk.ImageFileReader:
         except RuntimeError as error:
             raise _damaged(path, _itk_reason(error)) from error
     return reader
+
+
+@contextlib.contextmanager
+def _beside(path: Path, header: Header) -> Iterator[Path]:
+    """A temporary file that holds a NIfTI header and no voxels."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            shown = Path(folder) / "header.nii"
+            shown.write_bytes(headers.place_only(header.raw) + bytes(4))
+            yield shown
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(
+            f"{path}: cannot read without a temporary file of 352 bytes ({reason}); TMPDIR names "
+            "another folder for it"
+        ) from error
 
 
 def _itk_reason(error: RuntimeError) -> str:
@@ -244,7 +268,9 @@ def _write_image(volume: Volume, path: Path) -> None:
     try:
         sitk.WriteImage(image, str(path), useCompression=True)
     except RuntimeError as error:
-        raise OutputError(f"{path}: cannot write ({_itk_reason(error)})") from error
+        raise _why_not_written(path, _itk_reason(error)) from error
+    if not headers.is_whole(path, suffix_of(path), volume.voxels.nbytes):  # nothing is said then
+        raise _why_not_written(path, "only a part of it was written")
 
 
 def _endian(header: bytes | bytearray) -> str:

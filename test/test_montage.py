@@ -181,7 +181,7 @@ def test_unwritable_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_failure_to_encode_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("PNG")
 
     monkeypatch.setattr(sitk, "WriteImage", fail)
