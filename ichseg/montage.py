@@ -49,7 +49,9 @@ O 25552 P 65644 Q 25573 R 65655 S 34216 T 72222 U 55557 V 55552 W 55775 X 55255 
 _GLYPHS = {glyph: int(rows, 8) for glyph, rows in re.findall(r"(\S) (\d{5})", _FONT)}
 
 
-def write_overlay(image: Volume, mask: Volume, path: Path, *, title: str = "") -> None:
+def write_overlay(
+    image: Volume, mask: Volume, path: Path, *, title: str = "", is_ct: bool = True
+) -> None:
     """Write a PNG montage of the head at brain window with the mask outlined.
 
     Slices run from the lowest to the highest and are seen from the feet, as radiologists do: the
@@ -58,19 +60,21 @@ def write_overlay(image: Volume, mask: Volume, path: Path, *, title: str = "") -
     slices are shown, those with mask before others. Not for diagnosis.
 
     Args:
-        image: CT in HU.
+        image: The scan.
         mask: Same shape; everything but 0 is outlined.
         path: Ends in ``.png``; replaced whole or not at all.
         title: One line of ASCII above the slices.
+        is_ct: Whether it is in HU; else it is shown whole, in a window that fits it.
 
     Raises:
         ValueError: The shapes differ.
         OutputError: The file cannot be written.
     """
-    framed = frame(image, {"prediction": mask.with_voxels(mask.voxels != 0)})
+    framed = frame(image, {"prediction": mask.with_voxels(mask.voxels != 0)}, is_ct=is_ct)
+    window = BRAIN if is_ct else fitting_window(framed)
     panels = []
     for index in _choose_slices(_with_mask(framed), len(framed.image)):
-        panel = draw_slice(framed, index, BRAIN, PANEL_PX)
+        panel = draw_slice(framed, index, window, PANEL_PX)
         _draw_text(panel, str(index + framed.first_slice), 4, 4)
         _draw_text(panel, "R", 24, 4)
         panels.append(panel)

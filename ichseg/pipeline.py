@@ -350,8 +350,10 @@ def _write(task: Task, done: Done, ensemble: Ensemble, output: Path, pictures: b
     if pictures:
         from ichseg import report
 
-        report.write_overlay(scan, segmentation.mask, output / f"{volume.stem_of(case.image)}.png")
-        report.write_case(output / REPORT, case.name, scan, {"prediction": segmentation.mask})
+        mask, is_ct = segmentation.mask, ensemble.model.expects_hu
+        overlay = output / f"{volume.stem_of(case.image)}.png"
+        report.write_overlay(scan, mask, overlay, is_ct=is_ct)
+        report.write_case(output / REPORT, case.name, scan, {"prediction": mask}, is_ct=is_ct)
     write_s = time.perf_counter() - began
     facts = _facts(segmentation, found, done)
     facts["seconds"] |= {"read": round(done.read_s, 3), "write": round(write_s, 3)}

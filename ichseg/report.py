@@ -31,7 +31,7 @@ def write_case(
     image: Volume,
     masks: Mapping[str, Volume],
     *,
-    window: tuple[float, float] | None = montage.BRAIN,
+    is_ct: bool = True,
 ) -> None:
     """Write a case's pictures and volumes, for ``write_index`` to make a page with.
 
@@ -43,18 +43,18 @@ def write_case(
         name: Of the case.
         image: The scan.
         masks: ``prediction``, ``reference`` or both, in the scan's grid.
-        window: Width and level of the pictures in HU; None if the scan is no CT: one that fits it
-            is taken, and nothing is cut off around it.
+        is_ct: Whether the scan is in HU; else nothing is cut off around it, and it is shown in a
+            window that fits it.
 
     Raises:
         ValueError: A mask has another shape.
         OutputError: The folder cannot be written.
     """
-    slug, is_ct = slug_of(name), window is not None
+    slug = slug_of(name)
     framed = frame(image, masks, is_ct=is_ct)
-    chosen_window = window or montage.fitting_window(framed)
+    window = montage.BRAIN if is_ct else montage.fitting_window(framed)
     cases = folder / "cases"
-    slices, panel_px = montage.write_strip(framed, cases / f"{slug}.jpg", window=chosen_window)
+    slices, panel_px = montage.write_strip(framed, cases / f"{slug}.jpg", window=window)
     script = viewer.make_script(framed, slug, is_ct=is_ct)
     with replacing(cases / f"{slug}.js", suffix=".js") as temporary:
         temporary.write_text(script.text, encoding="ascii")
@@ -73,7 +73,7 @@ def write_case(
         all_slices=framed.slices,
         panel_px=panel_px,
         merged=script.merged,
-        window=chosen_window,
+        window=window,
     )
     with replacing(cases / f"{slug}.json", suffix=".json") as temporary:
         temporary.write_text(schema.dumps(shown), encoding="utf-8")

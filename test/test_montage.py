@@ -253,3 +253,13 @@ def test_fitting_window_leaves_out_what_is_far_off() -> None:
     voxels[0, 0, 0] = 1e6
     framed = frame(Volume(voxels, (1.0, 1.0, 1.0)), {}, is_ct=False)
     assert fitting_window(framed) == pytest.approx((990, 500), abs=6)
+
+
+def test_what_is_no_ct_is_shown_whole_in_a_window_that_fits(tmp_path: Path) -> None:
+    """Intensities of thousands: at brain window all would be white, or cut off as no head."""
+    steps = np.linspace(1000, 9000, 16).astype(np.int16)
+    image = Volume(np.broadcast_to(steps, (3, 16, 16)).copy(), (5.0, 1.0, 1.0))
+    mask = image.with_voxels(np.zeros((3, 16, 16), np.uint8))
+    write_overlay(image, mask, tmp_path / "mr.png", is_ct=False)
+    picture = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "mr.png")))
+    assert len(np.unique(picture[..., 0])) > 12

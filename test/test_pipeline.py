@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ichseg import memory, pipeline, plausible, volume
+from ichseg import memory, pipeline, plausible, report, volume
 from ichseg import scan as scan_reader
 from ichseg.cases import find_cases
 from ichseg.errors import InputError, WeightsError
@@ -328,3 +328,19 @@ def test_the_time_left_is_shared_by_the_cases_left(place, monkeypatch):
     takes[102] = 75.0
     results = run(place, Pretended(), deadline=1000.0)
     assert "time budget" in results[0].error
+
+
+@pytest.mark.parametrize("is_ct", [True, False])
+def test_pictures_are_of_what_the_model_expects(place, monkeypatch, is_ct):
+    """Not at a window in HU where the model is of MR."""
+    seen = []
+    monkeypatch.setattr(report, "write_overlay", lambda *_, is_ct: seen.append(is_ct))
+    monkeypatch.setattr(report, "write_case", lambda *_, is_ct: seen.append(is_ct))
+    monkeypatch.setattr(report, "write_index", lambda *_, **__: "")
+    monkeypatch.setattr(plausible, "check", lambda scan, _: (scan, ()))
+    ensemble = Pretended()
+    ensemble.model = SimpleNamespace(expects_hu=is_ct, name="m", version="1")
+    ensemble.engine = SimpleNamespace(name="none")
+    job = find_cases(place / "input", place / "out", input_slug="ct", output_slug="mask")
+    pipeline.run(job, ensemble, Options(place / "out", "fast", report=True))
+    assert seen == [is_ct] * 10

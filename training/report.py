@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ichseg import montage, report, volume
+from ichseg import report, volume
 from ichseg.errors import DatasetError, IchsegError, TrainingError
 from training import cross_validate, dataset, parallel, report_page, selection, splits, summary
 from training.fold import run_folder
@@ -138,7 +138,7 @@ def draw_case(case: Files, out: Path, is_ct: bool) -> None:
                 f"{path}: shape {masks[name].voxels.shape}, expected {image.voxels.shape} as of "
                 f"{case.image}"
             )
-    report.write_case(out, case.name, image, masks, window=montage.BRAIN if is_ct else None)
+    report.write_case(out, case.name, image, masks, is_ct=is_ct)
 
 
 def read_curves(workspace: Path, configuration: str) -> dict[str, tuple[EpochRow, ...]]:
