@@ -1,4 +1,6 @@
-"""Coverage-guided fuzzing of the volume readers with atheris, which `make fuzz` installs.
+"""Coverage-guided fuzzing of the readers of volumes and DICOM slices.
+
+By atheris, which `make fuzz` installs.
 
     PYTHONPATH=. .venv/bin/python test/fuzz_coverage.py -max_total_time=60 -rss_limit_mb=2000
 
@@ -14,12 +16,16 @@ from pathlib import Path
 import atheris
 import numpy as np
 
-with atheris.instrument_imports(include=["ichseg.headers"]):
-    from ichseg import headers
+with atheris.instrument_imports(
+    include=["ichseg.headers", "ichseg.dicom_file", "ichseg.dicom_pixels"]
+):
+    from ichseg import dicom_file, dicom_pixels, headers
+from dicom_files import make_slice, save
+
 from ichseg.errors import InputError
 from ichseg.volume import Volume, write
 
-SUFFIXES = (".mha", ".nii", ".nii.gz")
+SUFFIXES = (".mha", ".nii", ".nii.gz", ".dcm")
 
 
 def read(data: bytes) -> None:
@@ -28,6 +34,9 @@ def read(data: bytes) -> None:
     path = FOLDER / f"case{suffix}"
     path.write_bytes(data[1:])
     try:
+        if suffix == ".dcm":
+            _read_slice(path)
+            return
         header = headers.read_header(path, suffix)
         if header.nbytes < 1 << 24:
             headers.read_voxels(path, suffix, header)
@@ -38,12 +47,24 @@ def read(data: bytes) -> None:
             raise RuntimeError("not one line that names the file") from error
 
 
+def _read_slice(path: Path) -> None:
+    """Compressed pixels are not decoded: the decoder has a process of its own."""
+    file = dicom_file.read_header(path)
+    if file.syntax in dicom_file.COMPRESSED:
+        dicom_file.fragments(file, 100_000)
+    else:
+        dicom_pixels.hounsfield(file, lambda _: None)
+
+
 def sound_files(folder: Path) -> None:
     """What the fuzzer begins with."""
     scan = Volume(np.arange(60, dtype=np.int16).reshape(3, 4, 5), (5.0, 0.5, 0.5))
     for number, suffix in enumerate(SUFFIXES):
         path = folder / f"sound{suffix}"
-        write(scan, path)
+        if suffix == ".dcm":
+            save(make_slice(np.arange(20).reshape(4, 5), (1.0, 2.0, 3.0)), path)
+        else:
+            write(scan, path)
         path.write_bytes(bytes([number]) + path.read_bytes())
 
 
