@@ -132,6 +132,17 @@ def test_page_loads_without_an_error(page, width, dark, browser, request):
     assert background < 60 if dark else background > 200
 
 
+def test_the_printed_table_fits_on_paper(browser, evaluated):
+    browser.open(evaluated, width=720)  # A4 within its margins
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    try:
+        edge = browser.evaluate("document.querySelector('#table').getBoundingClientRect().right")
+        assert edge <= 720
+        assert browser.evaluate("document.documentElement.scrollWidth") == 720
+    finally:
+        browser.call("Emulation.setEmulatedMedia", media="")
+
+
 def test_network_is_out_of_reach_of_the_page(browser, evaluated):
     browser.open(evaluated)
     said = browser.evaluate("fetch('http://127.0.0.1:9/').then(() => 'sent', e => e.message)")
