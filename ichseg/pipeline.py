@@ -225,8 +225,9 @@ def _open(task: Task, _: Task, ensemble: Ensemble, options: Options, base: int) 
     began = time.perf_counter()
     image = task.case.image
     made_from = result.made_from(image, **options.made_from)
-    _refuse_beyond_memory(image, base + 2 * scan_reader.count_voxels(image), "voxels")
-    scan = scan_reader.read(image)
+    scan = scan_reader.read(
+        image, lambda voxels: _refuse_beyond_memory(image, base + 2 * voxels, "voxels")
+    )
     if scan.series is not None:
         say(f"{task.name}: {scan.series.words}")
     if ensemble.model.expects_hu:

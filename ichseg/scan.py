@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,15 +29,21 @@ class Scan:
     series: Series | None = None
 
 
-def read(path: Path) -> Scan:
+def read(path: Path, check_size: Callable[[int], object] = lambda _: None) -> Scan:
     """Read an ``.mha``, ``.nii`` or ``.nii.gz`` file, or a folder of DICOM slices.
+
+    Args:
+        path: Of the file or folder.
+        check_size: Given the number of voxels as headers say, before any is read; may raise.
 
     Raises:
         InputError: It is missing, of another type, damaged, or no finite 3D volume.
     """
     if path.is_dir():
         series = dicom.find_series(path)
+        check_size(dicom.voxels(series))
         return Scan(dicom.read(series), series.warnings, series)
+    check_size(math.prod(volume.stored_shape(path)))
     found = volume.read(path)
     warnings = []
     if found.nifti_header is not None:
@@ -47,14 +54,3 @@ def read(path: Path) -> Scan:
                 "as ITK reads them, and the mask has the same header"
             )
     return Scan(found, tuple(warnings))
-
-
-def count_voxels(path: Path) -> int:
-    """Of what ``read`` would give, from headers alone.
-
-    Raises:
-        InputError: There is no readable header.
-    """
-    if path.is_dir():
-        return dicom.voxels(dicom.find_series(path))
-    return math.prod(volume.stored_shape(path))

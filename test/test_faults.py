@@ -8,6 +8,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fault_runs
 import faults
 import numpy as np
 import pytest
@@ -38,13 +39,15 @@ CHOSEN = {
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
-    return faults.make_scene(tmp_path_factory.mktemp("faults") / "scene")
+    return fault_runs.make_scene(tmp_path_factory.mktemp("faults") / "scene")
 
 
 def test_no_fault_of_the_machine_costs_more_than_the_cases_under_way(scene, tmp_path):
     wanted = list(CHOSEN.items())
     for fault, count in IN_THE_MIDDLE.items():
-        moments = ((n, faults.any_moment(scene, faults.dice(SEED, fault, n))) for n in range(99))
+        moments = (
+            (n, fault_runs.any_moment(scene, faults.dice(SEED, fault, n))) for n in range(99)
+        )
         middle = [n for n, (line, _) in moments if 7 < line < scene.lines - 7]
         wanted += [(fault, n) for n in middle[:count]]
     with ThreadPoolExecutor(3) as at_once:
@@ -242,7 +245,7 @@ def test_masks_that_are_gone_are_errors(tmp_path):
 
 
 def test_a_moment_is_of_all_the_run(scene):
-    moments = [faults.any_moment(scene, random.Random(n)) for n in range(200)]
+    moments = [fault_runs.any_moment(scene, random.Random(n)) for n in range(200)]
     assert {lines for lines, _ in moments} > {0, 1, scene.lines // 2, scene.lines - 1}
     assert max(then_s for lines, then_s in moments if lines == 0) > scene.seconds * 0.9
 
@@ -255,7 +258,7 @@ def sound(scene, tmp_path):
 
 def found_bad(scene, output, status=0, *lines, **options):
     ended = Ended(status, lines or ("said",))
-    return faults.faults_of(output, ended, faults.of(scene.masks), **options)
+    return fault_runs.faults_of(output, ended, fault_runs.of(scene.masks), **options)
 
 
 def test_what_must_not_be_is_seen(scene, sound):
@@ -266,7 +269,7 @@ def test_what_must_not_be_is_seen(scene, sound):
     traced = found_bad(scene, sound, 1, "Traceback (most recent call last):", "error: Oh")
     assert traced == ["a traceback: error: Oh"]
     assert found_bad(scene, sound, 3, "error: Oh") == ["exit status 3, expected one of (0, 1)"]
-    hung = faults.faults_of(sound, Ended(-9, (), hung=True), faults.of(scene.masks))
+    hung = fault_runs.faults_of(sound, Ended(-9, (), hung=True), fault_runs.of(scene.masks))
     assert hung == ["took more than 60 s"]
     (sound / ".writing-x.mha").touch()
     assert found_bad(scene, sound) == [".writing-x.mha is left"]
@@ -304,11 +307,11 @@ def test_a_mask_that_is_done_twice_is_seen(scene, sound, monkeypatch):
                 temporary.write_bytes(path.read_bytes())
         return Ended(0, ("said",))
 
-    monkeypatch.setattr(faults, "run", pretend)
+    monkeypatch.setattr(fault_runs, "run", pretend)
     again = []
-    assert faults.resumed(scene, scene.folder / "input", sound) == []
+    assert fault_runs.resumed(scene, scene.folder / "input", sound) == []
     again = [sound / "scan0.mha"]
-    bad = faults.resumed(scene, scene.folder / "input", sound)
+    bad = fault_runs.resumed(scene, scene.folder / "input", sound)
     assert bad == ["after --resume: scan0.mha was done again"]
 
 

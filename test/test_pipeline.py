@@ -112,7 +112,9 @@ def entries(place):
 def test_what_reading_noticed_is_in_the_result(place, monkeypatch):
     """Also what the voxels' values gave away, for a model that expects HU."""
     read = scan_reader.read
-    monkeypatch.setattr(scan_reader, "read", lambda path: Scan(read(path).volume, ("of reading",)))
+    monkeypatch.setattr(
+        scan_reader, "read", lambda path, _: Scan(read(path).volume, ("of reading",))
+    )
     monkeypatch.setattr(plausible, "check", lambda found, _: (found, ("of its values",)))
     ensemble = Pretended()
     ensemble.model = SimpleNamespace(expects_hu=True)
