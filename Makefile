@@ -33,12 +33,12 @@ lint: $(VENV)/.dev-installed ## ruff: rules and format
 	$(VENV)/bin/ruff format --check .
 
 types: $(VENV)/.dev-installed ## mypy: strict on what ships, default on training
-	$(VENV)/bin/mypy ichseg process.py training
+	$(VENV)/bin/mypy ichseg process.py training phantom
 
 fuzz: $(VENV)/.dev-installed ## thousands of damaged and hostile input files, then coverage-guided ones
-	PYTHONPATH=. $(PY) test/fuzz.py --each 2000 --seed 2
+	PYTHONPATH=.:test $(PY) test/robustness/fuzz.py --each 2000 --seed 2
 	$(PIP) atheris==3.0.0
-	PYTHONPATH=. $(PY) test/fuzz_coverage.py -max_total_time=60 -rss_limit_mb=2000
+	PYTHONPATH=.:test $(PY) test/robustness/fuzz_coverage.py -max_total_time=60 -rss_limit_mb=2000
 
 image: ## build the container image (./build.sh --help)
 	./build.sh

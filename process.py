@@ -19,13 +19,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ichseg.cases import Job, find_cases, find_challenge_cases
-from ichseg.command_line import parse_arguments
-from ichseg.console import fail, say
+from ichseg.app.arguments import parse_arguments
+from ichseg.app.cases import Job, find_cases, find_challenge_cases
+from ichseg.app.console import fail, say
 from ichseg.errors import IchsegError, OutputError, WeightsError
 
 if TYPE_CHECKING:  # engines take long to import: --help and refusals of input do without
-    from ichseg.predict import Ensemble
+    from ichseg.predict.ensemble import Ensemble
 
 BEGAN = time.monotonic()  # --time-budget counts from here
 HERE = Path(__file__).resolve().parent
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Load once, then run a job for each POST, until a signal asks for the end."""
-    from ichseg import server
+    from ichseg.app import server
 
     def run(ensemble: Ensemble) -> int:
         return run_job(arguments, lambda: ensemble, time.monotonic())
@@ -109,7 +109,7 @@ def run_job(arguments: argparse.Namespace, loaded: Callable[[], Ensemble], began
 
 def load(arguments: argparse.Namespace) -> Ensemble:
     """The networks, on their device."""
-    from ichseg.predict import Ensemble
+    from ichseg.predict.ensemble import Ensemble
 
     return Ensemble.load(choose_weights(arguments.weights), arguments.device)
 
@@ -118,7 +118,8 @@ def segment(
     arguments: argparse.Namespace, job: Job, ensemble: Ensemble, model_sha256: str, began: float
 ) -> int:
     """Segment every case; one bad scan does not stop the others."""
-    from ichseg import pipeline, result
+    from ichseg.app import pipeline
+    from ichseg.app import results as result
 
     budget_s = arguments.time_budget
     labels = ensemble.model.plans.labels

@@ -48,9 +48,9 @@ def measure_ours(patch: tuple[int, int, int]) -> tuple[float, float]:
     """Host and device engine."""
     import torch
 
-    from training.augment import augment
-    from training.augment_device import augment_batch
-    from training.augmentation import NNUNETV2, draw_warp
+    from training.batches.augment_device import augment_batch
+    from training.batches.augment_host import augment
+    from training.batches.augmentation import NNUNETV2, draw_warp
 
     torch.set_num_threads(1)
     flat = patch is PATCHES[0]

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from training.dataset import load_dataset, read_case
-from training.fingerprint import Counts, Intensities, count_values, summarise
+from training.data.dataset import load_dataset, read_case
+from training.planning.fingerprint import Counts, Intensities, count_values, summarise
 
 DRAWS, SEED = 10**8, 1234
 

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ichseg import volume
-from ichseg.predict import Ensemble
-from ichseg.volume import Volume
-from training.metrics import dice
+from ichseg.predict.ensemble import Ensemble
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
+from training.scoring.measures import dice
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "test" / "sample"

@@ -29,10 +29,10 @@ import surface_distance
 from scipy import ndimage
 
 from benchmarks.rows import Row, at_most, faster, report
-from ichseg import volume
-from ichseg.volume import Volume
-from training.metrics import diagonal_mm, score_masks
-from training.scores import Pair, score_pair
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
+from training.scoring.measures import diagonal_mm, score_masks
+from training.scoring.scores import Pair, score_pair
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE, SPACING_MM = (32, 512, 512), (5.0, 0.45, 0.45)

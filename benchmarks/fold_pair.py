@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from ichseg import plans as plans_module
-from ichseg import volume
-from training import dataset, splits
-from training.metrics import dice
+from ichseg.model import plans as plans_module
+from ichseg.scan import volume
+from training.data import dataset, splits
+from training.scoring.measures import dice
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

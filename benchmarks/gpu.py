@@ -34,10 +34,10 @@ from benchmarks.blocks import BlockProcess
 from benchmarks.fold_pair import CONFIGURATION, HERE, SIDES, FoldPair, Settings, mean_dice
 from benchmarks.rivals import DEFAULT_ENV
 from benchmarks.rows import Row, faster, report
-from ichseg import plans as plans_module
-from ichseg import volume
-from ichseg.network import build_network
-from ichseg.volume import Volume
+from ichseg.model import plans as plans_module
+from ichseg.model.network import build_network
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
 
 # Dense bf16, tera operations per second, from the vendor's data sheets.
 PEAK_TFLOPS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0, "L40S": 362.0}

@@ -22,12 +22,14 @@ from benchmarks import inference, inference_data
 from benchmarks.inference import Bench, Run
 from benchmarks.inference_data import ROOT, Cases
 from benchmarks.rows import Row, faster
-from ichseg import bundle, schema, sliding_window, volume
-from ichseg import plans as plans_module
-from ichseg.bundle import Model
-from ichseg.network import build_network
-from ichseg.plans import Plans
-from ichseg.predict import Ensemble
+from ichseg.model import bundle, strict_json
+from ichseg.model import plans as plans_module
+from ichseg.model.bundle import Model
+from ichseg.model.network import build_network
+from ichseg.model.plans import Plans
+from ichseg.predict import sliding_window
+from ichseg.predict.ensemble import Ensemble
+from ichseg.scan import volume
 
 CONFIGURATION = "3d_fullres"
 SHAPE = (28, 512, 512)
@@ -60,7 +62,7 @@ def compare(
     folder.mkdir(parents=True)
     plans = _plans(trained_for)
     plans_file = folder / "planned.json"
-    plans_file.write_text(schema.dumps(plans))
+    plans_file.write_text(strict_json.dumps(plans))
     shape, folds = ((40, 96, 96), 2) if tiny else (SHAPE, FOLDS)
     cases = inference_data.make_cases(folder, shape, 1)
     configuration = plans.configuration(CONFIGURATION)

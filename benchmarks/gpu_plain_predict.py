@@ -5,7 +5,7 @@
 Works as nnunetv2 does: one tile at a time, each mirroring a pass of its own, fp16 autocast on CUDA,
 sums in half precision on the device, one network after the other. It only takes scans that need no
 resampling. Written apart from ``ichseg``; reads its bundle, whose tensors have the names of
-``ichseg.network``, into a network of its own. The last line is JSON.
+``ichseg.model.network``, into a network of its own. The last line is JSON.
 """
 
 from __future__ import annotations

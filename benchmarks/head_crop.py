@@ -27,13 +27,15 @@ import numpy as np
 
 from benchmarks import memory
 from benchmarks.rows import Row, report, smaller
-from ichseg import air, plans, preprocess, schema, sliding_window, volume
 from ichseg.errors import PlansError
-from ichseg.plans import Configuration, Plans
-from ichseg.predict import Ensemble
-from ichseg.volume import Volume
-from training import compare, evaluate
-from training.statistics import bootstrap_mean
+from ichseg.model import plans, strict_json
+from ichseg.model.plans import Configuration, Plans
+from ichseg.predict import air, prepare, sliding_window
+from ichseg.predict.ensemble import Ensemble
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
+from training.scoring import compare, evaluate
+from training.scoring.statistics import bootstrap_mean
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "3d_fullres"
@@ -126,7 +128,9 @@ def sizes(spaces: Sequence[Path]) -> list[Row]:
     stored, disk, medians = [], [], []
     for space in spaces:
         folder = space / "preprocessed" / NAME
-        shapes = [schema.load_object(path)["shape"] for path in sorted(folder.glob("[!.]*.json"))]
+        shapes = [
+            strict_json.load_object(path)["shape"] for path in sorted(folder.glob("[!.]*.json"))
+        ]
         stored.append(float(np.mean(np.prod(shapes, axis=1))))
         disk.append(sum(path.stat().st_size for path in folder.iterdir()) / 1e6)
         medians.append(plans.load(space / "plans.json").configuration(NAME).median_shape)
@@ -148,7 +152,7 @@ def tiles(row: str, scan: Volume, planned: Plans) -> list[Row]:
     counts = []
     for crop in ARMS:
         cut = dataclasses.replace(planned, crop=crop)
-        placement = preprocess.place([scan], cut, configuration)
+        placement = prepare.place([scan], cut, configuration)
         cover = sliding_window.cover(placement.grid_shape, configuration.tile)
         cover = air.skip_air(cover, [scan], placement, cut)
         counts.append(cover.total - len(cover.skipped))

@@ -27,7 +27,7 @@ from benchmarks import rivals
 from benchmarks.blocks import Block
 from benchmarks.fold_pair import SIDES, FoldPair, Settings, mean_dice
 from benchmarks.rows import Row, report
-from training import dataset
+from training.data import dataset
 
 LEAST_DIFFERENCE = -0.01  # of the mean Dice, ours less the rival's
 LARGEST_RATIO = 0.85  # of the seconds per iteration

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from training import train
-from training.batches import open_batches
+from training.batches.stream import open_batches
+from training.fit import loop
 
 WARM_UP = 3  # iterations that are not timed
 
@@ -69,10 +69,10 @@ class HeldStream:
 def main() -> int:
     """Answer until the input ends."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    train.add_arguments(parser)
-    train.open_batches = HeldStream  # type: ignore[assignment, misc]
+    loop.add_arguments(parser)
+    loop.open_batches = HeldStream  # type: ignore[assignment, misc]
     with contextlib.redirect_stdout(sys.stderr):
-        return train.main(parser.parse_args())
+        return loop.main(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -28,10 +28,11 @@ import numpy as np
 from benchmarks import inference_data, rivals
 from benchmarks.inference_data import COMPACT, ROOT, Cases, Network
 from benchmarks.rows import Row, at_most, faster, report, smaller
-from ichseg import engine, openvino_graph, volume
-from ichseg import plans as plans_module
-from ichseg.engine import NetworkSpec
-from ichseg.volume import Volume
+from ichseg.engine import engine, openvino_graph
+from ichseg.engine.engine import NetworkSpec
+from ichseg.model import plans as plans_module
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
 
 # What the last row restores, see benchmarks/preprocessing.py: its large volume and grid.
 LARGE_SHAPE, LARGE_MM = (400, 512, 512), (0.8, 0.8, 0.8)
@@ -247,7 +248,7 @@ def measure_forward(bench: Bench) -> list[Row]:
 
 def draw_state(spec: NetworkSpec, random: np.random.Generator) -> dict[str, Any]:
     """Tensors of the network at random."""
-    from ichseg.network import build_network
+    from ichseg.model.network import build_network
 
     network = build_network(spec.architecture, spec.input_channels, spec.scores)
     return {

@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks import rivals
-from ichseg import bundle, volume
-from ichseg import plans as plans_module
-from ichseg.plans import Architecture, Configuration, Plans
-from ichseg.volume import Volume
+from ichseg.model import bundle
+from ichseg.model import plans as plans_module
+from ichseg.model.plans import Architecture, Configuration, Plans
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPACT = Path(__file__).resolve().parent / "plans" / "compact.json"

@@ -21,7 +21,7 @@ import numpy as np
 def predict(arguments: list[str]) -> dict[str, float]:
     """``process.py``, and the seconds that the network's forward took of it."""
     import process
-    from ichseg import engine
+    from ichseg.engine import engine
 
     choose, spent = engine.choose, [0.0, 0]
 
@@ -50,14 +50,16 @@ def predict(arguments: list[str]) -> dict[str, float]:
 
 def restore(request: dict[str, Any]) -> dict[str, float]:
     """Scores to a mask file."""
-    from ichseg import plans, preprocess, volume
-    from ichseg.orient import AxisOrder
-    from ichseg.volume import Volume
+    from ichseg.model import plans
+    from ichseg.predict import prepare
+    from ichseg.scan import volume
+    from ichseg.scan.orientation import AxisOrder
+    from ichseg.scan.volume import Volume
 
     template = volume.read(Path(request["header"]))
     shape, spacing = tuple(request["shape"]), tuple(request["spacing_mm"])
     grid = tuple(request["grid_shape"])
-    placement = preprocess.Placement(
+    placement = prepare.Placement(
         axes=AxisOrder((0, 1, 2), (False, False, False)),
         full_shape=shape,
         box=((0, shape[0]), (0, shape[1]), (0, shape[2])),
@@ -68,7 +70,7 @@ def restore(request: dict[str, Any]) -> dict[str, float]:
     planned = plans.load(Path(request["ours"]))
     scores = np.load(request["scores"])
     began = time.perf_counter()
-    labels = preprocess.restore([(scores, placement)], planned)
+    labels = prepare.restore([(scores, placement)], planned)
     mask = Volume(labels, spacing, nifti_header=template.nifti_header)
     volume.write(mask, Path(request["output"] + ".nii.gz"))
     return {"seconds": time.perf_counter() - began}

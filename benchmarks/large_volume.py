@@ -21,8 +21,8 @@ import numpy as np
 
 from benchmarks import memory
 from benchmarks.rows import Row, at_most, report
-from ichseg import volume
-from ichseg.volume import Volume
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "test" / "sample" / "input" / "ge_intraparenchymal.mha"

@@ -3,8 +3,8 @@
     PYTHONPATH=. .venv/bin/python benchmarks/nnunetv2_augmentation.py
 
 Runs in the rival's environment (``rivals.py``): how likely each transform of nnunetv2 is, and, each
-of them alone and always, how the numbers of ``test/augmented.py`` are distributed after it.
-Writes ``test/nnunetv2_augmentation.json``; a minute.
+of them alone and always, how the numbers of ``test/helpers/augmented.py`` are distributed after it.
+Writes ``test/helpers/nnunetv2_augmentation.json``; a minute.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "test"))
-from augmented import INTENSITY, PATCHES, SPATIAL, measure, phantom  # noqa: E402
+from helpers.augmented import INTENSITY, PATCHES, SPATIAL, measure, phantom  # noqa: E402
 
 COMMAND = "PYTHONPATH=. .venv/bin/python benchmarks/nnunetv2_augmentation.py"
 HOW = (
     "probabilities: as nnunetv2's default trainer sets its transforms. quantiles: 0, 0.025 ... 1 "
-    "of what test/augmented.py measures after one transform alone, applied always, in 2000 samples."
+    "of what test/helpers/augmented.py measures after one transform alone, applied always, in "
+    "2000 samples."
 )
 SAMPLES = 2000
 MARGIN = 20  # voxels of the region beyond the patch, in-plane or along all axes
@@ -159,7 +160,9 @@ def write(out: Path) -> None:
 def main() -> int:
     """Find the rival's environment and run this file there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "test" / "nnunetv2_augmentation.json")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "test" / "helpers" / "nnunetv2_augmentation.json"
+    )
     parser.add_argument("--rival-env", type=Path, metavar="FOLDER", help="see rivals.py")
     parser.add_argument("--in-rival", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -3,8 +3,9 @@
     PYTHONPATH=. .venv/bin/python benchmarks/nnunetv2_networks.py
 
 Runs in the rival's environment (``rivals.py``): parameter counts of the plans that
-``test/nnunetv2_plans.json`` holds, and what tiny networks answer whose weights a formula gives.
-Writes ``test/nnunetv2_networks.json``; seconds.
+``test/helpers/nnunetv2_plans.json`` holds, and what tiny networks answer whose weights a formula
+gives.
+Writes ``test/helpers/nnunetv2_networks.json``; seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PLANS = ROOT / "test" / "nnunetv2_plans.json"
+PLANS = ROOT / "test" / "helpers" / "nnunetv2_plans.json"
 TASKS = ("instance_28", "isotropic_ct", "four_channels")
 COMMAND = "PYTHONPATH=. .venv/bin/python benchmarks/nnunetv2_networks.py"
 HOW = (
@@ -163,7 +164,9 @@ def write(out: Path) -> None:
 def main() -> int:
     """Find the rival's environment and run this file there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "test" / "nnunetv2_networks.json")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "test" / "helpers" / "nnunetv2_networks.json"
+    )
     parser.add_argument("--rival-env", type=Path, metavar="FOLDER", help="see rivals.py")
     parser.add_argument("--in-rival", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

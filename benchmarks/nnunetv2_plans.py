@@ -4,7 +4,7 @@
 
 Runs in the rival's environment (``rivals.py``), on fingerprints written by hand, which is all that
 the planners look at; FOLDER is the Decathlon's Task04, whose fingerprint nnunetv2's extractor
-takes. Writes ``test/nnunetv2_plans.json``; a minute on two cores.
+takes. Writes ``test/helpers/nnunetv2_plans.json``; a minute on two cores.
 """
 
 from __future__ import annotations
@@ -253,7 +253,9 @@ def main() -> int:
     """Find the rival's environment and run this file there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hippocampus", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--out", type=Path, default=ROOT / "test" / "nnunetv2_plans.json")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "test" / "helpers" / "nnunetv2_plans.json"
+    )
     parser.add_argument("--rival-env", type=Path, metavar="FOLDER", help="see rivals.py")
     parser.add_argument("--in-rival", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

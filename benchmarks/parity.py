@@ -31,8 +31,8 @@ from scipy import ndimage
 from benchmarks import rivals
 from benchmarks.parity_ours import probabilities_of
 from benchmarks.rows import Row, at_most, report
-from ichseg import volume
-from ichseg.volume import Volume
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
 
 ROOT = Path(__file__).resolve().parent.parent
 SLICES = 16  # of each sample

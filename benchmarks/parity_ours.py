@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ichseg import resample
-from ichseg.bundle import Model
-from ichseg.predict import Ensemble
-from ichseg.preprocess import Placement
-from ichseg.volume import Volume
+from ichseg.model.bundle import Model
+from ichseg.predict import resample
+from ichseg.predict.ensemble import Ensemble
+from ichseg.predict.prepare import Placement
+from ichseg.scan.volume import Volume
 
 
 def probabilities_of(weights: Path, scan: Volume, device: str = "cpu") -> npt.NDArray[np.float32]:

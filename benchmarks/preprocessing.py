@@ -31,10 +31,10 @@ import torch
 from benchmarks import memory, preprocessing_data, rivals
 from benchmarks.preprocessing_data import RIVAL_DATASET, Pair
 from benchmarks.rows import Row, at_most, faster, report, smaller
-from ichseg import plans as plans_module
-from ichseg import preprocess, resample
-from ichseg.volume import Volume
-from training import store
+from ichseg.model import plans as plans_module
+from ichseg.predict import prepare, resample
+from ichseg.scan.volume import Volume
+from training.store import chunks
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = "2"
@@ -149,11 +149,11 @@ def compare_results(sides: Sides) -> list[Row]:
     normalisation = plans_module.load(pair.workspace / "plans.json").normalisations[0]
     worst, differing, voxels, sizes = 0.0, 0, 0, np.zeros(2)
     with rivals.Steps(sides.rival_python, sides.rival_environment) as steps:
-        for name in store.list_cases(pair.store):
+        for name in chunks.list_cases(pair.store):
             output = pair.folder / "stored.npy"
             steps.seconds("stored", output, folder=pair.rival_store, case=name)
             image, labels = np.load(output)
-            case = store.open_case(pair.store, name)
+            case = chunks.open_case(pair.store, name)
             difference = np.abs(np.asarray(case.data[0], np.float32) - image)
             worst = max(worst, float(difference.max()) * normalisation.deviation)
             differing += int((np.maximum(case.target[:], 0) != np.maximum(labels, 0)).sum())
@@ -228,14 +228,14 @@ def _compare_logits(
     plans = plans_module.load(sides.pair.workspace / "plans.json")
     configuration = dataclasses.replace(plans.configuration("3d_fullres"), spacing_mm=grid_mm)
     scan = Volume(np.ones((28, 512, 512), np.int16), (5.0, 0.4825, 0.4825))
-    placement = preprocess.place([scan], plans, configuration)
+    placement = prepare.place([scan], plans, configuration)
     assert placement.grid_shape == logits.shape[1:], placement
     scores = torch.from_numpy(logits)
     torch.set_num_threads(os.cpu_count() or 1)
 
     def ours() -> float:
         began = time.perf_counter()
-        found["ours"] = preprocess.restore([(scores, placement)], plans)
+        found["ours"] = prepare.restore([(scores, placement)], plans)
         return time.perf_counter() - began
 
     def rival() -> float:

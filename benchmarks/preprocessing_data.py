@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ichseg import plans as plans_module
-from ichseg import volume
-from ichseg.volume import Volume
+from ichseg.model import plans as plans_module
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
 
 ROOT = Path(__file__).resolve().parent.parent
 RIVAL_DATASET = 1

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from ichseg import bundle
-from ichseg.bundle import Model
-from ichseg.network import build_network
-from ichseg.plans import Architecture, Configuration, Normalisation, Plans, Resampling
-from ichseg.volume import Volume
+from ichseg.model import bundle
+from ichseg.model.bundle import Model
+from ichseg.model.network import build_network
+from ichseg.model.plans import Architecture, Configuration, Normalisation, Plans, Resampling
+from ichseg.scan.volume import Volume
 
 ARCHITECTURE = Architecture(
     features=(4, 8),
@@ -94,7 +94,7 @@ def scan() -> Volume:
 @pytest.fixture(scope="session")
 def shared_workspace(tmp_path_factory):
     """Of which ``fresh`` shows the cases."""
-    from workspaces import make_workspace
+    from helpers.workspaces import make_workspace
 
     return make_workspace(tmp_path_factory.mktemp("train"))
 

@@ -13,77 +13,77 @@ from ichseg.errors import IchsegError
 # command: (module, what it does, an example)
 COMMANDS = {
     "run": (
-        "training.run",
+        "training.jobs.run",
         "from a dataset to weights: whatever of the commands below is not done yet",
         "run data/Task01_Bleeds --workspace work",
     ),
     "synthesize": (
-        "training.synthesize",
+        "phantom.cases",
         "make head-CT phantoms with bleeds, as an MSD dataset",
         "synthesize --out data/Task01_Bleeds --cases 100 --seed 1",
     ),
     "convert": (
-        "training.convert",
+        "training.data.convert",
         "bring an MSD, nnU-Net or INSTANCE dataset into a workspace",
         "convert data/Task01_Bleeds --workspace work",
     ),
     "verify": (
-        "training.verify",
+        "training.data.verify",
         "check every case, in one table",
         "verify --workspace work",
     ),
     "fingerprint": (
-        "training.fingerprint",
+        "training.planning.fingerprint",
         "measure spacings, sizes and foreground intensities",
         "fingerprint --workspace work",
     ),
     "plan": (
-        "training.planner",
+        "training.planning.planner",
         "decide spacing, patch, batch and network",
         "plan --workspace work",
     ),
     "preprocess": (
-        "training.preprocess",
+        "training.store.preprocess",
         "bring all cases into a configuration's grid",
         "preprocess 3d_fullres --workspace work",
     ),
     "train": (
-        "training.train",
+        "training.fit.loop",
         "train folds; the same command resumes them",
         "train 3d_fullres --workspace work --fold 0",
     ),
     "cross-validate": (
-        "training.cross_validate",
+        "training.crossval.merge",
         "score all training cases, each by the fold that had not seen it",
         "cross-validate --workspace work",
     ),
     "select": (
-        "training.selection",
+        "training.crossval.selection",
         "choose configurations and post-processing by the cross-validation",
         "select --workspace work",
     ),
     "export": (
-        "training.export",
+        "training.bundle.export",
         "write what was selected, or one configuration, as a weights bundle",
         "export --workspace work --out weights",
     ),
     "evaluate": (
-        "training.evaluate",
+        "training.scoring.evaluate",
         "score a folder of masks against their references",
         "evaluate --predictions out --references data/Task01_Bleeds/labelsTr --out evaluation",
     ),
     "compare": (
-        "training.compare",
+        "training.scoring.compare",
         "say whether one evaluation is better than another of the same cases",
         "compare evaluation other_evaluation",
     ),
     "report": (
-        "training.report",
+        "training.report.report",
         "make a page of a cross-validation: charts, and every case to look at, the worst first",
         "report work",
     ),
     "import-nnunet": (
-        "training.import_nnunet",
+        "training.bundle.import_nnunet",
         "turn a trained nnU-Net v2 into a weights bundle",
         "import-nnunet nnUNet_results/Dataset001_Bleeds/nnUNetTrainer__nnUNetPlans__3d_fullres "
         "--out weights",
@@ -139,6 +139,6 @@ def _top_parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     exit_status = main()
-    if "training.distributed" in sys.modules:
-        sys.modules["training.distributed"].leave(exit_status)
+    if "training.fit.process_group" in sys.modules:
+        sys.modules["training.fit.process_group"].leave(exit_status)
     sys.exit(exit_status)

@@ -21,11 +21,11 @@ SAMPLE = Path(__file__).resolve().parent
 sys.path.insert(0, str(SAMPLE.parents[1]))
 
 # ruff: noqa: E402  (run as a script, so the project is not on the path before)
-from ichseg.volume import Volume, write
-from training.bleeds import insert_bleed
-from training.phantom import draw_head
-from training.scanner import draw_scan
-from training.synthesize import make_phantom
+from ichseg.scan.volume import Volume, write
+from phantom.bleeds import insert_bleed
+from phantom.cases import make_phantom
+from phantom.head import draw_head
+from phantom.scanner import draw_scan
 
 SLICE_STEP_MM = 5.0
 PIXEL_MM = 0.58  # the scan has 0.488; coarser only to keep the file small

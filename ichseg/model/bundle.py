@@ -1,0 +1,221 @@
+"""A weights bundle: a folder with ``model.json`` and one safetensors file per network.
+
+Tensors and JSON only; nothing is unpickled. Weights may be stored as fp16, they are fp32 in memory.
+Files are checked against the sha256 in ``model.json`` before they are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+
+from ichseg.errors import PlansError, WeightsError
+from ichseg.model import strict_json
+from ichseg.model.plans import Plans
+from ichseg.predict.components import ComponentRule
+from ichseg.scan.volume import replacing
+
+if TYPE_CHECKING:  # not imported: OpenVINO does without it
+    from torch import Tensor
+
+SCHEMA_VERSION = 1
+MODEL_FILE = "model.json"
+_LONGEST_REASON = 400  # a file may hold anything, and is quoted
+_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One trained network: configuration, fold (``0``..``4`` or ``all``), file and sha256."""
+
+    configuration: str
+    fold: str
+    file: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if Path(self.file).name != self.file or not self.file.endswith(".safetensors"):
+            raise ValueError(f"member file {self.file!r}, expected a plain *.safetensors name")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Everything about an ensemble but its tensors.
+
+    Attributes:
+        schema_version: Version of this layout.
+        name, version, description: For people; the description says what it must not be used for.
+        input_slug, output_slug: Grand Challenge sockets of the CT and of the mask.
+        average: Whether tiles, mirrors and folds are averaged as ``probabilities`` or as
+            ``logits``.
+        mirror_axes: Axes (0, 1, 2 for z, y, x) that prediction may mirror.
+        plans: What the training data decided.
+        members: The networks.
+        provenance: Free-form: data, settings, dates, scores.
+        cascade: How a cascade's first stage reaches its second: as ``scores``, brought to the
+            second stage's grid and decided there, or as ``labels``, decided in the volume's own
+            grid and resampled like a label map (V2's prediction).
+        rules: What is dropped of the labels found, see ``postprocess``.
+        averages: Names of the configurations whose mean decides; empty for all but those that are
+            only the first stage of another's cascade.
+    """
+
+    schema_version: int
+    name: str
+    version: str
+    description: str
+    input_slug: str
+    output_slug: str
+    average: str
+    mirror_axes: tuple[int, ...]
+    plans: Plans
+    members: tuple[Member, ...]
+    provenance: Mapping[str, Any]
+    cascade: str = strict_json.optional("scores")
+    rules: tuple[ComponentRule, ...] = strict_json.optional(())
+    averages: tuple[str, ...] = strict_json.optional(())
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise ValueError(
+                f"model schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
+            )
+        if self.average not in ("probabilities", "logits"):
+            raise ValueError(f"average {self.average!r}, expected probabilities or logits")
+        if self.plans.regions and self.average != "logits":
+            raise ValueError(f"average {self.average!r} of regions, expected logits")
+        if self.cascade not in ("scores", "labels"):
+            raise ValueError(f"cascade {self.cascade!r}, expected scores or labels")
+        if not set(self.mirror_axes) <= {0, 1, 2}:
+            raise ValueError(f"mirror axes {self.mirror_axes}, expected among 0, 1, 2")
+        if not self.members:
+            raise ValueError("no members")
+        for member in self.members:
+            self.plans.configuration(member.configuration)
+        for name in self.configurations:
+            first = self.plans.configuration(name).previous_stage
+            if first is not None and first not in self.configurations:
+                raise ValueError(f"{name} needs the segmentation of {first}, which has no members")
+        missing = set(self.averages) - set(self.configurations)
+        if missing:
+            raise ValueError(f"averages {sorted(missing)}, which have no members")
+        for rule in self.rules:
+            if rule.label >= len(self.plans.labels):
+                raise ValueError(f"rule for label {rule.label}, expected one of the plan's labels")
+
+    @property
+    def configurations(self) -> tuple[str, ...]:
+        """Names of the configurations that have members, in order of appearance."""
+        return tuple(dict.fromkeys(member.configuration for member in self.members))
+
+    @property
+    def expects_hu(self) -> bool:
+        """Whether every channel is normalised as CT."""
+        return all(scheme.scheme == "ct" for scheme in self.plans.normalisations)
+
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        """Names of the configurations whose mean decides."""
+        stages = {self.plans.configuration(name).previous_stage for name in self.configurations}
+        return self.averages or tuple(n for n in self.configurations if n not in stages)
+
+    @property
+    def in_order(self) -> tuple[str, ...]:
+        """The configurations that have to run, first stages before the second ones."""
+        order: list[str] = []
+        for name in self.averaged:
+            first = self.plans.configuration(name).previous_stage
+            order += [stage for stage in (first, name) if stage is not None and stage not in order]
+        return tuple(order)
+
+    def members_of(self, configuration: str) -> tuple[Member, ...]:
+        """The networks of one configuration."""
+        return tuple(m for m in self.members if m.configuration == configuration)
+
+
+def load_model(folder: Path) -> Model:
+    """Read ``model.json`` and check that every member's file is there, whole and unaltered.
+
+    Raises:
+        WeightsError: Something is missing, altered or of another version.
+    """
+    path = folder / MODEL_FILE
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file, expected a weights bundle in {folder}")
+    try:
+        model = strict_json.load(Model, path)
+    except PlansError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise WeightsError(f"{path}: {reason[:_LONGEST_REASON]}") from error
+    for member in model.members:
+        _verify(folder / member.file, member.sha256)
+    return model
+
+
+def load_state(folder: Path, member: Member) -> dict[str, npt.NDArray[np.float32]]:
+    """One network's tensors as fp32 numpy arrays.
+
+    Raises:
+        WeightsError: The file cannot be read.
+    """
+    path = folder / member.file
+    try:
+        stored = safetensors.numpy.load_file(path)
+        return {name: tensor.astype(np.float32) for name, tensor in stored.items()}
+    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        reason = str(error)[:_LONGEST_REASON]
+        raise WeightsError(f"{path}: cannot read the weights ({reason})") from error
+
+
+def save_member(
+    folder: Path,
+    configuration: str,
+    fold: str,
+    state: Mapping[str, Tensor],
+    *,
+    dtype: npt.DTypeLike = np.float16,
+) -> Member:
+    """Write a network's tensors as ``<configuration>_fold_<fold>.safetensors``, whole or not."""
+    path = folder / f"{configuration}_fold_{fold}.safetensors"
+    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in state.items()}
+    stored = {name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()}
+    with replacing(path, suffix=".safetensors") as temporary:
+        safetensors.numpy.save_file(stored, temporary)
+    return Member(configuration, fold, path.name, _sha256(path))
+
+
+def save_model(folder: Path, model: Model) -> None:
+    """Write ``model.json`` and ``SHA256SUMS`` (checkable with ``sha256sum -c``)."""
+    with replacing(folder / MODEL_FILE, suffix=".json") as temporary:
+        temporary.write_text(strict_json.dumps(model), encoding="utf-8")
+    files = [*(folder / member.file for member in model.members), folder / MODEL_FILE]
+    with replacing(folder / "SHA256SUMS") as temporary:
+        temporary.write_text("".join(f"{_sha256(f)}  {f.name}\n" for f in files), encoding="utf-8")
+
+
+def _verify(path: Path, expected: str) -> None:
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(len(_LFS_POINTER))
+        found = _sha256(path)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot read the weights ({error.strerror})") from error
+    if start == _LFS_POINTER:
+        raise WeightsError(f"{path}: a Git LFS pointer, expected the weights; run `git lfs pull`")
+    if found != expected:
+        raise WeightsError(
+            f"{path}: altered, sha256 is {found[:12]}..., {MODEL_FILE} says {expected[:12]}..."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

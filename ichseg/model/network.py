@@ -1,0 +1,235 @@
+"""The U-Nets of nnU-Net in two or three dimensions, built from ``Architecture``.
+
+Each level: convolutions, each followed by instance normalisation and a leaky ReLU. The first
+convolution of a level downsamples by its stride, transposed convolutions upsample, skips are
+concatenated. A residual encoder has a stem of one convolution, and blocks of two with a shortcut in
+place of its other convolutions; its decoder is the plain one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ichseg.model.plans import Architecture
+
+_CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED: dict[int, Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_POOL: dict[int, Any] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
+LEAKY_SLOPE = 0.01
+
+
+class InstanceNorm2d(nn.InstanceNorm2d):
+    """See ``_normalise``."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (the base class' name)
+        """``(B, C, Y, X)`` to the same."""
+        return _normalise(self, input, torch.channels_last)
+
+
+class InstanceNorm3d(nn.InstanceNorm3d):
+    """See ``_normalise``."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (the base class' name)
+        """``(B, C, Z, Y, X)`` to the same."""
+        return _normalise(self, input, torch.channels_last_3d)
+
+
+def _normalise(
+    norm: nn.InstanceNorm2d | nn.InstanceNorm3d, x: torch.Tensor, layout: torch.memory_format
+) -> torch.Tensor:
+    """Instance normalisation that leaves channels-last tensors channels-last.
+
+    torch's own rearranges them there and back at each level, a sixth of a training step. The batch
+    normalisation of one sample is the same thing, and works in either layout.
+    """
+    weight, bias, eps = norm.weight, norm.bias, norm.eps
+    if x.is_contiguous() or not x.is_contiguous(memory_format=layout):
+        return functional.instance_norm(x, weight=weight, bias=bias, eps=eps)
+    return torch.cat([
+        functional.batch_norm(sample, None, None, weight, bias, training=True, eps=eps)
+        for sample in torch.split(x, 1)
+    ])  # fmt: skip
+
+
+_NORM: dict[int, Any] = {2: InstanceNorm2d, 3: InstanceNorm3d}
+
+
+class UNet(nn.Module):
+    """Encoder, decoder and heads.
+
+    Attributes:
+        stem: Before a residual encoder, one convolution; before a plain one, nothing.
+        encoder: One block per level, finest first.
+        upsampling: Transposed convolution into each decoder level, finest first.
+        decoder: One block per decoder level, finest first.
+        heads: 1x1 convolutions to class logits; one, or one per decoder level with deep
+            supervision.
+    """
+
+    def __init__(self, architecture: Architecture, input_channels: int, classes: int) -> None:
+        super().__init__()
+        a, dimensions = architecture, architecture.dimensions
+        levels = len(a.features)
+        ones = (1,) * dimensions
+        level: Callable[..., nn.Sequential] = _block
+        self.stem: nn.Module = nn.Identity()
+        if a.block == "residual":
+            self.stem = _block(dimensions, input_channels, a.features[0], a.kernels[0], ones, 1)
+            input_channels, level = a.features[0], _residual_blocks
+        inputs = (input_channels, *a.features[:-1])
+        self.encoder = nn.ModuleList(
+            level(
+                dimensions, inputs[i], a.features[i], a.kernels[i], a.strides[i], a.encoder_convs[i]
+            )
+            for i in range(levels)
+        )
+        self.upsampling = nn.ModuleList(
+            _TRANSPOSED[dimensions](
+                a.features[i + 1],
+                a.features[i],
+                kernel_size=a.strides[i + 1],
+                stride=a.strides[i + 1],
+                bias=a.upsampling_bias,
+            )
+            for i in range(levels - 1)
+        )
+        self.decoder = nn.ModuleList(
+            _block(
+                dimensions, 2 * a.features[i], a.features[i], a.kernels[i], ones, a.decoder_convs[i]
+            )
+            for i in range(levels - 1)
+        )
+        self.heads = nn.ModuleList(
+            _CONV[dimensions](a.features[i], classes, kernel_size=1, bias=a.head_bias)
+            for i in range(levels - 1 if a.deep_supervision else 1)
+        )
+        self.apply(_initialise)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Logits ``(B, K, *patch)``; training with deep supervision: a list, finest first."""
+        x = self.stem(x)
+        skips = []
+        for block in self.encoder:
+            x = block(x)
+            skips.append(x)
+        levels = len(self.decoder)
+        logits: list[torch.Tensor] = []
+        for level in reversed(range(levels)):
+            x = self.upsampling[level](x)
+            x = self.decoder[level](torch.cat((x, skips[level]), dim=1))
+            if level == 0 or (self.training and level < len(self.heads)):
+                logits.insert(0, self.heads[level](x))
+        return logits if self.training and len(self.heads) > 1 else logits[0]
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a shortcut around them (V2, after arXiv:1812.01187).
+
+    The shortcut pools by the mean where the block has a stride, and goes through a 1x1 convolution
+    and a normalisation where it changes the number of features.
+    """
+
+    def __init__(
+        self,
+        dimensions: int,
+        inputs: int,
+        features: int,
+        kernel: tuple[int, ...],
+        stride: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        ones = (1,) * dimensions
+        self.first = _block(dimensions, inputs, features, kernel, stride, 1)
+        norm = _NORM[dimensions](features, eps=1e-5, affine=True)
+        nn.init.zeros_(norm.weight)  # with its bias, 0 as well: begins as the shortcut alone
+        self.second = nn.Sequential(
+            _convolution(dimensions, features, features, kernel, ones), norm
+        )
+        shortcut: list[nn.Module] = []
+        if stride != ones:
+            shortcut.append(_POOL[dimensions](stride, stride))
+        if inputs != features:
+            shortcut.append(_CONV[dimensions](inputs, features, kernel_size=1, bias=False))
+            shortcut.append(_NORM[dimensions](features, eps=1e-5, affine=True))
+        self.shortcut = nn.Sequential(*shortcut)
+        self.activation = nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, C, *size)`` to ``(B, features, *size / stride)``."""
+        y: torch.Tensor = self.activation(self.second(self.first(x)).add_(self.shortcut(x)))
+        return y
+
+
+def build_network(architecture: Architecture, input_channels: int, classes: int) -> UNet:
+    """A freshly initialised network.
+
+    Args:
+        architecture: From the plan's configuration.
+        input_channels: Image channels, plus one per label for a cascade's second stage.
+        classes: Labels including background.
+    """
+    return UNet(architecture, input_channels, classes)
+
+
+def _block(
+    dimensions: int,
+    inputs: int,
+    features: int,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    convolutions: int,
+) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for index in range(convolutions):
+        layers += [
+            _convolution(
+                dimensions,
+                inputs if index == 0 else features,
+                features,
+                kernel,
+                stride if index == 0 else (1,) * dimensions,
+            ),
+            _NORM[dimensions](features, eps=1e-5, affine=True),
+            nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
+        ]
+    return nn.Sequential(*layers)
+
+
+def _convolution(
+    dimensions: int,
+    inputs: int,
+    features: int,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> nn.Module:
+    convolution: nn.Module = _CONV[dimensions](
+        inputs, features, kernel, stride, padding=tuple(k // 2 for k in kernel)
+    )
+    return convolution
+
+
+def _residual_blocks(
+    dimensions: int,
+    inputs: int,
+    features: int,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    blocks: int,
+) -> nn.Sequential:
+    ones = (1,) * dimensions
+    return nn.Sequential(
+        ResidualBlock(dimensions, inputs, features, kernel, stride),
+        *(ResidualBlock(dimensions, features, features, kernel, ones) for _ in range(blocks - 1)),
+    )
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        nn.init.kaiming_normal_(module.weight, a=LEAKY_SLOPE)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

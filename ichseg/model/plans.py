@@ -1,0 +1,304 @@
+"""Plans: what the training data decided about preprocessing, patch and network.
+
+Frozen, JSON, self-contained: together with weights they are all that inference needs. Sizes,
+spacings and strides are in (z, y, x) order *after* ``Plans.transpose``; a 2D configuration lists
+(y, x) for its patch, kernels and strides, and its spacing keeps all three with the first unused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ichseg.errors import PlansError
+from ichseg.model import strict_json
+
+SCHEMA_VERSION = 1
+RECIPES = ("msd2018", "nnunetv2")
+PRESETS = ("plain", "resenc_m", "resenc_l", "resenc_xl")
+BLOCKS = ("plain", "residual")
+ORIENTATIONS = ("LPS", "RAS", "as_stored")
+CROPS = ("nonzero", "head")
+
+
+@dataclass(frozen=True, slots=True)
+class Normalisation:
+    """Intensity normalisation of one channel.
+
+    Attributes:
+        scheme: ``ct`` (clip, subtract mean, divide by deviation, all of the training foreground),
+            ``zscore`` (of each image by itself) or ``none``.
+        clip_low, clip_high: 0.5 and 99.5 percentile of the foreground, in the image's unit; ``ct``
+            only.
+        mean, deviation: Of the foreground, in the image's unit; ``ct`` only.
+        masked: ``zscore`` only: statistics and result within the nonzero region.
+    """
+
+    scheme: str
+    clip_low: float = 0.0
+    clip_high: float = 0.0
+    mean: float = 0.0
+    deviation: float = 1.0
+    masked: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scheme not in ("ct", "zscore", "none"):
+            raise ValueError(f"normalisation scheme {self.scheme!r}, expected ct, zscore or none")
+        if self.scheme == "ct" and not (self.clip_low < self.clip_high and self.deviation > 0):
+            raise ValueError(
+                f"ct normalisation clips to [{self.clip_low}, {self.clip_high}], "
+                f"deviation {self.deviation}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A U-Net by numbers, one entry per level, finest first.
+
+    Attributes:
+        features: Feature maps per level.
+        kernels: Kernel size per level, each of two or three axes.
+        strides: Downsampling on entering each level; the first is all ones.
+        encoder_convs: Convolutions per encoder level; of a residual encoder, blocks of two.
+        decoder_convs: Convolutions per decoder level, one entry fewer than levels, finest first.
+        upsampling_bias, head_bias: Whether transposed convolutions and the 1x1 head carry a bias.
+        deep_supervision: Whether training attaches a head to every decoder level.
+        block: What the encoder is made of: ``plain`` convolutions, or ``residual`` blocks after a
+            stem of one convolution. The decoder is plain.
+    """
+
+    features: tuple[int, ...]
+    kernels: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...], ...]
+    encoder_convs: tuple[int, ...]
+    decoder_convs: tuple[int, ...]
+    upsampling_bias: bool
+    head_bias: bool
+    deep_supervision: bool
+    block: str = strict_json.optional("plain")
+
+    def __post_init__(self) -> None:
+        if self.block not in BLOCKS:
+            raise ValueError(f"block {self.block!r}, expected one of {BLOCKS}")
+        levels = len(self.features)
+        found = (
+            len(self.kernels),
+            len(self.strides),
+            len(self.encoder_convs),
+            len(self.decoder_convs),
+        )
+        if levels < 2 or found != (levels, levels, levels, levels - 1):
+            raise ValueError(
+                f"{levels} levels, but kernels, strides, encoder and decoder list {found}"
+            )
+        if {len(axes) for axes in self.kernels + self.strides} not in ({2}, {3}):
+            raise ValueError("kernels and strides must all have two axes, or all three")
+        if set(self.strides[0]) != {1}:
+            raise ValueError(f"the first level's stride is {self.strides[0]}, expected ones")
+
+    @property
+    def dimensions(self) -> int:
+        """2 or 3."""
+        return len(self.kernels[0])
+
+    @property
+    def total_stride(self) -> tuple[int, ...]:
+        """Voxels of a patch must be multiples of this along each axis."""
+        total = [1] * self.dimensions
+        for stride in self.strides:
+            total = [a * b for a, b in zip(total, stride, strict=True)]
+        return tuple(total)
+
+
+@dataclass(frozen=True, slots=True)
+class Resampling:
+    """How volumes change grid.
+
+    Attributes:
+        image_order, label_order, score_order: Spline orders 0, 1 or 3. Labels of order 1 are
+            interpolated one by one and the largest wins. Scores are the network's probabilities or
+            logits.
+        separate_z: Which of ``image``, ``label``, ``score`` treat the coarse axis apart (order 0).
+        anisotropy: Largest over smallest spacing above which that happens.
+    """
+
+    image_order: int = 3
+    label_order: int = 0
+    score_order: int = 1
+    separate_z: tuple[str, ...] = ("image", "label", "score")
+    anisotropy: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name in ("image_order", "label_order", "score_order"):
+            if getattr(self, name) not in (0, 1, 3):
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0, 1 or 3")
+        if not set(self.separate_z) <= {"image", "label", "score"}:
+            raise ValueError(f"separate_z is {self.separate_z}, expected among image, label, score")
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """One network's grid, patch and shape.
+
+    Attributes:
+        name: ``2d``, ``3d_fullres``, ``3d_lowres`` or ``3d_cascade_fullres``.
+        spacing_mm: Target voxel size (z, y, x).
+        median_shape: Median case size in voxels of that grid.
+        patch: Voxels of a patch and of a tile, two or three axes.
+        batch: Patches per training step.
+        batch_dice: Dice over the batch as one pseudo-volume (True) or per patch.
+        dummy_2d: Spatial augmentation in-plane only, the patch being much thinner than wide.
+        previous_stage: Name of the configuration whose segmentation is an extra input, or None.
+        architecture: The network.
+    """
+
+    name: str
+    spacing_mm: tuple[float, float, float]
+    median_shape: tuple[int, int, int]
+    patch: tuple[int, ...]
+    batch: int
+    batch_dice: bool
+    dummy_2d: bool
+    previous_stage: str | None
+    architecture: Architecture
+
+    def __post_init__(self) -> None:
+        if len(self.patch) != self.architecture.dimensions:
+            raise ValueError(
+                f"{self.name}: patch {self.patch} for a {self.architecture.dimensions}D network"
+            )
+        if any(p % s for p, s in zip(self.patch, self.architecture.total_stride, strict=True)):
+            raise ValueError(
+                f"{self.name}: patch {self.patch} is not a multiple of "
+                f"{self.architecture.total_stride}"
+            )
+        if min(self.spacing_mm) <= 0 or self.batch < 1:
+            raise ValueError(f"{self.name}: spacing {self.spacing_mm} mm, batch {self.batch}")
+
+    @property
+    def tile(self) -> tuple[int, int, int]:
+        """The patch as three axes; a 2D patch is one slice thick."""
+        z, y, x = (1,) * (3 - len(self.patch)) + self.patch
+        return z, y, x
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """A value that the user chose in place of the planner.
+
+    Attributes:
+        name: The option of the ``plan`` command that chose it, without its dashes.
+        automatic: What the planner takes if nothing at all is chosen, for ``3d_fullres``; empty
+            where it finds nothing that fits. Written as at the command line, as is the next;
+            a choice without a value as yes or no.
+        chosen: What was chosen.
+    """
+
+    name: str
+    automatic: str
+    chosen: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plans:
+    """All decisions for one dataset and recipe.
+
+    Attributes:
+        schema_version: Version of this layout.
+        recipe: ``msd2018`` (the paper) or ``nnunetv2``.
+        dataset: Name of the dataset.
+        channels: Modality of each input channel, such as ``CT``.
+        labels: Names by value; ``labels[0]`` is the background.
+        orientation: ``LPS`` or ``RAS`` (nearest axis permutation and flips before anything else),
+            or ``as_stored``.
+        transpose: Axis order that puts the coarsest axis first; applied after orientation.
+        normalise_first: Normalise before resampling (``nnunetv2``) or after (``msd2018``).
+        normalisations: One per channel.
+        resampling: Interpolation orders and the separate-z rule.
+        configurations: One or more, by distinct name.
+        preset: Whose network and memory were planned for: ``plain``, or one of nnU-Net v2's
+            presets with a residual encoder.
+        overrides: What the user chose in place of the planner.
+        regions: Empty where each label has a score and the largest wins. Else the scores are of
+            regions, which may overlap: the label written where the first region's score is above
+            0 (as a probability: above a half), the same of the second, and so on; later ones
+            write over earlier ones, and elsewhere is background.
+        crop: What is cut away before anything else, in training as in inference: ``nonzero``, the
+            borders where all channels are 0 (nnU-Net); or ``head``, also the air and the headrest
+            around the head, as far as one is found. Outside the crop all is background.
+    """
+
+    schema_version: int
+    recipe: str
+    dataset: str
+    channels: tuple[str, ...]
+    labels: tuple[str, ...]
+    orientation: str
+    transpose: tuple[int, int, int]
+    normalise_first: bool
+    normalisations: tuple[Normalisation, ...]
+    resampling: Resampling
+    configurations: tuple[Configuration, ...]
+    preset: str = strict_json.optional("plain")
+    overrides: tuple[Override, ...] = strict_json.optional(())
+    regions: tuple[int, ...] = strict_json.optional(())
+    crop: str = strict_json.optional("nonzero")
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise ValueError(
+                f"plans schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
+            )
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe {self.recipe!r}, expected one of {RECIPES}")
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset {self.preset!r}, expected one of {PRESETS}")
+        if len(self.normalisations) != len(self.channels):
+            raise ValueError(
+                f"{len(self.channels)} channels, {len(self.normalisations)} normalisations"
+            )
+        if sorted(self.transpose) != [0, 1, 2]:
+            raise ValueError(f"transpose {self.transpose} is not an order of three axes")
+        if self.orientation not in ORIENTATIONS:
+            raise ValueError(f"orientation {self.orientation!r}, expected one of {ORIENTATIONS}")
+        if len(self.labels) < 2:
+            raise ValueError(f"labels {self.labels}, expected a background and at least one more")
+        if self.crop not in CROPS:
+            raise ValueError(f"crop {self.crop!r}, expected one of {CROPS}")
+        if self.crop == "head" and any(n.scheme != "ct" for n in self.normalisations):
+            raise ValueError("crop 'head' is found in HU, but not every channel is CT")
+        if not set(self.regions) <= set(range(1, len(self.labels))):
+            raise ValueError(
+                f"regions write the labels {self.regions}, expected 1 to {len(self.labels) - 1}"
+            )
+
+    def configuration(self, name: str) -> Configuration:
+        """The configuration of that name.
+
+        Raises:
+            PlansError: There is none.
+        """
+        for configuration in self.configurations:
+            if configuration.name == name:
+                return configuration
+        known = ", ".join(c.name for c in self.configurations)
+        raise PlansError(f"no configuration {name!r} in the plans, which have {known}")
+
+    def input_channels(self, configuration: Configuration) -> int:
+        """Of its network: the image's, and in a cascade's second stage one per foreground label."""
+        previous = 0 if configuration.previous_stage is None else len(self.labels) - 1
+        return len(self.channels) + previous
+
+    @property
+    def scores(self) -> int:
+        """Of a network, each voxel: one per region, or without regions one per label."""
+        return len(self.regions) or len(self.labels)
+
+
+def load(path: Path) -> Plans:
+    """Read ``plans.json``.
+
+    Raises:
+        PlansError: Missing, damaged, or of another schema.
+    """
+    return strict_json.load(Plans, path)

@@ -1,0 +1,180 @@
+"""After the networks: rules about connected components, and a table of what was found.
+
+Components are 26-connected: voxels that share a face, an edge or a corner belong together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from ichseg.scan.volume import Volume
+
+Labels = npt.NDArray[np.uint8]
+Point = tuple[float, float, float]
+_CONNECTED = np.ones((3, 3, 3), bool)
+_SLAB_VOXELS = 300_000  # looked at together
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentRule:
+    """Which components of a label become background; both conditions hold if both are given.
+
+    Attributes:
+        label: Whose components.
+        keep_largest: All but the largest go; of equals the first in ``(z, y, x)`` order stays.
+        drop_below_ml: Those smaller than this go.
+    """
+
+    label: int
+    keep_largest: bool = False
+    drop_below_ml: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.label < 1:
+            raise ValueError(f"rule for label {self.label}, expected a foreground label")
+        if not 0 <= self.drop_below_ml < math.inf:
+            raise ValueError(f"drop_below_ml {self.drop_below_ml}, expected 0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Lesion:
+    """One component. Positions are ``(x, y, z)`` in mm, LPS, as in DICOM and ITK.
+
+    That is: x grows to the patient's left, y to the back, z to the head.
+
+    Attributes:
+        label: Its label.
+        volume_ml: Its volume.
+        centroid_mm: Mean position of its voxels' centres.
+        box_mm: Lowest and highest corner of a box along the patient's axes around its voxels to
+            their outer faces; the smallest such box, or a larger one where the scan is oblique.
+        mean_hu: Mean intensity of the scan within it.
+    """
+
+    label: int
+    volume_ml: float
+    centroid_mm: Point
+    box_mm: tuple[Point, Point]
+    mean_hu: float
+
+
+def apply_rules(labels: Labels, rules: Sequence[ComponentRule], voxel_ml: float) -> Labels:
+    """Labels ``(z, y, x)`` without what the rules drop; they are applied one after another.
+
+    Args:
+        labels: Left as they are.
+        rules: Each of one label.
+        voxel_ml: Volume of a voxel.
+    """
+    result = labels.copy() if rules else labels
+    for rule in rules:
+        where = _box(result, rule.label)
+        if where is None:
+            continue
+        part = result[where]
+        components, count = ndimage.label(part == rule.label, _CONNECTED)
+        sizes = np.zeros(count + 1, np.int64)
+        for rows in _slabs(components.shape):
+            sizes += np.bincount(components[rows].ravel(), minlength=count + 1)
+        sizes[0] = 0
+        # a component of exactly the limit stays, though the product may err in its last digit
+        keep = sizes * voxel_ml >= rule.drop_below_ml * (1 - 1e-9)
+        if rule.keep_largest and count:
+            keep &= np.arange(count + 1) == sizes.argmax()
+        keep[0] = True
+        for rows in _slabs(components.shape):
+            part[rows][~keep[components[rows]]] = 0
+    return result
+
+
+def lesions(labels: Labels, scan: Volume) -> tuple[Lesion, ...]:
+    """Every component of every label, the largest first.
+
+    Args:
+        labels: ``(z, y, x)``, in the scan's grid; 0 is background.
+        scan: The CT in HU.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    if labels.shape != scan.voxels.shape:
+        raise ValueError(f"labels have shape {labels.shape}, the scan {scan.voxels.shape}")
+    found = []
+    for label, where in enumerate(ndimage.find_objects(labels), start=1):
+        if where is not None:
+            found += _of_label(label, labels[where] == label, scan.voxels[where], where, scan)
+    return tuple(sorted(found, key=lambda lesion: -lesion.volume_ml))
+
+
+def _of_label(
+    label: int,
+    inside: npt.NDArray[np.bool_],
+    hu: npt.NDArray[np.generic],
+    where: tuple[slice, slice, slice],
+    scan: Volume,
+) -> list[Lesion]:
+    """The components of one label in its box."""
+    components, count = ndimage.label(inside, _CONNECTED)
+    sums = np.zeros((5, count + 1))  # voxels; z, y, x; HU
+    for rows in _slabs(components.shape):
+        at = np.nonzero(components[rows])
+        of = components[rows][at]
+        weights = (None, at[0] + rows.start, at[1], at[2], hu[rows][at])
+        for total, weight in zip(sums, weights, strict=True):
+            total += np.bincount(of, weight, minlength=count + 1)
+    voxels = sums[0, 1:]
+    means = sums[1:, 1:] / voxels
+    corner = np.array([[part.start] for part in where])
+    edges = [[(part.start, part.stop) for part in b] for b in ndimage.find_objects(components)]
+    low, end = np.array(edges).transpose(2, 1, 0)  # each (3, n)
+    centroids = _positions(means[:3] + corner, scan)
+    middles = _positions((low + end - 1) / 2 + corner, scan)
+    reach = abs(_steps(scan)) @ (end - low) / 2
+    return [
+        Lesion(label, size, _point(centroid), (_point(first), _point(last)), mean_hu)
+        for size, centroid, first, last, mean_hu in zip(
+            (voxels * scan.voxel_ml).tolist(),
+            centroids.T.tolist(),
+            (middles - reach).T.tolist(),
+            (middles + reach).T.tolist(),
+            means[3].tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _steps(scan: Volume) -> npt.NDArray[np.float64]:
+    """3x3; column j is the way from one voxel to the next along axis j, in mm."""
+    steps: npt.NDArray[np.float64] = np.reshape(scan.direction, (3, 3)) * scan.spacing_mm
+    return steps
+
+
+def _positions(indices: npt.NDArray[np.float64], scan: Volume) -> npt.NDArray[np.float64]:
+    """Of voxel indices, in mm; both ``(3, n)`` in this project's order."""
+    return np.array(scan.origin_mm)[:, None] + _steps(scan) @ indices
+
+
+def _point(position: Sequence[float]) -> Point:
+    """From this project's order to that of DICOM and ITK."""
+    z, y, x = position
+    return x, y, z
+
+
+def _box(labels: Labels, label: int) -> tuple[slice, slice, slice] | None:
+    """Box of a label, or None if it does not occur."""
+    boxes = ndimage.find_objects(labels, max_label=label)
+    where: tuple[slice, slice, slice] | None = boxes[label - 1]
+    return where
+
+
+def _slabs(shape: Sequence[int]) -> Iterator[slice]:
+    """The first axis in pieces: arrays of 8 bytes a voxel are made of each, never of a volume."""
+    step = max(1, _SLAB_VOXELS // (shape[1] * shape[2]))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))

@@ -1,0 +1,237 @@
+"""How much memory a case will take, and how much it may: said before the work, not by a kill.
+
+The platform limits a job by its cgroup and, per process, by ``RLIMIT_DATA``; the first kills with
+status 137 and no word. So what a case needs is added up from its shapes before it is prepared. The
+constants are measured; ``benchmarks/large_volume.py`` compares sums with peaks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import resource
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ichseg.model.plans import Configuration, Plans
+from ichseg.predict import sliding_window
+from ichseg.predict.prepare import Placement
+
+GB = 1e9
+_MB = 2**20
+_FLOAT = 4  # bytes
+_NO_LIMIT = 1 << 60  # version 1 of cgroups writes 2**63 less a page
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes that a case takes, beside what the program takes without any.
+
+    Attributes:
+        opening: While it is read and prepared.
+        predicting: While the networks run on it.
+        writing: While it is restored, measured and written.
+        network: Of the largest network, which stays from the first case on.
+        device: Of a GPU; more is taken where there is more, for larger batches.
+    """
+
+    opening: int
+    predicting: int
+    writing: int
+    network: int
+    device: int = 0
+
+    @property
+    def alone(self) -> int:
+        """With no other case under way."""
+        return max(self.opening, self.network + max(self.predicting, self.writing))
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What the process's resident memory may become, in bytes, and what sets that."""
+
+    total: int
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one configuration does for a case.
+
+    Attributes:
+        configuration: Which.
+        placement: Of the case in its grid.
+        weights: Bytes of one of its networks as fp32.
+        sums: Score volumes that are held at once: one, or two where several networks or units add.
+        networks: How many run.
+    """
+
+    configuration: Configuration
+    placement: Placement
+    weights: int
+    sums: int
+    networks: int
+
+
+def estimate(
+    kind: str,
+    plans: Plans,
+    parts: Sequence[Part],
+    *,
+    on_host: bool = False,
+    file_bytes: int,
+    scan_bytes: int,
+) -> Need:
+    """What a case will take.
+
+    Args:
+        kind: Of the engine, see ``Engine.kind``.
+        plans: For channels and labels.
+        parts: The configurations, those of a cascade in order.
+        on_host: Whether the scores are added up on the host though the networks run on a GPU.
+        file_bytes: Of the scan on disk; it is read whole, checked and inflated.
+        scan_bytes: Of its voxels in memory.
+    """
+    on_gpu = kind == "cuda" and not on_host
+    data = scores = running = device = network = 0
+    for part in parts:
+        shape, configuration = part.placement.grid_shape, part.configuration
+        grid = math.prod(shape)
+        padded = math.prod(sliding_window.cover(shape, configuration.tile).padded)
+        data += _FLOAT * len(plans.channels) * grid
+        channels = plans.input_channels(configuration)
+        joined = _FLOAT * channels * grid * (2 if configuration.previous_stage else 0)
+        own = joined + (_FLOAT * channels * padded if padded != grid else 0)
+        summed = _FLOAT * plans.scores * padded
+        at_once = own + part.sums * summed + (part.networks * padded if part.networks > 1 else 0)
+        host, on_device = _network(kind, configuration, part.weights)
+        network = max(network, host)
+        if on_gpu:
+            device = max(device, scores + _FLOAT * channels * grid + at_once + on_device)
+            running = max(running, joined)
+        else:
+            device = max(device, on_device)
+            running = max(running, scores + at_once)
+        scores += summed
+    held = 0 if on_gpu else scores
+    voxels = math.prod(parts[0].placement.full_shape)
+    return Need(
+        opening=scan_bytes + max(2 * file_bytes + scan_bytes, data + 30 * _MB),
+        predicting=scan_bytes + data + running,
+        # labels, and again in the scan's order; or components where their box is half of it
+        writing=scan_bytes + max(held + 2 * voxels, 4 * voxels) + 30 * _MB,
+        network=network,
+        device=device,
+    )
+
+
+def _network(kind: str, configuration: Configuration, weights: int) -> tuple[int, int]:
+    """Bytes on the host and on the GPU of one network with its activations.
+
+    Measured for U-Nets with 8 to 32 first features, of two and three dimensions; on CUDA not, and
+    there for one tile, since a batch takes what is free.
+    """
+    channel = _FLOAT * math.prod(configuration.tile)
+    first = configuration.architecture.features[0]
+    if kind == "openvino":
+        loading = 3.05 * weights + 55 * _MB
+        return int(max(loading, 2.05 * weights + 55 * _MB + (3 * first + 5) * channel)), 0
+    activations = (8 * first + 10) * channel
+    if kind == "cuda":
+        return 2 * weights, int(1.5 * weights + activations)
+    batch = sliding_window.tiles_at_once(configuration.tile)
+    return weights + 70 * _MB + activations * batch, 0
+
+
+def weights_bytes(path: Path) -> int:
+    """Bytes that a safetensors file's tensors take as fp32; only its header is read."""
+    with path.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    shapes = [tensor["shape"] for name, tensor in header.items() if name != "__metadata__"]
+    return _FLOAT * sum(int(math.prod(shape)) for shape in shapes)
+
+
+def resident(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process holds; 0 where the system does not say."""
+    return _fields(root / "proc/self/status").get("VmRSS", 0)
+
+
+def peak(root: Path = Path("/")) -> int:
+    """The most that this process has held so far."""
+    return _fields(root / "proc/self/status").get("VmHWM", 0)
+
+
+def limit(root: Path = Path("/")) -> Limit | None:
+    """The tightest of all limits: cgroup (version 2 or 1), resource limits, free memory.
+
+    Args:
+        root: Where ``proc`` and ``sys`` are.
+
+    Returns:
+        None where none can be found out, as on another system than Linux.
+    """
+    status = _fields(root / "proc/self/status")
+    held = status.get("VmRSS", 0)
+    rooms = list(_cgroup_rooms(root))
+    for name, kind, used in (
+        ("RLIMIT_DATA", resource.RLIMIT_DATA, status.get("VmData", 0)),
+        ("RLIMIT_AS", resource.RLIMIT_AS, status.get("VmSize", 0)),
+    ):
+        soft = resource.getrlimit(kind)[0]
+        if soft != resource.RLIM_INFINITY:
+            rooms.append((soft - used, name))
+    free = _fields(root / "proc/meminfo").get("MemAvailable")
+    if free is not None:
+        rooms.append((free, "the free memory"))
+    if not rooms:
+        return None
+    room, by = min(rooms)
+    return Limit(held + max(room, 0), by)
+
+
+def _cgroup_rooms(root: Path) -> Iterator[tuple[int, str]]:
+    """What each cgroup that this process is in lets it add; caches of files do not count as used.
+
+    In a container the path that the kernel names may be the host's; then the mount's top is ours.
+    """
+    top = root / "sys/fs/cgroup"
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                base, names = top, ("memory.max", "memory.current", "")
+            elif "memory" in controllers.split(","):
+                base = top / "memory"
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+            else:
+                continue
+            folder = base / path.lstrip("/")
+            for place in dict.fromkeys((folder, *folder.parents)):
+                if place == base or base in place.parents:
+                    yield from _room_of(place, *names)
+
+
+def _room_of(place: Path, most: str, used: str, prefix: str) -> Iterator[tuple[int, str]]:
+    with contextlib.suppress(OSError, ValueError):  # no such file, or the word "max"
+        allowed = int((place / most).read_text())
+        if allowed >= _NO_LIMIT:
+            return
+        taken = int((place / used).read_text())
+        stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+        caches = sum(int(stat.get(prefix + kind, 0)) for kind in ("inactive_file", "active_file"))
+        yield allowed - max(taken - caches, 0), "the cgroup"
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The sizes in a file of ``/proc``, in bytes; nothing where there is no such file."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in path.read_text().splitlines():
+            key, _, value = line.partition(":")
+            parts = value.split()
+            if len(parts) == 2 and parts[1] == "kB":
+                found[key] = int(parts[0]) * 1024
+    return found

@@ -1,0 +1,258 @@
+"""Prediction by overlapping tiles (P18, section 2.4).
+
+Tiles overlap by half, voxels near a tile's centre weigh more, each tile is also predicted mirrored.
+The network is any callable, so the arithmetic here is tested with the identity. Volumes are numpy
+arrays or torch tensors on any device: whatever the network takes and gives.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from ichseg.predict.resample import Grid
+
+Network = Callable[[Any], Any]  # a Grid to a Grid: tiles (B, C, *tile) to scores (B, K, *tile)
+Corner = tuple[int, int, int]  # a tile's first voxel
+BATCH_VOXELS = 1_200_000  # 8 tiles of 16x96x96: small tiles alone leave torch's convolutions idle
+STEP_FRACTION = 0.5  # "overlap by patch size / 2"
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Where the tiles of a volume lie.
+
+    Attributes:
+        shape: The volume's, ``(z, y, x)``.
+        tile: Voxels of a tile.
+        starts: First voxels along each axis, of the volume padded to at least a tile.
+        skipped: Tiles that no network need see: their voxels are background.
+    """
+
+    shape: tuple[int, int, int]
+    tile: tuple[int, int, int]
+    starts: tuple[list[int], list[int], list[int]]
+    skipped: frozenset[Corner] = frozenset()
+
+    @property
+    def padded(self) -> tuple[int, int, int]:
+        """Size after padding to at least one tile."""
+        return padded_shape(self.shape, self.tile)
+
+    @property
+    def inner(self) -> tuple[slice, slice, slice]:
+        """Where the volume lies in the padded one: in its middle."""
+        before = [(p - s) // 2 for p, s in zip(self.padded, self.shape, strict=True)]
+        z, y, x = (slice(b, b + s) for b, s in zip(before, self.shape, strict=True))
+        return z, y, x
+
+    @property
+    def total(self) -> int:
+        """Number of tiles, skipped ones included."""
+        return math.prod(map(len, self.starts))
+
+    def corners(self) -> list[Corner]:
+        """Of the tiles that a network has to see."""
+        return [c for c in itertools.product(*self.starts) if c not in self.skipped]
+
+    def where(self, corner: Corner) -> tuple[slice, slice, slice, slice]:
+        """Index of a tile in the padded volume ``(channel, z, y, x)``."""
+        z, y, x = (slice(s, s + t) for s, t in zip(corner, self.tile, strict=True))
+        return slice(None), z, y, x
+
+
+def cover(shape: Sequence[int], tile: tuple[int, int, int]) -> Tiles:
+    """Tiles that cover a volume of this ``(z, y, x)`` shape; none is skipped."""
+    padded = padded_shape(shape, tile)
+    z, y, x = (tile_starts(size, t) for size, t in zip(padded, tile, strict=True))
+    return Tiles((shape[0], shape[1], shape[2]), tile, (z, y, x))
+
+
+def tile_starts(image_size: int, tile_size: int, step_fraction: float = STEP_FRACTION) -> list[int]:
+    """First voxel of each tile along one axis.
+
+    Tiles are spread evenly: neighbours start about ``step_fraction * tile_size`` voxels apart or
+    less, and the last tile ends on the last voxel.
+
+    Args:
+        image_size: Voxels along this axis, already padded to ``tile_size`` or more.
+        tile_size: Voxels of one tile; 1 along the slices of a 2D network.
+        step_fraction: Largest step as a fraction of ``tile_size``, in (0, 1].
+
+    Raises:
+        ValueError: The image is smaller than a tile, or the fraction is out of range.
+    """
+    if image_size < tile_size or not 0 < step_fraction <= 1:
+        raise ValueError(f"image {image_size}, tile {tile_size}, step fraction {step_fraction}")
+    span = image_size - tile_size
+    count = math.ceil(span / max(1, step_fraction * tile_size)) + 1  # slices of a 2D network: each
+    return [round(i * span / max(count - 1, 1)) for i in range(count)]
+
+
+def axis_importance(tile_size: int) -> npt.NDArray[np.float32]:
+    """Weight of each voxel along an axis: a Gaussian, sigma ``tile_size / 8``.
+
+    Its four sigma reach the tile's border, where it is 3e-4: never zero.
+    """
+    delta = np.zeros(tile_size)
+    delta[tile_size // 2] = 1
+    weight = ndimage.gaussian_filter1d(delta, tile_size / 8, mode="constant")
+    weight /= weight.max()
+    return np.asarray(weight, np.float32)
+
+
+def mirrorings(axes: Sequence[int]) -> list[tuple[int, ...]]:
+    """All subsets of the mirror axes, the empty one first: 8 for three axes."""
+    return [subset for n in range(len(axes) + 1) for subset in itertools.combinations(axes, n)]
+
+
+def padded_shape(shape: Sequence[int], tile: Sequence[int]) -> tuple[int, int, int]:
+    """Size after padding to at least one tile."""
+    z, y, x = (max(size, t) for size, t in zip(shape, tile, strict=True))
+    return z, y, x
+
+
+def tile_count(shape: Sequence[int], tile: tuple[int, int, int]) -> int:
+    """Number of tiles that cover a volume of this ``(z, y, x)`` shape."""
+    return cover(shape, tile).total
+
+
+def tiles_at_once(tile: Sequence[int]) -> int:
+    """How many tiles torch on the CPU likes to take together."""
+    return max(1, BATCH_VOXELS // math.prod(tile))
+
+
+def predict_tiled(
+    network: Network,
+    data: Grid,
+    tile: tuple[int, int, int],
+    *,
+    mirror_axes: Sequence[int] = (),
+) -> Grid:
+    """Scores of a whole volume by one network.
+
+    Args:
+        network: ``(B, C, *tile)`` to scores ``(B, K, *tile)``, on the device of ``data``; B varies.
+        data: ``(C, Z, Y, X)``, float32; a numpy array or a tensor, as the network takes it.
+        tile: Voxels of a tile ``(z, y, x)``.
+        mirror_axes: Spatial axes (0, 1, 2 for z, y, x) over whose subsets scores are averaged.
+
+    Returns:
+        ``(K, Z, Y, X)`` float32: of all tiles and mirrorings, weighted by importance.
+    """
+    tiles, mirrors = cover(data.shape[1:], tile), mirrorings(mirror_axes)
+    padded = pad(data, tiles)
+    total = add_tiles(network, padded, tiles, None, mirrors=mirrors, batch=tiles_at_once(tile))
+    return average(total, tiles, len(mirrors))
+
+
+def pad(data: Grid, tiles: Tiles) -> Grid:
+    """Zero-pad ``(C, Z, Y, X)``, centred, to at least a tile; the data themselves if that fits."""
+    if tiles.padded == tiles.shape:
+        return data
+    padded = zeros_like(data, (data.shape[0], *tiles.padded))
+    padded[(slice(None), *tiles.inner)] = data
+    return padded
+
+
+def add_tiles(
+    network: Network,
+    padded: Grid,
+    tiles: Tiles,
+    total: Grid | None,
+    *,
+    mirrors: Sequence[tuple[int, ...]],
+    batch: int,
+) -> Grid:
+    """Add a network's scores of all tiles and mirrorings, weighted by importance, to ``total``.
+
+    Args:
+        network: See ``predict_tiled``. What it gives is read before it is called again.
+        padded: The volume, from ``pad``.
+        tiles: Which tiles.
+        total: ``(K, *tiles.padded)``, changed in place; None for zeros.
+        mirrors: Each a set of spatial axes to mirror, see ``mirrorings``.
+        batch: How many tiles the network is given at once; of the last ones fewer.
+
+    Returns:
+        ``total``.
+    """
+    weights = [_as(padded, axis_importance(t)) for t in tiles.tile]
+    importance = weights[0][:, None, None] * weights[1][:, None] * weights[2]
+    jobs = itertools.product(tiles.corners(), [tuple(a + 1 for a in axes) for axes in mirrors])
+    for group in _batches(jobs, batch):
+        views = [_flip(padded[tiles.where(corner)], axes) for corner, axes in group]
+        for (corner, axes), scores in zip(group, network(_stack(views)), strict=True):
+            if total is None:
+                total = zeros_like(padded, (scores.shape[0], *tiles.padded))
+            total[tiles.where(corner)] += _flip(scores, axes) * importance
+    if total is None:
+        raise ValueError("every tile is skipped, and there are no scores to add to")
+    return total
+
+
+def average(
+    total: Grid, tiles: Tiles, passes: int, background: Sequence[float] | None = None
+) -> Grid:
+    """The mean, in place, of what ``add_tiles`` has added.
+
+    Args:
+        total: ``(K, *tiles.padded)``.
+        tiles: Which tiles.
+        passes: How many times each tile went through a network: mirrorings times networks.
+        background: The K scores of the voxels of skipped tiles.
+
+    Returns:
+        ``(K, *tiles.shape)``, a view of ``total``.
+    """
+    # the importance is a product over axes, so its sum over all tiles is one too
+    by_axis = []
+    for size, starts, tile in zip(tiles.padded, tiles.starts, tiles.tile, strict=True):
+        weight, sums = axis_importance(tile), np.zeros(size, np.float32)
+        for start in starts:
+            sums[start : start + tile] += weight
+        by_axis.append(sums)
+    plane = 1 / (by_axis[1][:, None] * by_axis[2] * passes)
+    for z, sum_z in enumerate(by_axis[0]):  # slice by slice, each read and written once
+        total[:, z] *= _as(total, (plane / sum_z).astype(np.float32))
+    for corner in tiles.skipped:
+        assert background is not None
+        for scores, score in zip(total[tiles.where(corner)], background, strict=True):
+            scores[...] = score
+    return total[(slice(None), *tiles.inner)]
+
+
+def zeros_like(data: Grid, shape: Sequence[int]) -> Grid:
+    """Zeros, float32, of the kind and on the device of ``data``."""
+    return np.zeros(shape, np.float32) if isinstance(data, np.ndarray) else data.new_zeros(shape)
+
+
+def _batches(
+    jobs: Iterator[tuple[Corner, tuple[int, ...]]], batch: int
+) -> Iterator[list[tuple[Corner, tuple[int, ...]]]]:
+    while group := list(itertools.islice(jobs, batch)):
+        yield group
+
+
+def _flip(data: Grid, axes: tuple[int, ...]) -> Grid:
+    return np.flip(data, axes) if isinstance(data, np.ndarray) else data.flip(axes)
+
+
+def _stack(views: Sequence[Grid]) -> Grid:
+    """``(B, C, *tile)``, contiguous."""
+    if isinstance(views[0], np.ndarray):
+        return np.stack(views)
+    from torch import stack  # loaded already, or there were no tensor
+
+    return stack(tuple(views))
+
+
+def _as(data: Grid, values: npt.NDArray[np.float32]) -> Grid:
+    return values if isinstance(data, np.ndarray) else data.new_tensor(values)

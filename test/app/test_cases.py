@@ -1,0 +1,184 @@
+import json
+
+import pytest
+
+from ichseg.app.cases import InputCase, find_cases, find_challenge_cases
+from ichseg.errors import InputError
+
+
+def touch(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
+def find(folder, out):
+    return find_cases(folder, out, input_slug="head-ct", output_slug="bleed")
+
+
+def write_inputs(folder, sockets):
+    entries = [
+        {"image": {"name": "a"}, "interface": {"slug": slug, "relative_path": path}}
+        for slug, path in sockets.items()
+    ]
+    entries.append({"value": 1, "interface": {"slug": "age", "relative_path": "age.json"}})
+    (folder / "inputs.json").write_text(json.dumps(entries))
+
+
+def test_flat_folder_keeps_names(tmp_path):
+    for name in ("b.nii.gz", "a.mha", "c.nii", "notes.txt", ".hidden.mha"):
+        touch(tmp_path / name)
+    job = find(tmp_path, tmp_path / "out")
+    assert not job.platform
+    assert [(c.name, c.output.name) for c in job.cases] == [
+        ("a.mha", "a.mha"),
+        ("b.nii.gz", "b.nii.gz"),
+        ("c.nii", "c.nii"),
+    ]
+
+
+def test_inputs_json_names_the_folder_even_where_it_differs_from_the_slug(tmp_path):
+    image = touch(tmp_path / "images" / "ct-head" / "1-2-3.mha")
+    write_inputs(tmp_path, {"anything": "images/ct-head"})
+    job = find(tmp_path, tmp_path / "out")
+    assert job.platform
+    assert job.cases == (
+        InputCase("1-2-3.mha", image, tmp_path / "out" / "images" / "bleed" / "1-2-3.mha"),
+    )
+
+
+def test_images_folder_without_inputs_json(tmp_path):
+    touch(tmp_path / "images" / "other" / "x.nii.gz")
+    job = find(tmp_path, tmp_path / "out")
+    assert [c.output.name for c in job.cases] == ["x.mha"]  # the platform rejects NIfTI
+
+
+def test_of_several_sockets_the_named_one_is_taken(tmp_path):
+    touch(tmp_path / "images" / "mr" / "x.mha")
+    image = touch(tmp_path / "images" / "head-ct" / "y.mha")
+    assert find(tmp_path, tmp_path).cases[0].image == image
+    write_inputs(tmp_path, {"mr": "images/mr", "head-ct": "images/head-ct"})
+    assert find(tmp_path, tmp_path).cases[0].image == image
+
+
+def test_several_sockets_without_a_match_are_listed(tmp_path):
+    touch(tmp_path / "images" / "mr" / "x.mha")
+    touch(tmp_path / "images" / "pet" / "x.mha")
+    with pytest.raises(InputError, match="image sockets are mr, pet; expected exactly one"):
+        find(tmp_path, tmp_path)
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        find(tmp_path / "nowhere", tmp_path)
+    with pytest.raises(InputError, match=r"found no scan, expected \.mha, \.nii\.gz, \.nii"):
+        find(tmp_path, tmp_path)
+    (tmp_path / "inputs.json").write_text("{")
+    with pytest.raises(InputError, match=r"inputs\.json: not the platform's list"):
+        find(tmp_path, tmp_path)
+    write_inputs(tmp_path, {})
+    with pytest.raises(InputError, match="image sockets are none"):
+        find(tmp_path, tmp_path)
+    write_inputs(tmp_path, {"head-ct": "images/head-ct"})
+    with pytest.raises(InputError, match="head-ct: found no scan"):
+        find(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "named",
+    ["/etc", "../other", "images/../../other", "images/\0", "", None, 7, ["images"], "n" * 300],
+)
+def test_relative_path_is_a_path_inside(tmp_path, named):
+    folder = tmp_path / "input"
+    touch(tmp_path / "other" / "x.mha")
+    touch(folder / "images" / "ct" / "x.mha")
+    write_inputs(folder, {"ct": named})
+    with pytest.raises(InputError) as refused:
+        find(folder, tmp_path / "out")
+    assert "expected a path inside" in str(refused.value) or "File name too long" in str(
+        refused.value
+    )
+    assert len(str(refused.value)) < 600
+    assert "\n" not in str(refused.value)
+
+
+def test_links_that_lead_out_are_refused_in_every_layout(tmp_path):
+    folder = tmp_path / "input"
+    secret = touch(tmp_path / "secret" / "x.mha")
+    touch(tmp_path / "secret" / "y.nii.gz")
+    folder.mkdir()
+
+    (folder / "scan.mha").symlink_to(secret)
+    with pytest.raises(InputError, match=r"scan\.mha: a link that leads out of .*input"):
+        find(folder, tmp_path)
+    (folder / "scan.nii.gz").symlink_to("../secret/y.nii.gz")
+    with pytest.raises(InputError, match=r"scan\.nii\.gz: a link that leads out"):
+        find_challenge_cases(folder, tmp_path)
+
+    (folder / "images").mkdir()
+    (folder / "images" / "ct").symlink_to(secret.parent)
+    with pytest.raises(InputError, match="ct: a link that leads out"):
+        find(folder, tmp_path)
+    write_inputs(folder, {"ct": "images/ct"})
+    with pytest.raises(InputError, match="ct: a link that leads out"):
+        find(folder, tmp_path)
+    (folder / "inputs.json").rename(secret.parent / "inputs.json")
+    (folder / "inputs.json").symlink_to(secret.parent / "inputs.json")
+    with pytest.raises(InputError, match=r"inputs\.json: a link that leads out"):
+        find(folder, tmp_path)
+
+
+def test_links_that_stay_inside_and_a_folder_that_is_one(tmp_path):
+    folder = tmp_path / "data"
+    touch(folder / "store" / "1")
+    (folder / "a.mha").symlink_to("store/1")
+    (folder / "b.mha").symlink_to("b.mha")  # in a circle: no file
+    (tmp_path / "input").symlink_to(folder)
+    assert [c.name for c in find(tmp_path / "input", tmp_path).cases] == ["a.mha"]
+
+
+TWO_SHAPES = '[{"image": {}, "interface": {"slug": ["a"], "relative_path": "b"}}, {"image": 1}]'
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "{}", "7", '"text"', "[7]", "\ufeff[]", "[1" + "0" * 9999, TWO_SHAPES],
+)
+def test_inputs_json_of_any_other_shape(tmp_path, text):
+    (tmp_path / "inputs.json").write_text(text)
+    with pytest.raises(InputError, match=r"not the platform's list|sockets are none") as refused:
+        find(tmp_path, tmp_path)
+    assert len(str(refused.value)) < 400
+
+
+def test_an_inputs_json_of_gigabytes_is_not_read(tmp_path):
+    with (tmp_path / "inputs.json").open("wb") as file:
+        file.truncate(2 << 30)
+    with pytest.raises(InputError, match=r"2147483648 bytes, expected at most 16777216"):
+        find(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("slug", ["../../etc", "a/b", "", ".", "a\n", "ä"])
+def test_a_bundle_cannot_name_a_folder(tmp_path, slug):
+    touch(tmp_path / "a.mha")
+    with pytest.raises(InputError, match=r"output slug .*expected letters"):
+        find_cases(tmp_path, tmp_path, input_slug="ct", output_slug=slug)
+
+
+def test_scans_whose_masks_would_be_one_file(tmp_path):
+    for name in ("x.mha", "x.nii.gz", "y.mha"):
+        touch(tmp_path / "images" / "ct" / name)
+    with pytest.raises(InputError, match=r"2 scans named x, expected one.* all be x\.mha"):
+        find(tmp_path, tmp_path)
+
+
+def test_challenge_batch_takes_nifti_only_and_keeps_names(tmp_path):
+    for name in ("002.nii.gz", "001.nii.gz", "003.nii", "004.mha", "notes.txt"):
+        touch(tmp_path / name)
+    job = find_challenge_cases(tmp_path, tmp_path / "predict")
+    assert (job.challenge, job.platform) == (True, False)
+    assert [c.output for c in job.cases] == [
+        tmp_path / "predict" / "001.nii.gz", tmp_path / "predict" / "002.nii.gz",
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=r"found no scan, expected \.nii\.gz"):
+        find_challenge_cases(touch(tmp_path / "empty" / "x.mha").parent, tmp_path)

@@ -1,0 +1,351 @@
+"""A folder of cases, with networks that only pretend: what overlaps, what is kept, what is said."""
+
+import json
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ichseg.app import pipeline
+from ichseg.app.cases import find_cases
+from ichseg.app.pipeline import Options
+from ichseg.errors import InputError, WeightsError
+from ichseg.predict import memory
+from ichseg.predict.ensemble import Segmentation
+from ichseg.report import report
+from ichseg.scan import plausibility, volume
+from ichseg.scan import reader as scan_reader
+from ichseg.scan.reader import Scan
+from ichseg.scan.volume import Volume
+
+
+class Pretended:
+    """Marks what lies above 50 HU; keeps an account of its calls and of the cases in its hands."""
+
+    model = SimpleNamespace(expects_hu=False)
+
+    def __init__(self):
+        self.calls, self.alive, self.most_alive = [], set(), 0
+        self.lock = threading.Lock()
+        self.budgets = []
+
+    def note(self, stage, name):
+        with self.lock:
+            self.calls.append(f"{stage} {name}")
+            self.alive.add(name)
+            self.most_alive = max(self.most_alive, len(self.alive))
+
+    def prepare(self, scan, preset):
+        name = int(scan.voxels.max())
+        self.note("prepare", name)
+        if name == 666:
+            raise InputError("an ugly one")
+        if name == 667:
+            raise MemoryError
+        if name == 668:
+            raise ZeroDivisionError("our fault")
+        return SimpleNamespace(scan=scan, name=name, parts=[])
+
+    def predict(self, prepared, progress, budget_s, on_host):
+        self.note("predict", prepared.name)
+        self.budgets.append(budget_s)
+        self.during_predict(prepared.name)
+        self.note("predicted", prepared.name)
+        return prepared
+
+    def during_predict(self, name):
+        pass
+
+    def finish(self, prepared):
+        self.note("finish", prepared.name)
+        self.during_finish(prepared.name)
+        mask = prepared.scan.with_voxels((prepared.scan.voxels > 50).astype(np.uint8))
+        self.note("finished", prepared.name)
+        self.alive.discard(prepared.name)
+        return Segmentation(
+            mask=mask,
+            volume_ml=float(mask.voxels.sum() * mask.voxel_ml),
+            ran={"tiles": 1, "tiles_skipped": 0},
+            seconds={"total": 0.1, "compile": 0.0},
+            doubt=0.25,
+            warnings=("odd",),
+        )
+
+    def during_finish(self, name):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def allowed(monkeypatch):
+    """What the memory may become: a list of one, None for anything. A case opened takes 10."""
+    limit = [None]
+    monkeypatch.setattr(memory, "limit", lambda: limit[0])
+    monkeypatch.setattr(memory, "resident", lambda: 1000)
+    need = memory.Need(opening=10, predicting=20, writing=30, network=5)
+    monkeypatch.setattr(pipeline, "_need", lambda *_: (need, False))
+    monkeypatch.setattr(volume, "stored_shape", lambda _: (1, 1, 1))
+    return limit
+
+
+@pytest.fixture
+def place(tmp_path):
+    for name in range(101, 106):
+        add(tmp_path, name)
+    return tmp_path
+
+
+def add(place, name, lesions=((0, 1, 1), (2, 4, 4))):
+    voxels = np.zeros((3, 6, 6), np.int16)
+    for where in lesions:
+        voxels[where] = name
+    volume.write(Volume(voxels, (5.0, 1.0, 1.0)), place / "input" / f"{name}.mha")
+
+
+def run(place, ensemble, **options):
+    job = find_cases(place / "input", place / "output", input_slug="a", output_slug="b")
+    chosen = Options(place / "output", "fast", made_from={"preset": "fast"}, **options)
+    return pipeline.run(job, ensemble, chosen)
+
+
+def entries(place):
+    return json.loads((place / "output" / "results.json").read_text())
+
+
+def test_what_reading_noticed_is_in_the_result(place, monkeypatch):
+    """Also what the voxels' values gave away, for a model that expects HU."""
+    read = scan_reader.read
+    monkeypatch.setattr(
+        scan_reader, "read", lambda path, _: Scan(read(path).volume, ("of reading",))
+    )
+    monkeypatch.setattr(plausibility, "check", lambda found, _: (found, ("of its values",)))
+    ensemble = Pretended()
+    ensemble.model = SimpleNamespace(expects_hu=True)
+    run(place, ensemble)
+    said = [entry["report"]["warnings"] for entry in entries(place)]
+    assert said == [["of reading", "of its values", "odd"]] * 5
+
+
+def test_the_next_is_prepared_and_the_last_written_while_the_networks_run(place):
+    """The networks run on 102 until 103 is prepared and 101 is being written; and no longer ahead.
+
+    Each wait has a limit, so that stages one after another fail, and do not hang.
+    """
+    ensemble, waited = Pretended(), []
+    events = {name: threading.Event() for name in ("prepared 103", "finishing 101", "predicting")}
+    prepare = ensemble.prepare
+
+    def prepare_and_say(scan, preset):
+        found = prepare(scan, preset)
+        if found.name == 103:
+            events["prepared 103"].set()
+        return found
+
+    def during_predict(name):
+        if name == 102:
+            events["predicting"].set()
+            waited.append(events["prepared 103"].wait(5))
+            waited.append(events["finishing 101"].wait(5))
+
+    def during_finish(name):
+        if name == 101:
+            events["finishing 101"].set()
+            waited.append(events["predicting"].wait(5))
+
+    ensemble.prepare = prepare_and_say
+    ensemble.during_predict, ensemble.during_finish = during_predict, during_finish
+    run(place, ensemble)
+    assert waited == [True, True, True]
+
+
+def test_at_most_one_case_is_ahead_and_one_behind(place):
+    for name in range(106, 116):
+        add(place, name)
+    ensemble = Pretended()
+    idle = threading.Event()
+    ensemble.during_predict = lambda name: idle.wait(0.03)
+    ensemble.during_finish = lambda name: idle.wait(0.06)
+    run(place, ensemble)
+    assert ensemble.most_alive == 3
+    for name in range(103, 116):  # none is prepared before the last but one has left the networks
+        before = ensemble.calls[: ensemble.calls.index(f"prepare {name}")]
+        assert f"predicted {name - 2}" in before
+
+
+def test_where_memory_is_short_nothing_is_read_ahead(place, allowed):
+    """The program's 1000, 5 for the network; 20 for one, 30 for the one before, 10 for the next."""
+    allowed[0] = memory.Limit(1064, "someone")
+    ensemble = Pretended()
+    idle = threading.Event()
+    ensemble.during_finish = lambda name: idle.wait(0.02)
+    run(place, ensemble)
+    assert ensemble.most_alive <= 2
+    for name in range(103, 106):
+        before = ensemble.calls[: ensemble.calls.index(f"predict {name}")]
+        assert f"finished {name - 1}" in before
+
+    allowed[0] = memory.Limit(1065, "someone")
+    ensemble = Pretended()
+    ensemble.during_predict = lambda name: idle.wait(0.05)
+    run(place, ensemble)
+    assert "prepare 104" in ensemble.calls[: ensemble.calls.index("predicted 103")]
+
+
+def test_a_case_that_needs_more_than_is_allowed_is_refused_before_it_is_prepared(place, allowed):
+    allowed[0] = memory.Limit(1034, "someone")
+    ensemble = Pretended()
+    results = run(place, ensemble)
+    assert ensemble.calls == []
+    assert results[0].error.endswith(
+        "101.mha: its 3x6x6 voxels of 5 x 1 x 1 mm need at least 0.00 GB of memory, someone allows "
+        "0.00 GB"
+    )
+    allowed[0] = memory.Limit(1035, "someone")
+    assert not run(place, ensemble)[0].error
+
+
+def test_what_results_json_says(place):
+    (place / "input" / "102.mha").unlink()
+    ensemble = Pretended()
+    first = run(place, ensemble)[0]
+    report = entries(place)[0]["report"]
+    assert report == json.loads(json.dumps(first.report))
+    assert list(report) == [
+        "volume_ml", "lesions", "doubt", "warnings", "ran", "seconds", "made_from", "mask_sha256",
+    ]  # fmt: skip
+    assert report["volume_ml"] == 0.01
+    assert report["lesions"] == [
+        {
+            "label": 1,
+            "volume_ml": 0.005,
+            "centroid_mm": [at, at, z],
+            "box_mm": [[at - 0.5, at - 0.5, z - 2.5], [at + 0.5, at + 0.5, z + 2.5]],
+            "mean_hu": 101.0,
+        }
+        for at, z in ((1.0, 0.0), (4.0, 10.0))
+    ]
+    assert (report["doubt"], report["warnings"]) == (0.25, ["odd"])
+    assert set(report["seconds"]) == {"read", "write", "compile", "total"}
+
+
+def test_a_long_table_of_lesions_is_cut_and_says_so(place, monkeypatch):
+    monkeypatch.setattr(pipeline, "MOST_LESIONS", 1)
+    report = run(place, Pretended())[0].report
+    assert len(report["lesions"]) == 1
+    assert report["warnings"] == ["odd", "2 lesions, the 1 largest are listed"]
+
+
+def test_faults_of_one_case_do_not_stop_the_others(place, allowed, capsys):
+    allowed[0] = memory.Limit(2000, "someone")
+    for name in (666, 667, 668):
+        add(place, name)
+    (place / "output").mkdir()
+    (place / "output" / "666.mha").write_bytes(b"of an earlier run")
+    results = run(place, Pretended())
+    assert [result.error for result in results[:5]] == [""] * 5
+    assert [result.error for result in results[5:]] == [
+        f"{place / 'input'}/666.mha: an ugly one",
+        f"{place / 'input'}/667.mha: out of memory; someone allows 0.00 GB",
+        f"{place / 'input'}/668.mha: ZeroDivisionError: our fault",
+    ]
+    assert [bool(entry["outputs"]) for entry in entries(place)] == [True] * 5 + [False] * 3
+    assert not (place / "output" / "666.mha").exists()
+    assert "Traceback" in capsys.readouterr().err  # of the one that is our fault
+
+
+def test_what_concerns_every_case_ends_the_run(place):
+    ensemble = Pretended()
+
+    def refuse(name):
+        if name == 103:
+            raise WeightsError("do not fit")
+
+    ensemble.during_predict = refuse
+    with pytest.raises(WeightsError, match="do not fit"):
+        run(place, ensemble)
+    assert [entry["inputs"][0]["filename"] for entry in entries(place)][:1] == ["101.mha"]
+
+
+def test_an_interruption_loses_the_cases_under_way_and_leaves_nothing_half_written(place):
+    ensemble = Pretended()
+
+    def stop(name):
+        if name == 104:
+            (place / "output" / ".writing-half.mha").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    ensemble.during_predict = stop
+    with pytest.raises(KeyboardInterrupt):
+        run(place, ensemble)
+    done = ["101.mha", "102.mha", "103.mha"]
+    assert sorted(p.name for p in (place / "output").iterdir()) == [*done, "results.json"]
+    assert [entry["inputs"][0]["filename"] for entry in entries(place)] == done
+
+    again = Pretended()
+    run(place, again, resume=True)
+    assert [call for call in again.calls if call.startswith("predict ")] == [
+        "predict 104", "predict 105",
+    ]  # fmt: skip
+    assert len(entries(place)) == 5
+    assert predicted_by_resume(place) == []
+
+
+def predicted_by_resume(place):
+    """What a run with ``resume`` had to predict."""
+    ensemble = Pretended()
+    run(place, ensemble, resume=True)
+    return [call for call in ensemble.calls if call.startswith("predict ")]
+
+
+def test_resume_does_again_what_has_changed(place):
+    run(place, Pretended())
+    assert predicted_by_resume(place) == []
+    mask = place / "output" / "101.mha"
+    mask.write_bytes(mask.read_bytes()[:-1])
+    (place / "output" / "102.mha").unlink()
+    add(place, 103, lesions=((1, 1, 1),))
+    results = entries(place)
+    results[3]["report"]["made_from"]["preset"] = "full"
+    del results[4]["report"]["made_from"]  # as an older version wrote it
+    (place / "output" / "results.json").write_text(json.dumps(results))
+    assert predicted_by_resume(place) == [f"predict {name}" for name in range(101, 106)]
+    assert predicted_by_resume(place) == []
+
+
+def test_without_resume_everything_is_done_again(place):
+    run(place, Pretended())
+    ensemble = Pretended()
+    run(place, ensemble)
+    assert len(ensemble.budgets) == 5
+
+
+def test_the_time_left_is_shared_by_the_cases_left(place, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(pipeline.time, "monotonic", lambda: now[0])
+    ensemble = Pretended()
+    takes = {101: 30.0, 102: 10.0, 103: 5.0, 104: 50.0, 105: 0.0}
+    ensemble.during_predict = lambda name: now.__setitem__(0, now[0] + takes[name])
+    results = run(place, ensemble, deadline=1100.0)
+    # 100 / 5, 70 / 4, 60 / 3, 55 / 2, 5 / 1, each less what writing takes
+    assert ensemble.budgets == pytest.approx([19.5, 17.0, 19.5, 27.0, 4.5], abs=1e-3)
+    assert not any(result.error for result in results)
+    now[0] = 1000.0
+    takes[102] = 75.0
+    results = run(place, Pretended(), deadline=1000.0)
+    assert "time budget" in results[0].error
+
+
+@pytest.mark.parametrize("is_ct", [True, False])
+def test_pictures_are_of_what_the_model_expects(place, monkeypatch, is_ct):
+    """Not at a window in HU where the model is of MR."""
+    seen = []
+    monkeypatch.setattr(report, "write_overlay", lambda *_, is_ct: seen.append(is_ct))
+    monkeypatch.setattr(report, "write_case", lambda *_, is_ct: seen.append(is_ct))
+    monkeypatch.setattr(report, "write_index", lambda *_, **__: "")
+    monkeypatch.setattr(plausibility, "check", lambda scan, _: (scan, ()))
+    ensemble = Pretended()
+    ensemble.model = SimpleNamespace(expects_hu=is_ct, name="m", version="1")
+    ensemble.engine = SimpleNamespace(name="none")
+    job = find_cases(place / "input", place / "out", input_slug="ct", output_slug="mask")
+    pipeline.run(job, ensemble, Options(place / "out", "fast", report=True))
+    assert seen == [is_ct] * 10

@@ -1,0 +1,243 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from helpers.workspaces import BUSY, make_workspace
+
+from ichseg.errors import TrainingError
+from training.batches.augmentation import NO_AUGMENTATION
+from training.batches.sampling import (
+    BatchKey,
+    BatchSpec,
+    centred,
+    draw_batch,
+    draw_lower,
+    is_forced,
+    make_patches,
+    overlap,
+    read_region,
+    read_regions,
+)
+
+FULL_JITTER = {"forced": True, "jitter": 1.0}
+KEYS = [BatchKey(0, 0), BatchKey(0, 1), BatchKey(0, 0, validation=True), BatchKey(1, 0)]
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    workspace = make_workspace(tmp_path_factory.mktemp("sampling"))
+    return BatchSpec(
+        folder=workspace / "preprocessed" / "3d_fullres",
+        train=("case_0", "case_1", "case_2", "case_3"),
+        validation=("case_4", "case_5"),
+        patch=(4, 16, 16),
+        batch=2,
+        in_plane=True,
+        masked=(False,),
+        foreground_fraction=0.33,
+        augmentation=BUSY,
+        seed=3,
+        fold=1,
+    )
+
+
+def raw(patches):
+    return patches.data.tobytes() + patches.labels.tobytes()
+
+
+def test_the_last_third_of_a_batch_is_forced():
+    """Of 2 the second, of 3 the last, of 12 the last four."""
+    for batch, forced in ((2, [1]), (3, [2]), (12, [8, 9, 10, 11]), (1, [])):
+        assert [i for i in range(batch) if is_forced(i, batch, 0.33)] == forced
+
+
+def test_unforced_patches_lie_anywhere_inside():
+    rng = np.random.default_rng(0)
+    lowers = {draw_lower(rng, (5, 9, 16), {}, (4, 8, 16), forced=False) for _ in range(100)}
+    assert lowers == {(z, y, 0) for z in (0, 1) for y in (0, 1)}
+
+
+def test_a_case_smaller_than_the_patch_is_centred():
+    rng = np.random.default_rng(0)
+    foreground = {1: np.array([[0, 1, 3]])}
+    for forced in (False, True):
+        lower = draw_lower(rng, (3, 9, 8), foreground, (8, 16, 8), forced=forced)
+        assert lower == (-3, -4, 0)  # along z 3 voxels of padding before, 2 after
+
+
+def test_forced_patches_are_centred_on_foreground_and_stay_inside():
+    rng = np.random.default_rng(1)
+    one = {1: np.array([[10, 10, 10]])}
+    assert draw_lower(rng, (20, 20, 20), one, (4, 6, 8), forced=True) == (8, 7, 6)
+    corner = {1: np.array([[0, 19, 1]])}
+    assert draw_lower(rng, (20, 20, 20), corner, (4, 6, 8), forced=True) == (0, 14, 0)
+
+
+def test_classes_are_drawn_alike_however_large():
+    rng = np.random.default_rng(2)
+    foreground = {
+        1: np.full((1000, 3), 5),
+        2: np.full((1, 3), 15),
+        3: np.empty((0, 3), int),
+        -1: np.full((9, 3), 9),
+    }
+    lowers = [draw_lower(rng, (20,) * 3, foreground, (2,) * 3, forced=True) for _ in range(400)]
+    assert set(lowers) == {(4, 4, 4), (14, 14, 14)}
+    assert np.mean([lower == (4, 4, 4) for lower in lowers]) == pytest.approx(0.5, abs=0.08)
+
+
+def test_a_2d_patch_draws_its_slice_first():
+    """Slice 2 has 999 voxels of the class, slice 7 one: either is as likely."""
+    rng = np.random.default_rng(3)
+    voxels = np.array([[2, 5, 5]] * 999 + [[7, 5, 5]])
+    lowers = [draw_lower(rng, (9, 20, 20), {1: voxels}, (1, 4, 4), forced=True) for _ in range(400)]
+    assert set(lowers) == {(2, 3, 3), (7, 3, 3)}
+    assert np.mean([lower[0] == 2 for lower in lowers]) == pytest.approx(0.5, abs=0.08)
+
+
+def test_with_full_jitter_a_forced_voxel_lies_anywhere_in_its_patch():
+    """Of a patch of 5 x 4 x 1 each of the 20 places, alike: 200 of 4000 draws, deviation 14."""
+    rng = np.random.default_rng(4)
+    one = {1: np.array([[50, 60, 70]])}
+    places = [
+        tuple(np.array([50, 60, 70]) - draw_lower(rng, (99,) * 3, one, (5, 4, 1), **FULL_JITTER))
+        for _ in range(4000)
+    ]
+    found, counts = np.unique(places, axis=0, return_counts=True)
+    assert found.tolist() == [[z, y, 0] for z in range(5) for y in range(4)]
+    assert counts.min() > 200 - 5 * 14
+    assert counts.max() < 200 + 5 * 14
+
+
+def test_half_jitter_goes_half_of_the_way_to_the_border():
+    """9 voxels have 4 on either side of the centre, 8 have 4 before and 3 after it; 2 have 1, 0."""
+    rng = np.random.default_rng(5)
+    one = {1: np.array([[50, 60, 70]])}
+    lowers = [
+        draw_lower(rng, (99,) * 3, one, (9, 8, 2), forced=True, jitter=0.5) for _ in range(300)
+    ]
+    z, y, x = (set(axis) for axis in zip(*lowers, strict=True))
+    assert {50 - low for low in z} == {2, 3, 4, 5, 6}
+    assert {60 - low for low in y} == {2, 3, 4, 5}
+    assert {70 - low for low in x} == {1}
+
+
+def test_jitter_never_loses_the_voxel_nor_the_case():
+    rng = np.random.default_rng(6)
+    for _ in range(2000):
+        shape, patch = rng.integers(1, 12, 3), rng.integers(1, 12, 3)
+        voxel = rng.integers(shape)
+        jitter = rng.random()
+        lower = draw_lower(
+            rng, tuple(shape), {1: voxel[None]}, tuple(patch), forced=True, jitter=jitter
+        )
+        for low, v, p, n in zip(lower, voxel, patch, shape, strict=True):
+            assert low <= v < low + p
+            assert (0 <= low <= n - p) if n >= p else low == (n - p) // 2
+
+
+def test_without_jitter_no_random_number_is_spent_on_it():
+    """Only the class and the voxel are drawn: batches are as they were before there was jitter."""
+    first, second = np.random.default_rng(7), np.random.default_rng(7)
+    draw_lower(first, (20,) * 3, {1: np.full((6, 3), 9)}, (4, 6, 8), forced=True, jitter=0)
+    second.integers(1)  # the class
+    second.integers(6)  # the voxel
+    assert first.random() == second.random()
+
+
+def test_a_larger_region_keeps_the_centre():
+    assert centred((3, 5, 7), (4, 16, 16), (4, 20, 22)) == (3, 3, 4)
+
+
+def test_overlap_by_hand():
+    """Along z one voxel before the case, along y one beyond it, along x all of it."""
+    source, sink = overlap((2, 3, 4), (-1, 2, 0), (2, 2, 4))
+    assert source == (slice(0, 1), slice(2, 3), slice(0, 4))
+    assert sink == (slice(1, 2), slice(0, 1), slice(0, 4))
+
+
+def test_outside_the_case_is_padding():
+    data = np.arange(1, 9, dtype=np.float32).reshape(1, 2, 2, 2)
+    region = read_region(data, (-1, 1, 0), (2, 2, 3))
+    assert region.dtype == np.float32
+    np.testing.assert_array_equal(region[0], [[[0, 0, 0], [0, 0, 0]], [[3, 4, 0], [0, 0, 0]]])
+    target = np.ones((2, 2, 2), np.int8)
+    expected = [[[-1, -1, -1], [-1, -1, -1]], [[1, 1, -1], [-1, -1, -1]]]
+    np.testing.assert_array_equal(read_region(target, (-1, 1, 0), (2, 2, 3), outside=-1), expected)
+    for far in ((5, 0, 0), (-9, 0, 0), (0, 2, 0)):
+        assert not read_region(data, far, (2, 2, 2)).any()
+        assert (read_region(target, far, (2, 2, 2), outside=-1) == -1).all()
+
+
+def test_patches_have_the_right_shape_and_labels(spec):
+    made = make_patches(spec, KEYS[0])
+    assert made.data.shape == (2, 1, 4, 16, 16)
+    assert made.data.dtype == np.float32
+    assert made.labels.shape == (2, 1, 4, 16, 16)
+    for index in range(10):
+        made = make_patches(spec, BatchKey(0, index))
+        assert set(np.unique(made.labels)) <= {-1, 0, 1}
+        assert (made.labels[1] == 1).any()  # the forced sample
+    flat = dataclasses.replace(spec, patch=(16, 16), in_plane=False)
+    assert make_patches(flat, KEYS[0]).data.shape == (2, 1, 1, 16, 16)
+
+
+def test_a_batch_depends_on_its_numbers_only(spec):
+    first = [raw(make_patches(spec, key)) for key in KEYS]
+    assert [raw(make_patches(spec, key)) for key in reversed(KEYS)] == first[::-1]
+    assert len(set(first)) == len(KEYS)
+    for changed in (dataclasses.replace(spec, seed=4), dataclasses.replace(spec, fold=2)):
+        assert raw(make_patches(changed, KEYS[0])) != first[0]
+
+
+def test_validation_batches_are_not_augmented(spec):
+    changed = dataclasses.replace(spec, augmentation=dataclasses.replace(BUSY, gamma=(2.0, 3.0)))
+    assert raw(make_patches(changed, KEYS[2])) == raw(make_patches(spec, KEYS[2]))
+    assert raw(make_patches(changed, KEYS[0])) != raw(make_patches(spec, KEYS[0]))
+
+
+def test_validation_draws_differ_from_training_draws(spec):
+    same = dataclasses.replace(spec, validation=spec.train, augmentation=NO_AUGMENTATION)
+    assert raw(make_patches(same, KEYS[0])) != raw(make_patches(same, KEYS[2]))
+
+
+def test_regions_hold_what_each_warp_of_the_whole_batch_reaches(spec):
+    spec = dataclasses.replace(spec, batch=4)
+    for number in range(5):
+        draws = draw_batch(spec, BatchKey(0, number))
+        reaches = [draw.warp.reach(spec.tile) for draw in draws if draw.warp is not None]
+        for rank in (0, 1):
+            part = dataclasses.replace(spec, share=(rank, 2))
+            regions = read_regions(part, BatchKey(0, number))
+            assert regions.size == tuple(np.max([spec.tile, *reaches], axis=0))
+            assert regions.voxels.target.shape == (2, *regions.size)
+            assert regions.names == tuple(draw.name for draw in draws[part.mine])
+    validation = read_regions(spec, KEYS[2])
+    assert validation.size == spec.tile
+    assert validation.warps == (None,) * 4
+
+
+def test_forced_samples_are_counted_over_all_processes(spec):
+    """Half of 4 is forced: the first process makes none of them, the second nothing else."""
+    spec = dataclasses.replace(spec, batch=4, foreground_fraction=0.5, centre_jitter=1.0)
+    absent = 0
+    for number in range(20):
+        first, second = (
+            make_patches(dataclasses.replace(spec, share=(rank, 2)), BatchKey(0, number, True))
+            for rank in (0, 1)
+        )
+        assert all((sample == 1).any() for sample in second.labels)
+        absent += sum(not (sample == 1).any() for sample in first.labels)
+    assert absent > 0
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        ((0, 3), "a batch of 4 over 3 processes, expected a multiple of 3"),
+        ((2, 2), "share 2 of 2 processes, expected 0 to 1"),
+    ],
+)
+def test_refuses_an_impossible_share(spec, share, message):
+    with pytest.raises(TrainingError, match=message):
+        dataclasses.replace(spec, batch=4, share=share)

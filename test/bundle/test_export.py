@@ -1,0 +1,140 @@
+import dataclasses
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGURATION
+from helpers.workspaces import QUICK, make_workspace
+
+from ichseg.engine import torch_engine
+from ichseg.errors import TrainingError
+from ichseg.model import bundle
+from training.__main__ import main as command
+from training.bundle import export as exporter
+from training.bundle.export import export
+from training.fit.fold_run import BEST, LATEST, load_checkpoint, run_folder
+from training.fit.loop import train_fold
+
+SHORT = dataclasses.replace(QUICK, epochs=1)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Folds 0 and 1 have finished, fold 2 has been cut off."""
+    folder = make_workspace(tmp_path_factory.mktemp("export"))
+    for fold in ("0", "1", "2"):
+        train_fold(folder, "3d_fullres", fold, SHORT)
+    path = run_folder(folder, "3d_fullres", "2") / LATEST
+    torch.save({**torch.load(path, weights_only=True), "finished": None}, path)
+    return folder
+
+
+def weights(workspace, fold, name=LATEST):
+    path = run_folder(workspace, "3d_fullres", fold) / name
+    return load_checkpoint(path, CONFIGURATION)["network"]
+
+
+def test_what_is_loaded_is_what_was_trained_rounded(workspace, tmp_path):
+    export(workspace, ("3d_fullres",), ("0", "1", "2", "3"), tmp_path, check_cases=0)
+    model = bundle.load_model(tmp_path)
+    assert [(m.configuration, m.fold) for m in model.members] == [
+        ("3d_fullres", "0"),
+        ("3d_fullres", "1"),
+    ]
+    for member in model.members:
+        loaded = torch_engine.tensors(bundle.load_state(tmp_path, member))
+        trained = weights(workspace, member.fold)
+        assert loaded.keys() == trained.keys()
+        for name, tensor in trained.items():
+            torch.testing.assert_close(loaded[name], tensor.half().float(), rtol=0, atol=0)
+    assert model.plans.configurations == (CONFIGURATION,)
+    assert (model.average, model.mirror_axes) == ("probabilities", (0, 1, 2))
+    provenance = model.provenance
+    assert (provenance["dataset"], provenance["cases"]) == ("tiny", 6)
+    assert provenance["recipe"] == "msd2018"
+    assert provenance["folds"]["3d_fullres fold 1"]["epochs"] == 1
+    assert provenance["folds"]["3d_fullres fold 1"]["config"]["learning_rate"] == 1e-3
+
+
+def test_checksums_hold(workspace, tmp_path):
+    export(workspace, ("3d_fullres",), ("0",), tmp_path, check_cases=0)
+    lines = (tmp_path / "SHA256SUMS").read_text().splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        digest, name = line.split("  ")
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "3d_fullres_fold_0.safetensors",
+        "model.json",
+        "MODEL_CARD.md",
+        "SHA256SUMS",
+    }
+
+
+def test_the_best_checkpoint_on_request(workspace, tmp_path):
+    path = run_folder(workspace, "3d_fullres", "0")
+    raw = torch.load(path / LATEST, weights_only=True)
+    raw["network"] = {name: tensor + 1 for name, tensor in raw["network"].items()}
+    torch.save(raw, path / BEST)
+    model = export(workspace, ("3d_fullres",), ("0",), tmp_path, checkpoint="best", check_cases=0)
+    loaded = torch_engine.tensors(bundle.load_state(tmp_path, model.members[0]))
+    for name, tensor in weights(workspace, "0").items():
+        torch.testing.assert_close(loaded[name], (tensor + 1).half().float(), rtol=0, atol=0)
+    assert model.provenance["checkpoint"] == "best"
+
+
+def test_nothing_finished_is_an_error(workspace, tmp_path):
+    with pytest.raises(TrainingError, match="none of the folds 2, 4 has finished"):
+        export(workspace, ("3d_fullres",), ("2", "4"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_weights_that_rounding_changes(workspace, tmp_path, monkeypatch):
+    """As trained the mask is empty, from rounded weights it is full."""
+    trained = weights(workspace, "0")
+
+    def segment(case, run, state, folder=None):
+        same = all(torch.equal(state[name], trained[name]) for name in trained)
+        return np.full((6, 24, 24), 0 if same else 1, np.uint8)
+
+    monkeypatch.setattr(exporter, "segment_case", segment)
+    with pytest.raises(
+        TrainingError, match=r"Dice of hemorrhage in \d cases is 0\.0000 as trained, 0\.\d+ in fp"
+    ):
+        export(workspace, ("3d_fullres",), ("0",), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_fold_is_checked_once(workspace, tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(exporter, "check_rounding", lambda *args: checked.append(args[2]))
+    export(workspace, ("3d_fullres",), ("0",), tmp_path)
+    before = (tmp_path / "3d_fullres_fold_0.safetensors").read_bytes()
+    export(workspace, ("3d_fullres",), ("0", "1"), tmp_path)
+    assert checked == ["0", "1"]
+    assert (tmp_path / "3d_fullres_fold_0.safetensors").read_bytes() == before
+
+
+def test_a_fold_no_longer_wanted_goes(workspace, tmp_path):
+    export(workspace, ("3d_fullres",), ("0", "1"), tmp_path, check_cases=0)
+    export(workspace, ("3d_fullres",), ("1",), tmp_path, check_cases=0)
+    assert [p.name for p in tmp_path.glob("*.safetensors")] == ["3d_fullres_fold_1.safetensors"]
+    assert [m.fold for m in bundle.load_model(tmp_path).members] == ["1"]
+
+
+def test_the_real_check_passes_and_is_told(workspace, tmp_path, caplog):
+    caplog.set_level("INFO")
+    line = ["export", "--workspace", str(workspace), "--folds", "1", "--out", str(tmp_path)]
+    assert command(line) == 1  # nothing has been selected
+    line += ["--configuration", "3d_fullres"]
+    assert command([*line, "--check-cases", "1", "--threads", "1"]) == 0
+    assert "as trained" in caplog.text
+    model = bundle.load_model(tmp_path)
+    assert model.name == "tiny-3d_fullres"
+    assert model.description == (
+        "Segments hemorrhage. Trained on tiny. For research, not for diagnosis."
+    )
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert card.startswith("# tiny-3d_fullres, version 1\n\nSegments hemorrhage.")
+    assert "Not measured: `cross-validate` this workspace first." in card

@@ -1,0 +1,159 @@
+"""Choosing configurations and rules by cross-validation, on masks and probabilities made here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGURATION, PLANS
+from helpers.workspaces import make_workspace
+
+from ichseg.errors import TrainingError
+from ichseg.predict import prepare
+from ichseg.predict.components import ComponentRule
+from ichseg.scan import volume
+from training.crossval import merge, probabilities, selection
+from training.crossval.validate import mask_of
+from training.data import dataset
+from training.fit.fold_run import run_folder
+
+LOW = dataclasses.replace(CONFIGURATION, name="3d_lowres", spacing_mm=(5.0, 2.0, 2.0))
+PLANNED = dataclasses.replace(PLANS, configurations=(CONFIGURATION, LOW))
+NAMES = ("3d_fullres", "3d_lowres")
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """Four cases; what a configuration finds in one is put there by ``put``."""
+    make_workspace(tmp_path, cases=4, plans=PLANNED)
+    monkeypatch.setattr(
+        merge,
+        "validated_masks",
+        lambda folder, name: {
+            case.name: mask_of(run_folder(folder, name, "0"), case.name)
+            for case in dataset.load_dataset(folder).labelled
+        },
+    )
+    return tmp_path
+
+
+def references(workspace):
+    for case in dataset.load_dataset(workspace).labelled:
+        yield case, volume.read(case.images[0]), volume.read(case.label).voxels.astype(bool)
+
+
+def put(workspace, configuration, case, image, lead):
+    """Store a configuration's probabilities for blood, given in the image's grid, and its mask."""
+    wanted = prepare.place([image], PLANNED, configuration)
+    steps = [(np.arange(n) * m // n) for n, m in zip(wanted.grid_shape, lead.shape, strict=True)]
+    share = np.clip(lead[np.ix_(*steps)], 0, 1).astype(np.float32)
+    scores = torch.from_numpy(np.stack((1 - share, share)))
+    folder = run_folder(workspace, configuration.name, "0")
+    probabilities.save(probabilities.path_of(folder, case.name), scores)
+    labels = prepare.restore([(scores.numpy(), wanted)], PLANNED)
+    volume.write(image.with_voxels(labels), mask_of(folder, case.name))
+    return scores, wanted
+
+
+def halves(blood):
+    """The lower and the upper half of the slices that have blood."""
+    slices = np.flatnonzero(blood.any(axis=(1, 2)))
+    lower = np.zeros_like(blood)
+    lower[: slices[len(slices) // 2]] = True
+    return blood & lower, blood & ~lower
+
+
+def test_two_that_complete_each_other_are_selected_together(workspace):
+    """Each is sure of one half and nearly sure of the other: only their mean finds both."""
+    for case, image, blood in references(workspace):
+        lower, upper = halves(blood)
+        for configuration, sure, unsure in (
+            (CONFIGURATION, lower, upper),
+            (LOW, upper, lower),
+        ):
+            put(workspace, configuration, case, image, 0.95 * sure + 0.45 * unsure)
+    found = selection.select(workspace, NAMES, workers=1)
+    assert found.configurations == NAMES
+    assert [c.configurations for c in found.candidates] == [NAMES[:1], NAMES[1:], NAMES]
+    single = found.candidates[0].mean_dice
+    assert found.mean_dice > single + 0.1
+    assert selection.load(workspace) == found
+
+
+def test_of_equals_the_simpler_is_selected(workspace):
+    for case, image, blood in references(workspace):
+        for configuration in (CONFIGURATION, LOW):
+            put(workspace, configuration, case, image, 1.0 * blood)
+    masks = [mask_of(run_folder(workspace, n, "0"), "case_0").parent for n in NAMES]
+    for path in masks[0].iterdir():  # the same to the voxel
+        (masks[1] / path.name).write_bytes(path.read_bytes())
+    assert selection.select(workspace, NAMES, workers=1).configurations == NAMES[:1]
+
+
+def test_a_pair_decides_as_its_unrounded_mean_but_for_ties(workspace):
+    rng = np.random.default_rng(5)
+    for case, image, blood in references(workspace):
+        parts = [
+            put(workspace, c, case, image, rng.random(blood.shape)) for c in (CONFIGURATION, LOW)
+        ]
+        exact = prepare.restore([(s.numpy(), p) for s, p in parts], PLANNED)
+        task = selection.Task(case, "0", {})
+        kept = selection.found_labels(task, image, workspace, PLANNED, NAMES)
+        different = kept != exact
+        assert 0.2 < exact.mean() < 0.8
+        assert different.mean() < 0.01  # as the lead is off by at most 2 / 255 of a range of 2
+
+
+def test_a_rule_that_drops_false_specks_is_adopted_and_keeping_the_largest_is_not(workspace):
+    """Specks of 4 voxels, 0.02 mL, in each case; two cases have a second, smaller bleed."""
+    for number, (case, image, blood) in enumerate(references(workspace)):
+        reference = blood.copy()
+        if number < 2:
+            reference[5, 15:23, 15:23] = True  # 64 voxels: 0.32 mL
+            volume.write(image.with_voxels(reference.astype(np.uint8)), case.label)
+        found = reference.copy()
+        found[0, 21:23, :2] = True
+        put(workspace, CONFIGURATION, case, image, 1.0 * found)
+    chosen = selection.select(workspace, NAMES[:1], workers=1)
+    assert chosen.rules == (ComponentRule(1, drop_below_ml=0.05),)
+    assert chosen.mean_dice == pytest.approx(1, abs=1e-6)
+    tried = {trial.rule: trial for trial in chosen.trials}
+    kept = tried[ComponentRule(1, keep_largest=True)]
+    assert (kept.better, kept.worse, kept.adopted) == (2, 2, False)
+    assert "not adopted" in kept.reason
+    large = tried[ComponentRule(1, drop_below_ml=0.5)]
+    assert large.worse == 2
+    same = tried[ComponentRule(1, drop_below_ml=0.1)]
+    assert same.dice == pytest.approx(1)
+    assert same.reason.startswith("not adopted, another gains more")
+    assert "* 1.0000  hemorrhage: drop parts under 0.05 mL" in selection.describe(chosen)
+
+
+def test_a_false_alarm_in_a_case_without_blood_costs_a_whole_case(workspace):
+    """One of four has none, and a speck: Dice 1, 1, 1 and 0, with the rule 1 in all."""
+    for number, (case, image, blood) in enumerate(references(workspace)):
+        found = blood.copy()
+        if number == 0:
+            volume.write(image.with_voxels(np.zeros_like(blood, np.uint8)), case.label)
+            found[:] = False
+            found[0, 21:23, :2] = True
+        put(workspace, CONFIGURATION, case, image, 1.0 * found)
+    chosen = selection.select(workspace, NAMES[:1], workers=1)
+    assert chosen.candidates[0].mean_dice == pytest.approx(0.75, abs=1e-4)
+    assert chosen.mean_dice == pytest.approx(1, abs=1e-6)
+
+
+def test_probabilities_go_unless_asked_and_are_then_missed(workspace):
+    for case, image, blood in references(workspace):
+        for configuration in (CONFIGURATION, LOW):
+            put(workspace, configuration, case, image, 1.0 * blood)
+    folders = [run_folder(workspace, n, "0") / probabilities.FOLDER for n in NAMES]
+    selection.select(workspace, NAMES, keep_probabilities=True, workers=1)
+    assert all(folder.is_dir() for folder in folders)
+    selection.select(workspace, NAMES, workers=1)
+    assert not any(folder.exists() for folder in folders)
+    with pytest.raises(TrainingError, match=r"run `train 3d_fullres --fold 0`"):
+        selection.select(workspace, NAMES, workers=1)
+    assert len(selection.select(workspace, NAMES[:1], workers=1).candidates) == 1  # needs none

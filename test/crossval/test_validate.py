@@ -1,0 +1,201 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGURATION
+from helpers.workspaces import QUICK, make_workspace
+
+from ichseg.model import strict_json
+from ichseg.model.network import build_network
+from ichseg.scan import volume
+from training.crossval import validate as module
+from training.crossval.validate import is_validated, validate, weights_digest
+from training.fit.fold_run import LATEST, SCHEMA_VERSION, open_run
+from training.scoring.measures import dice
+
+CONFIG = dataclasses.replace(QUICK, validation_mirrors=False)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return make_workspace(tmp_path_factory.mktemp("validate"), cases=7)
+
+
+@pytest.fixture
+def workspace(shared, tmp_path):
+    """Runs of its own over the shared cases; fold 0 validates two."""
+    for entry in shared.iterdir():
+        if entry.name != "runs":
+            (tmp_path / entry.name).symlink_to(entry)
+    save_weights(tmp_path)
+    return tmp_path
+
+
+def run_of(workspace, config=CONFIG):
+    return open_run(workspace, "3d_fullres", "0", config)
+
+
+def save_weights(workspace, seed=0):
+    """A checkpoint as ``train`` leaves it, as far as validation looks."""
+    torch.manual_seed(seed)
+    run = run_of(workspace)
+    network = build_network(CONFIGURATION.architecture, 1, 2)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    torch.save(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "configuration": strict_json.dumps(run.configuration),
+            "network": network.state_dict(),
+        },
+        run.folder / LATEST,
+    )
+    return network.state_dict()
+
+
+@pytest.fixture
+def segmented(monkeypatch):
+    """Names of the cases that are segmented from now on."""
+    names, real = [], module.predict_case
+
+    def predict(name, *args):
+        names.append(name)
+        return real(name, *args)
+
+    monkeypatch.setattr(module, "predict_case", predict)
+    return names
+
+
+def record(run):
+    return json.loads((run.folder / "validation.json").read_text())
+
+
+def masks(run):
+    return {path.name: path.read_bytes() for path in (run.folder / "validation").iterdir()}
+
+
+def test_the_same_weights_segment_no_case_twice(workspace, segmented, caplog):
+    caplog.set_level("INFO")
+    run = run_of(workspace)
+    assert len(run.spec.validation) == 2
+    assert validate(workspace, run)
+    assert segmented == list(run.spec.validation)
+    assert "validation 2/2  " in caplog.text
+    assert "ETA 0:00:0" in caplog.text
+    found = record(run)
+    assert found["complete"] is True
+    assert validate(workspace, run)
+    assert len(segmented) == 2
+    assert "2 of 2 cases are done already" in caplog.text
+    assert record(run) == found
+    # a mask that has gone is made again, the others are not
+    (run.folder / "validation" / f"{run.spec.validation[1]}.nii.gz").unlink()
+    assert validate(workspace, run)
+    assert segmented[2:] == [run.spec.validation[1]]
+    assert record(run) == found
+
+
+def test_interrupted_between_cases_it_goes_on_and_ends_the_same(workspace, segmented):
+    run = run_of(workspace)
+    assert validate(workspace, run)
+    whole, found = masks(run), record(run)
+    (run.folder / "validation.json").unlink()
+    segmented.clear()
+    assert not validate(workspace, run, interrupted=lambda: len(segmented) == 2)
+    first, second = run.spec.validation
+    assert record(run)["complete"] is False
+    assert record(run)["dice"].keys() == {first}
+    assert masks(run).keys() == {f"{first}.nii.gz"}
+    segmented.clear()
+    assert validate(workspace, run)
+    assert segmented == [second]
+    assert (masks(run), record(run)) == (whole, found)
+
+
+def test_interrupted_within_a_case_leaves_nothing_of_it(workspace, segmented, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr("ichseg.predict.sliding_window.BATCH_VOXELS", 1)  # tiles one by one
+    asked = iter([False, True])
+    run = run_of(workspace)
+    assert not validate(workspace, run, interrupted=lambda: next(asked))
+    assert segmented == [run.spec.validation[0]]
+    assert not (run.folder / "validation.json").exists()
+    assert not (run.folder / "validation").exists()
+    assert f"stopped at case {run.spec.validation[0]}; the same command" in caplog.text
+
+
+def test_further_training_makes_all_masks_anew(workspace, segmented):
+    run = run_of(workspace)
+    assert validate(workspace, run)
+    before = record(run)
+    (run.folder / "validation" / "gone.nii.gz").write_bytes(b"of other splits")
+    save_weights(workspace, seed=1)
+    segmented.clear()
+    assert not validate(workspace, run, interrupted=lambda: len(segmented) == 2)
+    # what is there is of the new weights only
+    assert masks(run).keys() == {f"{run.spec.validation[0]}.nii.gz"}
+    assert validate(workspace, run)
+    assert segmented == [*run.spec.validation, run.spec.validation[1]]
+    assert record(run)["weights"] != before["weights"]
+
+
+def test_mirrors_make_all_masks_anew(workspace, segmented):
+    assert validate(workspace, run_of(workspace))
+    segmented.clear()
+    mirrored = run_of(workspace, dataclasses.replace(CONFIG, validation_mirrors=True))
+    assert validate(workspace, mirrored)
+    assert len(segmented) == 2
+    assert record(mirrored)["mirrored"] is True
+
+
+@pytest.mark.parametrize("text", ["{", '{"mean_dice": {}, "dice": {}}'])
+def test_a_record_that_cannot_be_read_counts_for_nothing(workspace, segmented, text):
+    run = run_of(workspace)
+    (run.folder / "validation.json").write_text(text)
+    assert validate(workspace, run)
+    assert len(segmented) == 2
+
+
+def test_what_is_recorded_is_the_dice_of_the_mask(workspace):
+    run = run_of(workspace)
+    assert validate(workspace, run)
+    scores = record(run)["dice"]
+    for name in run.spec.validation:
+        mask = volume.read(run.folder / "validation" / f"{name}.nii.gz").voxels
+        reference = volume.read(workspace / "raw" / f"{name}_l.nii.gz").voxels
+        assert 0 < mask.sum() < mask.size
+        assert scores[name]["hemorrhage"] == pytest.approx(dice(mask == 1, reference == 1))
+    mean = np.mean([score["hemorrhage"] for score in scores.values()])
+    assert record(run)["mean_dice"]["hemorrhage"] == pytest.approx(mean, abs=5e-5)
+
+
+def test_means_pass_over_cases_without_the_label(workspace):
+    run = run_of(workspace)
+    first, second = run.spec.validation
+    empty = module._continue_record(run, "weights")
+    half = module._extended(run, empty, second, {"hemorrhage": 0.5})
+    assert (half.complete, half.mean_dice) == (False, {"hemorrhage": 0.5})
+    whole = module._extended(run, half, first, {"hemorrhage": None})
+    assert (whole.complete, whole.mean_dice) == (True, {"hemorrhage": 0.5})
+    assert list(whole.dice) == [first, second]
+
+
+def test_a_fold_counts_as_validated_with_these_weights_and_all_masks(workspace):
+    run, weights = run_of(workspace), save_weights(workspace)
+    assert not is_validated(workspace, run, weights)
+    assert validate(workspace, run)
+    assert is_validated(workspace, run, weights)
+    other = {name: tensor + 1 for name, tensor in weights.items()}
+    assert not is_validated(workspace, run, other)
+    (run.folder / "validation" / f"{run.spec.validation[0]}.nii.gz").unlink()
+    assert not is_validated(workspace, run, weights)
+
+
+def test_the_digest_is_of_names_and_values():
+    weights = {"a": torch.arange(4.0).reshape(2, 2), "b": torch.zeros(1)}
+    digest = weights_digest(weights)
+    assert weights_digest(dict(reversed(weights.items()))) == digest
+    assert weights_digest({"a": weights["a"].clone(), "b": weights["b"]}) == digest
+    assert weights_digest({"a": weights["a"].T, "b": weights["b"]}) != digest
+    assert weights_digest({"a": weights["a"], "c": weights["b"]}) != digest

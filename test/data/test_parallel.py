@@ -1,0 +1,186 @@
+"""Work on many cases in parallel."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers.work import die, triple_or_fail
+
+from ichseg.errors import DatasetError
+from training.data import parallel
+from training.data.dataset import Case, describe_failure
+from training.data.parallel import default_workers, each_case, with_progress
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_each_case_goes_on_after_a_failure(workers):
+    cases = [Case(name, (), None) for name in ("a", "bad", "ccc")]
+    found = dict(each_case(triple_or_fail, cases, 1, workers=workers))
+    assert found[cases[0]] == 4
+    assert found[cases[2]] == 10
+    failure = found[cases[1]]
+    assert isinstance(failure, KeyError)
+    assert describe_failure(cases[1], failure) == "case bad: KeyError: 'odd'"
+
+
+def test_each_case_says_when_a_worker_was_killed():
+    with pytest.raises(DatasetError, match="worker process was killed"):
+        list(each_case(die, [Case("a", (), None)], workers=2))
+
+
+def test_each_case_refuses_no_workers():
+    with pytest.raises(DatasetError, match="0 workers, expected at least 1"):
+        list(each_case(triple_or_fail, [], workers=0))
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_workers_end_when_their_parent_is_killed(tmp_path, busy):
+    """One that waits for work, and one in the midst of it."""
+    (tmp_path / "work.py").write_text(
+        "import os, time\n"
+        "def work(case, folder, seconds):\n"
+        "    (folder / str(os.getpid())).touch()\n"
+        "    time.sleep(seconds)\n"
+    )
+    (tmp_path / "parent.py").write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from training.data.parallel import each_case\n"
+        "from work import work\n"
+        "if __name__ == '__main__':\n"
+        "    results = each_case(work, ['a'], Path(sys.argv[1]), int(sys.argv[2]), workers=2)\n"
+        "    next(results)\n"
+        "    print('idle', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    (tmp_path / "pids").mkdir()
+    root = Path(__file__).parents[2]
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py", tmp_path / "pids", "600" if busy else "0"],
+        env={**os.environ, "PYTHONPATH": f"{root}:{tmp_path}"},
+        stdout=subprocess.PIPE,
+    )
+    if not busy:
+        assert parent.stdout.readline() == b"idle\n"
+    _wait_until(lambda: any((tmp_path / "pids").iterdir()), 60)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    (worker,) = [Path("/proc") / pid.name for pid in (tmp_path / "pids").iterdir()]
+    try:
+        _wait_until(lambda: _is_gone(worker), 10)
+    finally:
+        if not _is_gone(worker):
+            os.kill(int(worker.name), signal.SIGKILL)
+
+
+def _is_gone(process):
+    try:
+        return "zombie" in (process / "status").read_text()
+    except OSError:
+        return True
+
+
+def _wait_until(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("free", "needed", "expected"),
+    [
+        (100, None, 8),
+        (None, 10, 8),  # an unknown amount of memory
+        (100, 10, 8),  # 80 of 100 are given away
+        (100, 20, 4),
+        (100, 27, 2),
+        (100, 500, 1),
+        (100, 0, 8),
+    ],
+)
+def test_default_workers(monkeypatch, free, needed, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(parallel, "free_memory_bytes", lambda: free)
+    assert default_workers(needed) == expected
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, 2048_000),
+        ({"memory.max": "max\n"}, 2048_000),
+        ({"memory.max": "1000000\n"}, 1_000_000),
+        ({"memory/memory.limit_in_bytes": "500000\n"}, 500_000),
+        ({"memory.max": "9000000\n"}, 2048_000),
+    ],
+)
+def test_free_memory_is_within_the_containers_limit(tmp_path, monkeypatch, limits, expected):
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 2000 kB\n")
+    for name, text in limits.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(parallel, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(parallel, "_CGROUP", tmp_path)
+    assert parallel.free_memory_bytes() == expected
+    monkeypatch.setattr(parallel, "_MEMINFO", tmp_path / "gone")
+    assert parallel.free_memory_bytes() is None
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class _Clock:
+    """Each case takes four seconds."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def cases(self, count):
+        for number in range(count):
+            self.now += 4.0
+            yield number
+
+
+def test_progress_at_a_terminal_is_one_line_out_of_the_way_of_others(monkeypatch):
+    clock, screen = _Clock(), _Terminal()
+    monkeypatch.setattr(parallel, "time", clock)
+    for number in with_progress(clock.cases(3), 3, "verify", screen):
+        screen.write(f"case {number}\n")
+    shown = [line.rsplit("\r\x1b[K", 1)[-1] for line in screen.getvalue().split("\n")]
+    assert shown == ["case 0", "case 1", "case 2", ""]  # what remains on the screen
+    passing = screen.getvalue().replace("\n", "\r\x1b[K").split("\r\x1b[K")
+    assert [line for line in passing if line.startswith("verify")] == [
+        "verify: 0 of 3 cases",
+        "verify: 1 of 3 cases, about 8 s left",
+        "verify: 2 of 3 cases, about 4 s left",
+        "verify: 3 of 3 cases",
+    ]
+
+
+def test_progress_elsewhere_is_a_line_every_ten_seconds(monkeypatch):
+    clock, log = _Clock(), io.StringIO()
+    monkeypatch.setattr(parallel, "time", clock)
+    assert list(with_progress(clock.cases(7), 7, "verify", log)) == list(range(7))
+    assert log.getvalue() == (
+        "verify: 3 of 7 cases, about 16 s left\nverify: 6 of 7 cases, about 4 s left\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.2, "0 s"), (99.4, "99 s"), (99.6, "2 min"), (3600, "60 min"), (7500, "2 h 05 min")],
+)
+def test_duration(seconds, expected):
+    assert parallel.duration(seconds) == expected

@@ -1,0 +1,177 @@
+"""Folds of the cross-validation."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.model_selection import GroupKFold, KFold
+
+from ichseg.errors import DatasetError, PlansError
+from training.data.splits import Split, find_splits, load_or_make_splits, make_splits, read_groups
+
+
+@pytest.mark.parametrize("count", [5, 6, 9, 100, 203])
+def test_equal_to_scikit_learn(count):
+    names = [f"case_{i:03d}" for i in range(count)]
+    expected = [
+        Split(tuple(names[i] for i in train), tuple(names[i] for i in validation))
+        for train, validation in KFold(5, shuffle=True, random_state=12345).split(names)
+    ]
+    assert list(make_splits(names[::-1])) == expected  # order of names does not matter
+
+
+def test_each_case_validates_once():
+    names = [f"c{i}" for i in range(13)]
+    splits = make_splits(names)
+    assert sorted(name for split in splits for name in split.validation) == sorted(names)
+    for split in splits:
+        assert sorted(split.train + split.validation) == sorted(names)
+
+
+@pytest.mark.parametrize("count", [5, 23, 100])
+def test_groups_of_one_case_change_nothing(count):
+    names = [f"case_{i:03d}" for i in range(count)]
+    groups = {name: f"patient_{name[::-1]}" for name in names}
+    assert make_splits(names, groups) == make_splits(names)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_groups_equal_to_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    names = [f"case_{i:03d}" for i in range(60)]
+    numbers = rng.integers(0, 25, 60)
+    groups = {name: f"p{number}" for name, number in zip(names, numbers, strict=True)}
+    order = list(dict.fromkeys(numbers.tolist()))  # numbered by first appearance
+    codes = [order.index(number) for number in numbers.tolist()]
+    folds = GroupKFold(5, shuffle=True, random_state=12345).split(names, groups=codes)
+    expected = [
+        Split(tuple(names[i] for i in train), tuple(names[i] for i in validation))
+        for train, validation in folds
+    ]
+    assert list(make_splits(names[::-1], groups)) == expected
+
+
+def test_a_group_stays_together():
+    names = [f"c{i}" for i in range(9)]
+    groups = dict(zip(names, "aabbccdde", strict=True))
+    for split in make_splits(names, groups):
+        assert not {groups[n] for n in split.train} & {groups[n] for n in split.validation}
+        assert sorted(split.train + split.validation) == names
+
+
+def test_too_few_groups():
+    names = [f"c{i}" for i in range(9)]
+    with pytest.raises(DatasetError, match="3 groups of 9 cases cannot make 5 folds"):
+        make_splits(names, dict(zip(names, "aaabbbccc", strict=True)))
+
+
+def write_table(path, *rows):
+    path.write_text("".join(f"{row}\n" for row in rows))
+    return path
+
+
+def test_table_of_groups_decides_the_folds(tmp_path):
+    names = [f"c{i}" for i in range(10)]
+    rows = [f"c{i},p{i // 2}" for i in range(10)]
+    write_table(tmp_path / "groups.csv", "case,group", *rows)
+    made = load_or_make_splits(tmp_path, names)
+    assert made == make_splits(names, {f"c{i}": f"p{i // 2}" for i in range(10)})
+    assert made != make_splits(names)
+    assert load_or_make_splits(tmp_path, names) == made
+
+
+def test_the_users_file_wins_over_groups_but_is_remarked_upon(tmp_path, caplog):
+    write_table(tmp_path / "groups.csv", "case,group", "a,p", "b,p", "c,q")
+    write(tmp_path, (["a"], ["c"]), (["a"], ["b"]))
+    assert load_or_make_splits(tmp_path, ["a", "b", "c"])[1] == Split(("a",), ("b",))
+    (record,) = caplog.records
+    assert record.getMessage().endswith("fold 1 trains and validates on cases of p")
+
+
+def test_find_writes_nothing(tmp_path):
+    names = [f"c{i}" for i in range(10)]
+    assert find_splits(tmp_path, names) == make_splits(names)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_read_groups(tmp_path):
+    path = write_table(
+        tmp_path / "g.csv", "\ufeffcase, group", 'a, "p 1"', "", "b,p2", "other,p2", "b,p2"
+    )
+    assert read_groups(path, ["b", "a"]) == {"a": "p 1", "b": "p2"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], r"begins with 'nothing', expected the header 'case,group'"),
+        (["case;group", "a;p"], "begins with 'case;group', expected the header 'case,group'"),
+        (["case,group", "a"], r"row 2 is 'a', expected case,group"),
+        (["case,group", "a,p", "b,"], r"row 3 is 'b,', expected case,group"),
+        (["case,group", "a,p,q"], r"row 2 is 'a,p,q', expected case,group"),
+        (["case,group", "a,p", "a,q", "b,q"], "row 3 puts case a into q, an earlier one into p"),
+        (["case,group", "a,p"], "1 of 2 cases have no group: b"),
+    ],
+)
+def test_read_groups_refuses(tmp_path, rows, message):
+    with pytest.raises(DatasetError, match=message):
+        read_groups(write_table(tmp_path / "g.csv", *rows), ["a", "b"])
+
+
+def test_read_groups_refuses_what_is_no_table(tmp_path):
+    with pytest.raises(DatasetError, match=r"g\.csv: cannot read as a table"):
+        read_groups(tmp_path / "g.csv", [])
+    (tmp_path / "g.csv").write_bytes(b"case,group\n\xff\xfe,p\n")
+    with pytest.raises(DatasetError, match=r"g\.csv: cannot read as a table"):
+        read_groups(tmp_path / "g.csv", [])
+
+
+def test_too_few_cases():
+    with pytest.raises(DatasetError, match="4 cases cannot make 5 folds"):
+        make_splits(["a", "b", "c", "d"])
+
+
+def test_made_once_then_read(tmp_path):
+    names = [f"c{i}" for i in range(10)]
+    made = load_or_make_splits(tmp_path, names)
+    assert made == make_splits(names)
+    before = (tmp_path / "splits.json").read_bytes()
+    assert load_or_make_splits(tmp_path, names) == made
+    assert (tmp_path / "splits.json").read_bytes() == before
+
+
+def write(folder, *folds):
+    content = {
+        "schema_version": 1,
+        "folds": [{"train": train, "validation": validation} for train, validation in folds],
+    }
+    (folder / "splits.json").write_text(json.dumps(content))
+
+
+def test_the_users_file_wins(tmp_path):
+    write(tmp_path, (["a"], ["b"]))
+    assert load_or_make_splits(tmp_path, ["a", "b", "c"]) == (Split(("a",), ("b",)),)
+
+
+@pytest.mark.parametrize(
+    ("folds", "message"),
+    [
+        ([], "no folds"),
+        ([(["a"], ["z"])], r"fold 0 names cases the dataset lacks: \['z'\]"),
+        (
+            [(["a"], ["b"]), (["a", "b"], ["b"])],
+            r"fold 1 trains on its own validation cases \['b'\]",
+        ),
+        ([(["a"], [])], "fold 0 has no cases"),
+    ],
+)
+def test_refusals(tmp_path, folds, message):
+    write(tmp_path, *folds)
+    with pytest.raises(DatasetError, match=message):
+        load_or_make_splits(tmp_path, ["a", "b"])
+
+
+def test_another_schema_is_refused(tmp_path):
+    (tmp_path / "splits.json").write_text('{"schema_version": 2, "folds": []}')
+    with pytest.raises(PlansError, match="splits schema 2, this code reads 1"):
+        load_or_make_splits(tmp_path, ["a", "b"])

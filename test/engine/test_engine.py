@@ -1,0 +1,280 @@
+"""The engines against each other: OpenVINO's graph is another way to write the same network."""
+
+import dataclasses
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURE
+
+from ichseg.engine import engine, openvino_engine, openvino_graph, torch_engine
+from ichseg.engine.engine import NetworkSpec
+from ichseg.errors import DeviceError
+from ichseg.model.network import build_network
+from ichseg.model.plans import Architecture
+
+FLAT = Architecture(
+    features=(6, 10, 12),
+    kernels=((3, 3), (3, 3), (1, 3)),
+    strides=((1, 1), (2, 2), (1, 2)),
+    encoder_convs=(2, 1, 3),
+    decoder_convs=(1, 2),
+    upsampling_bias=True,
+    head_bias=True,
+    deep_supervision=True,
+)
+DEEP = Architecture(
+    features=(4, 8, 6),
+    kernels=((1, 3, 3), (3, 3, 3), (3, 1, 3)),
+    strides=((1, 1, 1), (1, 2, 2), (2, 2, 1)),
+    encoder_convs=(2, 2, 1),
+    decoder_convs=(2, 1),
+    upsampling_bias=False,
+    head_bias=True,
+    deep_supervision=False,
+)
+RESIDUAL = dataclasses.replace(DEEP, block="residual", encoder_convs=(1, 3, 2))
+FLAT_RESIDUAL = dataclasses.replace(FLAT, block="residual", features=(6, 6, 12))
+SPECS = {
+    "plain 3d": NetworkSpec(ARCHITECTURE, 1, 2, (4, 16, 16), "probabilities"),
+    "3d, logits": NetworkSpec(DEEP, 2, 3, (4, 12, 20), "logits"),
+    "2d": NetworkSpec(FLAT, 1, 4, (1, 16, 24), "probabilities"),
+    "residual 3d": NetworkSpec(RESIDUAL, 1, 2, (4, 12, 20), "probabilities"),
+    "residual 2d, logits": NetworkSpec(FLAT_RESIDUAL, 3, 2, (1, 16, 24), "logits"),
+}
+
+
+def state_of(spec, seed=0):
+    """Every tensor random, so that none may be forgotten: norms, biases and unused heads too."""
+    torch.manual_seed(seed)
+    network = build_network(spec.architecture, spec.input_channels, spec.scores)
+    state = {}
+    for name, tensor in network.state_dict().items():
+        scale = 0.3 if tensor.ndim == 1 else 1.0
+        offset = 1.0 if tensor.ndim == 1 and name.endswith("weight") else 0.0
+        values = torch.randn(tensor.shape) * scale + offset if tensor.ndim == 1 else tensor
+        state[name] = values.numpy()
+    return state
+
+
+def tiles_of(spec, count=3):
+    random = np.random.default_rng(1)
+    return random.normal(size=(count, spec.input_channels, *spec.tile)).astype(np.float32)
+
+
+@pytest.fixture(params=SPECS.values(), ids=SPECS.keys())
+def spec(request):
+    return request.param
+
+
+def test_openvino_equals_torch(spec):
+    """Largest difference of probabilities 1e-4; of logits 1e-4 of their range."""
+    state, tiles = state_of(spec), tiles_of(spec)
+    reference = torch_engine.engine_on(torch.device("cpu"))
+    expected = reference.load(spec, state).run(reference.place(tiles)).numpy()
+    network = openvino_engine.engine(2).load(spec, state)
+    found = network.run(tiles)
+    assert found.shape == expected.shape == (3, spec.scores, *spec.tile)
+    assert found.dtype == np.float32
+    assert expected.std() > 0.05
+    tolerance = 1e-4 * (1 if spec.average == "probabilities" else np.ptp(expected))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+    np.testing.assert_array_equal(network.run(tiles[1:2]), found[1:2])
+
+
+@pytest.mark.parametrize("device", ["cpu", "torch-cpu"])
+def test_normalisation_is_exact_where_most_of_a_tile_is_air(device):
+    """147,456 voxels, 80 % of them alike: added up one by one in float32, their mean is off."""
+    spec = NetworkSpec(ARCHITECTURE, 1, 2, (16, 96, 96), "probabilities")
+    state, tiles = state_of(spec), 3 * tiles_of(spec, 2)
+    tiles[..., :77] = -7.3
+    network = build_network(ARCHITECTURE, 1, 2).double().eval()
+    network.load_state_dict(torch_engine.tensors(state))
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(tiles).double()).softmax(1).numpy()
+    chosen = engine.choose(device)
+    found = chosen.load(spec, state).run(chosen.place(tiles))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+def test_pooling_windows_by_hand():
+    window = openvino_graph.pooling_window
+    assert window([16, 192, 192]) == [1, 1, 64]
+    assert window([16, 192, 3]) == [1, 16, 3]
+    assert window([16, 12, 1]) == [4, 12, 1]
+    assert window([4, 1, 1]) == [4, 1, 1]
+    assert window([5, 7, 9]) == [1, 7, 9]
+    assert window([67, 71]) == [67, 71]  # nothing divides it
+
+
+def test_logits_or_probabilities(spec):
+    logits, probabilities = (
+        openvino_engine.engine(1)
+        .load(dataclasses.replace(spec, average=kind), state_of(spec))
+        .run(tiles_of(spec, 1))
+        .copy()
+        for kind in ("logits", "probabilities")
+    )
+    np.testing.assert_allclose(torch.from_numpy(logits).softmax(1), probabilities, atol=1e-6)
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
+
+
+def test_the_same_tile_gives_the_same_bytes():
+    spec = SPECS["residual 3d"]
+    tiles = tiles_of(spec, 1)
+    runs = [
+        openvino_engine.engine(2).load(spec, state_of(spec)).run(tiles).tobytes() for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("encoder.1.0.weight"), r"encoder\.1\.0\.weight"),
+        (lambda s: s.update({"upsampling.0.weight": np.zeros((8, 4, 1, 1, 1))}), "upsampling"),
+        (lambda s: s.update({"decoder.0.9.weight": np.zeros(3)}), r"decoder\.0\.9\.weight"),
+        (lambda s: s.pop("encoder.0.0.bias"), r"encoder\.0\.0\.bias"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "torch-cpu"])
+def test_tensors_that_do_not_fit_are_named(change, message, device):
+    spec = SPECS["plain 3d"]
+    state = {name: array.astype(np.float32) for name, array in state_of(spec).items()}
+    change(state)
+    state = {name: np.asarray(array, np.float32) for name, array in state.items()}
+    with pytest.raises(ValueError, match=message):
+        engine.choose(device).load(spec, state)
+
+
+def test_choices_on_a_machine_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(engine, "gpu_is_there", lambda: False)
+    monkeypatch.setattr(engine, "cpu_threads", lambda: 1)
+    assert engine.choose("auto").name == engine.choose("cpu").name
+    assert engine.choose("cpu").name.startswith("OpenVINO ")
+    assert engine.choose("cpu").name.endswith(" on the CPU, 1 thread, float32")
+    assert engine.choose("torch-cpu").name.startswith("torch ")
+    with pytest.raises(DeviceError, match="'gpu', expected one of auto, cpu, cuda, torch-cpu"):
+        engine.choose("gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_torch_cannot_use_leaves_the_cpu(monkeypatch):
+    monkeypatch.setattr(engine, "gpu_is_there", lambda: True)
+    name = engine.choose("auto").name
+    assert name.startswith("OpenVINO ")
+    assert name.endswith("; there is a GPU, but torch cannot use it, see --device cuda")
+    with pytest.raises(DeviceError, match="no usable GPU"):
+        engine.choose("cuda")
+
+
+def test_without_openvino_torch_stands_in(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    name = engine.choose("cpu").name
+    assert name.startswith("torch ")
+    assert "; not by OpenVINO, which cannot be loaded (" in name
+
+
+def test_cgroup_quota_limits_threads(tmp_path):
+    assert engine.cgroup_cpus(tmp_path) > 1000
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert engine.cgroup_cpus(tmp_path) > 1000
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert engine.cgroup_cpus(tmp_path) == 2
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("300000")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000")
+    assert engine.cgroup_cpus(tmp_path) == 3
+
+
+def test_threads_are_those_allowed_and_at_most_32(monkeypatch):
+    for allowed, quota, expected in ((64, 1_000_000, 32), (64, 3, 3), (2, 8, 2)):
+        monkeypatch.setattr(engine.os, "sched_getaffinity", lambda _, n=allowed: range(n))
+        monkeypatch.setattr(engine, "cgroup_cpus", lambda n=quota: n)
+        assert engine.cpu_threads() == expected
+
+
+class _Overflowing(torch.nn.Module):
+    """Answers with infinity under autocast where a tile holds a number above 10."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv3d(1, 2, 1)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append((len(x), torch.is_autocast_enabled("cpu")))
+        y = self.conv(x)
+        if torch.is_autocast_enabled("cpu"):
+            y = torch.where(x.amax((1, 2, 3, 4), keepdim=True) > 10, torch.inf, y)
+        return y
+
+
+def test_only_tiles_that_are_not_finite_are_redone_in_full():
+    network = _Overflowing()
+    tiles = torch.zeros(3, 1, 2, 4, 4)
+    tiles[1, 0, 0, 0, 0] = 11
+    found = torch_engine.forward(network, tiles, torch.device("cpu"), torch.bfloat16)
+    assert network.seen == [(3, True), (1, False)]
+    torch.testing.assert_close(found[1:2], network.conv(tiles[1:2]), rtol=0, atol=0)
+    assert found.dtype == torch.float32
+
+
+def test_a_batch_that_does_not_fit_is_halved():
+    sizes = []
+
+    def small(tiles):
+        sizes.append(len(tiles))
+        if len(tiles) > 2:
+            raise torch.cuda.OutOfMemoryError
+        return tiles * 2
+
+    tiles = torch.arange(5.0).reshape(5, 1, 1, 1, 1)
+    torch.testing.assert_close(torch_engine.in_halves(small, tiles), tiles * 2)
+    assert sizes == [5, 3, 2, 1, 2]
+
+    def full(_):
+        raise torch.cuda.OutOfMemoryError
+
+    with pytest.raises(DeviceError, match=r"does not hold one tile of \(1, 1, 1\) voxels"):
+        torch_engine.in_halves(full, tiles)
+
+
+def test_a_network_that_does_not_fit_the_gpu_is_said(monkeypatch):
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(torch_engine, "on_tiles", full)
+    spec = SPECS["2d"]
+    with pytest.raises(DeviceError, match="does not hold the network; use --device cpu"):
+        engine.choose("torch-cpu").load(spec, state_of(spec))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_equals_torch_on_the_cpu(spec):
+    state, tiles = state_of(spec), tiles_of(spec)
+    expected, found = (
+        chosen.load(spec, state).run(chosen.place(tiles)).cpu()
+        for chosen in (engine.choose("torch-cpu"), engine.choose("cuda"))
+    )
+    tolerance = 0.02 * (1 if spec.average == "probabilities" else expected.std())
+    torch.testing.assert_close(found, expected, rtol=0, atol=float(tolerance))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_scores_kept_on_the_host_are_the_same(spec):
+    chosen = engine.choose("cuda")
+    network, tiles = chosen.load(spec, state_of(spec)), tiles_of(spec)
+    found = network.run(chosen.keep(tiles))
+    assert found.device.type == "cpu"
+    torch.testing.assert_close(found, network.run(chosen.place(tiles)).cpu())
+    assert chosen.free_bytes() > 0
+
+
+def test_importing_openvino_leaves_its_converter_importable():
+    openvino_graph.import_openvino()
+    assert sys.modules.get("openvino.tools.ovc", "not there") is not None

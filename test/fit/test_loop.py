@@ -1,0 +1,340 @@
+import csv
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURE, CONFIGURATION
+from helpers.workspaces import QUICK, leaves, make_workspace, planned, same_run
+
+from ichseg.errors import TrainingError
+from ichseg.model import strict_json
+from ichseg.scan import volume
+from training.__main__ import main as command
+from training.batches.augmentation import NO_AUGMENTATION
+from training.batches.sampling import BatchKey
+from training.batches.stream import open_batches
+from training.crossval.validate import validate
+from training.fit import checkpoint as files
+from training.fit import loop, step
+from training.fit.configuration import RECIPES, TrainingConfig
+from training.fit.fold_run import BEST, LATEST, load_checkpoint, open_run
+from training.fit.loop import train_fold
+from training.scoring.measures import dice
+
+
+def fold_folder(workspace, fold="0"):
+    return workspace / "runs" / "3d_fullres" / f"fold_{fold}"
+
+
+def checkpoint(workspace, name=LATEST):
+    return load_checkpoint(fold_folder(workspace) / name, CONFIGURATION)
+
+
+def send_at_step(monkeypatch, number, step):
+    """Send this process a signal during the training step of that count."""
+    real, count = loop.train_step, 0
+
+    def step_and_signal(*args):
+        nonlocal count
+        count += 1
+        if count == step:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    monkeypatch.setattr(loop, "train_step", step_and_signal)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dimensions", "batch", "steps"), [(3, 1, 50), (2, 4, 100)])
+@pytest.mark.parametrize("recipe", ["msd2018", "nnunetv2"])
+def test_a_tiny_network_overfits_one_case(tmp_path, recipe, dimensions, batch, steps):
+    kernels, strides = (*ARCHITECTURE.kernels, (3, 3, 3)), (*ARCHITECTURE.strides, (2, 2, 2))
+    levels = 3 if recipe == "nnunetv2" else 2  # two heads count under deep supervision
+    architecture = dataclasses.replace(
+        ARCHITECTURE,
+        features=(8, 16, 16)[:levels],
+        encoder_convs=(2,) * levels,
+        decoder_convs=(2,) * (levels - 1),
+        kernels=tuple(k[3 - dimensions :] for k in kernels[:levels]),
+        strides=tuple(s[3 - dimensions :] for s in strides[:levels]),
+        deep_supervision=recipe == "nnunetv2",
+    )
+    patch = (16, 32, 32)[3 - dimensions :]
+    plans = planned(patch=patch, batch=batch, batch_dice=dimensions == 2, architecture=architecture)
+    make_workspace(tmp_path, cases=1, shape=(16, 32, 32), plans=plans)
+    config = dataclasses.replace(
+        RECIPES[recipe],
+        epochs=3,
+        batches_per_epoch=steps,
+        validation_batches=2,
+        learning_rate=1e-2,
+        lr_schedule="poly",
+        precision="bf16",
+        augmentation=NO_AUGMENTATION,
+        device="cpu",
+        threads=1,
+        workers=0,
+        validation=False,
+    )
+    assert train_fold(tmp_path, "3d_fullres", "all", config)
+    run = open_run(tmp_path, "3d_fullres", "all", config)
+    assert validate(tmp_path, run)
+    scores = json.loads((run.folder / "validation.json").read_text())
+    assert scores["dice"]["case_0"]["hemorrhage"] > 0.95
+    mask = volume.read(run.folder / "validation" / "case_0.nii.gz")
+    reference = volume.read(tmp_path / "raw" / "case_0_l.nii.gz")
+    assert dice(mask.voxels == 1, reference.voxels == 1) > 0.95
+    assert mask.spacing_mm == pytest.approx(reference.spacing_mm)
+    history = load_checkpoint(run.folder / LATEST, run.configuration)["history"]
+    assert history[-1]["train_loss"] < min(-0.7, history[0]["train_loss"])
+
+
+def test_a_deeply_supervised_network_trains(fresh, monkeypatch):
+    architecture = dataclasses.replace(
+        ARCHITECTURE,
+        features=(4, 8, 8),
+        kernels=((1, 3, 3),) * 3,
+        strides=((1, 1, 1), (1, 2, 2), (1, 2, 2)),
+        encoder_convs=(1, 1, 1),
+        decoder_convs=(1, 1),
+        deep_supervision=True,
+    )
+    (fresh / "plans.json").unlink()
+    (fresh / "plans.json").write_text(strict_json.dumps(planned(architecture=architecture)))
+    heads = []
+    real = step.dice_cross_entropy
+
+    def loss(logits, target, **options):
+        heads.append(len(logits) if isinstance(logits, list) else 1)
+        return real(logits, target, **options)
+
+    monkeypatch.setattr(step, "dice_cross_entropy", loss)
+    assert train_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, precision="bf16"))
+    assert heads == [2, 2, 2, 1, 1] * 2  # training and validation steps of two epochs
+
+
+@pytest.mark.parametrize(("at", "number"), [(2, signal.SIGTERM), (6, signal.SIGINT)])
+def test_an_interrupted_run_ends_as_an_unbroken_one(fresh, monkeypatch, at, number):
+    """Stopped in the middle of an epoch or at its very end; augmentation on."""
+    config = QUICK
+    assert train_fold(fresh, "3d_fullres", "0", config)
+    unbroken = checkpoint(fresh)
+    assert train_fold(fresh, "3d_fullres", "0", config, restart=True)
+    same_run(checkpoint(fresh), unbroken)
+
+    with monkeypatch.context() as patch:
+        send_at_step(patch, number, at)
+        assert not train_fold(fresh, "3d_fullres", "0", config, restart=True)
+    cut = checkpoint(fresh)
+    assert cut["finished"] is None
+    assert cut["schedule"]["epoch"] * config.batches_per_epoch + len(cut["losses"]) == at
+    assert train_fold(fresh, "3d_fullres", "0", config)
+    same_run(checkpoint(fresh), unbroken)
+    with (fold_folder(fresh) / "progress.csv").open() as stream:
+        assert [row["epoch"] for row in csv.DictReader(stream)] == ["1", "2"]
+
+
+def test_a_longer_run_goes_on_where_a_shorter_one_ended(fresh):
+    short = dataclasses.replace(QUICK, epochs=1)
+    assert train_fold(fresh, "3d_fullres", "0", short)
+    assert checkpoint(fresh)["finished"] == "all 1 epochs done"
+    assert train_fold(fresh, "3d_fullres", "0", QUICK)
+    extended = checkpoint(fresh)
+    assert train_fold(fresh, "3d_fullres", "0", QUICK, restart=True)
+    same_run(checkpoint(fresh), extended)
+
+
+def test_resuming_names_the_settings_that_changed(fresh, caplog):
+    assert train_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
+    caplog.clear()
+    train_fold(fresh, "3d_fullres", "0", QUICK)
+    assert "going on with epochs 2, so far it was 1" in caplog.text
+    assert strict_json.load(TrainingConfig, fold_folder(fresh) / "config.json") == QUICK
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(fresh, monkeypatch):
+    assert train_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
+    good = leaves(checkpoint(fresh)["network"])
+    monkeypatch.setattr(
+        step, "dice_cross_entropy", lambda logits, *_, **__: logits.sum() * float("nan")
+    )
+    with pytest.raises(
+        TrainingError, match=r"loss is nan in epoch 2, step 1; .* --learning-rate below 0.001"
+    ):
+        train_fold(fresh, "3d_fullres", "0", QUICK)
+    assert leaves(checkpoint(fresh)["network"]) == good
+
+
+@pytest.mark.parametrize(
+    ("signalled", "message"),
+    [(False, "validation loss is nan after epoch 2"), (True, "weights are no longer finite")],
+)
+def test_broken_weights_do_not_replace_the_last_good_ones(fresh, monkeypatch, signalled, message):
+    """A loss may be finite and its gradient not: the last step of an epoch, or before a signal."""
+    assert train_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
+    good = leaves(checkpoint(fresh)["network"])
+    real = loop.train_step
+
+    def breaking(run, state, batch):
+        loss = real(run, state, batch)
+        if len(state.losses) == QUICK.batches_per_epoch - 1:
+            next(state.network.parameters()).data.fill_(math.nan)
+            if signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr(loop, "train_step", breaking)
+    with pytest.raises(TrainingError, match=message):
+        train_fold(fresh, "3d_fullres", "0", QUICK)
+    assert leaves(checkpoint(fresh)["network"]) == good
+
+
+def test_a_scale_that_finds_no_end_is_not_saved(fresh):
+    run = open_run(fresh, "3d_fullres", "0", QUICK)
+    state = step.begin(run)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-17)
+    with pytest.raises(TrainingError, match=r"every step's gradient overflows fp16; .*below 0.001"):
+        files.save(run, state, LATEST)
+    assert not (run.folder / LATEST).exists()
+
+
+@pytest.mark.parametrize("kind", ["plateau", "poly"])
+def test_a_lower_learning_rate_counts_from_the_next_epoch_on(fresh, kind):
+    config = dataclasses.replace(QUICK, epochs=4, lr_schedule=kind)
+    first = dataclasses.replace(config, epochs=1, lr_schedule="plateau")
+    assert train_fold(fresh, "3d_fullres", "0", first)
+    assert train_fold(fresh, "3d_fullres", "0", dataclasses.replace(config, learning_rate=1e-4))
+    rates = [row["lr"] for row in checkpoint(fresh)["history"]]
+    later = [1, 1, 1] if kind == "plateau" else [0.75**0.9, 0.5**0.9, 0.25**0.9]
+    assert rates == pytest.approx([1e-3, *(1e-4 * share for share in later)])
+
+
+def test_minutes_end_the_training_within_the_epoch(fresh, monkeypatch):
+    config = dataclasses.replace(
+        QUICK, epochs=1000, batches_per_epoch=100_000, minutes=0.005, lr_schedule="poly", workers=1
+    )
+    validated = []
+    real = loop.validation_step
+
+    def noted(run, state, batch):
+        validated.append(batch.data.numpy().tobytes())
+        return real(run, state, batch)
+
+    monkeypatch.setattr(loop, "validation_step", noted)
+    assert train_fold(fresh, "3d_fullres", "0", config)
+    spec = open_run(fresh, "3d_fullres", "0", config).spec
+    keys = [BatchKey(0, number, validation=True) for number in range(2)]
+    with open_batches(spec, iter(keys), QUICK, torch.device("cpu")) as expected:
+        assert validated == [batch.data.numpy().tobytes() for batch in expected]
+    end = checkpoint(fresh)
+    assert end["finished"] == "0.005 minutes have passed"
+    assert end["schedule"]["epoch"] == 1
+    assert end["schedule"]["learning_rate"] == 0
+    assert end["history"][0]["validation_loss"] > -1
+
+
+def test_poly_decay_reaches_the_optimiser(fresh):
+    config = dataclasses.replace(QUICK, lr_schedule="poly")
+    train_fold(fresh, "3d_fullres", "0", config)
+    end = checkpoint(fresh)
+    assert [row["lr"] for row in end["history"]] == pytest.approx([1e-3, 1e-3 * 0.5**0.9])
+    assert end["optimiser"]["param_groups"][0]["lr"] == pytest.approx(1e-3 * 0.5**0.9)
+    assert end["optimiser"]["param_groups"][0]["amsgrad"] is True
+
+
+def test_best_checkpoint_is_where_the_average_dice_was_highest(fresh, monkeypatch):
+    scores = iter([0.2, 0.6, 0.1, None])
+    monkeypatch.setattr(loop, "pseudo_dice", lambda _: (next(scores),))
+    train_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=4))
+    end, best = checkpoint(fresh), checkpoint(fresh, BEST)
+    assert best["schedule"]["epoch"] == 2
+    assert best["best_dice"] == pytest.approx(0.9 * 0.2 + 0.1 * 0.6)
+    assert end["average_dice"] == pytest.approx(0.9 * (0.9 * 0.2 + 0.1 * 0.6) + 0.1 * 0.1)
+    assert end["best_dice"] == best["best_dice"]
+    assert [row["pseudo_dice"] for row in end["history"]] == [0.2, 0.6, 0.1, None]
+
+
+def test_refuses_a_checkpoint_of_other_plans(fresh):
+    train_fold(fresh, "3d_fullres", "0", QUICK)
+    (fresh / "plans.json").unlink()
+    (fresh / "plans.json").write_text(strict_json.dumps(planned(patch=(4, 24, 24))))
+    with pytest.raises(TrainingError, match=r"of other plans .*begin anew with --restart"):
+        train_fold(fresh, "3d_fullres", "0", QUICK)
+
+
+def test_refuses_a_damaged_checkpoint(tmp_path):
+    path = tmp_path / LATEST
+    with pytest.raises(TrainingError, match="no such file; run `train` first"):
+        load_checkpoint(path, CONFIGURATION)
+    path.write_bytes(b"half a file")
+    with pytest.raises(TrainingError, match="damaged or not a checkpoint"):
+        load_checkpoint(path, CONFIGURATION)
+    torch.save({"configuration": "", "schema_version": 99}, path)
+    with pytest.raises(TrainingError, match="checkpoint schema 99, this code reads 2"):
+        load_checkpoint(path, CONFIGURATION)
+
+
+def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "run",))
+
+    torch.save({"configuration": Evil(), "schema_version": 2}, tmp_path / LATEST)
+    with pytest.raises(TrainingError, match="damaged or not a checkpoint"):
+        load_checkpoint(tmp_path / LATEST, CONFIGURATION)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fold", ["5", "-1", "first"])
+def test_refuses_an_unknown_fold(fresh, fold):
+    with pytest.raises(TrainingError, match=f"fold '{fold}', expected 0 to 4, or all"):
+        open_run(fresh, "3d_fullres", fold, QUICK)
+
+
+def test_validation_segments_the_held_out_cases_only(fresh):
+    config = dataclasses.replace(QUICK, epochs=1, validation=True)
+    assert train_fold(fresh, "3d_fullres", "0", config)
+    run = open_run(fresh, "3d_fullres", "0", config)
+    found = json.loads((run.folder / "validation.json").read_text())
+    masks = sorted(path.name for path in (run.folder / "validation").iterdir())
+    assert sorted(found["dice"]) == sorted(run.spec.validation)
+    assert masks == sorted(f"{name}.nii.gz" for name in run.spec.validation)
+
+
+def test_dice_corner_cases():
+    empty, one = np.zeros((2, 2), bool), np.eye(2, dtype=bool)
+    assert math.isnan(dice(empty, empty))
+    assert dice(empty, one) == dice(one, empty) == 0
+    assert dice(one, np.ones((2, 2), bool)) == pytest.approx(2 * 2 / 6)
+    with pytest.raises(ValueError, match="masks of shapes"):
+        dice(empty, np.zeros(2, bool))
+
+
+def test_command_line_says_what_is_wrong_in_one_line(tmp_path, capsys):
+    assert command(["train", "3d_fullres", "--workspace", str(tmp_path), "--fold", "0"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'plans.json'}: cannot read")
+    with pytest.raises(SystemExit):
+        command(["trian"])
+    assert "invalid choice: 'trian'" in capsys.readouterr().err
+
+
+def test_help_loads_no_torch():
+    code = "import sys; from training.__main__ import main\n"
+    code += "try: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    text = done.stdout.decode()
+    assert text.endswith("False\n")
+    assert "python -m training train 3d_fullres --workspace work --fold 0" in text

@@ -1,0 +1,125 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from training.fit.losses import deep_supervision_weights, dice_cross_entropy, one_hot, soft_dice
+
+
+def logits_of(foreground):
+    """Two-class logits ``(B, 2, n)`` whose softmax gives these foreground probabilities."""
+    p = torch.tensor(foreground)
+    return torch.stack([torch.log(1 - p), torch.log(p)], dim=1)
+
+
+def test_undecided_network_by_hand():
+    # p = 1/2 at 4 voxels, one of them bleeding: CE = ln 2; Dice = 2 * 0.5 / (4 * 0.5 + 1) = 1/3
+    loss = dice_cross_entropy(torch.zeros(1, 2, 4), torch.tensor([[0, 0, 1, 0]]), batch_dice=False)
+    assert loss.item() == pytest.approx(math.log(2) - 1 / 3, abs=1e-4)
+
+
+def test_batch_dice_sums_before_the_ratio():
+    # sample 1: hits 0.9, both masks 0.9 + 0.1 + 1 -> 0.9; sample 2: hits 0.4, 0.4 + 0.4 + 2 -> 2/7
+    probabilities = logits_of([[0.9, 0.1], [0.4, 0.4]]).softmax(1)
+    target = torch.tensor([[1, 0], [1, 1]])
+    per_sample = soft_dice(
+        probabilities, one_hot(target, probabilities.shape[1]), batch_dice=False
+    ).item()
+    assert per_sample == pytest.approx((2 * 0.9 / 2 + 2 * 0.8 / 2.8) / 2, abs=1e-4)
+    whole = soft_dice(
+        probabilities, one_hot(target, probabilities.shape[1]), batch_dice=True
+    ).item()
+    assert whole == pytest.approx(2 * (0.9 + 0.8) / (2 + 2.8), abs=1e-4)
+
+
+def test_intersection_is_not_squared():
+    """The first public nnU-Net computed sum((p g)^2); then this would be 2 * 0.25 / 1.5."""
+    value = soft_dice(
+        logits_of([[0.5]]).softmax(1), one_hot(torch.tensor([[1]]), 2), batch_dice=False
+    )
+    assert value.item() == pytest.approx(2 * 0.5 / 1.5, abs=1e-4)
+
+
+def test_background_does_not_count_in_dice():
+    """All background right, all foreground missed: 0, not the mean with the background's."""
+    value = soft_dice(
+        logits_of([[1e-9, 1e-9, 1e-9]]).softmax(1),
+        one_hot(torch.tensor([[0, 0, 1]]), 2),
+        batch_dice=True,
+    )
+    assert value.item() == pytest.approx(0, abs=1e-4)
+
+
+def test_classes_are_averaged():
+    probabilities = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])  # one voxel of each class
+    target = torch.tensor([[1, 1]])  # class 1 half found: 2/3; class 2 only invented: 0
+    assert soft_dice(
+        probabilities, one_hot(target, probabilities.shape[1]), batch_dice=True
+    ).item() == pytest.approx(1 / 3, abs=1e-4)
+
+
+def test_empty_prediction_of_an_empty_target_is_perfect():
+    probabilities = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
+    assert soft_dice(
+        probabilities, one_hot(torch.zeros(1, 2), 2), batch_dice=False
+    ).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_a_sure_and_right_network_reaches_minus_one(batch_dice):
+    target = torch.randint(0, 3, (2, 4, 5, 6), generator=torch.Generator().manual_seed(0))
+    logits = 50.0 * functional.one_hot(target, 3).movedim(-1, 1)
+    assert dice_cross_entropy(logits, target, batch_dice=batch_dice).item() == pytest.approx(-1)
+
+
+def test_against_torch_written_another_way():
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 3, 3, 4, 5, generator=generator, dtype=torch.float32)
+    target = torch.randint(0, 3, (2, 3, 4, 5), generator=generator)
+    p, g = logits.softmax(1), functional.one_hot(target, 3).movedim(-1, 1).float()
+    axes = (2, 3, 4)
+    tp, fp, fn = (p * g).sum(axes), (p * (1 - g)).sum(axes), ((1 - p) * g).sum(axes)
+    ratio = ((2 * tp + 1e-5) / (2 * tp + fp + fn + 1e-5))[:, 1:].mean()
+    expected = functional.cross_entropy(logits, target) - ratio
+    found = dice_cross_entropy(logits, target.to(torch.int8), batch_dice=False)
+    torch.testing.assert_close(found, expected)
+
+
+def test_bf16_logits_are_scored_in_fp32():
+    logits = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    target = (torch.arange(64) % 2)[None]
+    found = dice_cross_entropy(logits, target, batch_dice=True)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, dice_cross_entropy(logits.float(), target, batch_dice=True))
+
+
+def test_deep_supervision_weights():
+    """nnU-Net v2: six heads."""
+    expected = (0.516, 0.258, 0.129, 0.065, 0.032, 0.0)
+    assert deep_supervision_weights(6) == pytest.approx(expected, abs=6e-4)
+    assert deep_supervision_weights(1) == (1.0,)
+    assert deep_supervision_weights(2) == (1.0, 0.0)
+
+
+def test_deeply_supervised_loss_weighs_the_scales():
+    generator = torch.Generator().manual_seed(3)
+    target = torch.zeros(1, 1, 8, 8, dtype=torch.int8)
+    target[..., :4, :4] = 1
+    coarser = target[..., ::2, ::2]  # the box is made of whole 2x2 blocks
+    scales = [torch.randn(1, 2, 1, n, n, generator=generator) for n in (8, 4, 2)]
+    expected = 2 / 3 * dice_cross_entropy(scales[0], target, batch_dice=True)
+    expected = expected + 1 / 3 * dice_cross_entropy(scales[1], coarser, batch_dice=True)
+    torch.testing.assert_close(dice_cross_entropy(scales, target, batch_dice=True), expected)
+
+
+def test_a_coarser_target_is_the_label_at_its_voxels_centres():
+    """Three voxels become one, and the middle one counts: 1 0."""
+    target = torch.tensor([[[0, 1, 0, 1, 0, 1]]])
+    undecided = torch.zeros(1, 2, 1, 6)
+    right = torch.tensor([[[[-9.0, 9.0]], [[9.0, -9.0]]]])
+    losses = [
+        dice_cross_entropy([undecided, coarse, coarse], target, batch_dice=True).item()
+        for coarse in (right, -right)
+    ]
+    assert losses[0] < 0.2 < 2 < losses[1]

@@ -1,0 +1,111 @@
+import dataclasses
+
+import pytest
+import torch
+from conftest import ARCHITECTURE, CONFIGURATION, PLANS, make_bundle
+from helpers.workspaces import QUICK, make_workspace
+
+from ichseg.engine import torch_engine
+from ichseg.errors import TrainingError, WeightsError
+from ichseg.model import bundle
+from ichseg.model.network import build_network
+from training.fit import loop
+from training.fit.fold_run import LATEST, load_checkpoint, run_folder
+from training.fit.loop import train_fold
+from training.fit.pretrained import choose_member, load_pretrained
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A bundle of two folds whose weights differ."""
+    path = tmp_path / "bundle"
+    make_bundle(path)
+    return path
+
+
+def weights(folder, fold):
+    member = bundle.load_model(folder).members[fold]
+    return torch_engine.tensors(bundle.load_state(folder, member))
+
+
+def fill(network, value):
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(value)
+
+
+@pytest.mark.parametrize(("wanted", "taken"), [("0", 0), ("1", 1), ("4", 0), ("all", 0)])
+def test_the_same_fold_or_else_the_first(folder, wanted, taken, caplog):
+    caplog.set_level("INFO")
+    network = build_network(ARCHITECTURE, 1, 2)
+    load_pretrained(network, folder, "3d_fullres", wanted)
+    for name, tensor in weights(folder, taken).items():
+        torch.testing.assert_close(network.state_dict()[name], tensor, rtol=0, atol=0)
+    assert f"beginning with 3d_fullres fold {taken} of {folder}: 14 of 14 tensors" in caplog.text
+    assert "from scratch" not in caplog.text
+
+
+def test_the_same_configuration_or_else_the_first_of_all(folder):
+    model = bundle.load_model(folder)
+    flat = dataclasses.replace(CONFIGURATION, name="3d_lowres")
+    plans = dataclasses.replace(PLANS, configurations=(CONFIGURATION, flat))
+    lowres = dataclasses.replace(model.members[0], configuration="3d_lowres")
+    both = dataclasses.replace(model, plans=plans, members=(*model.members, lowres))
+    assert choose_member(both, "3d_lowres", "1") == lowres
+    assert choose_member(both, "3d_fullres", "1") == model.members[1]
+    assert choose_member(both, "2d", "1") == model.members[1]
+    assert choose_member(both, "2d", "4") == model.members[0]
+
+
+def test_what_does_not_fit_stays_and_is_named(folder, caplog):
+    """One more channel and one more class: the first convolution and the head."""
+    caplog.set_level("INFO")
+    network = build_network(ARCHITECTURE, 2, 3)
+    fill(network, 7.0)
+    load_pretrained(network, folder, "3d_fullres", "0")
+    theirs = weights(folder, 0)
+    for name, tensor in network.state_dict().items():
+        if name in ("encoder.0.0.weight", "heads.0.weight"):
+            assert (tensor == 7).all()
+        else:
+            torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0)
+    assert "12 of 14 tensors" in caplog.text
+    assert (
+        "trained from scratch: encoder.0.0.weight (4x2x1x3x3, in the bundle 4x1x1x3x3), "
+        "heads.0.weight (3x4x1x1x1, in the bundle 2x4x1x1x1)"
+    ) in caplog.text
+
+
+def test_a_long_list_is_cut_short(folder, caplog):
+    deep = dataclasses.replace(ARCHITECTURE, encoder_convs=(3, 1))
+    load_pretrained(build_network(deep, 1, 2), folder, "3d_fullres", "0")
+    line = next(text for text in caplog.text.splitlines() if "from scratch" in text)
+    assert "encoder.0.3.weight (4x4x1x3x3, in the bundle missing)" in line
+    assert line.endswith(" and 4 more")
+
+
+def test_nothing_that_fits_is_refused(folder):
+    wide = build_network(dataclasses.replace(ARCHITECTURE, features=(6, 10)), 1, 2)
+    with pytest.raises(
+        TrainingError, match=r"3d_fullres_fold_0.safetensors: none of its 14 tensors has the name"
+    ):
+        load_pretrained(wide, folder, "3d_fullres", "0")
+    with pytest.raises(WeightsError, match="expected a weights bundle"):
+        load_pretrained(wide, folder / "nowhere", "3d_fullres", "0")
+
+
+def test_training_begins_with_them_but_a_resumed_run_does_not(folder, tmp_path, monkeypatch):
+    workspace = make_workspace(tmp_path / "ws", cases=5)
+    config = dataclasses.replace(QUICK, epochs=1, learning_rate=1e-9, pretrained=str(folder))
+    path = run_folder(workspace, "3d_fullres", "1") / LATEST
+    assert train_fold(workspace, "3d_fullres", "1", config)
+    trained, given = load_checkpoint(path, CONFIGURATION)["network"], weights(folder, 1)
+    for name, tensor in trained.items():
+        torch.testing.assert_close(tensor, given[name], rtol=0, atol=1e-7)
+    loaded = []
+    monkeypatch.setattr(loop, "load_pretrained", lambda *args: loaded.append(args))
+    longer = dataclasses.replace(config, epochs=2)
+    assert train_fold(workspace, "3d_fullres", "1", longer)
+    assert loaded == []
+    assert train_fold(workspace, "3d_fullres", "1", config, restart=True)
+    assert len(loaded) == 1

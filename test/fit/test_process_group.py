@@ -1,0 +1,118 @@
+"""Two processes with half of each batch take the steps that one takes with the whole."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIGURATION
+from helpers.workspaces import QUICK, planned
+
+from ichseg.errors import TrainingError
+from ichseg.model import strict_json
+from training.batches.sampling import BatchKey
+from training.batches.stream import Batch, open_batches
+from training.fit import process_group
+from training.fit.fold_run import LATEST, load_checkpoint, open_run
+from training.fit.process_group import ALONE, Peers
+from training.fit.step import begin, train_step, validation_step
+
+ROOT = Path(__file__).parents[2]
+VARIANTS = [
+    (batch_dice, optimiser) for batch_dice in (False, True) for optimiser in ("adam", "sgd")
+]
+
+
+def five_steps(workspace, batch_dice, optimiser, peers):
+    """Parameters after five steps in float64, the losses, and what a validation batch counts."""
+    config = dataclasses.replace(
+        QUICK, optimiser=optimiser, learning_rate=0.001, gradient_clip=0.5, momentum=0.9
+    )
+    run = open_run(workspace, "3d_fullres", "0", config, peers)
+    run = dataclasses.replace(
+        run, configuration=dataclasses.replace(run.configuration, batch_dice=batch_dice)
+    )
+    state = begin(run)
+    state.network.double()
+    keys = [*(BatchKey(0, number) for number in range(5)), BatchKey(0, 0, validation=True)]
+    losses = []
+    with open_batches(run.spec, iter(keys), config, run.device) as stream:
+        for _ in range(5):
+            data, target = next(stream)
+            losses.append(train_step(run, state, Batch(data.double(), target)))
+        state.network.eval()
+        data, target = next(stream)
+        losses.append(validation_step(run, state, Batch(data.double(), target))[0])
+        counts = validation_step(run, state, Batch(data.double(), target))[1]
+    weights = torch.cat([p.detach().reshape(-1) for p in state.network.parameters()])
+    return weights, torch.tensor(losses, dtype=torch.float64), counts
+
+
+def one_of_two(workspace, out):
+    """What each of the two processes does; at the end of this file."""
+    torch.set_num_threads(1)
+    with process_group.joined("cpu") as peers:
+        found = {variant: five_steps(workspace, *variant, peers) for variant in VARIANTS}
+        said = peers.any(peers.rank == 1, False), peers.of_leader(float(peers.rank))
+    torch.save((found, said), out / f"{peers.rank}.pt")
+
+
+def torchrun(*words):
+    """Run two processes of a command, and return what they wrote to stderr."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, *words], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'test'}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def larger(fresh):
+    """A workspace whose batch of 4 has 1 forced sample, in the second process' half."""
+    (fresh / "plans.json").unlink()
+    (fresh / "plans.json").write_text(strict_json.dumps(planned(batch=4)))
+    return fresh
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(larger, tmp_path):
+    alone = {variant: five_steps(larger, *variant, ALONE) for variant in VARIANTS}
+    torchrun(__file__, str(larger), str(tmp_path))
+    for rank in (0, 1):
+        found, said = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert said == ((True, False), 0.0)
+        for variant in VARIANTS:
+            for part, expected in zip(found[variant], alone[variant], strict=True):
+                torch.testing.assert_close(part, expected, rtol=0, atol=1e-9)
+    first, second = alone[False, "sgd"][0], alone[True, "sgd"][0]
+    assert (first - second).abs().max() > 1e-7  # the two losses are not one and the same
+
+
+@pytest.mark.slow
+def test_torchrun_trains_one_fold(larger):
+    line = f"""
+        -m training train 3d_fullres --workspace {larger} --fold 0 --recipe nnunetv2 --epochs 1
+        --batches-per-epoch 3 --validation-batches 2 --threads 1 --workers 0 --device cpu
+    """
+    told = torchrun(*line.split())
+    assert "2 processes" in told
+    assert told.count("epoch 1/1") == 1  # one of them tells
+    end = load_checkpoint(larger / "runs" / "3d_fullres" / "fold_0" / LATEST,
+                          dataclasses.replace(CONFIGURATION, batch=4))  # fmt: skip
+    assert end["finished"] == "all 1 epochs done"
+    assert (larger / "runs" / "3d_fullres" / "fold_0" / "validation.json").exists()
+
+
+def test_refuses_a_batch_that_cannot_be_shared(fresh):
+    with pytest.raises(TrainingError, match="batch of 2 over 3 processes, expected a multiple"):
+        open_run(fresh, "3d_fullres", "0", QUICK, Peers(0, 3))
+
+
+if __name__ == "__main__":
+    one_of_two(Path(sys.argv[1]), Path(sys.argv[2]))
+    process_group.leave(0)

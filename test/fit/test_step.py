@@ -1,0 +1,213 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers.workspaces import QUICK, leaves
+
+from ichseg.errors import TrainingError
+from training.batches.stream import Batch
+from training.fit import step
+from training.fit.fold_run import open_run
+from training.fit.loop import train_fold
+from training.fit.step import begin, compile_forward, pseudo_dice, train_step, validation_step
+
+SGD = dataclasses.replace(
+    QUICK, optimiser="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.01, gradient_clip=0.0
+)
+
+
+def some_batch():
+    rng = np.random.default_rng(3)
+    data = torch.from_numpy(rng.normal(size=(2, 1, 4, 16, 16)).astype(np.float32))
+    return Batch(data, (data[:, 0] > 0.5).to(torch.int8))
+
+
+def parameters(state):
+    return torch.cat([p.detach().reshape(-1) for p in state.network.parameters()])
+
+
+def gradients(state):
+    return torch.cat([p.grad.reshape(-1) for p in state.network.parameters()])
+
+
+def test_seed_and_fold_decide_the_network(fresh):
+    def weights(fold, seed):
+        run = open_run(fresh, "3d_fullres", fold, dataclasses.replace(QUICK, seed=seed))
+        return leaves(begin(run).network.state_dict())
+
+    assert weights("0", 0) == weights("0", 0)
+    assert weights("0", 0) != weights("0", 1)
+    assert weights("0", 0) != weights("1", 0)
+
+
+def test_a_loss_that_is_not_finite_does_not_reach_the_weights(fresh, monkeypatch):
+    run = open_run(fresh, "3d_fullres", "0", QUICK)
+    state = begin(run)
+    before = leaves(state.network.state_dict())
+    monkeypatch.setattr(
+        step, "dice_cross_entropy", lambda logits, *_, **__: logits.sum() * float("inf")
+    )
+    batch = Batch(torch.ones(2, 1, 4, 16, 16), torch.zeros(2, 4, 16, 16, dtype=torch.int8))
+    assert not math.isfinite(train_step(run, state, batch))
+    assert leaves(state.network.state_dict()) == before
+
+
+def test_pseudo_dice_by_hand():
+    # two classes: 2 * 3 hits of 4 + 6 voxels, and 0 of 5; a third class that does not occur
+    counts = torch.tensor([[6, 10], [0, 5], [0, 0]])
+    assert pseudo_dice(counts) == (0.6, 0, None)
+
+
+def test_validation_counts_by_hand(fresh):
+    run = open_run(fresh, "3d_fullres", "0", QUICK)
+    state = begin(run)
+    state.network = state.forward = torch.nn.Conv3d(1, 2, 1)
+    with torch.no_grad():
+        state.network.weight.copy_(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1, 1))
+        state.network.bias.zero_()  # foreground where the image is above 0
+    data = torch.tensor([1.0, 1, -1, -1, 1]).reshape(1, 1, 1, 1, 5)
+    target = torch.tensor([1, 0, 1, 0, 1], dtype=torch.int8).reshape(1, 1, 1, 5)
+    _, counts = validation_step(run, state, Batch(data, target))
+    assert counts.tolist() == [[4, 6]]
+
+
+def test_two_sgd_steps_by_hand(fresh):
+    """V2: weight decay joins the gradient g; v = m v + g; Nesterov steps along g + m v."""
+    state = begin(run := open_run(fresh, "3d_fullres", "0", SGD))
+    expected, velocity = parameters(state), None
+    for _ in range(2):
+        before = parameters(state)
+        train_step(run, state, some_batch())
+        g = gradients(state) + 0.01 * before
+        velocity = g if velocity is None else 0.9 * velocity + g
+        expected = expected - 0.1 * (g + 0.9 * velocity)
+    torch.testing.assert_close(parameters(state), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_long_gradient_is_clipped_and_a_short_one_is_not(fresh):
+    def moved(clip):
+        config = dataclasses.replace(SGD, gradient_clip=clip, momentum=0.0, nesterov=False,
+                                     weight_decay=0.0)  # fmt: skip
+        state = begin(run := open_run(fresh, "3d_fullres", "0", config))
+        before = parameters(state)
+        train_step(run, state, some_batch())
+        return (parameters(state) - before).norm().item()
+
+    free = moved(0.0) / 0.1  # the gradient's norm
+    assert moved(free / 2) == pytest.approx(0.1 * free / 2, rel=1e-4)
+    assert moved(free * 2) == pytest.approx(0.1 * free, rel=1e-4)
+
+
+def test_a_scaled_loss_makes_the_same_step(fresh):
+    """What fp16 does, in fp32: gradients are scaled back before they are clipped."""
+    config = dataclasses.replace(SGD, gradient_clip=0.05)
+    run = open_run(fresh, "3d_fullres", "0", config)
+    plain, scaled = begin(run), begin(run)
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for state in (plain, scaled):
+        train_step(run, state, some_batch())
+    torch.testing.assert_close(parameters(scaled), parameters(plain), rtol=1e-6, atol=1e-8)
+
+
+def test_an_overflow_leaves_the_step_out_and_halves_the_scale(fresh, monkeypatch):
+    state = begin(run := open_run(fresh, "3d_fullres", "0", SGD))
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    monkeypatch.setattr(step, "dice_cross_entropy", lambda logits, *_, **__: 1e30 * logits.mean())
+    before = parameters(state)
+    assert math.isfinite(train_step(run, state, some_batch()))
+    assert torch.equal(parameters(state), before)
+    assert state.scaler.get_scale() == 2.0**99
+
+
+def test_deep_supervision_is_scored_by_its_finest_head(fresh):
+    state = begin(run := open_run(fresh, "3d_fullres", "0", QUICK))
+    batch = some_batch()
+    state.network.eval()
+    with torch.no_grad():
+        found = state.network(batch.data).argmax(1)
+    loss, counts = validation_step(run, state, batch)
+    hits = 2 * int(((found == 1) & (batch.target == 1)).sum())
+    assert counts.tolist() == [[hits, int((found == 1).sum() + (batch.target == 1).sum())]]
+    assert math.isfinite(loss)
+
+
+def test_what_cannot_be_compiled_is_trained_as_it_is(fresh, monkeypatch, caplog):
+    config = dataclasses.replace(QUICK, compile=True)
+    run = open_run(fresh, "3d_fullres", "0", config)
+    network = begin(run).network
+
+    def no_compiler(_):
+        def forward(_):
+            raise RuntimeError("\nno C++ compiler found\nmore lines")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    assert compile_forward(run, network) is network
+    assert "torch.compile failed (no C++ compiler found); training goes on without" in caplog.text
+    assert train_fold(fresh, "3d_fullres", "0", config)
+
+
+def test_a_compiled_network_is_used_and_its_trial_leaves_no_trace(fresh, monkeypatch):
+    config = dataclasses.replace(QUICK, compile=True)
+    run = open_run(fresh, "3d_fullres", "0", config)
+    calls = []
+
+    def fake(network):
+        def forward(data):
+            calls.append((tuple(data.shape), network.training))
+            return network(data)
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", fake)
+    plain, compiled = begin(run), begin(run)
+    compiled.forward = compile_forward(run, compiled.network)
+    shape = (run.spec.batch, 1, *run.spec.patch)
+    assert calls == [(shape, True), (shape, False)]
+    for state in (plain, compiled):
+        train_step(run, state, some_batch())
+    assert len(calls) == 3
+    assert torch.equal(parameters(plain), parameters(compiled))
+
+
+def test_out_of_memory_says_what_to_lower_and_to_what(fresh, monkeypatch):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(step, "dice_cross_entropy", exhausted)
+    with pytest.raises(
+        TrainingError,
+        match=r"fold_0: out of memory on cpu with patch 4x16x16, batch 2, fp32; in this order, try "
+        r"torchrun --nproc-per-node 2 .*, plan --gpu-memory-gb 6 \(now 12\)$",
+    ):
+        train_fold(fresh, "3d_fullres", "0", QUICK)
+
+
+def test_refuses_fp16_on_the_cpu(fresh):
+    config = dataclasses.replace(QUICK, precision="fp16")
+    with pytest.raises(TrainingError, match="precision fp16 on the CPU, expected fp32, bf16"):
+        open_run(fresh, "3d_fullres", "0", config)
+    assert open_run(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, precision="auto")
+                    ).precision == "fp32"  # fmt: skip
+
+
+def test_deterministic_is_on_while_training_only(fresh, monkeypatch):
+    seen = []
+    real = step.dice_cross_entropy
+
+    def loss(*args, **options):
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark))
+        return real(*args, **options)
+
+    monkeypatch.setattr(step, "dice_cross_entropy", loss)
+    before = torch.backends.cudnn.benchmark
+    for deterministic in (True, False):
+        seen.clear()
+        config = dataclasses.replace(QUICK, epochs=1, deterministic=deterministic)
+        assert train_fold(fresh, "3d_fullres", "0", config, restart=True)
+        assert set(seen) == {(deterministic, not deterministic)}
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.benchmark == before

@@ -1,0 +1,169 @@
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ARCHITECTURE, PLANS
+from torch import nn
+from torch.nn import functional as F
+
+from ichseg.model.network import InstanceNorm2d, InstanceNorm3d, build_network
+from ichseg.model.plans import Architecture
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+# made by benchmarks/nnunetv2_networks.py, of nnunetv2's own planners and networks
+THEIRS = json.loads((HELPERS / "nnunetv2_networks.json").read_text())
+PLANNED = json.loads((HELPERS / "nnunetv2_plans.json").read_text())["tasks"]
+
+
+def architecture_of(theirs):
+    """Of a network that nnunetv2 describes; its decoder is listed coarsest first."""
+    return Architecture(
+        features=tuple(theirs["features"]),
+        kernels=tuple(tuple(kernel) for kernel in theirs["kernels"]),
+        strides=tuple(tuple(stride) for stride in theirs["strides"]),
+        encoder_convs=tuple(theirs["encoder"]),
+        decoder_convs=tuple(theirs["decoder"][::-1]),
+        upsampling_bias=True,
+        head_bias=True,
+        deep_supervision=True,
+        block="residual" if theirs["network"] == "ResidualEncoderUNet" else "plain",
+    )
+
+
+@pytest.mark.parametrize(
+    "row", THEIRS["parameters"], ids=lambda row: f"{row['task']}-{row['planner']}"
+)
+def test_parameter_counts_are_nnunetv2s(row):
+    task = PLANNED[row["task"]]
+    theirs = task["planners"][row["planner"]]["configurations"][row["configuration"]]
+    configuration = SimpleNamespace(previous_stage=theirs["previous_stage"])
+    plans = dataclasses.replace(
+        PLANS,
+        channels=("CT",) * len(task["channels"]),
+        normalisations=PLANS.normalisations * len(task["channels"]),
+        labels=tuple(map(str, range(task["labels"]))),
+    )
+    with torch.device("meta"):
+        network = build_network(
+            architecture_of(theirs), plans.input_channels(configuration), len(plans.labels)
+        )
+    assert sum(p.numel() for p in network.parameters()) == row["parameters"]
+
+
+def test_parameter_counts_of_the_paper():
+    found = {
+        row["configuration"]: row["parameters"] / 1e6
+        for row in THEIRS["parameters"]
+        if (row["task"], row["planner"]) == ("instance_28", "ExperimentPlanner")
+    }
+    assert found == {
+        "2d": pytest.approx(46.3, abs=0.05),
+        "3d_fullres": pytest.approx(43.5, abs=0.05),
+    }
+
+
+@pytest.mark.parametrize("theirs", THEIRS["networks"], ids=lambda theirs: theirs["name"])
+def test_logits_are_nnunetv2s(theirs):
+    """In float64, the weights sin(0), sin(1), ... in the order of our modules."""
+    network = build_network(architecture_of(theirs), theirs["input"][1], theirs["classes"]).double()
+    first = 0
+    with torch.no_grad():
+        for parameter in network.parameters():
+            index = torch.arange(first, first + parameter.numel(), dtype=torch.float64)
+            parameter.copy_(index.sin().reshape(parameter.shape))
+            first += parameter.numel()
+    count = torch.Size(theirs["input"]).numel()
+    x = torch.arange(count, dtype=torch.float64).cos().reshape(theirs["input"])
+    heads = network.train()(x)
+    assert len(heads) == len(theirs["logits"])
+    for ours, expected in zip(heads, theirs["logits"], strict=True):
+        found = ours.flatten()[:: theirs["stride"]][: len(expected)].tolist()
+        assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_residual_blocks_begin_as_their_shortcut():
+    """The second normalisation is 0 at first, so a block without a stride changes nothing."""
+    network = build_network(architecture_of(THEIRS["networks"][1]), 1, 2)
+    x = torch.randn(1, 8, 4, 8, 8)
+    block = network.encoder[1][1]
+    torch.testing.assert_close(block(x), F.leaky_relu(x, 0.01))
+    with torch.no_grad():
+        block.second[1].weight.fill_(1)
+    assert not torch.allclose(block(x), F.leaky_relu(x, 0.01), atol=0.1)
+
+
+def test_forward_equals_the_same_network_written_out():
+    """One convolution a level, two levels: the whole forward pass by torch.nn.functional."""
+    torch.manual_seed(3)
+    network = build_network(ARCHITECTURE, 1, 2).eval()
+    w = network.state_dict()
+    assert not {"heads.0.bias", "upsampling.0.bias"} & w.keys()
+    x = torch.randn(1, 1, 4, 8, 8)
+
+    def block(x, name, stride, padding):
+        x = F.conv3d(x, w[f"{name}.0.weight"], w[f"{name}.0.bias"], stride, padding)
+        x = F.instance_norm(x, weight=w[f"{name}.1.weight"], bias=w[f"{name}.1.bias"], eps=1e-5)
+        return F.leaky_relu(x, 0.01)
+
+    fine = block(x, "encoder.0", 1, (0, 1, 1))
+    coarse = block(fine, "encoder.1", (1, 2, 2), 1)
+    up = F.conv_transpose3d(coarse, w["upsampling.0.weight"], stride=(1, 2, 2))
+    merged = block(torch.cat((up, fine), 1), "decoder.0", 1, (0, 1, 1))
+    expected = F.conv3d(merged, w["heads.0.weight"])
+    torch.testing.assert_close(network(x), expected)
+
+
+def test_initialisation_is_he_normal_with_zero_biases():
+    torch.manual_seed(0)
+    network = build_network(dataclasses.replace(ARCHITECTURE, features=(64, 64)), 1, 2)
+    convolution = network.decoder[0][0]
+    fan_in = 128 * 9
+    assert convolution.weight.std().item() == pytest.approx((2 / 1.0001 / fan_in) ** 0.5, rel=0.03)
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d) and module.bias is not None:
+            assert not module.bias.any()
+
+
+def test_deep_supervision_gives_one_head_per_decoder_level_in_training_only():
+    three = Architecture(
+        features=(4, 4, 4),
+        kernels=((3, 3),) * 3,
+        strides=((1, 1), (2, 2), (2, 2)),
+        encoder_convs=(1,) * 3,
+        decoder_convs=(1,) * 2,
+        upsampling_bias=True,
+        head_bias=True,
+        deep_supervision=True,
+    )
+    network = build_network(three, 2, 3)
+    x = torch.randn(1, 2, 16, 8)
+    assert [tuple(y.shape) for y in network(x)] == [(1, 3, 16, 8), (1, 3, 8, 4)]
+    training = network(x)[0]
+    torch.testing.assert_close(network.eval()(x), training)
+
+
+def test_each_parameter_is_registered_once():
+    names = list(build_network(ARCHITECTURE, 1, 2).state_dict())
+    pointers = [t.data_ptr() for t in build_network(ARCHITECTURE, 1, 2).state_dict().values()]
+    assert len(set(pointers)) == len(names)
+
+
+@pytest.mark.parametrize("size", [(5, 6), (3, 5, 6)])
+def test_normalisation_is_torchs_own_and_keeps_the_layout(size):
+    ours = (InstanceNorm2d if len(size) == 2 else InstanceNorm3d)(4, affine=True)
+    theirs = (nn.InstanceNorm2d if len(size) == 2 else nn.InstanceNorm3d)(4, affine=True)
+    torch.manual_seed(1)
+    nn.init.normal_(ours.weight)
+    nn.init.normal_(ours.bias)
+    theirs.load_state_dict(ours.state_dict())
+    layout = torch.channels_last if len(size) == 2 else torch.channels_last_3d
+    x = 3 + 2 * torch.randn(3, 4, *size, dtype=torch.float64).contiguous(memory_format=layout)
+    found, expected = ours.double()(x), theirs.double()(x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert found.is_contiguous(memory_format=layout)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,154 @@
+"""Component rules and the lesion table; drawn and worked out by hand."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ichseg.errors import PlansError
+from ichseg.model import strict_json
+from ichseg.predict import components
+from ichseg.predict.components import ComponentRule, apply_rules, lesions
+from ichseg.scan.volume import Volume
+
+
+def drawn(*slices):
+    """Labels from slices of text, a digit a voxel, ``.`` for background."""
+    rows = [[list(line.replace(".", "0")) for line in text.split()] for text in slices]
+    return np.array(rows, dtype=np.uint8)
+
+
+THREE = drawn("11.... ...... ....1.", "...... ...... .....1", "...... ...... 1....1")  # 2, 3, 1
+
+
+def test_components_touch_by_corners():
+    corner = drawn("1. ..", ".. .1")
+    assert len(lesions(corner, Volume(corner, (1.0, 1.0, 1.0)))) == 1
+
+
+def test_keep_largest_keeps_the_largest_of_that_label_only():
+    labels = THREE.copy()
+    labels[0, 1, 0] = 2
+    kept = apply_rules(labels, [ComponentRule(1, keep_largest=True)], 1.0)
+    expected = drawn("...... 2..... ....1.", "...... ...... .....1", "...... ...... .....1")
+    np.testing.assert_array_equal(kept, expected)
+
+
+def test_of_equals_the_first_stays():
+    labels = drawn("11.. .... ..11")
+    kept = apply_rules(labels, [ComponentRule(1, keep_largest=True)], 1.0)
+    np.testing.assert_array_equal(kept, drawn("11.. .... ...."))
+
+
+@pytest.mark.parametrize(
+    ("drop_below_ml", "voxels_left"), [(0.0, 6), (0.1, 6), (0.11, 5), (0.2, 5), (0.3, 3), (0.31, 0)]
+)
+def test_what_is_smaller_goes_and_what_is_just_as_large_stays(drop_below_ml, voxels_left):
+    kept = apply_rules(THREE, [ComponentRule(1, drop_below_ml=drop_below_ml)], 0.1)
+    assert kept.sum() == voxels_left
+
+
+def test_both_conditions_hold():
+    rule = ComponentRule(1, keep_largest=True, drop_below_ml=4.0)
+    assert not apply_rules(THREE, [rule], 1.0).any()
+
+
+def test_rules_leave_their_input_alone_and_pass_over_labels_that_do_not_occur():
+    before = THREE.copy()
+    apply_rules(THREE, [ComponentRule(1, keep_largest=True)], 1.0)
+    np.testing.assert_array_equal(THREE, before)
+    np.testing.assert_array_equal(apply_rules(THREE, [ComponentRule(2, True)], 1.0), THREE)
+    empty = np.zeros((2, 3, 4), np.uint8)
+    np.testing.assert_array_equal(apply_rules(empty, [ComponentRule(1, True, 1.0)], 1.0), empty)
+
+
+def test_slabs_change_nothing(monkeypatch):
+    labels = (np.random.default_rng(0).random((9, 20, 20)) < 0.1).astype(np.uint8)
+    scan = Volume(labels * np.float32(7), (2.0, 1.0, 1.0))
+    rules = [ComponentRule(1, drop_below_ml=0.006)]
+    whole = apply_rules(labels, rules, 0.002), lesions(labels, scan)
+    assert 0 < whole[0].sum() < labels.sum()
+    monkeypatch.setattr(components, "_SLAB_VOXELS", 401)
+    np.testing.assert_array_equal(apply_rules(labels, rules, 0.002), whole[0])
+    assert lesions(labels, scan) == whole[1]
+
+
+def test_the_table_of_a_straight_scan():
+    # 5 mm slices, 1 mm rows, 2 mm columns; the first voxel at x 10, y 20, z 30
+    scan = Volume(np.zeros(THREE.shape, np.int16), (5.0, 1.0, 2.0), (30.0, 20.0, 10.0))
+    scan.voxels[THREE > 0] = 60
+    scan.voxels[2, 2, 0], scan.voxels[0, 0, 1] = 40, 70
+    largest, second, third = lesions(THREE, scan)
+    assert [round(lesion.volume_ml, 6) for lesion in (largest, second, third)] == [0.03, 0.02, 0.01]
+    # (z, y, x) = (0, 2, 4), (1, 2, 5), (2, 2, 5)
+    assert largest.centroid_mm == pytest.approx((10 + 2 * 14 / 3, 22, 35))
+    assert largest.box_mm == ((17.0, 21.5, 27.5), (21.0, 22.5, 42.5))
+    assert second.centroid_mm == pytest.approx((11, 20, 30))
+    assert [lesion.mean_hu for lesion in (largest, second, third)] == [60, 65, 40]
+
+
+def test_positions_follow_the_scans_axes():
+    """The same bleed in a scan stored from the head down and from left to right."""
+    plain = Volume(THREE.astype(np.int16), (5.0, 1.0, 2.0), (30.0, 20.0, 10.0))
+    flipped = dataclasses.replace(
+        plain,
+        voxels=plain.voxels[::-1, :, ::-1],
+        origin_mm=(40.0, 20.0, 20.0),
+        direction=(-1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, -1.0),
+    )
+    for here, there in zip(
+        lesions(np.ascontiguousarray(THREE[::-1, :, ::-1]), flipped),
+        lesions(THREE, plain),
+        strict=True,
+    ):
+        assert here.volume_ml == there.volume_ml
+        assert here.centroid_mm == pytest.approx(there.centroid_mm)
+        assert np.array(here.box_mm) == pytest.approx(np.array(there.box_mm))
+
+
+def test_an_oblique_box_holds_every_voxel():
+    c, s = np.cos(0.4), np.sin(0.4)
+    scan = Volume(
+        THREE.astype(np.int16), (5.0, 1.0, 2.0), (3.0, 2.0, 1.0), (c, -s, 0, s, c, 0, 0, 0, 1)
+    )
+    largest = lesions(THREE, scan)[0]
+    (low, high), step = largest.box_mm, np.reshape(scan.direction, (3, 3)) * scan.spacing_mm
+    corners = [
+        np.array(scan.origin_mm) + step @ (np.array(voxel) + shift)
+        for voxel in ((0, 2, 4), (1, 2, 5), (2, 2, 5))
+        for shift in np.array(np.meshgrid(*[[-0.5, 0.5]] * 3)).reshape(3, -1).T
+    ]
+    xyz = np.array(corners)[:, ::-1]
+    assert (xyz >= np.array(low) - 1e-9).all()
+    assert (xyz <= np.array(high) + 1e-9).all()
+    assert largest.centroid_mm == pytest.approx(xyz.mean(0))
+
+
+def test_labels_are_told_apart_though_they_touch():
+    labels = drawn("112")
+    found = lesions(labels, Volume(labels, (10.0, 10.0, 10.0)))
+    assert [(lesion.label, lesion.volume_ml) for lesion in found] == [(1, 2.0), (2, 1.0)]
+
+
+def test_nothing_found_is_an_empty_table():
+    empty = np.zeros((2, 3, 4), np.uint8)
+    assert lesions(empty, Volume(empty, (1.0, 1.0, 1.0))) == ()
+
+
+def test_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"\(3, 3, 6\).*\(1, 1, 1\)"):
+        lesions(THREE, Volume(np.zeros((1, 1, 1)), (1.0, 1.0, 1.0)))
+
+
+def test_rules_survive_json_and_refuse_what_makes_no_sense():
+    rule = ComponentRule(2, True, 0.5)
+    assert strict_json.from_json(ComponentRule, strict_json.to_json(rule), where="here") == rule
+    for label, ml in ((0, 0.0), (1, -1.0), (1, float("nan"))):
+        with pytest.raises(ValueError, match="expected"):
+            ComponentRule(label, drop_below_ml=ml)
+    with pytest.raises(PlansError, match="rule for label 0"):
+        strict_json.from_json(
+            ComponentRule,
+            {"label": 0, "keep_largest": True, "drop_below_ml": 0.0},
+            where="here",
+        )

@@ -1,0 +1,276 @@
+import dataclasses
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGURATION, PLANS, make_bundle
+from scipy import ndimage
+
+from ichseg.engine import torch_engine
+from ichseg.errors import DeviceError, InputError, WeightsError
+from ichseg.model import bundle
+from ichseg.model.network import build_network
+from ichseg.predict import air, prepare, sliding_window
+from ichseg.predict.ensemble import Ensemble
+from ichseg.predict.passes import Unit
+from ichseg.predict.work import units_record
+from ichseg.scan.volume import Volume
+
+
+def test_full_is_the_mean_softmax_over_folds_and_mirrors(tmp_path, scan):
+    """The whole chain again, written out with the bricks."""
+    model = make_bundle(tmp_path, folds=2)
+    case = prepare.prepare([scan], PLANS, CONFIGURATION)
+    total = 0
+    for member in model.members:
+        network = build_network(CONFIGURATION.architecture, 1, 2).eval()
+        network.load_state_dict(torch_engine.tensors(bundle.load_state(tmp_path, member)))
+        with torch.inference_mode():
+            total = total + sliding_window.predict_tiled(
+                lambda x, n=network: n(x).softmax(1),
+                torch.from_numpy(case.data),
+                CONFIGURATION.tile,
+                mirror_axes=(0, 1, 2),
+            )
+    expected = prepare.restore([(total / 2, case.placement)], PLANS)
+    result = Ensemble.load(tmp_path, "cpu").segment(scan, "full")
+    assert 0.05 < expected.mean() < 0.99  # or nothing would be compared
+    assert np.mean(result.mask.voxels != expected) < 1e-3
+    assert result.mask.direction == scan.direction
+    assert result.volume_ml == pytest.approx(result.mask.voxels.sum() * 5 * 0.8 * 0.9 / 1000)
+
+
+def test_presets_run_what_they_say(tmp_path, scan):
+    make_bundle(tmp_path, folds=3)
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    tiles = sliding_window.tile_count((7, 17, 27), CONFIGURATION.tile)
+    for preset, passes in (("full", 3 * 8), ("balanced", 3), ("fast", 1)):
+        seen = []
+        result = ensemble.segment(
+            scan, preset, lambda done, total, seen=seen: seen.append((done, total))
+        )
+        assert seen[-1] == (passes * tiles, passes * tiles)
+        assert seen == sorted(set(seen))
+        assert result.ran["forward_passes"] == passes * tiles
+    with pytest.raises(InputError, match="preset 'best', expected one of full, balanced, fast"):
+        ensemble.segment(scan, "best")
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path, scan):
+    make_bundle(tmp_path)
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    first, second = (ensemble.segment(scan, "full").mask.voxels.tobytes() for _ in range(2))
+    assert first == second
+
+
+def test_a_2d_network_runs_slice_by_slice(tmp_path, scan):
+    flat = dataclasses.replace(
+        CONFIGURATION.architecture, kernels=((3, 3), (3, 3)), strides=((1, 1), (2, 2))
+    )
+    configuration = dataclasses.replace(CONFIGURATION, name="2d", patch=(16, 16), architecture=flat)
+    make_bundle(tmp_path, plans=dataclasses.replace(PLANS, configurations=(configuration,)))
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    result = ensemble.segment(scan, "full")
+    # 7 slices, 17 x 27 voxels: 2 x 3 tiles of 16, 4 mirrorings, 2 folds
+    assert result.ran["forward_passes"] == 7 * 2 * 3 * 4 * 2
+    other = scan.voxels.copy()
+    other[3:] = 0
+    again = ensemble.segment(scan.with_voxels(other), "full").mask.voxels
+    np.testing.assert_array_equal(again[:3], result.mask.voxels[:3])
+
+
+def test_weights_of_another_shape_are_refused(tmp_path, scan):
+    model = make_bundle(tmp_path)
+    wide = build_network(dataclasses.replace(CONFIGURATION.architecture, features=(6, 8)), 1, 2)
+    member = bundle.save_member(tmp_path, "3d_fullres", "0", wide.state_dict())
+    bundle.save_model(tmp_path, dataclasses.replace(model, members=(member, *model.members[1:])))
+    with pytest.raises(WeightsError, match=r"fold_0\.safetensors: does not fit its plan"):
+        Ensemble.load(tmp_path, "cpu").segment(scan, "fast")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said(tmp_path):
+    make_bundle(tmp_path)
+    with pytest.raises(DeviceError, match="no usable GPU"):
+        Ensemble.load(tmp_path, "cuda")
+    assert "on the CPU" in Ensemble.load(tmp_path, "auto").engine.name
+
+
+def test_the_reference_gives_the_same_mask(tmp_path, scan):
+    make_bundle(tmp_path)
+    ensembles = [Ensemble.load(tmp_path, device) for device in ("cpu", "torch-cpu")]
+    assert [ensemble.engine.name.split()[0] for ensemble in ensembles] == ["OpenVINO", "torch"]
+    masks = [ensemble.segment(scan, "fast").mask.voxels for ensemble in ensembles]
+    assert 0.05 < masks[0].mean() < 0.99
+    assert np.mean(masks[0] != masks[1]) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_agrees_with_cpu(tmp_path, scan):
+    make_bundle(tmp_path)
+    masks = [
+        Ensemble.load(tmp_path, device).segment(scan).mask.voxels for device in ("cpu", "cuda")
+    ]
+    assert np.mean(masks[0] != masks[1]) < 0.01
+
+
+def test_a_budget_that_suffices_runs_all_and_says_what_ran(tmp_path, scan):
+    model = make_bundle(tmp_path)
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    expected, found = (ensemble.segment(scan, "full", budget_s=b) for b in (None, 600))
+    assert 0.05 < expected.mask.voxels.mean() < 0.99
+    assert np.mean(found.mask.voxels != expected.mask.voxels) < 1e-3
+    axes = ["plain", "z", "y", "x", "zy", "zx", "yx", "zyx"]
+    networks = ["3d_fullres fold 0", "3d_fullres fold 1"]
+    assert found.ran.pop("time_budget_s") == pytest.approx(600, abs=60)
+    assert found.ran == expected.ran | {
+        "units": 16,
+        "units_planned": 16,
+        "mirrorings": dict.fromkeys(networks, axes),
+    }
+    some = [Unit(model.members[0], ()), Unit(model.members[1], ()), Unit(model.members[1], (1, 2))]
+    (work,) = ensemble.prepare(scan, "full").works
+    assert units_record([work], [some], 8.0) == {
+        "time_budget_s": 8.0,
+        "units": 3,
+        "units_planned": 16,
+        "mirrorings": {networks[0]: ["plain"], networks[1]: ["plain", "yx"]},
+    }
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, DeviceError])
+def test_where_a_gpus_memory_is_full_scores_are_added_up_on_the_host(tmp_path, scan, error):
+    """A device that is full after 100 tiles of those that were placed on it."""
+    make_bundle(tmp_path)
+    ensemble = Ensemble.load(tmp_path, "torch-cpu")
+    expected = ensemble.segment(scan, "full")
+    assert "scores_on_host" not in expected.ran
+    full, seen, calls = error("full"), [], []
+
+    def load(spec, state):
+        loaded = ensemble.engine.load(spec, state)
+
+        def run(tiles):
+            calls.append(len(tiles))
+            if not kept and sum(calls) > 100:
+                raise full
+            return loaded.run(tiles)
+
+        return dataclasses.replace(loaded, run=run)
+
+    def keep(data):
+        kept.append(data.shape)
+        return ensemble.engine.keep(data)
+
+    kept = []
+    limited = dataclasses.replace(
+        ensemble, engine=dataclasses.replace(ensemble.engine, load=load, keep=keep), _alive={}
+    )
+    found = limited.segment(scan, "full", lambda done, total: seen.append((done, total)))
+    assert len(kept) == 1
+    assert found.mask.voxels.tobytes() == expected.mask.voxels.tobytes()
+    assert found.ran == expected.ran | {"scores_on_host": True}
+    assert found.doubt == expected.doubt
+    assert seen[-1] == (expected.ran["forward_passes"],) * 2
+    assert sum(calls) > expected.ran["forward_passes"] + 50
+
+
+def test_what_does_not_fit_the_gpu_either_way_is_said(tmp_path, scan):
+    make_bundle(tmp_path)
+    ensemble = Ensemble.load(tmp_path, "torch-cpu")
+
+    def load(spec, state):
+        raise DeviceError("too small")
+
+    hopeless = dataclasses.replace(
+        ensemble, engine=dataclasses.replace(ensemble.engine, load=load), _alive={}
+    )
+    with pytest.raises(DeviceError, match="too small"):
+        hopeless.segment(scan, "fast")
+
+
+def test_scores_are_restored_on_the_host_where_a_gpus_memory_is_full(tmp_path, scan, monkeypatch):
+    make_bundle(tmp_path)
+    ensemble = Ensemble.load(tmp_path, "torch-cpu")
+    expected = ensemble.segment(scan, "fast").mask.voxels
+    restore, tried = prepare.restore, []
+
+    def full_at_first(*args, **kwargs):
+        tried.append(1)
+        if len(tried) == 1:
+            raise torch.cuda.OutOfMemoryError
+        return restore(*args, **kwargs)
+
+    monkeypatch.setattr(prepare, "restore", full_at_first)
+    np.testing.assert_array_equal(ensemble.segment(scan, "fast").mask.voxels, expected)
+    assert len(tried) == 2
+
+
+def test_one_network_is_alive_at_a_time_and_folds_are_outermost(tmp_path, scan):
+    make_bundle(tmp_path, folds=3)
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    loads, alive = [], []
+
+    def load(spec, state):
+        assert not any(network() is not None for network in alive)
+        loaded = ensemble.engine.load(spec, state)
+        alive.append(weakref.ref(loaded.run))
+        loads.append(seen[-1] if seen else 0)
+        return loaded
+
+    seen = []
+    counted = dataclasses.replace(
+        ensemble, engine=dataclasses.replace(ensemble.engine, load=load), _alive={}
+    )
+    counted.segment(scan, "full", lambda done, _: seen.append(done))
+    assert loads == [0, seen[-1] // 3, 2 * seen[-1] // 3]
+
+
+def test_one_network_is_compiled_once_for_many_volumes(tmp_path, scan):
+    make_bundle(tmp_path)
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    first, second = (ensemble.segment(scan, "fast").seconds["compile"] for _ in range(2))
+    assert first > 0.001 > second
+
+
+def test_a_volume_of_air_needs_no_network(tmp_path, scan):
+    make_bundle(tmp_path)
+    result = Ensemble.load(tmp_path, "cpu").segment(
+        scan.with_voxels(np.full_like(scan.voxels, -1000)), "full"
+    )
+    assert not result.mask.voxels.any()
+    assert result.ran["forward_passes"] == 0
+    assert result.ran["tiles_skipped"] == result.ran["tiles"] > 0
+
+
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
+def test_what_is_skipped_changes_nothing_elsewhere(tmp_path, scan, monkeypatch, kind):
+    """A head in a corner; networks that find a lot, also in air."""
+    model = make_bundle(tmp_path)
+    bundle.save_model(tmp_path, dataclasses.replace(model, average=kind))
+    voxels = np.full((14, 60, 70), -1000, np.int16)
+    voxels[:7, :21, :30] = scan.voxels
+    scan = Volume(voxels, scan.spacing_mm)
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    found = ensemble.segment(scan, "balanced")
+    assert 0 < found.ran["tiles_skipped"] < found.ran["tiles"]
+    assert found.ran["forward_passes"] == 2 * (found.ran["tiles"] - found.ran["tiles_skipped"])
+    (work,) = ensemble.prepare(scan, "balanced").works
+    background = np.zeros(work.tiles.shape, bool)
+    for corner in work.tiles.skipped:
+        background[work.tiles.where(corner)[1:]] = True
+    with monkeypatch.context() as patch:
+        patch.setattr(air, "skip_air", lambda tiles, *_: tiles)
+        plain = ensemble.segment(scan, "balanced")
+    assert plain.ran["tiles_skipped"] == 0
+    # the grid's cells in the volume, and the slices and voxels between, which interpolate
+    z, y, x = (np.arange(n) * m // n for n, m in zip(voxels.shape, background.shape, strict=True))
+    skipped = background[np.ix_(z, y, x)]
+    inside = ndimage.binary_erosion(skipped, np.ones((1, 5, 5)))
+    outside = ~ndimage.binary_dilation(skipped, np.ones((1, 5, 5)))
+    assert not found.mask.voxels[inside].any()
+    assert plain.mask.voxels[inside].any()  # or there was nothing to leave out
+    assert plain.mask.voxels[outside].any()
+    np.testing.assert_array_equal(found.mask.voxels[outside], plain.mask.voxels[outside])

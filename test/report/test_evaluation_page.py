@@ -1,0 +1,223 @@
+"""The page of an evaluation: its figures by hand, its charts' places, its order."""
+
+from __future__ import annotations
+
+import csv
+import re
+
+import numpy as np
+import pytest
+from conftest import PLANS
+from helpers.workspaces import make_workspace
+from report.test_report import Page
+
+from ichseg.errors import DatasetError, TrainingError
+from ichseg.scan import volume
+from training import __main__ as command
+from training.crossval import merge
+from training.crossval.validate import mask_of
+from training.data import dataset
+from training.fit import log
+from training.fit.fold_run import run_folder
+from training.fit.log import EpochRow
+from training.report import charts, page, report
+from training.report.charts import Point
+from training.scoring import evaluate
+from training.scoring.statistics import volume_agreement
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """Five cases of which the last is missed and the second found in part."""
+    make_workspace(tmp_path, cases=5)
+    folder = run_folder(tmp_path, "3d_fullres", "0")
+    masks = {}
+    for number, case in enumerate(dataset.load_dataset(tmp_path).labelled):
+        reference = volume.read(case.label)
+        found = reference.voxels.copy()
+        if number == 1:
+            found[found.nonzero()[0].min()] = 0
+        if number == 4:
+            found[:] = 0
+        masks[case.name] = mask_of(folder, case.name)
+        volume.write(reference.with_voxels(found), masks[case.name])
+    monkeypatch.setattr(merge, "validated_masks", lambda *_: masks)
+    rows = [
+        EpochRow(e, -0.1 * e, 0.2, 0.1 * e if e > 1 else None, 1e-3, 2.0, 0.5) for e in (1, 2, 3)
+    ]
+    log.write_csv(
+        rows,
+        folder / "progress.csv",
+    )
+    merge.cross_validate(tmp_path, "3d_fullres", workers=1)
+    return tmp_path
+
+
+def test_command_writes_a_page_with_the_worst_first(workspace, capsys):
+    assert command.main(["report", str(workspace), "--workers", "1"]) == 0
+    assert str(workspace / "report" / "index.html") in capsys.readouterr().out
+    found = Page(workspace / "report" / "index.html")
+    rows = [dict(zip(found.rows[0], row, strict=True)) for row in found.rows if len(row) == 12][1:]
+    assert [row["Case"] for row in rows[:2]] == ["case_4", "case_1"]
+    assert [card["data-name"] for card in found.cards[:2]] == ["case_4", "case_1"]
+    assert rows[0]["Dice"] == "0.000"
+    assert rows[0]["HD, mm"] == "–"  # noqa: RUF001
+    assert (rows[0]["Lesions"], rows[0]["Hit"], rows[0]["False"]) == ("1", "0", "0")
+    assert found.cards[0]["data-masks"] == "reference prediction"
+    for name in ("case_0", "case_4"):
+        assert (workspace / "report" / "cases" / f"{name}.js").is_file()
+
+
+def test_summary_says_means_with_intervals_and_misses(workspace):
+    command.main(["report", str(workspace), "--workers", "1"])
+    evaluation = report.summary.load(merge.folder_of(workspace, "3d_fullres"))
+    dice = evaluation.summaries[0].measures[0]
+    text = Page(workspace / "report" / "index.html").text
+    assert f"Mean Dice{dice.mean:.3f}95 %: {dice.low:.3f} to {dice.high:.3f}" in text
+    assert "Missed completely1 of 5" in text
+    assert "Lesions found80 %4 of 5" in text
+    assert "Fold 03 epochs, best Dice 0.300" in text
+
+
+def test_dots_stand_where_the_values_are(workspace):
+    command.main(["report", str(workspace), "--workers", "1"])
+    found = Page(workspace / "report" / "index.html")
+    dots = [a for a in found.with_tag("circle") if "dot" in a["class"].split()]
+    assert {a["data-slug"] for a in dots} == {f"case_{i}" for i in range(5)}
+    missed = [a for a in dots if "bad" in a["class"]]
+    assert {a["data-slug"] for a in missed} == {"case_4"}
+
+
+def test_bland_altman_by_hand():
+    agreement = volume_agreement([3.0, 5.0], [1.0, 5.0])  # bias 1, deviation sqrt(2)
+    assert (agreement.bias_ml, agreement.high_ml) == (1.0, pytest.approx(1 + 1.959964 * 2**0.5))
+    chart = charts.bland_altman([Point(None, "a", 2, 2), Point(None, "b", 5, 0)], agreement)
+    dots = [tuple(map(float, m)) for m in re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="4.2"', chart)]
+    (bias,) = re.findall(r'y1="([\d.]+)"[^>]*class="bias"', chart)
+    limits = [float(y) for y in re.findall(r'y1="([\d.]+)"[^>]*class="limit"', chart)]
+    # heights are linear in mL: the bias lies half-way between both dots, and between its limits
+    assert float(bias) == pytest.approx((dots[0][1] + dots[1][1]) / 2, abs=0.1)
+    assert float(bias) == pytest.approx(sum(limits) / 2, abs=0.1)
+    assert (limits[1] - limits[0]) / (dots[1][1] - dots[0][1]) == pytest.approx(
+        2 * 1.959964 * 2**0.5 / 2, rel=0.01
+    )
+    assert (dots[1][0] - 48) / (dots[0][0] - 48) == pytest.approx(5 / 2, rel=0.01)
+
+
+def test_volumes_stand_by_their_logarithm():
+    points = [Point(None, "", v, d) for v, d in ((0.1, 0.0), (1, 0.5), (10, 1.0))]
+    chart = charts.dice_by_volume(points)
+    dots = [tuple(map(float, m)) for m in re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="4.2"', chart)]
+    np.testing.assert_allclose(np.diff([x for x, _ in dots]), (420 - 60) / 2, atol=0.1)
+    assert [y for _, y in dots] == [250, 131, 12]
+
+
+def test_wilson_interval():
+    """5 of 20: 0.112 to 0.469, as in Newcombe's formula worked by hand; sure ends stay in 0..1."""
+    low, high = charts.wilson(5, 20)
+    z2 = 1.959964**2
+    centre, reach = (5 + z2 / 2) / (20 + z2), 1.959964 * (5 * 15 / 20 + z2 / 4) ** 0.5 / (20 + z2)
+    assert (low, high) == (pytest.approx(centre - reach), pytest.approx(centre + reach))
+    assert (low, high) == (pytest.approx(0.1119, abs=1e-4), pytest.approx(0.4687, abs=1e-4))
+    assert charts.wilson(0, 10)[0] == 0
+    assert charts.wilson(10, 10)[1] == pytest.approx(1)
+    assert charts.wilson(0, 0) == (0, 1)
+
+
+def test_curve_is_interrupted_where_there_is_no_dice():
+    rows = [
+        EpochRow(e, 0.0, 0.0, d, 1e-3, 1.0, 0.0)
+        for e, d in enumerate((0.1, None, 0.3, 0.4), start=1)
+    ]
+    chart = charts.curves(rows, "Fold 0")
+    (path,) = re.findall(r'd="([^"]*)" class="line green"', chart)
+    assert re.findall(r"[ML]", path) == ["M", "M", "L"]
+
+
+def test_curves_are_read_back(workspace):
+    rows = report.read_curves(workspace, "3d_fullres")["0"]
+    assert [row.pseudo_dice for row in rows] == [None, 0.2, 0.3]
+    assert [row.train_loss for row in rows] == [-0.1, -0.2, -0.3]
+    path = run_folder(workspace, "3d_fullres", "0") / "progress.csv"
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows([["epoch"], ["1"]])
+    with pytest.raises(TrainingError, match=r"progress\.csv: not the table of a training"):
+        report.read_curves(workspace, "3d_fullres")
+
+
+def test_two_labels_have_a_row_and_charts_each(tmp_path):
+    image = volume.Volume(np.zeros((4, 20, 20), np.float32), (5.0, 1.0, 1.0))
+    labels = np.zeros(image.voxels.shape, np.uint8)
+    labels[1, 2:8, 2:8], labels[2, 12:18, 12:18] = 1, 2
+    for folder in ("images", "predictions", "references"):
+        content = image if folder == "images" else image.with_voxels(labels)
+        volume.write(content, tmp_path / folder / "a.nii.gz")
+    evaluate.evaluate(tmp_path / "predictions", tmp_path / "references", tmp_path / "evaluation",
+                      names=("head", "tail"), workers=1)  # fmt: skip
+    words = ["report", "--out", str(tmp_path / "page"), "--not-ct", "--workers", "1"]
+    for name in ("evaluation", "images", "predictions", "references"):
+        words += [f"--{name}", str(tmp_path / name)]
+    assert command.main(words) == 0
+    found = Page(tmp_path / "page" / "index.html")
+    rows = [dict(zip(found.rows[0], row, strict=True)) for row in found.rows if len(row) == 12][1:]
+    assert [(row["Label"], row["Dice"]) for row in rows] == [("head", "1.000"), ("tail", "1.000")]
+    assert len(found.cards) == 1
+    assert found.cards[0]["data-ct"] == "0"
+
+
+def test_evaluation_of_other_cases_is_refused(workspace):
+    (workspace / "report").mkdir()
+    label = dataset.load_dataset(workspace).labelled[0].label
+    evaluation = report.summary.load(merge.folder_of(workspace, "3d_fullres"))
+    files = [report.Files(f"case_{i}", label, label, label) for i in range(4)]
+    context = page.Context("t", "s")
+    with pytest.raises(TrainingError, match="case_4 is only in the evaluation"):
+        report.write(evaluation, files, workspace / "report", context, is_ct=True, workers=1)
+
+
+def test_no_evaluation_says_which_command_makes_it(tmp_path, capsys):
+    make_workspace(tmp_path, cases=2)
+    assert command.main(["report", str(tmp_path)]) == 1
+    assert "`cross-validate` makes it" in capsys.readouterr().err
+
+
+def test_mask_of_another_size_is_refused(workspace, capsys):
+    mask = merge.validated_masks(workspace, "3d_fullres")["case_2"]
+    found = volume.read(mask)
+    volume.write(volume.Volume(found.voxels[1:], found.spacing_mm), mask)
+    assert command.main(["report", str(workspace), "--workers", "1"]) == 1
+    assert re.search(r"case_2\S*: shape", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["report"], ["report", "ws", "--evaluation", "e"], ["report", "ws", "--title", "t"],
+     ["report", "--evaluation", "e", "--images", "i", "--out", "o"]],
+)  # fmt: skip
+def test_flags_that_do_not_go_together_are_refused(words, capsys):
+    assert command.main(words) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_missing_image_is_named(tmp_path):
+    (tmp_path / "a_0000.nii.gz").touch()
+    assert report.find_volumes(tmp_path, ["a"]) == {"a": tmp_path / "a_0000.nii.gz"}
+    with pytest.raises(DatasetError, match="no volume of case b"):
+        report.find_volumes(tmp_path, ["a", "b"])
+
+
+def test_selection_stands_on_the_page(workspace):
+    selected = report.selection.Selection(
+        schema_version=1, cases=5, labels=PLANS.labels[1:], configurations=("3d_fullres",),
+        rules=(), mean_dice=0.7, trials=(),
+        candidates=(
+            report.selection.Candidate(("2d",), 0.61234, (0.61234,)),
+            report.selection.Candidate(("3d_fullres",), 0.7, (0.7,)),
+        ),
+    )  # fmt: skip
+    with volume.replacing(workspace / "selection.json") as temporary:
+        temporary.write_text(report.selection.strict_json.dumps(selected))
+    command.main(["report", str(workspace), "--workers", "1"])
+    found = Page(workspace / "report" / "index.html")
+    assert ["3d_fullres", "0.7000", "0.7000", "chosen"] in found.rows
+    assert ["2d", "0.6123", "0.6123", ""] in found.rows

@@ -1,0 +1,296 @@
+"""The pages in a real browser, from ``file://``: Debian's Chromium, without a network."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.browser import Browser
+
+from ichseg.app.results import CaseResult
+from ichseg.report import report
+from ichseg.scan.volume import Volume
+from training.fit.log import EpochRow
+from training.report import page as report_page
+from training.scoring import summary
+from training.scoring.scores import CaseScore, score_labels
+
+pytestmark = pytest.mark.browser
+
+EVIL = "<img src=x onerror=hacked=1>"
+ORANGE, BLUE = (230, 159, 0), (86, 180, 233)
+SHAPE, SPACING_MM = (9, 100, 100), (5.0, 2.0, 2.0)
+
+
+def scan() -> tuple[Volume, Volume, Volume]:
+    """A head with a bright block in the patient's front left, and a reference and a prediction."""
+    voxels = np.full(SHAPE, -1000, np.int16)
+    voxels[:, 10:90, 10:90] = 35
+    voxels[:, 15:25, 70:85] = 1000  # front: low y; left: high x
+    masks = [np.zeros(SHAPE, np.uint8) for _ in range(2)]
+    masks[0][3:6, 40:60, 20:40] = 1  # the reference, on the patient's right
+    masks[1][3:6, 40:60, 60:80] = 1  # what was found, on the left
+    image = Volume(voxels, SPACING_MM)
+    return image, image.with_voxels(masks[0]), image.with_voxels(masks[1])
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of twelve cases, the higher their number the better; one has an odd name."""
+    out = tmp_path_factory.mktemp("evaluation")
+    image, reference, prediction = scan()
+    cases = []
+    for number in range(12):
+        name = EVIL if number == 11 else f"case_{number}"
+        found = prediction.voxels.copy()
+        if number:
+            found[3:6, 40 : 40 + number, 20:40] = 1
+        report.write_case(
+            out, name, image, {"reference": reference, "prediction": image.with_voxels(found)}
+        )
+        labels = score_labels(
+            found, reference.voxels, SPACING_MM, names=("blood",), empty="instance"
+        )
+        cases.append(CaseScore(name, "p", "r", labels))
+    evaluation = summary.make_evaluation(cases, ("blood",), "instance")
+    curves = {"0": [EpochRow(e, -e / 5, -e / 6, e / 5, 1e-3, 1, 0) for e in (1, 2)]}
+    return report_page.write(out, evaluation, report_page.Context("Evaluation", "s", curves))
+
+
+@pytest.fixture(scope="module")
+def inferred(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of an inference: one case, one failure."""
+    out = tmp_path_factory.mktemp("inference")
+    image, _, prediction = scan()
+    report.write_case(out, "one.mha", image, {"prediction": prediction})
+    results = [
+        CaseResult(
+            "one.mha", "one.mha", "", {"volume_ml": 24.0, "lesions": [], "warnings": [EVIL]}
+        ),
+        CaseResult(EVIL, None, EVIL, {}),
+    ]
+    return report.write_index(out, results, title="Inference", subtitle=EVIL)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with Browser.start() as started:
+        yield started
+
+
+def names(browser: Browser) -> list[str]:
+    rows = "Array.from(document.querySelectorAll('#table tbody tr')).filter(r => !r.hidden)"
+    return browser.evaluate(f"{rows}.map(r => r.dataset.name)")
+
+
+def shown_cards(browser: Browser) -> list[str]:
+    cards = "Array.from(document.querySelectorAll('.card')).filter(c => !c.hidden)"
+    return browser.evaluate(f"{cards}.map(c => c.dataset.name)")
+
+
+def click(browser: Browser, selector: str) -> None:
+    browser.evaluate(f"document.querySelector({selector!r}).click()")
+
+
+def open_case(browser: Browser, slug: str) -> None:
+    click(browser, f".card[data-slug={slug}] .card-head .open")
+    browser.wait_for(f"document.querySelector('#viewer').dataset.shown === {slug!r}")
+
+
+def settled(browser: Browser) -> np.ndarray:
+    """Pixels ``(row, column, 3)`` of the canvas once they stay as they are."""
+    before = browser.pixels("#canvas")
+    for _ in range(50):
+        time.sleep(0.1)
+        now = browser.pixels("#canvas")
+        if np.array_equal(now, before):
+            return now
+        before = now
+    pytest.fail("the canvas does not come to rest")
+
+
+def near(pixels: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    return (abs(pixels.astype(int) - colour) < 30).all(axis=-1)
+
+
+@pytest.mark.parametrize("page", ["evaluated", "inferred"])
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_page_loads_without_an_error(page, width, dark, browser, request):
+    path = request.getfixturevalue(page)
+    browser.open(path, width=width, dark=dark)
+    browser.evaluate("window.scrollTo(0, document.body.scrollHeight)")
+    browser.wait_for("Array.from(document.images).some(i => i.complete && i.naturalWidth > 0)")
+    assert browser.errors == []
+    assert browser.requests
+    assert all(url.startswith(path.parent.as_uri()) or url == "data:," for url in browser.requests)
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    assert browser.evaluate("typeof hacked") == "undefined"
+    browser.evaluate("window.scrollTo(0, 0)")
+    background = browser.pixels("body")[:5].mean()
+    assert background < 60 if dark else background > 200
+
+
+def test_the_printed_table_fits_on_paper(browser, evaluated):
+    browser.open(evaluated, width=720)  # A4 within its margins
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    try:
+        edge = browser.evaluate("document.querySelector('#table').getBoundingClientRect().right")
+        assert edge <= 720
+        assert browser.evaluate("document.documentElement.scrollWidth") == 720
+    finally:
+        browser.call("Emulation.setEmulatedMedia", media="")
+
+
+def test_network_is_out_of_reach_of_the_page(browser, evaluated):
+    browser.open(evaluated)
+    said = browser.evaluate("fetch('http://127.0.0.1:9/').then(() => 'sent', e => e.message)")
+    assert said != "sent"
+    assert "violates" in " ".join(browser.errors)
+
+
+def test_table_sorts_and_pictures_follow(browser, evaluated):
+    browser.open(evaluated)
+    worst_first = [f"case_{i}" for i in range(11)] + [EVIL]
+    assert names(browser) == worst_first
+    assert shown_cards(browser) == worst_first[:8]
+    heading = "#table th:nth-child(2) button"
+    click(browser, heading)
+    assert names(browser) == worst_first
+    click(browser, heading)
+    assert names(browser) == worst_first[::-1]
+    assert shown_cards(browser) == worst_first[::-1][:8]
+    click(browser, "#table th:nth-child(1) button")
+    assert names(browser)[:4] == [EVIL, "case_0", "case_1", "case_2"]  # 2 before 10
+    assert names(browser)[-1] == "case_10"
+    click(browser, "#more")
+    assert len(shown_cards(browser)) == 12
+    assert browser.errors == []
+
+
+def test_table_filters(browser, evaluated):
+    browser.open(evaluated)
+    click(browser, ".chip[data-flag=missed]")
+    assert names(browser) == shown_cards(browser) == ["case_0"]
+    click(browser, ".chip[data-flag=missed]")
+    browser.evaluate("document.querySelector('#filter').focus()")
+    for key in "case_1":
+        browser.press(key)
+    assert names(browser) == ["case_1", "case_10"]
+    assert browser.evaluate("document.querySelector('#count').textContent") == "2 of 12 cases"
+
+
+def test_viewer_shows_the_scan_and_both_masks(browser, evaluated):
+    browser.open(evaluated)
+    open_case(browser, "case_0")
+    pixels = settled(browser)
+    height, width, _ = pixels.shape
+    grey = (abs(pixels.astype(int) - 112) < 15).all(axis=-1)  # 35 HU at 80/40 is 112 of 255
+    assert grey.mean() > 0.1
+    orange, blue = (np.argwhere(near(pixels, c)) for c in (ORANGE, BLUE))
+    assert len(orange) > 50
+    assert len(blue) > 50
+    assert blue[:, 1].mean() < width / 2 < orange[:, 1].mean()  # the patient's right is on the left
+    white = np.argwhere((pixels > 240).all(axis=-1))
+    assert white[:, 0].mean() < height / 2  # the front is up
+    assert white[:, 1].mean() > width / 2
+    assert browser.errors == []
+
+
+def test_keys_of_the_viewer(browser, evaluated):
+    browser.open(evaluated)
+    open_case(browser, "case_0")
+
+    def slice_number():
+        return browser.evaluate("document.querySelector('#slice-number').textContent")
+
+    def seen(colour):
+        return near(settled(browser), colour).sum() > 50
+
+    assert slice_number() == "Slice 3"  # the first of those with most of the reference
+    browser.press("ArrowUp")
+    assert slice_number() == "Slice 4"
+    browser.press("r")
+    assert (seen(BLUE), seen(ORANGE)) == (False, True)
+    browser.press("p")
+    assert not seen(ORANGE)
+    browser.press("r")
+    assert seen(BLUE)
+    browser.press("p")
+    for _ in range(3):
+        browser.press("ArrowDown")
+    assert slice_number() == "Slice 1"
+    assert not seen(ORANGE)
+    soft = settled(browser)
+    browser.press("3")  # bone: soft tissue is darker than in the brain's window
+    assert settled(browser).mean() < soft.mean()
+    browser.press("j")
+    browser.wait_for("document.querySelector('#viewer').dataset.shown === 'case_1'")
+    browser.press("k")
+    browser.wait_for("document.querySelector('#viewer').dataset.shown === 'case_0'")
+    browser.press("m")
+    assert (settled(browser) > 30).any(axis=-1).mean() > 0.1
+    browser.press("Escape")
+    browser.wait_for("!document.querySelector('#viewer').open")
+    assert browser.errors == []
+
+
+def test_slices_and_dots_open_their_case(browser, evaluated):
+    browser.open(evaluated)
+    click(browser, ".card[data-slug=case_2] .panel:nth-child(2)")
+    browser.wait_for("document.querySelector('#viewer').dataset.shown === 'case_2'")
+    wanted = browser.evaluate(
+        "document.querySelector('.card[data-slug=case_2] .panel:nth-child(2)').dataset.slice"
+    )
+    said = browser.evaluate("document.querySelector('#slice-number').textContent")
+    assert said == f"Slice {wanted}"
+    click(browser, "#close")
+    browser.evaluate(
+        "document.querySelector('.dot[data-slug=case_5]').dispatchEvent("
+        "new MouseEvent('click', {bubbles: true}))"
+    )
+    browser.wait_for("document.querySelector('#viewer').dataset.shown === 'case_5'")
+
+
+def test_odd_name_opens_and_runs_nothing(browser, evaluated):
+    browser.open(evaluated)
+    open_case(browser, report.slug_of(EVIL))
+    assert browser.evaluate("document.querySelector('#viewer-name').textContent") == EVIL
+    assert browser.evaluate("typeof hacked") == "undefined"
+    assert browser.errors == []
+
+
+def test_viewer_on_a_phone(browser, inferred):
+    browser.open(inferred, width=390, height=844)
+    click(browser, ".card[data-slug] .card-head .open")
+    browser.wait_for("document.querySelector('#viewer').dataset.shown")
+    pixels = settled(browser)
+    assert near(pixels, ORANGE).sum() > 30
+    assert browser.evaluate("document.querySelector('#viewer').scrollWidth") == 390
+    assert browser.evaluate("document.querySelector('[data-mask=reference]').hidden")
+    assert browser.errors == []
+
+
+def test_case_that_is_lost_is_said(browser, inferred, tmp_path):
+    copy = shutil.copytree(inferred.parent, tmp_path / "copy")
+    (copy / "cases" / "one.mha.js").unlink()
+    browser.open(copy / "index.html")
+    click(browser, ".card[data-slug] .card-head .open")
+    browser.wait_for("document.querySelector('#viewer-message').textContent.includes('cannot')")
+
+
+def test_page_prints_whole_and_without_its_buttons(browser, evaluated):
+    browser.open(evaluated)
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    try:
+        hidden = "getComputedStyle(document.querySelector('{}')).display === 'none'"
+        for selector in ("nav", ".filters", ".card-head .open"):
+            assert browser.evaluate(hidden.format(selector))
+        assert (
+            browser.evaluate("getComputedStyle(document.querySelector('.tall')).maxHeight")
+            == "none"
+        )
+    finally:
+        browser.call("Emulation.setEmulatedMedia", media="")

@@ -1,0 +1,198 @@
+"""The page of an inference: what it says, and that names cannot become markup."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from ichseg.app.results import CaseResult
+from ichseg.report import page, report
+from ichseg.report.case_list import Column, Row
+from ichseg.scan.volume import Volume
+
+EVIL = '"><img src=x onerror=alert(1)>.mha'
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and the text of the table's rows."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.rows, self.cards, self._inside, self.text = [], [], [], False, ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.elements.append((tag, attributes))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._inside = True
+        if tag == "article":
+            self.cards.append(attributes)
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self._inside = False
+
+    def handle_data(self, data):
+        self.text += data
+        if self._inside:
+            self.rows[-1][-1] += data
+
+    def with_tag(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def scan():
+    voxels = np.full((11, 60, 60), -1000, np.int16)
+    voxels[4:, 10:50, 10:50] = 30
+    image = Volume(voxels, (5.0, 2.0, 2.0))
+    mask = np.zeros(voxels.shape, np.uint8)
+    mask[6:8, 20:30, 20:30] = 1
+    mask[7, 25:30, 30:40] = 1
+    return image, image.with_voxels(mask)
+
+
+def facts(volume_ml, **changes):
+    lesion = {
+        "label": 1, "volume_ml": volume_ml, "centroid_mm": [1.0, -2.0, 3.0],
+        "box_mm": [[0, -10, 0], [20, 10, 15]], "mean_hu": 61.2,
+    }  # fmt: skip
+    return {
+        "volume_ml": volume_ml,
+        "lesions": [lesion] if volume_ml else [],
+        "doubt": 0.25,
+        "warnings": [],
+        "ran": {"networks": ["3d_fullres fold 0"], "tiles": 4},
+        "seconds": {"total": 2.5, "compile": 0.5},
+        **changes,
+    }
+
+
+def results():
+    return [
+        CaseResult("small.mha", "small.mha", "", facts(1.5)),
+        CaseResult(EVIL, "x.mha", "", facts(20.0, warnings=["<script>alert(2)</script> & more"])),
+        CaseResult("none.mha", "none.mha", "", facts(0.0)),
+        CaseResult("</script>broken", None, "</script><b>cannot be read", {}),
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A page of three cases and a failure."""
+    out = tmp_path_factory.mktemp("report")
+    image, mask = scan()
+    for result in results():
+        if not result.error:
+            report.write_case(out, result.image, image, {"prediction": mask})
+    report.write_index(out, results(), title="A <title>", subtitle="with & without")
+    return out
+
+
+def test_failures_come_first_then_the_largest(folder):
+    found = Page(folder / "index.html")
+    rows = [row for row in found.rows if len(row) == 7][1:]
+    assert [row[0] for row in rows] == ["</script>broken", EVIL, "small.mha", "none.mha"]
+    assert [row[1] for row in rows] == ["–", "20.00", "1.50", "0.00"]  # noqa: RUF001
+    assert [card["data-name"] for card in found.cards] == [row[0] for row in rows]
+
+
+def test_no_name_becomes_markup(folder):
+    """Elements and their attributes are those of harmless names, but for the text in them."""
+    found = Page(folder / "index.html")
+    assert {tag for tag, _ in found.elements} <= {
+        "html", "head", "meta", "title", "link", "body", "header", "div", "h1", "h2", "h3", "p",
+        "nav", "a", "button", "strong", "main", "section", "ul", "li", "input", "span", "table",
+        "thead", "tbody", "tr", "th", "td", "article", "dl", "dt", "dd", "img", "details",
+        "summary", "footer", "dialog", "canvas", "label", "script", "i",
+    }  # fmt: skip
+    assert [a["src"] for a in found.with_tag("script")] == ["assets/report.js"]
+    assert not any(key.startswith("on") for _, a in found.elements for key in a)
+    assert all(a["src"].startswith("cases/") for a in found.with_tag("img"))
+    assert EVIL in found.text
+    assert "<script>alert(2)</script> & more" in found.text
+
+
+def test_nothing_is_asked_of_a_network(folder):
+    found = Page(folder / "index.html")
+    for _, attributes in found.elements:
+        for key in ("src", "href"):
+            address = attributes.get(key, "")
+            assert "//" not in address
+            if address.startswith(("cases/", "assets/")):
+                assert (folder / address).is_file()
+    policy = next(a["content"] for a in found.with_tag("meta") if "http-equiv" in a)
+    assert "default-src 'none'" in policy
+    assert "unsafe-eval" not in policy
+    assert "http" not in policy
+
+
+def test_notice_stands_on_the_page(folder):
+    assert "For research, not for diagnosis." in Page(folder / "index.html").text
+
+
+def test_card_has_lesions_doubt_and_what_ran(folder):
+    text = Page(folder / "index.html").text
+    for part in ("20 × 20 × 15", "61", "1, −2, 3", "0.250", "3d_fullres fold 0", "total 2.5"):  # noqa: RUF001
+        assert part in text
+
+
+def test_slices_with_the_mask_are_marked_and_the_largest_opens(folder):
+    shown = report.read_case(folder, "small.mha")
+    assert shown is not None
+    marked = [at for at, present in zip(shown.slices, shown.present, strict=True) if present]
+    assert marked == [6, 7]
+    assert shown.largest_slice == 7
+    assert shown.first_slice == 2
+    assert report.read_case(folder, "other.mha") is None
+
+
+def test_files_of_a_case_have_harmless_names(folder):
+    names = {path.name for path in (folder / "cases").iterdir()}
+    assert {"small.mha.js", "small.mha.jpg", "small.mha.json"} <= names
+    assert all(set(name) <= set(report.slug_of(name)) for name in names)
+    for name in (EVIL, "../../etc", ".hidden", "ä.mha", "a b", "x" * 300, ""):
+        slug = report.slug_of(name)
+        assert not slug.startswith(".")
+        assert len(slug) < 100
+        assert slug.replace("-", "").replace("_", "").replace(".", "").isalnum()
+        assert slug.isascii()
+    assert report.slug_of("a b") != report.slug_of("a_b") == "a_b"
+    assert report.slug_of("a/b") != report.slug_of("a b")
+
+
+def test_case_without_pictures_is_listed(tmp_path):
+    report.write_index(tmp_path, results()[:1], title="t", subtitle="s")
+    found = Page(tmp_path / "index.html")
+    assert found.cards[0]["data-name"] == "small.mha"
+    assert not found.with_tag("img")
+
+
+def test_viewer_script_is_the_one_that_its_licence_file_names(folder):
+    script = (folder / "assets" / "niivue.umd.js").read_bytes()
+    licences = (folder / "assets" / "niivue-LICENSES.txt").read_text()
+    assert hashlib.sha256(script).hexdigest() in licences
+
+
+def test_values_that_are_unknown_are_dashes_and_sort_as_such(tmp_path):
+    page.write(
+        tmp_path, title="t", subtitle="s", sections=(), cards=(), order="",
+        columns=(Column("a", "A", 2),),
+        rows=[Row("x", {"a": None}), Row("y", {"a": float("inf")}), Row("z", {"a": -1.0})],
+    )  # fmt: skip
+    rows = Page(tmp_path / "index.html").rows[1:]
+    assert [row[1] for row in rows] == ["–", "–", "−1.00"]  # noqa: RUF001
+
+
+def test_what_write_case_left_is_strict(folder):
+    path = folder / "cases" / "none.mha.json"
+    content = json.loads(path.read_text())
+    assert set(content) == {field.name for field in dataclasses.fields(report.Shown)}

@@ -1,0 +1,47 @@
+"""A few hundred mutated files; `make fuzz` reads more."""
+
+from __future__ import annotations
+
+from conftest import make_bundle
+from robustness import fuzz, fuzz_corpus
+from robustness.fuzz import Ending
+from robustness.fuzz_corpus import Mutant
+
+
+def test_every_mutant_is_read_or_refused_in_one_clear_line(tmp_path):
+    (tmp_path / "bundle").mkdir()
+    make_bundle(tmp_path / "bundle", folds=1)
+    mutants = [
+        fuzz_corpus.make(tmp_path / "mutants", kind, number, 7, tmp_path / "bundle")
+        for kind in fuzz_corpus.KINDS
+        for number in range(45)
+    ]
+    endings = fuzz.run(mutants)
+    assert [e for e in endings if e.bad] == []
+    assert len(endings) == len(mutants)
+    assert {e.how for e in endings} == {"read", "refused"}
+    for kind in fuzz_corpus.KINDS:  # or the mutants would be all alike
+        assert len({e.words for e in endings if e.kind == kind}) > 3
+
+
+def test_what_must_not_be_is_seen(tmp_path, monkeypatch):
+    """A reader that dies, one that hangs, one that opens another file, one that raises."""
+    monkeypatch.setattr(fuzz, "SLOWEST_S", 5.0)
+    spoiled = (
+        "import sys; sys.path[:0] = [{root!r}, {here!r}]; import os, time;"
+        "from robustness import fuzz;"
+        "from ichseg.scan import reader;"
+        "ways = dict(die=os.abort, hang=lambda: time.sleep(60),"
+        " leak=lambda: open('/etc/hostname'), throw=lambda: [][0]);"
+        "reader.read = lambda path: ways[path.name](); fuzz.work()"
+    )
+    code = spoiled.format(root=str(fuzz.ROOT), here=str(fuzz.TESTS))
+    monkeypatch.setattr(fuzz, "_CODE", code)
+    names = ("die", "hang", "leak", "throw")
+    endings = fuzz.run([Mutant(name, "mha", tmp_path / name) for name in names])
+    assert [e.how for e in endings] == [
+        "died (-6)", "slow", "opened another file", "raised IndexError",
+    ]  # fmt: skip
+    assert all(e.bad for e in endings)
+    assert not Ending("x", "mha", "refused").bad
+    assert "| mha | 0 | 0 | 1 | 1 | 1 | 1 |" in fuzz.table(endings)

@@ -1,0 +1,283 @@
+"""Preprocessing a dataset into the store."""
+
+import argparse
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.heads import BOX, SPACING_MM, head_in_air
+
+from ichseg.errors import DatasetError, PlansError
+from ichseg.model import strict_json
+from ichseg.predict import prepare as inference
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
+from training.data import parallel
+from training.data.dataset import Case, Dataset, save_dataset
+from training.planning import planner
+from training.planning.fingerprint import compute_fingerprint
+from training.planning.planner import Overrides
+from training.store import chunks, preprocess
+from training.store.preprocess import folder_of, preprocess_dataset
+
+SPACING = (5.0, 1.0, 1.0)
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A workspace with three cases, zero-padded, two of them on another grid."""
+    rng = np.random.default_rng(3)
+    cases = []
+    for index in range(3):
+        shape = (8, 20 + 2 * index, 24)
+        voxels = rng.integers(1, 100, shape).astype(np.int16)
+        voxels[:, :3] = 0
+        label = np.zeros(shape, np.uint8)
+        label[2:5, 6:12, 8:15] = 1
+        spacing = (5.0, 1.0, 1.0 if index else 0.8)
+        name = f"case_{index}"
+        volume.write(Volume(voxels, spacing), tmp_path / f"raw/{name}_0000.mha")
+        volume.write(Volume(label, spacing), tmp_path / f"raw/{name}.mha")
+        cases.append(Case(name, (tmp_path / f"raw/{name}_0000.mha",), tmp_path / f"raw/{name}.mha"))
+    dataset = Dataset("Tiny", ("CT",), ("background", "bleed"), tuple(cases))
+    save_dataset(dataset, tmp_path)
+    plans = planner.plan(
+        compute_fingerprint(dataset, 1),
+        dataset,
+        recipe="msd2018",
+        overrides=Overrides(spacing_mm=SPACING, patch=(8, 16, 16), batch=2),
+    )
+    (tmp_path / "plans.json").write_text(strict_json.dumps(plans))
+    return tmp_path, dataset, plans
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_stores_what_inference_prepares(work):
+    workspace, dataset, plans = work
+    assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1) == 3
+    folder = folder_of(workspace, "3d_fullres")
+    assert folder == workspace / "preprocessed" / "3d_fullres"
+    assert chunks.list_cases(folder) == ("case_0", "case_1", "case_2")
+    for case in dataset.cases:
+        images = [volume.read(path) for path in case.images]
+        expected = inference.prepare(images, plans, plans.configuration("3d_fullres"))
+        found = chunks.open_case(folder, case.name)
+        half_a_step = chunks.HU_STEP / 2 / plans.normalisations[0].deviation
+        np.testing.assert_allclose(found.data[:], expected.data, rtol=0, atol=1.01 * half_a_step)
+        label = inference.prepare_labels(volume.read(case.label), expected.placement, plans)
+        np.testing.assert_array_equal(np.maximum(found.target[:], 0), label)
+
+
+def test_zeros_within_the_crop_are_marked(work):
+    workspace, dataset, plans = work
+    image = volume.read(dataset.cases[1].images[0])
+    corner = image.voxels.copy()
+    corner[:, :10, :6] = 0
+    volume.write(image.with_voxels(corner), dataset.cases[1].images[0])
+    preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+    target = chunks.open_case(folder_of(workspace, "3d_fullres"), "case_1").target[:]
+    expected = np.zeros((8, 22, 24), np.int8)
+    expected[2:5, 6:12, 8:15] = 1
+    expected[:, :10, :6] = -1
+    np.testing.assert_array_equal(target, expected[:, 3:])
+
+
+def test_finished_cases_are_not_done_again(work):
+    workspace, dataset, plans = work
+    preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+    before = contents(folder_of(workspace, "3d_fullres"))
+    for case in dataset.cases:
+        case.images[0].unlink()  # reading any would fail
+    assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1) == 0
+    assert contents(folder_of(workspace, "3d_fullres")) == before
+
+
+def test_a_killed_run_is_finished_by_the_next(work):
+    workspace, dataset, plans = work
+    folder = folder_of(workspace, "3d_fullres")
+    preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+    before = contents(folder)
+    (folder / "case_1.json").unlink()  # killed just before the case was whole
+    (folder / "case_1.target.b2nd").write_bytes(b"half")
+    (folder / ".writing-abc.b2nd").write_bytes(b"half")
+    assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1) == 1
+    assert contents(folder) == before
+
+
+def test_a_run_ended_by_sigkill_is_finished_by_the_next(work):
+    workspace, dataset, plans = work
+    many = replace(  # enough cases, linked to the same files, for the end to come in between
+        dataset,
+        cases=tuple(
+            replace(case, name=f"{case.name}_{copy:02d}")
+            for case in dataset.cases
+            for copy in range(20)
+        ),
+    )
+    preprocess_dataset(many, plans, "3d_fullres", workspace, 1)
+    folder = folder_of(workspace, "3d_fullres")
+    expected = contents(folder)
+    shutil.rmtree(folder)
+    save_dataset(many, workspace)
+    command = [sys.executable, "-m", "training", "preprocess", "--workspace", str(workspace)]
+    with subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.PIPE) as running:
+        while len(chunks.list_cases(folder)) < 3 and running.poll() is None:
+            time.sleep(0.001)
+        running.kill()
+    assert running.returncode == -signal.SIGKILL
+    done = chunks.list_cases(folder)
+    assert 3 <= len(done) < len(many.cases)
+    times = {name: (folder / f"{name}.json").stat().st_mtime_ns for name in done}
+    assert preprocess_dataset(many, plans, "3d_fullres", workspace, 1) == 60 - len(done)
+    assert contents(folder) == expected
+    assert times == {name: (folder / f"{name}.json").stat().st_mtime_ns for name in done}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failing_case_is_named_and_stops_no_other(work, caplog, workers):
+    workspace, dataset, plans = work
+    dataset.cases[0].images[0].write_bytes(b"no image")
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(
+            DatasetError, match=r"1 of 3 cases failed, the first: case case_0: .*damaged"
+        ),
+    ):
+        preprocess_dataset(dataset, plans, "3d_fullres", workspace, workers)
+    assert chunks.list_cases(folder_of(workspace, "3d_fullres")) == ("case_1", "case_2")
+    errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert len(errors) == 1
+    assert "case case_0" in errors[0]
+
+
+@pytest.fixture
+def heads(tmp_path):
+    """A workspace of a head in air, planned with a cut to it; its labels begin at slice 2."""
+    label = np.zeros((12, 100, 100), np.uint8)
+    label[2:5, 30:40, 40:50] = 1
+    image = Volume(head_in_air(), SPACING_MM)
+    volume.write(image, tmp_path / "head.mha")
+    volume.write(image.with_voxels(label), tmp_path / "head_label.mha")
+    cases = (Case("head", (tmp_path / "head.mha",), tmp_path / "head_label.mha"),)
+    dataset = Dataset("Heads", ("CT",), ("background", "bleed"), cases)
+    chosen = Overrides(spacing_mm=(5.0, 2.0, 2.0), patch=(8, 16, 16), batch=2, crop="head")
+    found = compute_fingerprint(dataset, 1)
+    return dataset, planner.plan(found, dataset, recipe="msd2018", overrides=chosen)
+
+
+def test_stores_the_box_that_inference_sees(heads, tmp_path):
+    dataset, plans = heads
+    preprocess_dataset(dataset, plans, "3d_fullres", tmp_path, 1)
+    case = chunks.open_case(folder_of(tmp_path, "3d_fullres"), "head")
+    expected = inference.prepare(
+        [volume.read(tmp_path / "head.mha")], plans, plans.configuration("3d_fullres")
+    )
+    assert expected.placement.box == BOX
+    half_a_step = chunks.HU_STEP / 2 / plans.normalisations[0].deviation
+    np.testing.assert_allclose(case.data[:], expected.data, rtol=0, atol=1.01 * half_a_step)
+    # 10 x 10 voxels of 1 mm from row 30 - 11 and column 40 - 20 of the box, at 2 mm; nearest
+    found = np.argwhere(case.target[:] == 1)
+    assert found.min(0).tolist() == [2, 9, 10]
+    assert len(found) == 3 * 5 * 5
+
+
+def test_a_label_beyond_the_head_is_refused(heads, tmp_path):
+    dataset, plans = heads
+    path = tmp_path / "head_label.mha"
+    label = volume.read(path)
+    label.voxels[0, 3:5, 3] = 1
+    volume.write(label, path)
+    with pytest.raises(
+        DatasetError, match="case head: 2 foreground voxels lie outside of the head"
+    ):
+        preprocess_dataset(dataset, plans, "3d_fullres", tmp_path, 1)
+    whole = replace(plans, crop="nonzero")
+    with pytest.raises(DatasetError, match=r"other plans \(spacing, intensities, crop or"):
+        preprocess_dataset(dataset, whole, "3d_fullres", tmp_path, 1)
+    shutil.rmtree(folder_of(tmp_path, "3d_fullres"))
+    assert preprocess_dataset(dataset, whole, "3d_fullres", tmp_path, 1) == 1
+
+
+def test_other_plans_are_refused(work):
+    workspace, dataset, plans = work
+    preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+    scheme = replace(plans.normalisations[0], mean=0.0)
+    other = replace(plans, normalisations=(scheme,))
+    with pytest.raises(DatasetError, match="preprocessed with other plans"):
+        preprocess_dataset(dataset, other, "3d_fullres", workspace, 1)
+    # what does not touch the voxels may change
+    batch = replace(plans.configuration("3d_fullres"), batch=7)
+    assert (
+        preprocess_dataset(
+            dataset, replace(plans, configurations=(batch,)), "3d_fullres", workspace, 1
+        )
+        == 0
+    )
+
+
+def test_a_store_of_another_version_is_refused(work):
+    workspace, dataset, plans = work
+    preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+    path = folder_of(workspace, "3d_fullres") / ".preprocessing.json"
+    record = json.loads(path.read_text())
+    for other in ({**record, "store_version": 1}, {"spacing_mm": record["spacing_mm"]}):
+        path.write_text(json.dumps(other))
+        with pytest.raises(DatasetError, match="by another version; delete the folder"):
+            preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+
+
+def test_workers_are_limited_by_memory(work, monkeypatch):
+    """Of 10 GB free four fifths are used; 500 million voxels take 9.4 GB, 100 million 2.2."""
+    _, dataset, _ = work
+    monkeypatch.setattr(parallel, "free_memory_bytes", lambda: 10 * 10**9)
+    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: range(16))
+    for voxels, workers in ((500_000_000, 1), (100_000_000, 3), (1_000_000, 16)):
+        monkeypatch.setattr(preprocess, "largest_image_voxels", lambda _, found=voxels: found)
+        assert preprocess.workers_for(dataset) == workers
+
+
+def test_a_folder_of_unknown_origin_is_refused(work):
+    workspace, dataset, plans = work
+    folder = folder_of(workspace, "3d_fullres")
+    data, target = np.zeros((1, 2, 2, 2), np.float32), np.zeros((2, 2, 2), np.int8)
+    chunks.write_case(folder, "x", data, target, plans.normalisations)
+    with pytest.raises(DatasetError, match="files of unknown origin"):
+        preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+
+
+def test_an_unknown_configuration_is_refused(work):
+    workspace, dataset, plans = work
+    with pytest.raises(PlansError, match="no configuration '4d'"):
+        preprocess_dataset(dataset, plans, "4d", workspace, 1)
+    assert not (workspace / "preprocessed").exists()
+
+
+def test_command(work, capsys):
+    workspace, *_ = work
+    parser = argparse.ArgumentParser()
+    preprocess.add_arguments(parser)
+    args = parser.parse_args(["--workspace", str(workspace), "--workers", "1"])
+    assert args.configuration == "3d_fullres"
+    assert preprocess.main(args) == 0
+    assert "3 cases preprocessed" in capsys.readouterr().out
+    record = json.loads(
+        (Path(workspace) / "preprocessed/3d_fullres/.preprocessing.json").read_text()
+    )
+    assert record["spacing_mm"] == [5.0, 1.0, 1.0]
+
+
+def test_needs_no_torch():
+    """Loading it would take as long as preprocessing five cases."""
+    code = "import sys, training.store.preprocess; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

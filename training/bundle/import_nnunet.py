@@ -1,0 +1,292 @@
+"""A trained nnU-Net v2 folder becomes a weights bundle, which the container runs as it runs ours.
+
+Weights stay fp32, and what the container does is what nnU-Net's own prediction does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ichseg.errors import OutputError, PlansError, WeightsError
+from ichseg.model import bundle, strict_json
+from ichseg.model.bundle import Member, Model
+from ichseg.model.plans import Configuration, Plans
+from training.bundle import nnunet_plans
+from training.bundle.export import INPUT_SLUG, OUTPUT_SLUG
+from training.bundle.nnunet_checkpoint import mirrored_axes, read_checkpoint, rename
+
+CHECKPOINTS = {"final": "checkpoint_final.pth", "best": "checkpoint_best.pth"}
+DESCRIPTION = "Imported from a trained nnU-Net; for research, not for any clinical use."
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one model folder brings into the bundle.
+
+    Attributes:
+        folder: Where it is.
+        plans: With one configuration.
+        members: Its folds, written already.
+        mirror_axes: Of (z, y, x).
+        source: For the provenance.
+    """
+
+    folder: Path
+    plans: Plans
+    members: tuple[Member, ...]
+    mirror_axes: tuple[int, ...]
+    source: Mapping[str, object]
+
+    @property
+    def configuration(self) -> Configuration:
+        """The only one of the plans."""
+        return self.plans.configurations[0]
+
+
+def import_folders(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    folds: Sequence[str] | None = None,
+    checkpoint: str = "final",
+    name: str | None = None,
+    version: str = "1",
+    description: str = DESCRIPTION,
+    input_slug: str = INPUT_SLUG,
+    output_slug: str = OUTPUT_SLUG,
+) -> Model:
+    """Write a bundle of the networks of one or several model folders.
+
+    Args:
+        folders: As nnU-Net v2 leaves them, ``Trainer__Plans__configuration``. Of a cascade both
+            stages; of an ensemble all configurations.
+        out: The bundle's folder, which holds none yet.
+        folds: Those wanted, ``all`` for ``fold_all``; None for all numbered ones that have the
+            checkpoint, or without any ``fold_all``.
+        checkpoint: ``final`` or ``best``.
+        name: Of the bundle; None for the dataset's name.
+        version: Of the bundle.
+        description: What it is and is not for.
+        input_slug: Grand Challenge socket of the scan.
+        output_slug: Grand Challenge socket of the mask.
+
+    Raises:
+        WeightsError: A checkpoint is missing, holds something else, or does not fit its plans; a
+            stage of a cascade is missing; the folders do not belong together.
+        PlansError: The plans ask for something that this code does otherwise or not at all.
+        OutputError: There is a bundle already.
+    """
+    if (out / bundle.MODEL_FILE).exists():
+        raise OutputError(f"{out}: holds a bundle already, expected a new or empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".writing-") as beside:
+        parts = [
+            _import_folder(folder, folds, CHECKPOINTS[checkpoint], Path(beside))
+            for folder in folders
+        ]
+        plans = _together(parts)
+        model = Model(
+            schema_version=bundle.SCHEMA_VERSION,
+            name=name or plans.dataset,
+            version=version,
+            description=description,
+            input_slug=input_slug,
+            output_slug=output_slug,
+            average="logits",
+            mirror_axes=_same_mirrors(parts),
+            plans=plans,
+            members=tuple(member for part in parts for member in part.members),
+            provenance={
+                "imported": [part.source for part in parts],
+                "torch": torch.__version__,
+                "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+            },
+            cascade="labels",
+        )
+        for member in model.members:
+            (Path(beside) / member.file).replace(out / member.file)
+    bundle.save_model(out, model)
+    return model
+
+
+def find_folds(folder: Path, wanted: Sequence[str] | None, checkpoint: str) -> dict[str, Path]:
+    """The checkpoints of a model folder by fold.
+
+    Raises:
+        WeightsError: There is none, or not one of those wanted.
+    """
+    there = {path.parent.name[5:]: path for path in sorted(folder.glob(f"fold_*/{checkpoint}"))}
+    if wanted is None:
+        chosen = {fold: path for fold, path in there.items() if fold != "all"} or there
+    else:
+        chosen = {fold: there[fold] for fold in wanted if fold in there}
+    missing = [fold for fold in wanted or [] if fold not in there]
+    if missing or not chosen:
+        other = next((o for o in CHECKPOINTS.values() if any(folder.glob(f"fold_*/{o}"))), None)
+        hint = f"; there is a {other}" if other not in (None, checkpoint) else ""
+        which = f"fold_{missing[0]}" if missing else "fold_0, fold_1, ..."
+        raise WeightsError(f"{folder}: no {which}/{checkpoint}{hint}")
+    return chosen
+
+
+def read_plans(folder: Path, configuration: str) -> Plans:
+    """Our plans of a model folder.
+
+    Raises:
+        PlansError: A file is missing or damaged, or asks for something that this code cannot do.
+    """
+    raw = [strict_json.load_object(folder / name) for name in ("plans.json", "dataset.json")]
+    try:
+        return nnunet_plans.convert(raw[0], raw[1], configuration)
+    except PlansError as error:
+        raise PlansError(f"{folder}: {error}") from error
+
+
+def _import_folder(folder: Path, folds: Sequence[str] | None, checkpoint: str, out: Path) -> _Part:
+    """Write its folds' weights, one in memory at a time.
+
+    Raises:
+        WeightsError: See ``import_folders``; or its folds differ in more than their weights.
+        PlansError: See ``import_folders``.
+    """
+    members: list[Member] = []
+    common: tuple[Plans, tuple[int, ...], str] | None = None
+    for fold, path in find_folds(folder, folds, checkpoint).items():
+        found = read_checkpoint(path)
+        plans = read_plans(folder, found.configuration)
+        axes = mirrored_axes(found, plans.configurations[0])
+        common = common or (plans, axes, found.trainer)
+        if common != (plans, axes, found.trainer):
+            raise WeightsError(
+                f"{path}: {found.trainer} of {found.configuration}, mirroring axes {axes}, unlike "
+                f"fold {members[0].fold}"
+            )
+        state = rename(found, plans)
+        members.append(bundle.save_member(out, found.configuration, fold, state, dtype=np.float32))
+        _log.info("%s fold %s: %d tensors", found.configuration, fold, len(state))
+    assert common is not None
+    plans, axes, trainer = common
+    if trainer != "nnUNetTrainer":
+        _log.warning(
+            "%s: %s is taken to differ from nnUNetTrainer in its training alone; the network is "
+            "that of the plans",
+            folder,
+            trainer,
+        )
+    source = {
+        "folder": folder.resolve().name,
+        "trainer": trainer,
+        "checkpoint": checkpoint,
+        "folds": [member.fold for member in members],
+    }
+    return _Part(folder, plans, tuple(members), axes, source)
+
+
+def _together(parts: Sequence[_Part]) -> Plans:
+    """The plans of all, with the configurations of all.
+
+    Raises:
+        WeightsError: They differ in something that a bundle has once, two are of the same
+            configuration, or a stage of a cascade is missing.
+    """
+    first = parts[0].plans
+    configurations: dict[str, Configuration] = {}
+    for part in parts:
+        for field in dataclasses.fields(Plans):
+            one, two = getattr(first, field.name), getattr(part.plans, field.name)
+            if field.name not in ("configurations", "preset") and one != two:
+                raise WeightsError(
+                    f"{part.folder}: {field.name} {two}, unlike {one} of {parts[0].folder}; a "
+                    "bundle has one"
+                )
+        if part.configuration.name in configurations:
+            raise WeightsError(
+                f"{part.folder}: a second {part.configuration.name}; a bundle has one"
+            )
+        configurations[part.configuration.name] = part.configuration
+    for name, configuration in configurations.items():
+        previous = configuration.previous_stage
+        if previous is not None and previous not in configurations:
+            raise WeightsError(f"{name} needs its first stage: give {previous}'s folder as well")
+    presets = {part.plans.preset for part in parts}
+    return dataclasses.replace(
+        first,
+        configurations=tuple(configurations.values()),
+        preset=presets.pop() if len(presets) == 1 else "plain",
+    )
+
+
+def _same_mirrors(parts: Sequence[_Part]) -> tuple[int, ...]:
+    """The axes of all configurations; those of 2D ones lack the first.
+
+    Raises:
+        WeightsError: They differ otherwise.
+    """
+    every = tuple(sorted({axis for part in parts for axis in part.mirror_axes}))
+    for part in parts:
+        first = 3 - part.configuration.architecture.dimensions
+        if part.mirror_axes != tuple(axis for axis in every if axis >= first):
+            raise WeightsError(
+                f"{part.folder}: mirrors axes {part.mirror_axes}, all together {every}; a bundle "
+                "has one set"
+            )
+    return every
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the ``import-nnunet`` command."""
+    parser.add_argument(
+        "folders",
+        type=Path,
+        nargs="+",
+        metavar="MODEL_FOLDER",
+        help="nnU-Net v2's results of one configuration, Trainer__Plans__configuration with "
+        "plans.json, dataset.json and fold_*; of a cascade both stages",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the bundle's folder"
+    )
+    parser.add_argument(
+        "--folds",
+        metavar="K,K,...",
+        help="such as 0,1,2 or all, which is fold_all [all numbered ones]",
+    )
+    parser.add_argument(
+        "--checkpoint", choices=CHECKPOINTS, default="final", help="which weights [%(default)s]"
+    )
+    parser.add_argument("--name", help="[the dataset's]")
+    parser.add_argument("--model-version", default="1", help="[%(default)s]")
+    parser.add_argument("--description", default=DESCRIPTION, help="what it is and is not for")
+    parser.add_argument("--input-slug", default=INPUT_SLUG, help="[%(default)s]")
+    parser.add_argument("--output-slug", default=OUTPUT_SLUG, help="[%(default)s]")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the ``import-nnunet`` command."""
+    model = import_folders(
+        args.folders,
+        args.out,
+        folds=args.folds and [fold.strip() for fold in args.folds.split(",")],
+        checkpoint=args.checkpoint,
+        name=args.name,
+        version=args.model_version,
+        description=args.description,
+        input_slug=args.input_slug,
+        output_slug=args.output_slug,
+    )
+    for name in model.configurations:
+        folds = ", ".join(member.fold for member in model.members_of(name))
+        _log.info("%s: %s, folds %s", args.out, name, folds)
+    return 0

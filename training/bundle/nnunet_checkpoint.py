@@ -1,0 +1,183 @@
+"""A checkpoint of nnU-Net v2: its tensors, brought under our names.
+
+Only tensors, plain values and a few literal names are read: nothing in the file is ever called, so
+one from elsewhere can do no harm.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ichseg.errors import WeightsError
+from ichseg.model.network import build_network
+from ichseg.model.plans import Architecture, Configuration, Plans
+
+_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_DUPLICATES = re.compile(r"^decoder\.encoder\.|\.all_modules\.")  # modules registered twice
+
+
+class _Unread:
+    """Stands in for a NumPy number, or for its type, in a checkpoint; keeps nothing."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+# What nnU-Net's log and optimiser leave in checkpoints beside tensors and plain values.
+_NUMPY: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_Unread, "numpy.dtype"),
+    (_Unread, "numpy._core.multiarray.scalar"),
+    (_Unread, "numpy.core.multiarray.scalar"),  # before NumPy 2
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a checkpoint says.
+
+    Attributes:
+        path: The file.
+        trainer: Name of nnU-Net's trainer class.
+        configuration: Which it trained.
+        mirror_axes: Axes of the network's input that prediction may mirror.
+        weights: Under nnU-Net's names.
+    """
+
+    path: Path
+    trainer: str
+    configuration: str
+    mirror_axes: tuple[int, ...]
+    weights: Mapping[str, Tensor]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Tensors and plain values of a checkpoint; nothing in it is run.
+
+    Raises:
+        WeightsError: It cannot be read, or holds anything but tensors, plain values and numbers.
+    """
+    try:
+        with torch.serialization.safe_globals(_NUMPY):
+            raw = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"asks for {named[1]}" if named else "is damaged, or holds more than nnU-Net's do"
+        raise WeightsError(
+            f"{path}: {what}, expected tensors, plain values and NumPy's numbers; nothing in it "
+            "was run"
+        ) from error
+    except Exception as error:  # of a damaged file about any may come
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"{path}: cannot read ({reason})") from error
+    try:
+        axes = raw.get("inference_allowed_mirroring_axes") or ()
+        return Checkpoint(
+            path=path,
+            trainer=str(raw["trainer_name"]),
+            configuration=str(raw["init_args"]["configuration"]),
+            mirror_axes=tuple(int(axis) for axis in axes),
+            weights={_bare(key): tensor.float() for key, tensor in raw["network_weights"].items()},
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(
+            f"{path}: not a checkpoint of nnU-Net v2, {error!r} in its contents"
+        ) from error
+
+
+def rename(checkpoint: Checkpoint, plans: Plans) -> dict[str, Tensor]:
+    """The weights under our names: each of ours has exactly one of theirs, of the same shape.
+
+    Raises:
+        WeightsError: One is missing, left over or of another shape.
+    """
+    configuration = plans.configuration(checkpoint.configuration)
+    with torch.device("meta"):
+        network = build_network(
+            configuration.architecture, plans.input_channels(configuration), plans.scores
+        )
+    names = their_names(configuration.architecture)
+    theirs = {key: t for key, t in checkpoint.weights.items() if not _DUPLICATES.search(key)}
+    state = {}
+    for key, expected in network.state_dict().items():
+        module, _, kind = key.rpartition(".")
+        name = f"{names[module]}.{kind}"
+        if name not in theirs:
+            raise WeightsError(f"{checkpoint.path}: no tensor {name}, which the plans ask for")
+        tensor = theirs.pop(name)
+        if tensor.shape != expected.shape:
+            raise WeightsError(
+                f"{checkpoint.path}: {name} is {_times(tensor)}, expected {_times(expected)} "
+                "of the plans"
+            )
+        state[key] = tensor
+    if theirs:
+        raise WeightsError(
+            f"{checkpoint.path}: {len(theirs)} tensors that the plans have no place for, such as "
+            f"{min(theirs)}; expected the network of {checkpoint.configuration} and no other"
+        )
+    return state
+
+
+def their_names(architecture: Architecture) -> dict[str, str]:
+    """nnU-Net's name of each module with parameters, by ours."""
+    a, last = architecture, len(architecture.features) - 2
+    names = {}
+
+    def block(ours: str, theirs: str, convolutions: int) -> None:
+        for i in range(convolutions):  # in ours with a normalisation and a ReLU in between
+            names[f"{ours}.{3 * i}"] = f"{theirs}.convs.{i}.conv"
+            names[f"{ours}.{3 * i + 1}"] = f"{theirs}.convs.{i}.norm"
+
+    block("stem", "encoder.stem", 1)
+    for level, (count, stride) in enumerate(zip(a.encoder_convs, a.strides, strict=True)):
+        if a.block == "plain":
+            block(f"encoder.{level}", f"encoder.stages.{level}.0", count)
+            continue
+        for i in range(count):
+            ours, theirs = f"encoder.{level}.{i}", f"encoder.stages.{level}.blocks.{i}"
+            for part, conv in (("first", "conv1"), ("second", "conv2")):
+                names[f"{ours}.{part}.0"] = f"{theirs}.{conv}.conv"
+                names[f"{ours}.{part}.1"] = f"{theirs}.{conv}.norm"
+            k = int(i == 0 and max(stride) > 1)  # after a pooling
+            names[f"{ours}.shortcut.{k}"] = f"{theirs}.skip.{k}.conv"
+            names[f"{ours}.shortcut.{k + 1}"] = f"{theirs}.skip.{k}.norm"
+    for level, count in enumerate(a.decoder_convs):  # theirs are counted from the coarsest
+        block(f"decoder.{level}", f"decoder.stages.{last - level}", count)
+        names[f"upsampling.{level}"] = f"decoder.transpconvs.{last - level}"
+        names[f"heads.{level}"] = f"decoder.seg_layers.{last - level}"
+    return names
+
+
+def mirrored_axes(checkpoint: Checkpoint, configuration: Configuration) -> tuple[int, ...]:
+    """Of (z, y, x); a 2D network's axes are the last two.
+
+    Raises:
+        WeightsError: The network has no such axis.
+    """
+    dimensions = configuration.architecture.dimensions
+    if not set(checkpoint.mirror_axes) <= set(range(dimensions)):
+        raise WeightsError(
+            f"{checkpoint.path}: mirrors axes {checkpoint.mirror_axes} of a {dimensions}D network"
+        )
+    return tuple(sorted(axis + 3 - dimensions for axis in checkpoint.mirror_axes))
+
+
+def _bare(key: str) -> str:
+    while key.startswith(_WRAPPERS):
+        key = key.partition(".")[2]
+    return key
+
+
+def _times(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"

@@ -1,0 +1,287 @@
+"""nnU-Net v2's ``plans.json`` and ``dataset.json``, read as our plans.
+
+Both formats: since version 2.2 a configuration describes its network under ``architecture``, before
+it did so by ``UNet_class_name`` and its like. What our inference would do otherwise than nnU-Net is
+refused by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ichseg.errors import PlansError
+from ichseg.model import plans as plans_module
+from ichseg.model.network import LEAKY_SLOPE
+from ichseg.model.plans import Architecture, Configuration, Normalisation, Plans, Resampling
+from training.planning.recipes import ANISOTROPY
+
+NETWORKS = {"PlainConvUNet": "plain", "ResidualEncoderUNet": "residual"}
+PRESETS = {
+    "nnUNetResEncUNetMPlans": "resenc_m",
+    "nnUNetResEncUNetLPlans": "resenc_l",
+    "nnUNetResEncUNetXLPlans": "resenc_xl",
+}
+ORIENTATIONS = {
+    "SimpleITKIO": "as_stored",
+    "NibabelIO": "as_stored",
+    "SimpleITKIOWithReorient": "RAS",
+    "NibabelIOWithReorient": "RAS",
+}
+RESAMPLING = "resample_data_or_seg_to_shape"
+_PACKAGE = "dynamic_network_architectures."
+_ENCODER = {"plain": "n_conv_per_stage", "residual": "n_blocks_per_stage"}
+# Arguments of a network that do not change what it answers, or whose value is checked below.
+_ARGUMENTS = {
+    "n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides", "conv_bias",
+    "n_conv_per_stage_decoder", "norm_op", "norm_op_kwargs", "dropout_op", "dropout_op_kwargs",
+    "nonlin", "nonlin_kwargs", "deep_supervision",
+}  # fmt: skip
+
+Json = Mapping[str, Any]
+
+
+def convert(plans: Json, dataset: Json, name: str) -> Plans:
+    """Our plans, with one configuration.
+
+    Args:
+        plans: What ``plans.json`` holds.
+        dataset: What ``dataset.json`` holds.
+        name: Of the configuration.
+
+    Raises:
+        PlansError: Something is missing, or is not what this code can do; names it.
+    """
+    try:
+        raw = _resolve(plans, name)
+        labels, regions = _labels(dataset)
+        channels = _channels(dataset)
+        _expect("preprocessor_name", raw["preprocessor_name"], ["DefaultPreprocessor"])
+        _expect("label_manager", plans.get("label_manager", "LabelManager"), ["LabelManager"])
+        reader = plans["image_reader_writer"]
+        _expect("image_reader_writer", reader, list(ORIENTATIONS))
+        i, j, k = plans["transpose_forward"]
+        return Plans(
+            schema_version=plans_module.SCHEMA_VERSION,
+            recipe="nnunetv2",
+            dataset=plans["dataset_name"],
+            channels=channels,
+            labels=labels,
+            orientation=ORIENTATIONS[reader],
+            transpose=(i, j, k),
+            normalise_first=True,
+            normalisations=_normalisations(plans, raw, len(channels)),
+            resampling=_resampling(raw),
+            configurations=(_configuration(plans, raw, name),),
+            preset=PRESETS.get(plans["plans_name"], "plain"),
+            regions=regions,
+        )
+    except KeyError as error:
+        raise PlansError(f"{error.args[0]!r} is missing") from error
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise PlansError(f"{name}: not as nnU-Net writes it ({error})") from error
+
+
+def _resolve(plans: Json, name: str) -> Json:
+    """The configuration with everything that it inherits."""
+    known = plans["configurations"]
+    chain = [name]
+    while (parent := known.get(chain[-1], {}).get("inherits_from")) is not None:
+        if parent in chain:
+            raise PlansError(f"configuration {name}: inherits from itself, by {' -> '.join(chain)}")
+        chain.append(parent)
+    if chain[-1] not in known:
+        raise PlansError(f"no configuration {chain[-1]!r}, found {', '.join(known)}")
+    merged: dict[str, Any] = {}
+    for ancestor in reversed(chain):
+        merged |= known[ancestor]
+    return merged
+
+
+def _configuration(plans: Json, raw: Json, name: str) -> Configuration:
+    patch = tuple(int(size) for size in raw["patch_size"])
+    flat = len(patch) == 2
+    missing = slice(int(flat))  # a 2D configuration leaves the first axis out; ours does not use it
+    spacing = *plans["original_median_spacing_after_transp"][missing], *raw["spacing"]
+    shape = (
+        *plans["original_median_shape_after_transp"][missing],
+        *raw["median_image_size_in_voxels"],
+    )
+    z, y, x = map(float, spacing)
+    a, b, c = (max(1, round(size)) for size in shape)
+    return Configuration(
+        name=name,
+        spacing_mm=(z, y, x),
+        median_shape=(a, b, c),
+        patch=patch,
+        batch=int(raw["batch_size"]),
+        batch_dice=bool(raw["batch_dice"]),
+        dummy_2d=not flat and max(patch) / patch[0] > ANISOTROPY,
+        previous_stage=raw.get("previous_stage"),
+        architecture=_architecture(raw, len(patch)),
+    )
+
+
+def _architecture(raw: Json, dimensions: int) -> Architecture:
+    """The network of a configuration of either format."""
+    if "architecture" not in raw:
+        return _old_architecture(raw, dimensions)
+    found, arguments = raw["architecture"]["network_class_name"], raw["architecture"]["arch_kwargs"]
+    name = found.rpartition(".")[2]
+    if name not in NETWORKS or not found.startswith(_PACKAGE):
+        raise PlansError(f"network class {found}, expected {' or '.join(NETWORKS)}")
+    block = NETWORKS[name]
+    unknown = sorted(arguments.keys() - _ARGUMENTS - {_ENCODER[block]})
+    if unknown:
+        raise PlansError(f"network argument {unknown[0]}, expected those of nnU-Net's planners")
+    _expect("conv_op", arguments["conv_op"].rpartition(".")[2], [f"Conv{dimensions}d"])
+    _expect("conv_bias", arguments["conv_bias"], [True])
+    _expect("norm_op", arguments["norm_op"].rpartition(".")[2], [f"InstanceNorm{dimensions}d"])
+    _expect("norm_op_kwargs", arguments["norm_op_kwargs"], [{"eps": 1e-5, "affine": True}])
+    _expect("nonlin", arguments["nonlin"].rpartition(".")[2], ["LeakyReLU"])
+    slope = (arguments.get("nonlin_kwargs") or {}).get("negative_slope", LEAKY_SLOPE)
+    _expect("negative_slope", slope, [LEAKY_SLOPE])
+    return _numbers(
+        block,
+        dimensions,
+        arguments["features_per_stage"],
+        arguments["kernel_sizes"],
+        arguments["strides"],
+        arguments[_ENCODER[block]],
+        arguments["n_conv_per_stage_decoder"],
+    )
+
+
+def _old_architecture(raw: Json, dimensions: int) -> Architecture:
+    """Before version 2.2: features double up to a limit, and all else is as ever."""
+    name = raw["UNet_class_name"]
+    if name not in NETWORKS:
+        raise PlansError(f"network class {name}, expected {' or '.join(NETWORKS)}")
+    encoder = raw["n_conv_per_stage_encoder"]
+    first, most = raw["UNet_base_num_features"], raw["unet_max_num_features"]
+    return _numbers(
+        NETWORKS[name],
+        dimensions,
+        [min(first * 2**level, most) for level in range(len(encoder))],
+        raw["conv_kernel_sizes"],
+        raw["pool_op_kernel_sizes"],
+        encoder,
+        raw["n_conv_per_stage_decoder"],
+    )
+
+
+def _numbers(
+    block: str,
+    dimensions: int,
+    features: Sequence[int],
+    kernels: Sequence[Sequence[int]],
+    strides: Sequence[Sequence[int]],
+    encoder: Sequence[int],
+    decoder: Sequence[int],
+) -> Architecture:
+    """An architecture; the decoder is listed coarsest first, as nnU-Net has it."""
+    if any(len(axes) != dimensions for axes in (*kernels, *strides)):
+        raise PlansError(f"kernels {kernels} and strides {strides} of a {dimensions}D network")
+    if any(size % 2 == 0 for kernel in kernels for size in kernel):
+        raise PlansError(f"kernels {kernels}, expected odd sizes")
+    return Architecture(
+        features=tuple(features),
+        kernels=tuple(tuple(kernel) for kernel in kernels),
+        strides=tuple(tuple(stride) for stride in strides),
+        encoder_convs=tuple(encoder),
+        decoder_convs=tuple(decoder[::-1]),
+        upsampling_bias=True,
+        head_bias=True,
+        deep_supervision=True,
+        block=block,
+    )
+
+
+def _labels(dataset: Json) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names by value, and what the regions write, if there are any.
+
+    The ignore label is for training alone.
+    """
+    declared = {name: value for name, value in dataset["labels"].items() if name != "ignore"}
+    values = {
+        name: [int(v) for v in value] if isinstance(value, list) else [int(value)]
+        for name, value in declared.items()
+    }
+    every = sorted({value for listed in values.values() for value in listed})
+    if values.get("background") != [0] or every != list(range(len(every))) or len(every) > 255:
+        raise PlansError(f"labels {dataset['labels']}, expected background 0, then 1, 2, ... 254")
+    names = {0: "background"} | {value: f"label {value}" for value in every[1:]}
+    if all(len(listed) == 1 for listed in values.values()):
+        names |= {listed[0]: name for name, listed in values.items()}
+        return tuple(names[value] for value in every), ()
+    order = tuple(int(value) for value in dataset["regions_class_order"])
+    regions = [name for name, listed in values.items() if set(listed) != {0}]
+    if len(order) != len(regions):
+        raise PlansError(f"regions_class_order {list(order)} of the regions {', '.join(regions)}")
+    names |= dict(zip(order, regions, strict=True))
+    return tuple(names[value] for value in every), order
+
+
+def _channels(dataset: Json) -> tuple[str, ...]:
+    named = dataset["channel_names"] if "channel_names" in dataset else dataset["modality"]
+    return tuple(str(named[key]) for key in sorted(named, key=int))
+
+
+def _normalisations(plans: Json, raw: Json, channels: int) -> tuple[Normalisation, ...]:
+    new, old = (f"foreground_intensity_properties_{by}" for by in ("per_channel", "by_modality"))
+    statistics = plans[new] if new in plans or old not in plans else plans[old]
+    schemes, masks = raw["normalization_schemes"], raw["use_mask_for_norm"]
+    if not len(schemes) == len(masks) == channels:
+        raise PlansError(f"normalization_schemes {schemes} of {channels} channels")
+    found = []
+    for channel, (scheme, masked) in enumerate(zip(schemes, masks, strict=True)):
+        if scheme == "CTNormalization":
+            own = statistics[str(channel)]
+            found.append(
+                Normalisation(
+                    "ct",
+                    clip_low=float(own["percentile_00_5"]),
+                    clip_high=float(own["percentile_99_5"]),
+                    mean=float(own["mean"]),
+                    deviation=float(own["std"]),
+                )
+            )
+        elif scheme == "ZScoreNormalization":
+            found.append(Normalisation("zscore", masked=bool(masked)))
+        elif scheme == "NoNormalization":
+            found.append(Normalisation("none"))
+        else:
+            raise PlansError(
+                f"normalisation {scheme}, expected CTNormalization, ZScoreNormalization or "
+                "NoNormalization"
+            )
+    return tuple(found)
+
+
+def _resampling(raw: Json) -> Resampling:
+    orders, apart, anisotropy = {}, [], set()
+    for kind, theirs in (("image", "data"), ("label", "seg"), ("score", "probabilities")):
+        key = f"resampling_fn_{theirs}"
+        _expect(key, raw[key], [RESAMPLING])
+        arguments = raw[f"{key}_kwargs"]
+        orders[kind] = arguments["order"]
+        _expect(f"{key} order", orders[kind], [0, 1] if kind != "image" else [0, 1, 3])
+        _expect(f"{key} order_z", arguments.get("order_z", 0), [0])
+        _expect(f"{key} force_separate_z", arguments.get("force_separate_z", False), [None, False])
+        if arguments.get("force_separate_z", False) is None:
+            apart.append(kind)
+        anisotropy.add(float(arguments.get("separate_z_anisotropy_threshold", ANISOTROPY)))
+    if len(anisotropy) != 1:
+        raise PlansError(f"separate_z_anisotropy_threshold {sorted(anisotropy)}, expected one")
+    return Resampling(
+        image_order=orders["image"],
+        label_order=orders["label"],
+        score_order=orders["score"],
+        separate_z=tuple(apart),
+        anisotropy=anisotropy.pop(),
+    )
+
+
+def _expect(what: str, found: object, known: Sequence[object]) -> None:
+    if found not in known:
+        raise PlansError(f"{what} {found}, expected {' or '.join(map(str, known))}")

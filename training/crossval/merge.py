@@ -1,0 +1,153 @@
+"""The folds' validations as one evaluation, in which every training case stands once.
+
+Each case was segmented by the fold that did not train on it, so the table says what an unseen case
+may expect of one network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ichseg.errors import PlansError, TrainingError
+from ichseg.model import plans, strict_json
+from ichseg.scan import volume
+from training.crossval import validate
+from training.data import dataset, splits
+from training.data.dataset import add_workspace_argument
+from training.fit.fold_run import LATEST, load_checkpoint, run_folder
+from training.scoring import evaluate, summary
+from training.scoring.measures import EMPTY_POLICIES
+from training.scoring.summary import Evaluation
+
+FOLDER = "evaluation"
+
+
+def cross_validate(
+    workspace: Path, configuration: str, *, empty: str = "instance", workers: int | None = None
+) -> Evaluation:
+    """Score what the folds of a configuration found in their validation cases.
+
+    Writes ``metrics.json``, ``evaluation.json`` and ``cases.csv`` to ``folder_of``.
+
+    Args:
+        workspace: With validated folds.
+        configuration: Such as ``3d_fullres``.
+        empty: Policy for empty masks, see ``training.scoring.measures``.
+        workers: Processes; None for as many as cores and memory allow.
+
+    Raises:
+        TrainingError: A fold has not segmented all of its cases with its latest weights.
+        IchsegError: A mask cannot be read, or does not fit its reference.
+    """
+    masks = validated_masks(workspace, configuration)
+    cases = {case.name: case for case in dataset.load_dataset(workspace).labelled}
+    labels = plans.load(workspace / "plans.json").labels[1:]
+    out = folder_of(workspace, configuration)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".paired-") as beside:
+        predictions, references = Path(beside) / "predictions", Path(beside) / "references"
+        predictions.mkdir()
+        references.mkdir()
+        for name, mask in masks.items():
+            label = cases[name].label
+            assert label is not None
+            for folder, path in ((predictions, mask), (references, label)):
+                link = folder / f"{name}{volume.suffix_of(path)}"
+                link.symlink_to(os.path.relpath(path, folder))
+        return evaluate.evaluate(
+            predictions, references, out, names=labels, empty=empty, workers=workers
+        )
+
+
+def folder_of(workspace: Path, configuration: str) -> Path:
+    """Where the evaluation of a configuration lies."""
+    return workspace / FOLDER / configuration
+
+
+def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
+    """The mask of each training case, by the fold that had not seen it.
+
+    Raises:
+        TrainingError: Some are missing; says of which fold, and the command that makes them.
+    """
+    planned = plans.load(workspace / "plans.json").configuration(configuration)
+    names = [case.name for case in dataset.load_dataset(workspace).labelled]
+    masks: dict[str, Path] = {}
+    for number, split in enumerate(splits.load_or_make_splits(workspace, names)):
+        folder = run_folder(workspace, configuration, str(number))
+        again = f"`train {configuration} --fold {number}` goes on with it"
+        weights = load_checkpoint(folder / LATEST, planned)["network"]
+        try:
+            found = strict_json.load(validate.Validation, folder / validate.RECORD)
+        except PlansError as error:
+            raise TrainingError(f"{folder}: not validated yet; {again}") from error
+        done = set(found.dice) if found.weights == validate.weights_digest(weights) else set()
+        paths = {name: validate.mask_of(folder, name) for name in split.validation}
+        missing = [name for name, path in paths.items() if name not in done or not path.is_file()]
+        if missing:
+            raise TrainingError(
+                f"{folder}: {len(missing)} of {len(paths)} validation cases have not been "
+                f"segmented with its latest weights, such as {missing[0]}; {again}"
+            )
+        masks |= paths
+    return masks
+
+
+def trained_configurations(workspace: Path) -> tuple[str, ...]:
+    """Those that have runs, in the order of the plans."""
+    planned = plans.load(workspace / "plans.json").configurations
+    return tuple(c.name for c in planned if (workspace / "runs" / c.name).is_dir())
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """An argparse type: names separated by commas."""
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected different names between commas")
+    return names
+
+
+def chosen_configurations(workspace: Path, given: Sequence[str] | None) -> tuple[str, ...]:
+    """Those given, or all that have runs.
+
+    Raises:
+        TrainingError: There is none.
+    """
+    names = tuple(given) if given is not None else trained_configurations(workspace)
+    if not names:
+        raise TrainingError(f"{workspace}: no configuration has been trained; run `train` first")
+    return names
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the ``cross-validate`` command."""
+    add_workspace_argument(parser)
+    parser.add_argument(
+        "--configurations",
+        type=parse_names,
+        metavar="NAME,...",
+        help="which [all that have been trained]",
+    )
+    parser.add_argument(
+        "--empty", choices=EMPTY_POLICIES, default="instance", help="as of `evaluate` [%(default)s]"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes [as many as cores and memory allow]"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the ``cross-validate`` command."""
+    for name in chosen_configurations(args.workspace, args.configurations):
+        found = cross_validate(args.workspace, name, empty=args.empty, workers=args.workers)
+        sys.stdout.write(f"{name}\n{evaluate.describe(found)}\n")
+        sys.stdout.write(
+            f"wrote {evaluate.METRICS_FILE}, {summary.EVALUATION_FILE} and {summary.CASES_FILE} "
+            f"to {folder_of(args.workspace, name)}\n\n"
+        )
+    return 0

@@ -1,0 +1,69 @@
+"""Probabilities of a validated case, kept until `select` has averaged configurations with them.
+
+One ``.npz`` a case, tensors only: uint8 steps of 1/255, without the background, which is what is
+left to 1, and cropped to where any of them is more than 0. They lie in the configuration's own
+grid, as an ensemble averages them. A label's lead over the background is off by at most
+(K + 1) / 510 of K foreground labels, so only near-ties are decided otherwise.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ichseg.errors import TrainingError
+from ichseg.scan.volume import replacing
+from training.scoring.surface import bounding_box
+
+FOLDER = "probabilities"
+_STEPS = 255
+
+
+def path_of(run_folder: Path, name: str) -> Path:
+    """Where a fold's run keeps them."""
+    return run_folder / FOLDER / f"{name}.npz"
+
+
+def save(path: Path, scores: Tensor) -> None:
+    """Write probabilities ``(K, Z, Y, X)``, the background first; whole or not at all."""
+    found = np.stack([_quantised(label) for label in scores[1:]])
+    where = bounding_box(np.asarray(found.any(axis=0), np.bool_))
+    with replacing(path, suffix=".npz") as temporary:
+        np.savez_compressed(
+            temporary,
+            steps=found[(slice(None), *where)],
+            start=np.array([part.start for part in where]),
+            shape=np.array(found.shape),
+        )
+
+
+def load(path: Path) -> npt.NDArray[np.float32]:
+    """Probabilities ``(K, Z, Y, X)``, the background first, in the configuration's grid.
+
+    Raises:
+        TrainingError: Missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            steps, start, shape = stored["steps"], stored["start"], stored["shape"]
+        labels, *size = (int(n) for n in shape)
+        scores = np.zeros((labels + 1, *size), np.float32)
+        where = tuple(slice(a, a + n) for a, n in zip(start, steps.shape[1:], strict=True))
+        scores[(slice(1, None), *where)] = steps / np.float32(_STEPS)
+    except FileNotFoundError as error:
+        raise TrainingError(f"{path}: no such file") from error
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise TrainingError(
+            f"{path}: damaged ({error}); delete it, and it is made again"
+        ) from error
+    scores[0] = np.maximum(1 - scores[1:].sum(axis=0), 0)
+    return scores
+
+
+def _quantised(label: Tensor) -> npt.NDArray[np.uint8]:
+    return (label * _STEPS).round_().to(torch.uint8).cpu().numpy()

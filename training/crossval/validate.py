@@ -1,0 +1,316 @@
+"""Segment a fold's validation cases at full volume, as inference does, and score them.
+
+Case by case: the mask, then the record that names it. So an interruption costs one case, and the
+same weights segment none twice. The first stage of a cascade leaves its labels for the second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ichseg.engine import torch_engine
+from ichseg.errors import PlansError
+from ichseg.model import strict_json
+from ichseg.model.network import build_network
+from ichseg.model.plans import Configuration, Plans
+from ichseg.predict import prepare, sliding_window
+from ichseg.predict.prepare import Placement
+from ichseg.predict.sliding_window import Network
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
+from training.crossval import cascade_labels, probabilities
+from training.data import dataset
+from training.fit import log
+from training.fit.fold_run import LATEST, FoldRun, load_checkpoint
+from training.scoring.measures import dice
+from training.store import chunks
+
+SCHEMA_VERSION = 1
+RECORD, MASKS = "validation.json", "validation"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """The layout of ``validation.json``.
+
+    Attributes:
+        schema_version: Version of this layout.
+        weights: sha256 of the network's tensors.
+        mirrored: Whether mirrorings were averaged.
+        complete: Whether all of the fold's cases are there.
+        mean_dice: By label, over the cases so far that have it; None where none has.
+        dice: By case and label; None where neither mask has it.
+    """
+
+    schema_version: int
+    weights: str
+    mirrored: bool
+    complete: bool
+    mean_dice: Mapping[str, float | None]
+    dice: Mapping[str, Mapping[str, float | None]]
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise ValueError(
+                f"validation schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
+            )
+
+
+class _InterruptedError(Exception):
+    """A signal came while a case was being segmented."""
+
+
+def validate(
+    workspace: Path, run: FoldRun, *, interrupted: Callable[[], bool] = lambda: False
+) -> bool:
+    """Segment the fold's validation cases with the latest weights, as inference does.
+
+    Writes ``validation/<case>.nii.gz``, ``probabilities/<case>.npz`` and, after each case,
+    ``validation.json``. What these
+    weights have segmented already is not done again. If the configuration is the first stage of a
+    cascade, its labels go to the second stage's store, as far as that holds the cases.
+
+    Args:
+        workspace: Where the cases are listed.
+        run: A trained fold.
+        interrupted: Asked now and then whether to stop.
+
+    Returns:
+        Whether all cases were done.
+    """
+    weights = load_checkpoint(run.folder / LATEST, run.configuration)["network"]
+    record = _continue_record(run, weights_digest(weights))
+    second = cascade_labels.following(run.plans, run.configuration.name)
+    names = run.spec.validation
+    waiting = [name for name in names if not _is_done(workspace, run, record, second, name)]
+    if len(waiting) < len(names):
+        _log.info(
+            "validation: %d of %d cases are done already", len(names) - len(waiting), len(names)
+        )
+    for stage in second:
+        _warn_of_missing(workspace, stage, names)
+    cases = {case.name: case for case in dataset.load_dataset(workspace).labelled}
+    network = load_network(run, weights)
+
+    def stoppable(tiles: Tensor) -> Tensor:
+        if interrupted():
+            raise _InterruptedError
+        return network(tiles)
+
+    began = time.monotonic()
+    for number, name in enumerate(waiting, start=1):
+        started = time.monotonic()
+        try:
+            scores = _validate_case(workspace, run, cases[name], stoppable, second)
+        except _InterruptedError:
+            _log.info("validation: stopped at case %s; the same command goes on from here", name)
+            return False
+        record = _extended(run, record, name, scores)
+        _write(record, run.folder / RECORD)
+        now = time.monotonic()
+        _log.info(
+            "validation %d/%d  %s  Dice %s  %.1f s  ETA %s",
+            len(names) - len(waiting) + number,
+            len(names),
+            name,
+            _text(scores),
+            now - started,
+            log.clock((now - began) / number * (len(waiting) - number)),
+        )
+    _log.info("validation: mean Dice %s", _text(record.mean_dice))
+    return True
+
+
+def is_validated(workspace: Path, run: FoldRun, weights: Mapping[str, Tensor]) -> bool:
+    """Whether ``validate`` has done all cases with these weights, as this run asks for."""
+    try:
+        found = strict_json.load(Validation, run.folder / RECORD)
+    except PlansError:  # none yet, or of another version
+        return False
+    if (found.weights, found.mirrored) != (weights_digest(weights), run.config.validation_mirrors):
+        return False
+    second = cascade_labels.following(run.plans, run.configuration.name)
+    return all(_is_done(workspace, run, found, second, name) for name in run.spec.validation)
+
+
+def load_network(run: FoldRun, weights: Mapping[str, Tensor]) -> Network:
+    """The fold's network on its device, as a callable on tiles that gives probabilities."""
+    network = build_network(
+        run.configuration.architecture,
+        run.plans.input_channels(run.configuration),
+        len(run.plans.labels),
+    )
+    network.load_state_dict(weights)
+    return torch_engine.on_tiles(network, run.device, average="probabilities")
+
+
+def segment_case(
+    case: dataset.Case, run: FoldRun, weights: Mapping[str, Tensor]
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Labels ``(z, y, x)`` of a case in its own grid."""
+    channels = [volume.read(path) for path in case.images]
+    return prepare.restore(
+        [predict_case(case.name, channels, run, load_network(run, weights))], run.plans
+    )
+
+
+def predict_case(
+    name: str, channels: Sequence[Volume], run: FoldRun, network: Network
+) -> tuple[Tensor, Placement]:
+    """Scores ``(K, Z, Y, X)`` in the configuration's grid, and where that lies.
+
+    In a cascade's second stage the first one's labels are taken from the store.
+    """
+    prepared = prepare.prepare(channels, run.plans, run.configuration)
+    data = prepared.data
+    if run.spec.previous_labels:
+        previous = chunks.open_case(run.spec.folder, name).previous
+        assert previous is not None  # or the run could not have been opened
+        data = np.concatenate((data, prepare.one_hot(previous[:], run.spec.previous_labels)))
+    dimensions = run.configuration.architecture.dimensions
+    scores = sliding_window.predict_tiled(
+        network,
+        torch.from_numpy(data).to(run.device),
+        run.configuration.tile,
+        mirror_axes=tuple(range(3 - dimensions, 3)) if run.config.validation_mirrors else (),
+    )
+    return scores, prepared.placement
+
+
+def score_labels(
+    labels: np.ndarray[Any, Any], reference: np.ndarray[Any, Any], planned: Plans
+) -> dict[str, float | None]:
+    """Dice of each foreground label; None where neither mask has it."""
+    scores = {
+        name: dice(labels == value, reference == value)
+        for value, name in enumerate(planned.labels)
+        if value
+    }
+    return {name: None if math.isnan(score) else score for name, score in scores.items()}
+
+
+def mask_of(run_folder: Path, name: str) -> Path:
+    """Where a fold's run keeps the mask of a validation case."""
+    return run_folder / MASKS / f"{name}.nii.gz"
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over the tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _validate_case(
+    workspace: Path,
+    run: FoldRun,
+    case: dataset.Case,
+    network: Network,
+    second: Sequence[Configuration],
+) -> dict[str, float | None]:
+    """Segment, write and score one case."""
+    channels = [volume.read(path) for path in case.images]
+    scores, placement = predict_case(case.name, channels, run, network)
+    labels = prepare.restore([(scores, placement)], run.plans)
+    probabilities.save(probabilities.path_of(run.folder, case.name), scores)
+    volume.write(channels[0].with_voxels(labels), mask_of(run.folder, case.name))
+    for stage in second:
+        if cascade_labels.can_store(workspace, stage, case.name):
+            cascade_labels.store_labels(
+                workspace, run.plans, stage, case.name, channels, scores, placement
+            )
+    return score_labels(labels, volume.read(case.label or Path()).voxels, run.plans)
+
+
+def _continue_record(run: FoldRun, weights: str) -> Validation:
+    """What these weights have done so far; masks of others are removed."""
+    fresh = Validation(
+        SCHEMA_VERSION,
+        weights,
+        run.config.validation_mirrors,
+        complete=False,
+        mean_dice={},
+        dice={},
+    )
+    try:
+        found = strict_json.load(Validation, run.folder / RECORD)
+    except PlansError:  # none yet, or of another version
+        found = fresh
+    if (found.weights, found.mirrored) == (fresh.weights, fresh.mirrored) and found.dice:
+        return found
+    (run.folder / RECORD).unlink(missing_ok=True)
+    for mask in (run.folder / MASKS).glob("*.nii.gz"):
+        mask.unlink()
+    shutil.rmtree(run.folder / probabilities.FOLDER, ignore_errors=True)
+    return fresh
+
+
+def _is_done(
+    workspace: Path,
+    run: FoldRun,
+    record: Validation,
+    second: Sequence[Configuration],
+    name: str,
+) -> bool:
+    if name not in record.dice or not mask_of(run.folder, name).is_file():
+        return False
+    return all(
+        cascade_labels.has_labels(workspace, stage, name)
+        for stage in second
+        if cascade_labels.can_store(workspace, stage, name)
+    )
+
+
+def _extended(
+    run: FoldRun, record: Validation, name: str, scores: Mapping[str, float | None]
+) -> Validation:
+    known = {**record.dice, name: scores}
+    cases = {name: known[name] for name in run.spec.validation if name in known}
+    means = {label: _mean([s[label] for s in cases.values()]) for label in run.plans.labels[1:]}
+    return dataclasses.replace(
+        record, complete=len(cases) == len(run.spec.validation), mean_dice=means, dice=cases
+    )
+
+
+def _warn_of_missing(workspace: Path, stage: Configuration, names: Sequence[str]) -> None:
+    missing = [name for name in names if not cascade_labels.can_store(workspace, stage, name)]
+    if missing:
+        _log.warning(
+            "%s is to train on these segmentations, but %d of %d cases have not been preprocessed "
+            "for it; run `preprocess %s`, then this command again",
+            stage.name,
+            len(missing),
+            len(names),
+            stage.name,
+        )
+
+
+def _write(record: Validation, path: Path) -> None:
+    with volume.replacing(path) as temporary:
+        temporary.write_text(strict_json.dumps(record), encoding="utf-8")
+
+
+def _text(scores: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{label} {log.number(score).strip()}" for label, score in scores.items())
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(sum(known) / len(known), 4) if known else None

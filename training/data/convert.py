@@ -1,0 +1,213 @@
+"""Bring a dataset, in whichever layout, into a new workspace.
+
+WORKSPACE/dataset.json              names, channels, labels and file names of the cases
+WORKSPACE/raw/images/<case>_0000.nii.gz, _0001 ...   one file per channel
+WORKSPACE/raw/labels/<case>.nii.gz
+WORKSPACE/groups.csv                if given: which cases belong together
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ichseg.errors import DatasetError
+from ichseg.scan import volume
+from training.data import parallel, splits
+from training.data.dataset import (
+    DATASET_FILE,
+    Case,
+    Dataset,
+    add_workspace_argument,
+    describe_failure,
+    largest_image_voxels,
+    save_dataset,
+)
+from training.data.layouts import read_source
+
+# 4D voxels as stored and as converted, at most eight bytes each, and the libraries
+_BYTES_PER_VOXEL, _BYTES_BESIDE = 16, 200_000_000
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """A case where it lies and where it goes."""
+
+    name: str
+    source: Case
+    target: Case
+
+    @property
+    def splits_channels(self) -> bool:
+        return len(self.source.images) < len(self.target.images)
+
+
+def convert(
+    source: Path, workspace: Path, *, groups: Path | None = None, workers: int | None = None
+) -> Dataset:
+    """Bring a dataset into a new workspace.
+
+    Files are hard-linked where source and workspace share a file system and copied elsewhere; 4D
+    images are split into one file a channel. The source is never altered. Test images are left out:
+    they need no workspace to be predicted. A conversion that was cut off can be run again.
+
+    Args:
+        source: Folder in one of the layouts of ``training.data.layouts``.
+        workspace: Made if need be; must not hold a dataset or the results of one.
+        groups: Table of the cases that belong together, see ``splits.read_groups``.
+        workers: Parallel processes that split images; None for as many as cores and memory allow.
+
+    Raises:
+        DatasetError: The source cannot be used, the workspace is taken, or cases failed (each is
+            logged).
+    """
+    refuse_taken(workspace)
+    if workspace.resolve().is_relative_to(source.resolve()):
+        raise DatasetError(f"{workspace}: lies in the dataset {source}, which stays as it is")
+    found = read_source(source)
+    moves = [
+        _Move(case.name, case, placed(case, len(found.channels), workspace)) for case in found.cases
+    ]
+    targets = tuple(move.target for move in moves)
+    dataset = Dataset(found.name, found.channels, found.labels, targets)
+    table = None if groups is None else _read_table(groups, workspace, dataset)
+    _log.info("%s: %s, %d cases", source, found.layout, len(found.cases))
+    failures = []
+    if not any(move.splits_channels for move in moves):
+        workers = 1  # links and copies wait for the disk, not for a core
+    elif workers is None:
+        voxels = largest_image_voxels(found.cases)
+        workers = parallel.default_workers(voxels * _BYTES_PER_VOXEL + _BYTES_BESIDE)
+    results = parallel.each_case(_bring_case, moves, workers=workers)
+    for move, failure in parallel.with_progress(results, len(moves), "convert"):
+        if isinstance(failure, Exception):
+            failures.append(describe_failure(move.source, failure))
+            _log.error("%s", failures[-1])
+    if failures:
+        raise DatasetError(
+            f"{len(failures)} of {len(moves)} cases failed, the first: {failures[0]}"
+        )
+    if table is not None:
+        with volume.replacing(workspace / splits.GROUPS_FILE) as temporary:
+            temporary.write_bytes(table)
+    save_dataset(dataset, workspace)  # last: it marks a finished conversion
+    return dataset
+
+
+def refuse_taken(workspace: Path) -> None:
+    """Refuse a workspace that holds a dataset already, or what was made from one.
+
+    What a run that was killed left unfinished is removed.
+
+    Raises:
+        DatasetError: It does.
+    """
+    for name in (DATASET_FILE, "fingerprint.json", "plans.json", "preprocessed", "runs"):
+        if (workspace / name).exists():
+            raise DatasetError(
+                f"{workspace / name}: exists; expected a workspace that holds no dataset yet"
+            )
+    if workspace.exists() and not workspace.is_dir():
+        raise DatasetError(f"{workspace}: is a file, expected a folder")
+    for unfinished in (workspace / "raw").glob("*/.writing-*"):
+        unfinished.unlink(missing_ok=True)
+
+
+def bring(source: Path, target: Path) -> None:
+    """Hard-link or copy a file.
+
+    Raises:
+        DatasetError: There is no such file.
+        OutputError: It cannot be copied.
+    """
+    if not source.is_file():
+        raise DatasetError(f"{source}: no such file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # a conversion that was cut off may have left this name, perhaps as a hard link: it is replaced
+    # and never written into, which would alter the source
+    target.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # another file system, or links not allowed
+        os.link(source.resolve(), target)
+        return
+    with volume.replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def placed(case: Case, channels: int, workspace: Path) -> Case:
+    """The same case under the names that it gets in a workspace."""
+    raw = workspace / "raw"
+    as_they_are = len(case.images) == channels
+    suffixes = [volume.suffix_of(p) for p in case.images] if as_they_are else [".nii.gz"] * channels
+    images = tuple(
+        raw / "images" / f"{case.name}_{channel:04d}{suffix}"
+        for channel, suffix in enumerate(suffixes)
+    )
+    label = case.label and raw / "labels" / f"{case.name}{volume.suffix_of(case.label)}"
+    return Case(case.name, images, label)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the ``convert`` command."""
+    parser.add_argument(
+        "dataset",
+        type=Path,
+        metavar="DATASET",
+        help="an MSD task, an nnU-Net v1 or v2 raw folder, or the INSTANCE 2022 download; "
+        "the layout is recognised",
+    )
+    add_workspace_argument(parser)
+    parser.add_argument(
+        "--groups",
+        type=Path,
+        metavar="CSV",
+        help="table with the header case,group: cases of one group, such as scans of one patient, "
+        "go into the same fold",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="parallel processes that split 4D images [one a core, fewer if memory is short]",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the ``convert`` command."""
+    started = time.monotonic()
+    dataset = convert(args.dataset, args.workspace, groups=args.groups, workers=args.workers)
+    sys.stdout.write(
+        f"{dataset.name}: {len(dataset.cases)} cases, channels {', '.join(dataset.channels)}, "
+        f"labels {', '.join(dataset.labels)} -> {args.workspace} "
+        f"in {parallel.duration(time.monotonic() - started)}\n"
+    )
+    return 0
+
+
+def _bring_case(move: _Move) -> None:
+    if move.splits_channels:
+        (image,) = move.source.images
+        for channel, target in zip(volume.read_channels(image), move.target.images, strict=True):
+            volume.write(channel, target)
+    else:
+        for image, target in zip(move.source.images, move.target.images, strict=True):
+            bring(image, target)
+    if move.source.label is not None and move.target.label is not None:
+        bring(move.source.label, move.target.label)
+
+
+def _read_table(groups: Path, workspace: Path, dataset: Dataset) -> bytes:
+    """The bytes of a table of groups that fits the dataset."""
+    splits.read_groups(groups, [case.name for case in dataset.labelled])
+    content = groups.read_bytes()
+    kept = workspace / splits.GROUPS_FILE
+    if kept.exists() and kept.read_bytes() != content:
+        raise DatasetError(f"{kept}: exists and differs from {groups}")
+    return content

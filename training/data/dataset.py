@@ -1,0 +1,229 @@
+"""Training datasets: what the cases are called and where their files lie.
+
+``WORKSPACE/dataset.json`` lists them; ``convert`` writes it, and every later step reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ichseg.errors import DatasetError, IchsegError, InputError
+from ichseg.model import strict_json
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
+from training.data.parallel import default_workers, each_case
+
+__all__ = [
+    "DATASET_FILE",
+    "Case",
+    "Dataset",
+    "add_workspace_argument",
+    "default_workers",
+    "describe_failure",
+    "each_case",
+    "is_ct",
+    "largest_image_voxels",
+    "load_dataset",
+    "read_case",
+    "save_dataset",
+]
+
+SCHEMA_VERSION = 1
+DATASET_FILE = "dataset.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One patient scan.
+
+    Attributes:
+        name: Unique within the dataset; file names are made from it.
+        images: One file per channel.
+        label: The file of the reference segmentation, or None when there is none.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """The cases of one task.
+
+    Attributes:
+        name: Name of the task.
+        channels: Modality of each channel, such as ``CT``.
+        labels: Names by voxel value; ``labels[0]`` is the background.
+        cases: Sorted by name.
+    """
+
+    name: str
+    channels: tuple[str, ...]
+    labels: tuple[str, ...]
+    cases: tuple[Case, ...]
+
+    def __post_init__(self) -> None:
+        if not self.channels:
+            raise DatasetError(f"dataset {self.name}: no channels")
+        if len(self.labels) < 2:
+            raise DatasetError(
+                f"dataset {self.name}: labels {self.labels}, expected a background and one more"
+            )
+        names = [case.name for case in self.cases]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise DatasetError(f"dataset {self.name}: case names given twice: {twice}")
+        for case in self.cases:
+            if not case.name or case.name.startswith(".") or "/" in case.name:
+                raise DatasetError(f"dataset {self.name}: case name {case.name!r} is no file name")
+            if len(case.images) != len(self.channels):
+                raise DatasetError(
+                    f"case {case.name}: {len(case.images)} images, expected one for each of "
+                    f"{self.channels}"
+                )
+
+    @property
+    def labelled(self) -> tuple[Case, ...]:
+        """The cases that have a reference segmentation: those to train on."""
+        return tuple(case for case in self.cases if case.label is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class _CaseEntry:
+    """A case in dataset.json; paths are relative to the workspace, or absolute."""
+
+    name: str
+    images: tuple[str, ...]
+    label: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _DatasetFile:
+    """The layout of dataset.json."""
+
+    schema_version: int
+    name: str
+    channels: tuple[str, ...]
+    labels: tuple[str, ...]
+    cases: tuple[_CaseEntry, ...]
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise ValueError(
+                f"dataset schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
+            )
+
+
+def is_ct(channel: str) -> bool:
+    """Whether a channel's modality is CT."""
+    return channel.strip().casefold() == "ct"
+
+
+def load_dataset(workspace: Path) -> Dataset:
+    """Read ``WORKSPACE/dataset.json``.
+
+    Raises:
+        DatasetError: The workspace has no dataset, or the cases contradict one another.
+        PlansError: The file does not have the schema this code reads.
+    """
+    path = workspace / DATASET_FILE
+    if not path.is_file():
+        raise DatasetError(f"{path}: no such file; make it with `convert DATASET --workspace ...`")
+    raw = strict_json.load(_DatasetFile, path)
+    cases = tuple(
+        Case(
+            name=entry.name,
+            images=tuple(workspace / image for image in entry.images),
+            label=None if entry.label is None else workspace / entry.label,
+        )
+        for entry in raw.cases
+    )
+    ordered = tuple(sorted(cases, key=lambda case: case.name))
+    return Dataset(name=raw.name, channels=raw.channels, labels=raw.labels, cases=ordered)
+
+
+def save_dataset(dataset: Dataset, workspace: Path) -> None:
+    """Write ``WORKSPACE/dataset.json``; files inside the workspace are named relative to it."""
+    cases = tuple(
+        _CaseEntry(
+            name=case.name,
+            images=tuple(_portable(image, workspace) for image in case.images),
+            label=None if case.label is None else _portable(case.label, workspace),
+        )
+        for case in dataset.cases
+    )
+    content = _DatasetFile(SCHEMA_VERSION, dataset.name, dataset.channels, dataset.labels, cases)
+    with volume.replacing(workspace / DATASET_FILE) as temporary:
+        temporary.write_text(strict_json.dumps(content), encoding="utf-8")
+
+
+def read_case(case: Case, labels: Sequence[str]) -> tuple[tuple[Volume, ...], Volume]:
+    """Read a labelled case: its channels and its reference, checked against one another.
+
+    Raises:
+        DatasetError: No reference, sizes that differ, or label values that are not declared.
+        InputError: A file cannot be read as a volume.
+    """
+    if case.label is None:
+        raise DatasetError(f"case {case.name}: no reference segmentation")
+    images = tuple(volume.read(path) for path in case.images)
+    reference = volume.read(case.label)
+    for path, image in zip(case.images, images, strict=True):
+        if image.voxels.shape != reference.voxels.shape:
+            raise DatasetError(
+                f"{path}: shape {image.voxels.shape}, but its reference has "
+                f"{reference.voxels.shape}"
+            )
+    low, high = float(reference.voxels.min()), float(reference.voxels.max())
+    integral = reference.voxels.dtype.kind in "iub" or bool(
+        np.array_equal(reference.voxels, np.rint(reference.voxels))
+    )
+    if low < 0 or high >= len(labels) or not integral:
+        raise DatasetError(
+            f"{case.label}: values {low:g}..{high:g}"
+            f"{'' if integral else ' that are not all whole'}, expected whole labels "
+            f"0..{len(labels) - 1}"
+        )
+    return images, reference
+
+
+def describe_failure(case: Case, error: Exception) -> str:
+    """One line that names the case and says what went wrong."""
+    text = str(error) if isinstance(error, IchsegError) else f"{type(error).__name__}: {error}"
+    return f"case {case.name}: {text}"
+
+
+def largest_image_voxels(cases: Iterable[Case]) -> int:
+    """Voxels of the largest image file, by the headers; those that cannot be read do not count."""
+    largest = 0
+    for image in (image for case in cases for image in case.images):
+        try:
+            largest = max(largest, math.prod(volume.stored_shape(image)))
+        except InputError:
+            continue
+    return largest
+
+
+def add_workspace_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag that every command of the training package takes."""
+    parser.add_argument(
+        "--workspace",
+        type=Path,
+        required=True,
+        metavar="W",
+        help="folder that holds everything about one dataset",
+    )
+
+
+def _portable(path: Path, workspace: Path) -> str:
+    try:
+        return path.relative_to(workspace).as_posix()
+    except ValueError:
+        return str(path.absolute())

@@ -1,0 +1,298 @@
+"""The layouts in which datasets arrive, each read where it lies; nothing is written.
+
+Medical Segmentation Decathlon (MSD) task, 3D or 4D with the channels last:
+
+    dataset.json   imagesTr/<case>.nii.gz   labelsTr/<case>.nii.gz
+
+nnU-Net version 1 raw folder (``TaskXXX_Name``): the same list of cases, one file a channel
+
+    dataset.json   imagesTr/<case>_0000.nii.gz   labelsTr/<case>.nii.gz
+
+nnU-Net version 2 raw folder (``DatasetXXX_Name``): ``file_ending`` in place of the list, or the
+files of each case under ``dataset``
+
+INSTANCE 2022 download:
+
+    train/data/001.nii.gz   train/label/001.nii.gz
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ichseg.errors import DatasetError, InputError
+from ichseg.model import strict_json
+from ichseg.scan import volume
+from training.data.dataset import DATASET_FILE, Case
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A dataset where it lies.
+
+    Attributes:
+        layout: What it was recognised as, in words.
+        name, channels, labels: As of a ``Dataset``.
+        cases: Sorted by name; the images of a case are one file a channel, or one 4D file.
+    """
+
+    layout: str
+    name: str
+    channels: tuple[str, ...]
+    labels: tuple[str, ...]
+    cases: tuple[Case, ...]
+
+
+def read_source(folder: Path) -> Source:
+    """Recognise a dataset's layout and list its cases, all of whose files are there.
+
+    Raises:
+        DatasetError: The layout is unknown, uses what is not supported, or files are missing,
+            left over, or hold other channels than declared. Each such file is logged.
+    """
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such folder")
+    path = folder / DATASET_FILE
+    if path.is_file():
+        raw = strict_json.load_object(path)
+        if not isinstance(raw, Mapping):
+            raise DatasetError(f"{path}: found {type(raw).__name__}, expected an object")
+        source = _read_described(folder, path, raw)
+        declared = raw.get("numTraining")
+        if declared is not None and str(declared) != str(len(source.cases)):
+            _log.warning("%s: numTraining is %s, found %d cases", path, declared, len(source.cases))
+    elif (folder / "train" / "data").is_dir() and (folder / "train" / "label").is_dir():
+        source = _read_instance(folder)
+    else:
+        raise DatasetError(
+            f"{folder}: neither {DATASET_FILE} nor train/data and train/label; expected an MSD "
+            "task, an nnU-Net v1 or v2 raw folder, or the INSTANCE 2022 download"
+        )
+    if not source.cases:
+        raise DatasetError(f"{folder}: lists no training cases")
+    _refuse(folder, (problem for case in source.cases for problem in _problems(case, source)))
+    return source
+
+
+def _read_described(folder: Path, path: Path, raw: Mapping[str, Any]) -> Source:
+    """A dataset with a dataset.json, in one of three layouts."""
+    channels, labels = _channels(raw, path), _labels(raw, path)
+    name = str(raw.get("name") or folder.resolve().name)
+    if "file_ending" in raw:
+        layout, cases = "nnU-Net v2 raw folder", _v2_cases(folder, path, raw, channels)
+    else:
+        listed = _listed(folder, path, raw)
+        # version 1 lists <case>.nii.gz for the files <case>_0000.nii.gz, ...
+        split = any(
+            not image.is_file() and _channel_file(image, 0).is_file() for image, _ in listed
+        )
+        layout = "nnU-Net v1 raw folder" if split else "MSD task"
+        cases = [
+            Case(
+                volume.stem_of(image),
+                tuple(_channel_file(image, i) for i in range(len(channels))) if split else (image,),
+                label,
+            )
+            for image, label in listed
+        ]
+    return Source(layout, name, channels, labels, _sorted(cases))
+
+
+def _listed(folder: Path, path: Path, raw: Mapping[str, Any]) -> list[tuple[Path, Path]]:
+    """Image and label of the cases listed; macOS leaves hidden ``._name`` beside each."""
+    listed = raw.get("training")
+    if not isinstance(listed, list):
+        raise DatasetError(f"{path}: training is {listed!r}, expected a list of cases")
+    pairs = []
+    for entry in listed:
+        if not isinstance(entry, Mapping) or not {"image", "label"} <= entry.keys():
+            raise DatasetError(f"{path}: training lists {entry!r}, expected image and label")
+        image, label = folder / str(entry["image"]), folder / str(entry["label"])
+        if not image.name.startswith("."):
+            pairs.append((image, label))
+    return pairs
+
+
+def _channel_file(image: Path, channel: int) -> Path:
+    suffix = image.name[len(volume.stem_of(image)) :]
+    return image.with_name(f"{volume.stem_of(image)}_{channel:04d}{suffix}")
+
+
+def _v2_cases(
+    folder: Path, path: Path, raw: Mapping[str, Any], channels: tuple[str, ...]
+) -> list[Case]:
+    explicit, ending = raw.get("dataset"), raw["file_ending"]
+    if explicit is not None:
+        return list(_v2_explicit(folder, path, explicit))
+    if ending not in volume.SUFFIXES:
+        raise DatasetError(
+            f"{path}: file_ending is {ending!r}, expected one of {', '.join(volume.SUFFIXES)}"
+        )
+    images: dict[str, list[str]] = {}
+    problems = []
+    for file in _files(folder / "imagesTr", ending):
+        found = re.fullmatch(r"(.+)_(\d{4})", file.name.removesuffix(ending))
+        if found is None:
+            problems.append(f"{file}: its name does not end in a channel, such as _0000{ending}")
+        else:
+            images.setdefault(found[1], []).append(found[2])
+    wanted = [f"{channel:04d}" for channel in range(len(channels))]
+    problems += [
+        f"case {name}: {folder / 'imagesTr'} holds its channels {', '.join(found)}, expected "
+        f"{', '.join(wanted)}"
+        for name, found in images.items()
+        if found != wanted
+    ]
+    labels = {file.name.removesuffix(ending) for file in _files(folder / "labelsTr", ending)}
+    problems += _unpaired(images, labels, folder / "imagesTr", folder / "labelsTr")
+    _refuse(folder, problems)
+    return [
+        Case(
+            name,
+            tuple(folder / "imagesTr" / f"{name}_{channel}{ending}" for channel in wanted),
+            folder / "labelsTr" / f"{name}{ending}",
+        )
+        for name in images
+    ]
+
+
+def _v2_explicit(folder: Path, path: Path, explicit: Any) -> Iterator[Case]:
+    """Cases whose files are named one by one, relative to the folder or absolutely."""
+    if not isinstance(explicit, Mapping):
+        raise DatasetError(f"{path}: dataset is {explicit!r}, expected an object of cases")
+    for name, entry in explicit.items():
+        if (
+            not isinstance(entry, Mapping)
+            or not isinstance(entry.get("images"), list)
+            or not isinstance(entry.get("label"), str)
+        ):
+            raise DatasetError(
+                f"{path}: dataset lists {name}: {entry!r}, expected images (a list) and label"
+            )
+        images = tuple(folder / str(image) for image in entry["images"])
+        yield Case(name, images, folder / entry["label"])
+
+
+def _read_instance(folder: Path) -> Source:
+    found: dict[str, dict[str, Path]] = {}
+    for part in ("data", "label"):
+        files = list(_files(folder / "train" / part))
+        found[part] = {volume.stem_of(file): file for file in files}
+        if len(found[part]) < len(files):
+            raise DatasetError(
+                f"{folder / 'train' / part}: two files of one case, as .nii and .nii.gz"
+            )
+    images, labels = found["data"], found["label"]
+    _refuse(folder, _unpaired(images, labels, folder / "train/data", folder / "train/label"))
+    return Source(
+        layout="INSTANCE 2022 download",
+        name="INSTANCE2022",
+        channels=("CT",),
+        labels=("background", "hemorrhage"),
+        cases=_sorted(Case(name, (image,), labels[name]) for name, image in images.items()),
+    )
+
+
+def _files(folder: Path, ending: str = "") -> Iterator[Path]:
+    """The volumes in a folder, by name; hidden files are passed over."""
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such folder")
+    for file in sorted(folder.iterdir()):
+        if volume.suffix_of(file) and file.name.endswith(ending) and not file.name.startswith("."):
+            yield file
+
+
+def _unpaired(
+    images: Iterable[str], labels: Iterable[str], image_folder: Path, label_folder: Path
+) -> list[str]:
+    with_image, with_label = set(images), set(labels)
+    return [
+        f"case {name}: an image in {image_folder}, but no label in {label_folder}"
+        for name in sorted(with_image - with_label)
+    ] + [
+        f"case {name}: a label in {label_folder}, but no image in {image_folder}"
+        for name in sorted(with_label - with_image)
+    ]
+
+
+def _channels(raw: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    key = "channel_names" if "channel_names" in raw else "modality"
+    table = raw.get(key)
+    if not isinstance(table, Mapping) or not table:
+        raise DatasetError(f"{path}: {key} is {table!r}, expected an object such as {{'0': 'CT'}}")
+    return tuple(str(table[number]) for number in _consecutive(table, path, key))
+
+
+def _labels(raw: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """Label names by value; MSD and nnU-Net v1 write value -> name, nnU-Net v2 name -> value."""
+    table = raw.get("labels")
+    if not isinstance(table, Mapping) or not table:
+        raise DatasetError(
+            f"{path}: labels is {table!r}, expected an object such as {{'0': 'background'}}"
+        )
+    for name, value in table.items():
+        if isinstance(value, list):
+            raise DatasetError(
+                f"{path}: label {name!r} is the region {value}; regions are not supported, "
+                "expected one whole number a label"
+            )
+        if "ignore" in (name, value):
+            raise DatasetError(
+                f"{path}: a label named 'ignore' (voxels to leave out of the loss) is not supported"
+            )
+    if not any(isinstance(value, str) for value in table.values()):
+        names = {str(value): name for name, value in table.items()}
+        if len(names) < len(table):
+            raise DatasetError(f"{path}: labels {dict(table)} give one value to two names")
+        table = names
+    return tuple(str(table[number]) for number in _consecutive(table, path, "labels"))
+
+
+def _consecutive(table: Mapping[str, Any], path: Path, what: str) -> list[str]:
+    """The keys "0", "1", ... in order."""
+    numbers = [str(i) for i in range(len(table))]
+    if set(table) != set(numbers):
+        raise DatasetError(f"{path}: {what} has keys {sorted(table)}, expected {numbers}")
+    return numbers
+
+
+def _problems(case: Case, source: Source) -> Iterator[str]:
+    """What is wrong with the files of one case, from their names and headers."""
+    shapes = []
+    for file in (*case.images, *([case.label] if case.label else [])):
+        try:
+            shapes.append(volume.stored_shape(file))
+        except InputError as error:
+            yield f"case {case.name}: {error}"
+    if len(shapes) <= len(case.images):  # said already
+        return
+    channels = [shape[0] if len(shape) == 4 else 1 for shape in shapes[:-1]]
+    one_each = len(channels) == len(source.channels) and all(len(s) == 3 for s in shapes[:-1])
+    stacked = len(channels) == 1 and channels[0] == len(source.channels)
+    if not one_each and not stacked:
+        yield (
+            f"case {case.name}: {', '.join(str(image) for image in case.images)}: "
+            f"{sum(channels)} channels in {len(channels)} files, expected {len(source.channels)} "
+            f"({', '.join(source.channels)}), one a file or all in one"
+        )
+
+
+def _refuse(folder: Path, problems: Iterable[str]) -> None:
+    found: Sequence[str] = list(problems)
+    if len(found) > 1:
+        for problem in found:
+            _log.error("%s", problem)
+        raise DatasetError(f"{folder}: {len(found)} problems, the first: {found[0]}")
+    if found:
+        raise DatasetError(found[0])
+
+
+def _sorted(cases: Iterable[Case]) -> tuple[Case, ...]:
+    return tuple(sorted(cases, key=lambda case: case.name))

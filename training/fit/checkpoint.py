@@ -1,0 +1,104 @@
+"""What a training leaves on disk so that it goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+
+from ichseg.errors import PlansError, TrainingError
+from ichseg.model import strict_json
+from ichseg.scan import volume
+from training.fit import schedule
+from training.fit.configuration import TrainingConfig
+from training.fit.fold_run import LATEST, SCHEMA_VERSION, FoldRun, load_checkpoint
+from training.fit.log import EpochRow
+from training.fit.schedule import ScheduleState
+from training.fit.step import TrainingState
+
+LOWEST_SCALE = 2.0**-16  # of the loss under fp16: thirty halvings below where it starts
+
+_log = logging.getLogger(__name__)
+
+
+def checkpoint_of(run: FoldRun, state: TrainingState) -> dict[str, Any]:
+    """Tensors and plain values, so that it loads with ``weights_only=True``."""
+    reason = schedule.end_reason(run.config.rules, state.schedule, state.elapsed_s)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "configuration": strict_json.dumps(run.configuration),
+        "network": state.network.state_dict(),
+        "optimiser": state.optimiser.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "learning_rate": run.config.learning_rate,
+        "schedule": dataclasses.asdict(state.schedule),
+        "losses": state.losses,
+        "seconds": state.seconds,
+        "data_wait_s": state.data_wait_s,
+        "elapsed_s": state.elapsed_s,
+        "history": [dataclasses.asdict(row) for row in state.history],
+        "average_dice": state.average_dice,
+        "best_dice": state.best_dice,
+        "finished": reason,
+    }
+
+
+def save(run: FoldRun, state: TrainingState, name: str) -> None:
+    """Write a checkpoint into the run's folder; the old one is replaced whole.
+
+    Where several processes train together, the leading one does it.
+
+    Raises:
+        TrainingError: There is nothing good to save; the old checkpoint stays.
+    """
+    if not run.peers.leads:
+        return
+    if not all(bool(p.isfinite().all()) for p in state.network.parameters()):
+        raise diverged(run, "the weights are no longer finite")
+    if state.scaler.is_enabled() and state.scaler.get_scale() < LOWEST_SCALE:
+        raise diverged(run, "every step's gradient overflows fp16")
+    with volume.replacing(run.folder / name, suffix=".pt") as temporary:
+        torch.save(checkpoint_of(run, state), temporary)
+
+
+def diverged(run: FoldRun, what: str) -> TrainingError:
+    """What went wrong and what to change; the last checkpoint is from before it."""
+    precision = " or with --precision fp32" if run.precision != "fp32" else ""
+    return TrainingError(
+        f"{run.folder}: {what}; go on from the last checkpoint by the same command with a "
+        f"--learning-rate below {run.config.learning_rate:g}{precision}"
+    )
+
+
+def resume(run: FoldRun, state: TrainingState) -> None:
+    """Fill the state from the latest checkpoint, and say which settings are no longer the same.
+
+    Raises:
+        TrainingError: It is damaged or of other plans.
+    """
+    raw = load_checkpoint(run.folder / LATEST, run.configuration, run.device)
+    state.network.load_state_dict(raw["network"])
+    state.optimiser.load_state_dict(raw["optimiser"])
+    if raw["scaler"]:  # else it was not fp16 so far, and the scale is found anew
+        state.scaler.load_state_dict(raw["scaler"])
+    state.schedule = schedule.adopt(
+        run.config.rules,
+        ScheduleState(**raw["schedule"]),
+        old_rate=raw["learning_rate"],
+        elapsed_s=raw["elapsed_s"],
+    )
+    state.losses = list(raw["losses"])
+    state.seconds, state.data_wait_s = raw["seconds"], raw["data_wait_s"]
+    state.elapsed_s = raw["elapsed_s"]
+    state.history = [EpochRow(**row) for row in raw["history"]]
+    state.average_dice, state.best_dice = raw["average_dice"], raw["best_dice"]
+    with contextlib.suppress(PlansError):
+        before = strict_json.load(TrainingConfig, run.folder / "config.json")
+        for option in dataclasses.fields(TrainingConfig):
+            old, new = getattr(before, option.name), getattr(run.config, option.name)
+            if old != new:
+                _log.warning("going on with %s %s, so far it was %s", option.name, new, old)
+    _log.info("going on after epoch %d, step %d", state.schedule.epoch, len(state.losses))

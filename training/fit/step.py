@@ -1,0 +1,240 @@
+"""One update of the weights, and one look at a validation batch."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ichseg.errors import TrainingError
+from ichseg.model.network import build_network
+from training.batches.stream import Batch
+from training.fit import schedule
+from training.fit.configuration import TrainingConfig
+from training.fit.fold_run import FoldRun
+from training.fit.log import EpochRow
+from training.fit.losses import dice_cross_entropy
+from training.fit.schedule import ScheduleState
+from training.planning import recipes
+
+Forward = Callable[[Tensor], Tensor | list[Tensor]]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class TrainingState:
+    """What changes, and what a checkpoint holds.
+
+    Attributes:
+        network, optimiser: With their tensors.
+        forward: The network, or its compiled form.
+        scaler: Of the loss under fp16; does nothing otherwise.
+        schedule: After the last whole epoch.
+        losses: Training losses of the current epoch so far, one for each step.
+        seconds, data_wait_s: Spent in the current epoch so far.
+        elapsed_s: Spent in all, by all sessions of this run.
+        history: One row for each whole epoch.
+        average_dice, best_dice: Moving average of the pseudo-Dice, and its best value.
+    """
+
+    network: nn.Module
+    forward: Forward
+    optimiser: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedule: ScheduleState
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    data_wait_s: float = 0.0
+    elapsed_s: float = 0.0
+    history: list[EpochRow] = field(default_factory=list)
+    average_dice: float | None = None
+    best_dice: float | None = None
+
+
+def begin(run: FoldRun) -> TrainingState:
+    """A freshly initialised network and its optimiser; depends on seed and fold only."""
+    words = np.random.SeedSequence([run.config.seed, run.spec.fold])
+    torch.manual_seed(int(words.generate_state(1)[0]))
+    network = build_network(
+        run.configuration.architecture,
+        run.plans.input_channels(run.configuration),
+        len(run.plans.labels),
+    )
+    network = network.to(run.device, memory_format=run.layout)  # type: ignore[call-overload]
+    return TrainingState(
+        network=network,
+        forward=network,
+        optimiser=make_optimiser(network, run.config),
+        scaler=torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16"),
+        schedule=schedule.start(run.config.rules),
+    )
+
+
+def make_optimiser(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Adam or SGD over all parameters."""
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimiser == "adam":
+        return torch.optim.Adam(
+            network.parameters(), lr=rate, weight_decay=decay, amsgrad=config.amsgrad
+        )
+    return torch.optim.SGD(
+        network.parameters(),
+        lr=rate,
+        weight_decay=decay,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+    )
+
+
+def train_step(run: FoldRun, state: TrainingState, batch: Batch) -> float:
+    """One update of the weights; the loss of the whole batch before it.
+
+    Under fp16 a step whose gradient overflows is left out, and the scale of the loss halved. A loss
+    that is not finite never reaches the weights.
+    """
+    state.network.train()
+    loss = _loss(run, _forward(run, state, batch.data), batch.target)
+    state.optimiser.zero_grad(set_to_none=True)
+    state.scaler.scale(loss).backward()
+    value = loss.item()
+    if math.isfinite(value):
+        run.peers.add_gradients(state.network.parameters())
+        state.scaler.unscale_(state.optimiser)
+        if run.config.gradient_clip:
+            nn.utils.clip_grad_norm_(state.network.parameters(), run.config.gradient_clip)
+        state.scaler.step(state.optimiser)
+        state.scaler.update()
+    return value
+
+
+@torch.no_grad()
+def validation_step(run: FoldRun, state: TrainingState, batch: Batch) -> tuple[float, Tensor]:
+    """Loss, and per foreground class twice the hits and both masks' voxels, int64 ``(K - 1, 2)``.
+
+    Both are of the whole batch, whichever process has which samples.
+    """
+    logits = _forward(run, state, batch.data)
+    assert isinstance(logits, Tensor)  # the network is in evaluation mode: one head
+    loss = _loss(run, logits, batch.target)
+    found, target = logits.argmax(1), batch.target
+    counts = []
+    for label in range(1, logits.shape[1]):
+        ours, theirs = found == label, target == label
+        counts.append(torch.stack([2 * (ours & theirs).sum(), ours.sum() + theirs.sum()]))
+    return loss.item(), run.peers.total(torch.stack(counts).cpu())
+
+
+def pseudo_dice(counts: Tensor) -> tuple[float | None, ...]:
+    """Dice of each foreground class from the sums of ``validation_step``; None where it is absent.
+
+    Validation patches are taken as one volume, so it is no mean over cases (P18, V2).
+    """
+    return tuple(hits / both if both else None for hits, both in counts.tolist())
+
+
+def _forward(run: FoldRun, state: TrainingState, data: Tensor) -> Tensor | list[Tensor]:
+    with autocast(run):
+        return state.forward(data)
+
+
+def _loss(run: FoldRun, logits: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
+    return dice_cross_entropy(
+        logits, target, batch_dice=run.configuration.batch_dice, peers=run.peers
+    )
+
+
+def autocast(run: FoldRun) -> torch.autocast:
+    """The precision that convolutions are computed in."""
+    dtype = torch.float16 if run.precision == "fp16" else torch.bfloat16
+    return torch.autocast(run.device.type, dtype, enabled=run.precision != "fp32")
+
+
+def compile_forward(run: FoldRun, network: nn.Module) -> Forward:
+    """The network compiled for this run's patch, or as it is, with a warning, where that fails.
+
+    A step and a validation step on zeros show whether it does: torch compiles at the first use.
+    """
+    compiled: Any = torch.compile(network)
+    samples = range(run.spec.batch)[run.spec.mine]
+    shape = (len(samples), run.plans.input_channels(run.configuration), *run.spec.patch)
+    data = torch.zeros(shape, device=run.device).contiguous(memory_format=run.layout)
+    network.train()
+    try:
+        with autocast(run):
+            logits = compiled(data)
+        heads = [logits] if isinstance(logits, Tensor) else logits
+        torch.stack([head.float().sum() for head in heads]).sum().backward()
+        network.eval()
+        with torch.no_grad(), autocast(run):
+            compiled(data)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler may raise
+        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+        _log.warning("torch.compile failed (%s); training goes on without it", reason)
+        return network
+    finally:
+        network.zero_grad(set_to_none=True)
+    forward: Forward = compiled
+    return forward
+
+
+@contextlib.contextmanager
+def determinism(run: FoldRun) -> Iterator[None]:
+    """With ``deterministic``: CUDA repeats every sum in the same order, at some cost in speed.
+
+    The CPU always does. Where torch has no such algorithm (average pooling's gradient, in residual
+    encoders) it says so once and takes another.
+    """
+    cudnn, before = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    settings = cudnn.benchmark, cudnn.deterministic
+    wanted = run.config.deterministic
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    cudnn.benchmark, cudnn.deterministic = not wanted, wanted
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        cudnn.benchmark, cudnn.deterministic = settings
+
+
+@contextlib.contextmanager
+def memory_advice(run: FoldRun) -> Iterator[None]:
+    """Turn CUDA's running out of memory into one line that says what to lower, and to what.
+
+    Raises:
+        TrainingError: It ran out.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        c = run.configuration
+        tried = f"patch {'x'.join(map(str, c.patch))}, batch {c.batch}, {run.precision}"
+        advice = []
+        if run.config.resident != "no" and run.device.type == "cuda":
+            advice.append("--resident no")
+        if run.precision == "fp32" and run.device.type == "cuda":
+            advice.append("--precision fp16")
+        if run.peers.count < c.batch:
+            advice.append(f"torchrun --nproc-per-node {c.batch} on as many GPUs")
+        if c.batch > 2:
+            advice.append(f"plan --batch {c.batch // 2}")
+        planned = recipes.find_recipe(run.plans.recipe, run.plans.preset).gpu_memory_gb
+        chosen = [o.chosen for o in run.plans.overrides if o.name == "gpu-memory-gb"]
+        budget = float(chosen[0]) if chosen else planned
+        advice.append(f"plan --gpu-memory-gb {budget / 2:g} (now {budget:g})")
+        raise TrainingError(
+            f"{run.folder}: out of memory on {run.device} with {tried}; in this order, try "
+            + ", ".join(advice)
+        ) from error

@@ -1,0 +1,122 @@
+"""What the user may choose in place of the planner, and the record of it in the plans."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ichseg.errors import PlansError
+from ichseg.model.plans import CROPS, Override, Plans
+
+
+@dataclass(frozen=True, slots=True)
+class Overrides:
+    """What the user chose; None leaves it to the planner.
+
+    Attributes:
+        spacing_mm: Target voxel size ``(z, y, x)``, for all configurations.
+        patch: Voxels ``(z, y, x)``, for 3D configurations.
+        batch: Patches per training step, for 3D configurations.
+        features: Features per level, for 3D configurations; their number is the number of levels.
+        gpu_memory_gb: Memory to plan for.
+        ct_clip: Lowest and highest intensity in HU of CT channels, in place of percentiles.
+        batch_dice: Whether Dice is over the batch, for 3D configurations.
+        deep_supervision: Whether training adds a head per decoder level, for 3D configurations.
+        crop: What is cut away from a case, see ``Plans.crop``.
+    """
+
+    spacing_mm: tuple[float, float, float] | None = None
+    patch: tuple[int, int, int] | None = None
+    batch: int | None = None
+    features: tuple[int, ...] | None = None
+    gpu_memory_gb: float | None = None
+    ct_clip: tuple[float, float] | None = None
+    batch_dice: bool | None = None
+    deep_supervision: bool | None = None
+    crop: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.spacing_mm is not None and not all(0 < s < math.inf for s in self.spacing_mm):
+            raise PlansError(f"spacing {self.spacing_mm} mm, expected three positive numbers")
+        if self.patch is not None and min(self.patch) < 1:
+            raise PlansError(f"patch {self.patch}, expected three positive sizes")
+        if self.batch is not None and self.batch < 1:
+            raise PlansError(f"batch {self.batch}, expected at least 1")
+        if self.features is not None and (len(self.features) < 2 or min(self.features) < 1):
+            raise PlansError(f"features {self.features}, expected two or more positive numbers")
+        if self.gpu_memory_gb is not None and not 0 < self.gpu_memory_gb < math.inf:
+            raise PlansError(f"GPU memory {self.gpu_memory_gb} GB, expected a positive number")
+        if self.ct_clip is not None and not (
+            -math.inf < self.ct_clip[0] < self.ct_clip[1] < math.inf
+        ):
+            raise PlansError(f"CT clip {self.ct_clip} HU, expected a lower and a higher number")
+        if self.crop is not None and self.crop not in CROPS:
+            raise PlansError(f"crop {self.crop!r}, expected one of {CROPS}")
+
+
+def record(
+    overrides: Overrides, automatic: Plans | None, automatic_gb: float
+) -> tuple[Override, ...]:
+    """What was chosen beside what the planner takes when nothing is.
+
+    Args:
+        overrides: What was chosen.
+        automatic: Plans without any override; None if there are none that fit.
+        automatic_gb: GPU memory that the recipe plans for.
+    """
+    found = []
+    for name, value in (
+        ("spacing", overrides.spacing_mm),
+        ("patch", overrides.patch),
+        ("batch", overrides.batch),
+        ("features", overrides.features),
+        ("gpu-memory-gb", overrides.gpu_memory_gb),
+        ("ct-clip", overrides.ct_clip),
+        ("batch-dice", overrides.batch_dice),
+        ("deep-supervision", overrides.deep_supervision),
+        ("crop", overrides.crop),
+    ):
+        if value is not None:
+            alone = automatic_gb if name == "gpu-memory-gb" else _automatic(name, automatic)
+            found.append(Override(name, _text(alone), _text(value)))
+    return tuple(found)
+
+
+def _automatic(name: str, plans: Plans | None) -> object:
+    """The value in ``3d_fullres``, with its axes in the order of the command line."""
+    if plans is None:
+        return None
+    full = plans.configuration("3d_fullres")
+    match name:
+        case "spacing":
+            return _untransposed(full.spacing_mm, plans.transpose)
+        case "patch":
+            return _untransposed(full.patch, plans.transpose)
+        case "batch":
+            return full.batch
+        case "features":
+            return full.architecture.features
+        case "ct-clip":
+            ct = next(n for n in plans.normalisations if n.scheme == "ct")
+            return ct.clip_low, ct.clip_high
+        case "deep-supervision":
+            return full.architecture.deep_supervision
+        case "crop":
+            return plans.crop
+    return full.batch_dice
+
+
+def _untransposed(values: Sequence[float], transpose: Sequence[int]) -> tuple[float, ...]:
+    return tuple(values[transpose.index(axis)] for axis in range(3))
+
+
+def _text(value: object) -> str:
+    """As the command line takes it."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return ",".join(_text(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

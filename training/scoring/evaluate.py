@@ -1,0 +1,382 @@
+"""Score a folder of predictions against a folder of references.
+
+``metrics.json`` is made by evalutils, as challenges of Grand Challenge make theirs; no other module
+imports it. Beside it stand ``evaluation.json`` and ``cases.csv``, see
+``training.scoring.summary``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from evalutils.evalutils import ClassificationEvaluation
+from evalutils.exceptions import FileLoaderError, ValidationError
+from evalutils.io import FileLoader
+from evalutils.validators import DataFrameValidator, ExpectedColumnNamesValidator
+
+from ichseg.errors import DatasetError, IchsegError, InputError, TrainingError
+from ichseg.scan import volume
+from training.data import parallel
+from training.scoring import summary
+from training.scoring.measures import EMPTY_POLICIES, MEASURES, TITLES
+from training.scoring.scores import CaseScore, LabelScore, Pair, score_pair
+from training.scoring.summary import Evaluation, LabelSummary, MeasureSummary
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
+
+METRICS_FILE = "metrics.json"
+# The first four as INSTANCE 2022 names them.
+KEYS = dict(
+    zip(
+        MEASURES,
+        ("DiceCoefficient", "RelativeVolumeDifference", "SurfaceDice", "HausdorffDistance",
+         "HausdorffDistance95"),
+        strict=True,
+    )
+)  # fmt: skip
+# Peak of one worker: two label volumes, their box, and neighbour codes; and the libraries.
+_BYTES_PER_VOXEL, _BYTES_BESIDE = 24, 300_000_000
+_WORST = 5  # cases that the terminal lists
+
+
+class _CaseLoader(FileLoader):
+    """Takes every volume below a folder for a case, by its name; reads none."""
+
+    def load(self, *, fname: Path) -> list[dict[str, object]]:
+        if fname.name.startswith(".") or not volume.suffix_of(fname) or not fname.is_file():
+            raise FileLoaderError(f"{fname} is no volume")
+        return [{"case": volume.stem_of(fname), "path": fname}]
+
+
+class _UniqueCasesValidator(DataFrameValidator):
+    """Each case once.
+
+    evalutils' own validators go by the first number in a name, which need not tell cases apart, or
+    refuse equal images, as two empty masks are.
+    """
+
+    def validate(self, *, df: DataFrame) -> None:
+        again = df[df["case"].duplicated(keep=False)]
+        if len(again):
+            first, second = again[again["case"] == again["case"].iloc[0]]["path"].iloc[:2]
+            raise ValidationError(f"{second}: the same case as {first}")
+
+
+class _Evaluation(ClassificationEvaluation):
+    """evalutils' evaluation with our pairing, scores and strict JSON.
+
+    Args:
+        predictions: Folder.
+        references: Folder.
+        output: File to write.
+        names, empty: As for ``evaluate``.
+        workers: Processes.
+    """
+
+    def __init__(
+        self,
+        predictions: Path,
+        references: Path,
+        output: Path,
+        names: tuple[str, ...] | None,
+        empty: str,
+        workers: int | None,
+    ) -> None:
+        super().__init__(
+            ground_truth_path=references,
+            predictions_path=predictions,
+            file_sorter_key=str,
+            file_loader=_CaseLoader(),
+            validators=(ExpectedColumnNamesValidator(expected=("case", "path")),
+                        _UniqueCasesValidator()),
+            join_key="case",
+            output_file=output,
+        )  # fmt: skip
+        self._names, self._empty, self._workers = names, empty, workers
+        self.evaluation: Evaluation | None = None
+
+    def _load_cases(self, *, folder: Path) -> DataFrame:
+        if not folder.is_dir():
+            raise DatasetError(f"{folder}: no such folder")
+        try:
+            return super()._load_cases(folder=folder)
+        except FileLoaderError as error:
+            kinds = ", ".join(volume.SUFFIXES)
+            raise DatasetError(f"{folder}: no volumes, expected files {kinds}") from error
+
+    def _raise_missing_predictions_error(self, *, missing: Sequence[str] = ()) -> None:
+        raise DatasetError(
+            f"{self._predictions_path}: no prediction for {_some(missing)} "
+            f"({len(missing)} of {len(self._ground_truth_cases)} cases)"
+        )
+
+    def _raise_extra_predictions_error(self, *, extra: Sequence[str] = ()) -> None:
+        raise DatasetError(
+            f"{self._predictions_path}: predictions without a reference in "
+            f"{self._ground_truth_path}: {_some(extra)}"
+        )
+
+    def score(self) -> None:
+        pairs = [
+            Pair(case["case"], case["path_prediction"], case["path_ground_truth"])
+            for _, case in self._cases.iterrows()
+        ]
+        scored = _score_pairs(pairs, self._names, self._empty, self._workers)
+        self.evaluation = summary.make_evaluation(scored, self._names, self._empty)
+        self._scored = {case.name: case for case in self.evaluation.cases}
+        with np.errstate(invalid="ignore"):  # infinite measures have no deviation
+            super().score()
+
+    def score_case(self, *, idx: int, case: Series) -> dict[str, float | str]:
+        return case_columns(self._scored[case["case"]])
+
+    def save(self) -> None:
+        assert self.evaluation is not None
+        labels = {found.label: _count(found) for found in self.evaluation.summaries}
+        counts = {"empty": self._empty, "labels": labels}
+        write_metrics({**self._metrics, "counts": counts}, Path(self._output_file))
+
+
+def evaluate(
+    predictions: Path,
+    references: Path,
+    out: Path,
+    *,
+    names: tuple[str, ...] | None = None,
+    empty: str = "instance",
+    workers: int | None = None,
+) -> Evaluation:
+    """Score every case of two folders.
+
+    Writes ``metrics.json``, ``evaluation.json`` and ``cases.csv``. Cases are paired by file name
+    without suffix; subfolders are searched too.
+
+    Args:
+        predictions: Folder of label volumes, one for each reference.
+        references: Folder of label volumes.
+        out: Folder, made if need be.
+        names: Of the labels 1, 2, ...; None to take those that occur.
+        empty: Policy for empty masks, see ``training.scoring.measures``.
+        workers: Processes; None for as many as cores and memory allow.
+
+    Raises:
+        DatasetError: Cases that have no partner, stand twice, or differ in size or place.
+        InputError: A file is not a volume of labels.
+        OutputError: The folder cannot be written.
+    """
+    logging.getLogger("evalutils").setLevel(logging.ERROR)  # warns of each file that is no volume
+    run = _Evaluation(predictions, references, out / METRICS_FILE, names, empty, workers)
+    try:
+        run.evaluate()
+    except ValidationError as error:
+        raise DatasetError(str(error)) from error
+    assert run.evaluation is not None
+    summary.save(run.evaluation, out)
+    return run.evaluation
+
+
+def case_columns(case: CaseScore) -> dict[str, float | str]:
+    """A case's row in ``metrics.json``; NaN where a measure is not defined.
+
+    With several labels the plain keys hold their mean, without those that are not defined, and each
+    label has its own keys besides.
+    """
+    by_label = [
+        {key: _number(getattr(score.scores, measure)) for measure, key in KEYS.items()}
+        for score in case.labels
+    ]
+    row: dict[str, float | str] = {
+        key: _mean([scores[key] for scores in by_label]) for key in KEYS.values()
+    }
+    if len(by_label) > 1:
+        for score, values in zip(case.labels, by_label, strict=True):
+            row |= {f"{key}_{score.label}": value for key, value in values.items()}
+    return row | {"pred_fname": case.prediction, "gt_fname": case.reference}
+
+
+def write_metrics(metrics: Mapping[str, Any], path: Path) -> None:
+    """Write evalutils' metrics as strict JSON: null for NaN and infinity.
+
+    A column's aggregates stand in the order of the platform: short names first, then by alphabet.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    aggregates = {
+        column: dict(sorted(values.items(), key=lambda item: (len(item[0]), item[0])))
+        for column, values in metrics["aggregates"].items()
+    }
+    content = summary.strict({**metrics, "aggregates": aggregates})
+    with volume.replacing(path) as temporary:
+        temporary.write_text(
+            json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
+
+
+def describe(evaluation: Evaluation) -> str:
+    """What the terminal shows: a table for each label, and the worst cases."""
+    blocks = [_describe_label(evaluation, i) for i in range(len(evaluation.labels))]
+    return "\n\n".join(blocks) + "\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument("--predictions", type=Path, required=True, metavar="DIR",
+                        help="folder of masks, named as the references")  # fmt: skip
+    parser.add_argument("--references", type=Path, required=True, metavar="DIR",
+                        help="folder of reference masks")  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR",
+                        help="folder for metrics.json, evaluation.json and cases.csv")  # fmt: skip
+    parser.add_argument("--labels", metavar="NAMES",
+                        help="names of the labels 1, 2, ..., with commas [those that occur, by "
+                        "their number]")  # fmt: skip
+    parser.add_argument("--empty", choices=EMPTY_POLICIES, default="instance",
+                        help="what an empty mask scores: as INSTANCE does (infinite distance), "
+                        "the volume's diagonal, or nothing where it is not defined "
+                        "[%(default)s]")  # fmt: skip
+    parser.add_argument("--workers", type=int, metavar="N",
+                        help="processes [as many as cores and memory allow]")  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command."""
+    names = None if args.labels is None else tuple(args.labels.split(","))
+    if names is not None and (len(set(names)) < len(names) or not all(names)):
+        raise TrainingError(f"--labels {args.labels}: expected different names with commas between")
+    found = evaluate(
+        args.predictions, args.references, args.out,
+        names=names, empty=args.empty, workers=args.workers,
+    )  # fmt: skip
+    sys.stdout.write(describe(found))
+    sys.stdout.write(f"\nwrote {METRICS_FILE}, {summary.EVALUATION_FILE} and "
+                     f"{summary.CASES_FILE} to {args.out}\n")  # fmt: skip
+    return 0
+
+
+def _score_pairs(
+    pairs: Sequence[Pair], names: tuple[str, ...] | None, empty: str, workers: int | None
+) -> list[CaseScore]:
+    """All cases' scores; what is wrong with the first bad case, by name, is raised."""
+    results = parallel.each_case(
+        score_pair, pairs, names, empty, workers=workers or _default_workers(pairs)
+    )
+    scored, failures = [], {}
+    for pair, result in parallel.with_progress(results, len(pairs), "evaluate"):
+        if isinstance(result, Exception):
+            failures[pair.name] = result
+        else:
+            scored.append(result)
+    if failures:
+        first = failures[min(failures)]
+        if not isinstance(first, IchsegError):
+            raise first
+        more = f" (and {len(failures) - 1} more cases)" if len(failures) > 1 else ""
+        raise type(first)(f"{first}{more}")
+    return scored
+
+
+def _default_workers(pairs: Sequence[Pair]) -> int:
+    voxels = 0
+    for pair in pairs:
+        try:
+            voxels = max(voxels, math.prod(volume.stored_shape(pair.reference)))
+        except InputError:  # said when the case is scored
+            continue
+    return min(len(pairs), parallel.default_workers(_BYTES_BESIDE + voxels * _BYTES_PER_VOXEL))
+
+
+def _count(found: LabelSummary) -> dict[str, object]:
+    return {
+        "cases": found.cases,
+        "empty_references": found.empty_references,
+        "empty_predictions": found.empty_predictions,
+        "both_empty": found.both_empty,
+        "missed": list(found.missed),
+        "finite": {KEYS[measure.measure]: measure.finite for measure in found.measures},
+    }
+
+
+def _describe_label(evaluation: Evaluation, index: int) -> str:
+    found = evaluation.summaries[index]
+    scored = [(case.name, case.labels[index]) for case in evaluation.cases]
+    present = found.cases - found.empty_references
+    lines = [
+        f"label {found.label}: {found.cases} cases, {present} with it; empty masks: "
+        f"references {found.empty_references}, predictions {found.empty_predictions}, "
+        f"both {found.both_empty} (--empty {evaluation.empty})",
+        "",
+        f"{'':14}  {'mean':>8}  {'95 % interval':>18}  {'median':>8}  {'min':>8}  {'max':>8}  "
+        f"finite",
+        *(_describe_measure(measure, found.cases) for measure in found.measures),
+        "",
+        f"missed completely: {len(found.missed)} of {present}"
+        + (f": {', '.join(found.missed)}" if found.missed else ""),
+        "",
+        f"{'lesions':10}  {'reference':>9}  {'found':>6}  {'sensitivity':>11}  "
+        f"{'false positives':>15}  {'F1':>6}",
+    ]
+    lines += [
+        f"{c.size:10}  {c.reference:9}  {c.found:6}  {_cell(c.sensitivity, 3):>11}  "
+        f"{c.false_positives:15}  {_cell(c.f1, 3):>6}"
+        for c in found.lesions
+    ]
+    volumes = found.volumes
+    lines += [
+        "",
+        f"volume, found less reference: bias {_cell(volumes.bias_ml, 2)} mL, 95 % limits "
+        f"{_cell(volumes.low_ml, 2)} to {_cell(volumes.high_ml, 2)} mL, "
+        f"ICC(2,1) {_cell(volumes.correlation, 3)}",
+    ]
+    return "\n".join(lines + _describe_worst(scored))
+
+
+def _describe_measure(found: MeasureSummary, cases: int) -> str:
+    places = 2 if found.measure.endswith("_mm") else 4
+    mean, low, high, median, least, most = (
+        _cell(value, places)
+        for value in (found.mean, found.low, found.high, found.median, found.minimum, found.maximum)
+    )
+    interval = "-" if found.low is None else f"{low} to {high}"
+    note = f", {found.infinite} infinite and not in the mean" if found.infinite else ""
+    return (
+        f"{TITLES[found.measure]:14}  {mean:>8}  {interval:>18}  {median:>8}  {least:>8}  "
+        f"{most:>8}  {found.finite} of {cases}{note}"
+    )
+
+
+def _describe_worst(scored: Sequence[tuple[str, LabelScore]]) -> list[str]:
+    known = [(name, s) for name, s in scored if s.scores.dice is not None]
+    worst = sorted(known, key=lambda item: (item[1].scores.dice or 0.0, item[0]))[:_WORST]
+    width = max([len(name) for name, _ in worst], default=0)
+    return ["", "lowest Dice"] + [
+        f"  {name:{width}}  {_cell(score.scores.dice, 4)}  reference {score.reference_ml:.2f} mL, "
+        f"found {score.predicted_ml:.2f} mL"
+        for name, score in worst
+    ]
+
+
+def _cell(value: float | None, places: int) -> str:
+    return "-" if value is None else f"{value:.{places}f}"
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _some(names: Sequence[str]) -> str:
+    listed = ", ".join(names[:5])
+    return f"{listed}, ..." if len(names) > 5 else listed

@@ -1,0 +1,189 @@
+"""Two files of labels, a prediction and its reference, to one case's scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ichseg.errors import DatasetError, InputError
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
+from training.data.examine import compare, grid_of
+from training.scoring.lesions import Lesion, find_lesions
+from training.scoring.measures import Scores, diagonal_mm, score_masks
+from training.scoring.surface import bounding_box
+
+Labels = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+
+_MOST_LABELS = 64  # what the platform takes for a segmentation; more are an image
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The files of one case.
+
+    Attributes:
+        name: Of the case.
+        prediction, reference: Label volumes.
+    """
+
+    name: str
+    prediction: Path
+    reference: Path
+
+
+@dataclass(frozen=True, slots=True)
+class LabelScore:
+    """One label of one case.
+
+    Attributes:
+        label: Its name.
+        scores: Agreement of the two masks.
+        reference_ml, predicted_ml: Their volumes.
+        overlap_ml: What they share.
+        reference_lesions, predicted_lesions: Their connected pieces, largest first.
+    """
+
+    label: str
+    scores: Scores
+    reference_ml: float
+    predicted_ml: float
+    overlap_ml: float
+    reference_lesions: tuple[Lesion, ...]
+    predicted_lesions: tuple[Lesion, ...]
+
+    @property
+    def missed(self) -> bool:
+        """Whether the reference has the label and the prediction shares not a voxel with it."""
+        return self.reference_ml > 0 and self.overlap_ml == 0
+
+
+@dataclass(frozen=True, slots=True)
+class CaseScore:
+    """All labels of one case.
+
+    Attributes:
+        name: Of the case.
+        prediction, reference: Names of the files.
+        labels: By value.
+    """
+
+    name: str
+    prediction: str
+    reference: str
+    labels: tuple[LabelScore, ...]
+
+
+def score_pair(pair: Pair, names: tuple[str, ...] | None, empty: str) -> CaseScore:
+    """Read a case's two files, see that they fit each other, and score each label.
+
+    Args:
+        pair: The files.
+        names: Of the labels 1, 2, ...; or None to score, under their numbers, the labels that
+            either file has.
+        empty: Policy for empty masks, see ``training.scoring.measures``.
+
+    Raises:
+        InputError: A file is not a volume of labels.
+        DatasetError: Sizes or places differ.
+    """
+    reference, prediction = (read_labels(p, names) for p in (pair.reference, pair.prediction))
+    for difference, _ in compare(grid_of(prediction), grid_of(reference)):
+        raise DatasetError(f"{pair.prediction}: {difference} as {pair.reference}")
+    labels = score_labels(
+        np.asarray(prediction.voxels, np.uint8),
+        np.asarray(reference.voxels, np.uint8),
+        reference.spacing_mm,
+        names=names,
+        empty=empty,
+    )
+    return CaseScore(pair.name, pair.prediction.name, pair.reference.name, labels)
+
+
+def score_labels(
+    prediction: Labels,
+    reference: Labels,
+    spacing_mm: tuple[float, float, float],
+    *,
+    names: Sequence[str] | None,
+    empty: str,
+) -> tuple[LabelScore, ...]:
+    """Score each label of two label arrays.
+
+    Args:
+        prediction: Shape ``(z, y, x)``.
+        reference: The same shape.
+        spacing_mm: Voxel size, ``(z, y, x)``.
+        names: As for ``score_pair``.
+        empty: As for ``score_pair``.
+    """
+    across = diagonal_mm(reference.shape, spacing_mm)
+    box = bounding_box((prediction | reference) != 0)
+    prediction, reference = prediction[box], reference[box]
+    if names is None:
+        counts = np.bincount(prediction.ravel()), np.bincount(reference.ravel())
+        values = sorted({int(v) for c in counts for v in np.flatnonzero(c)} - {0})
+        labels = [(value, str(value)) for value in values]
+    else:
+        labels = list(enumerate(names, start=1))
+    return tuple(
+        _score_label(name, prediction == value, reference == value, spacing_mm, empty, across)
+        for value, name in labels
+    )
+
+
+def absent(label: str, empty: str) -> LabelScore:
+    """The score of a label that neither file has."""
+    nothing = np.zeros((1, 1, 1), np.uint8)
+    (score,) = score_labels(nothing, nothing, (1.0, 1.0, 1.0), names=[label], empty=empty)
+    return score
+
+
+def read_labels(path: Path, names: Sequence[str] | None) -> Volume:
+    """Read a volume whose voxels are whole numbers from 0 on.
+
+    Args:
+        path: The file.
+        names: Of the labels 1, 2, ... that may occur; None for any up to 63.
+
+    Raises:
+        InputError: It cannot be read, or has other values.
+    """
+    found = volume.read(path)
+    most = _MOST_LABELS - 1 if names is None else len(names)
+    low, high = float(found.voxels.min()), float(found.voxels.max())
+    whole = found.voxels.dtype.kind in "iub" or bool(
+        np.array_equal(found.voxels, np.rint(found.voxels))
+    )
+    if low < 0 or high > most or not whole:
+        raise InputError(
+            f"{path}: values {low:g}..{high:g}{'' if whole else ' that are not all whole'}, "
+            f"expected whole labels 0..{most}"
+        )
+    return found.with_voxels(found.voxels.astype(np.uint8))
+
+
+def _score_label(
+    label: str,
+    prediction: Mask,
+    reference: Mask,
+    spacing_mm: tuple[float, float, float],
+    empty: str,
+    across_mm: float,
+) -> LabelScore:
+    voxel_ml = math.prod(spacing_mm) / 1000.0
+    return LabelScore(
+        label=label,
+        scores=score_masks(prediction, reference, spacing_mm, empty=empty, diagonal_mm=across_mm),
+        reference_ml=int(np.count_nonzero(reference)) * voxel_ml,
+        predicted_ml=int(np.count_nonzero(prediction)) * voxel_ml,
+        overlap_ml=int(np.count_nonzero(prediction & reference)) * voxel_ml,
+        reference_lesions=find_lesions(reference, prediction, voxel_ml),
+        predicted_lesions=find_lesions(prediction, reference, voxel_ml),
+    )

@@ -1,0 +1,232 @@
+"""All cases' scores together: what the tables say, and the files they are kept in.
+
+``evaluation.json`` holds every case and the summary and is read back; ``cases.csv`` holds a line
+for each case and label, for a spreadsheet.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ichseg.errors import TrainingError
+from ichseg.model import strict_json
+from ichseg.scan import volume
+from training.scoring.lesions import LesionCounts, count_lesions
+from training.scoring.measures import MEASURES
+from training.scoring.scores import CaseScore, LabelScore, absent
+from training.scoring.statistics import VolumeAgreement, bootstrap_mean, volume_agreement
+
+SCHEMA_VERSION = 1
+EVALUATION_FILE, CASES_FILE = "evaluation.json", "cases.csv"
+_VOLUMES = ("reference_ml", "predicted_ml", "overlap_ml")
+_LESIONS = ("reference_lesions", "found_lesions", "predicted_lesions", "false_lesions")
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureSummary:
+    """One measure over all cases in which it is finite; None where there is too little.
+
+    Attributes:
+        measure: One of ``training.scoring.measures.MEASURES``.
+        finite: In how many cases it is.
+        infinite: In how many it is infinite; the others are not defined.
+        mean: With ``low`` and ``high``, its bootstrap 95 % interval.
+        low, high: See ``mean``.
+        minimum, lower_quartile, median, upper_quartile, maximum: Of the values.
+    """
+
+    measure: str
+    finite: int
+    infinite: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    minimum: float | None
+    lower_quartile: float | None
+    median: float | None
+    upper_quartile: float | None
+    maximum: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSummary:
+    """One label over all cases.
+
+    Attributes:
+        label: Its name.
+        cases: How many there are.
+        empty_references, empty_predictions, both_empty: In how many the label is not; those of
+            ``both_empty`` count in the two others too.
+        missed: Names of the cases that have the label and whose prediction shares no voxel with it.
+        measures: In the order of ``training.scoring.measures.MEASURES``.
+        lesions: By size, and last all.
+        volumes: Found against reference, over all cases.
+    """
+
+    label: str
+    cases: int
+    empty_references: int
+    empty_predictions: int
+    both_empty: int
+    missed: tuple[str, ...]
+    measures: tuple[MeasureSummary, ...]
+    lesions: tuple[LesionCounts, ...]
+    volumes: VolumeAgreement
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Predictions of a set of cases, scored.
+
+    Attributes:
+        schema_version: Of the file.
+        empty: Policy for empty masks.
+        labels: Names of the foreground labels.
+        summaries: One for each label.
+        cases: By name, each with all labels.
+    """
+
+    schema_version: int
+    empty: str
+    labels: tuple[str, ...]
+    summaries: tuple[LabelSummary, ...]
+    cases: tuple[CaseScore, ...]
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise ValueError(
+                f"evaluation schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
+            )
+
+
+def make_evaluation(
+    cases: Iterable[CaseScore], labels: Sequence[str] | None, empty: str
+) -> Evaluation:
+    """Put cases together and summarise them.
+
+    Args:
+        cases: In any order, each name once.
+        labels: Names of the labels; None for those that occur, which are then numbers.
+        empty: The policy that the cases were scored with.
+
+    Raises:
+        TrainingError: A case is given twice, or there is none.
+    """
+    ordered = sorted(cases, key=lambda case: case.name)
+    names = [case.name for case in ordered]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not ordered:
+        raise TrainingError(f"cases scored twice: {', '.join(twice)}" if twice else "no cases")
+    if labels is None:
+        labels = sorted({s.label for case in ordered for s in case.labels}, key=int) or ["1"]
+    complete = tuple(
+        dataclasses.replace(case, labels=tuple(_find(case, label, empty) for label in labels))
+        for case in ordered
+    )
+    summaries = tuple(
+        summarise(label, [(case.name, case.labels[i]) for case in complete])
+        for i, label in enumerate(labels)
+    )
+    return Evaluation(SCHEMA_VERSION, empty, tuple(labels), summaries, complete)
+
+
+def summarise(label: str, scored: Sequence[tuple[str, LabelScore]]) -> LabelSummary:
+    """One label's summary, from the name and the score of each case."""
+    scores = [score for _, score in scored]
+    bare = [(s.reference_ml == 0, s.predicted_ml == 0) for s in scores]
+    return LabelSummary(
+        label=label,
+        cases=len(scores),
+        empty_references=sum(reference for reference, _ in bare),
+        empty_predictions=sum(prediction for _, prediction in bare),
+        both_empty=sum(reference and prediction for reference, prediction in bare),
+        missed=tuple(name for name, score in scored if score.missed),
+        measures=tuple(_summarise_measure(m, [getattr(s.scores, m) for s in scores])
+                       for m in MEASURES),
+        lesions=count_lesions((s.reference_lesions, s.predicted_lesions) for s in scores),
+        volumes=volume_agreement(
+            [s.predicted_ml for s in scores], [s.reference_ml for s in scores]
+        ),
+    )  # fmt: skip
+
+
+def save(evaluation: Evaluation, folder: Path) -> None:
+    """Write ``evaluation.json`` and ``cases.csv``.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    with volume.replacing(folder / EVALUATION_FILE) as temporary:
+        temporary.write_text(
+            strict_json.dumps(strict(strict_json.to_json(evaluation))), encoding="utf-8"
+        )
+    with (
+        volume.replacing(folder / CASES_FILE) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as stream,
+    ):
+        table = csv.writer(stream)
+        table.writerow(["case", "label", *MEASURES, *_VOLUMES, *_LESIONS, "missed"])
+        for case in evaluation.cases:
+            table.writerows(_row(case.name, score) for score in case.labels)
+
+
+def load(folder: Path) -> Evaluation:
+    """Read ``evaluation.json`` of a folder; infinite measures come back as None.
+
+    Raises:
+        TrainingError: There is none.
+        PlansError: It does not have the schema this code reads.
+    """
+    path = folder / EVALUATION_FILE
+    if not path.is_file():
+        raise TrainingError(f"{path}: no such file; make it with `evaluate ... --out {folder}`")
+    return strict_json.load(Evaluation, path)
+
+
+def strict(value: Any) -> Any:
+    """JSON types without NaN and infinity: null in their place."""
+    if isinstance(value, dict):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _find(case: CaseScore, label: str, empty: str) -> LabelScore:
+    found = next((score for score in case.labels if score.label == label), None)
+    return absent(label, empty) if found is None else found
+
+
+def _summarise_measure(measure: str, values: Sequence[float | None]) -> MeasureSummary:
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    mean = bootstrap_mean(finite)
+    quartiles = np.percentile(finite, [0, 25, 50, 75, 100]).tolist() if finite else [None] * 5
+    infinite = sum(value is not None and math.isinf(value) for value in values)
+    return MeasureSummary(
+        measure, len(finite), infinite, mean.mean, mean.low, mean.high, *quartiles
+    )
+
+
+def _row(case: str, score: LabelScore) -> list[str | int]:
+    found = sum(lesion.overlap_ml > 0 for lesion in score.reference_lesions)
+    false = sum(lesion.overlap_ml == 0 for lesion in score.predicted_lesions)
+    measures = (getattr(score.scores, measure) for measure in MEASURES)
+    return [
+        case,
+        score.label,
+        *("" if value is None else f"{value:.10g}" for value in measures),
+        *(f"{getattr(score, name):.10g}" for name in _VOLUMES),
+        len(score.reference_lesions),
+        found,
+        len(score.predicted_lesions),
+        false,
+        int(score.missed),
+    ]

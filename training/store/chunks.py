@@ -1,0 +1,346 @@
+"""Preprocessed cases on disk, readable patch by patch without loading a case.
+
+One folder per configuration, four files per case:
+
+    <case>.data.b2nd        intensities (C, Z, Y, X) as whole multiples of a small step
+    <case>.target.b2nd      labels int8 (Z, Y, X); -1 is background outside the nonzero mask
+    <case>.foreground.npz   voxel coordinates (n, 3) of each label, for foreground sampling
+    <case>.json             shape, steps and voxel counts; written last: it marks a finished case
+
+and a fifth for a cascade's second stage, written when the first stage has been trained:
+
+    <case>.previous.b2nd    labels int8 (Z, Y, X) that the first stage found
+
+The arrays are Blosc2 files: compressed blocks, of which a read inflates those that it touches. Why
+whole numbers, and how large the steps are: docs/decisions/0005-store.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ichseg.errors import DatasetError
+from ichseg.model import strict_json
+from ichseg.model.plans import Normalisation
+from ichseg.scan import volume
+
+SCHEMA_VERSION = 2
+HU_STEP = 1 / 16  # CT: rounding errs by at most 0.032 HU
+DEVIATION_STEP = 1 / 1024  # other images: by at most 0.0005 standard deviations
+_CHUNK, _BLOCK = (16, 128, 128), (4, 64, 64)  # voxels (z, y, x); a block is inflated at once
+_LISTED_AT_LEAST = 10_000  # voxels of a label whose coordinates are kept (nnU-Net v1)
+_LISTED_FRACTION = 0.01  # of larger labels
+_SEED = 1234
+_DATA, _TARGET, _FOREGROUND, _META = ".data.b2nd", ".target.b2nd", ".foreground.npz", ".json"
+_PREVIOUS = ".previous.b2nd"
+
+
+@dataclass(frozen=True, slots=True)
+class CaseMeta:
+    """What is known of a stored case without opening its arrays.
+
+    Attributes:
+        schema_version: Version of the store's layout.
+        name: Name of the case.
+        shape: ``(C, Z, Y, X)``.
+        steps: For each channel the intensity of which whole multiples are stored.
+        labels: Foreground label values present, ascending.
+        voxels: How many voxels of each.
+    """
+
+    schema_version: int
+    name: str
+    shape: tuple[int, int, int, int]
+    steps: tuple[float, ...]
+    labels: tuple[int, ...]
+    voxels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise ValueError(
+                f"store schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredArray:
+    """An array on disk; indexing reads what is indexed, and nothing stays open in between.
+
+    Attributes:
+        path: A Blosc2 file.
+        shape: Of the array.
+        steps: The first axis is multiplied by these; None leaves the stored numbers as they are.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    steps: npt.NDArray[np.float32] | None = None
+
+    def __getitem__(self, index: Any) -> npt.NDArray[Any]:
+        """The part that the index, of integers and slices, names.
+
+        Raises:
+            DatasetError: The file is missing or damaged.
+        """
+        stored = self.multiples(index)
+        if self.steps is None:
+            return stored
+        steps = self.steps[index[0] if isinstance(index, tuple) else index]
+        steps = steps.reshape(steps.shape + (1,) * (stored.ndim - steps.ndim))
+        return np.multiply(stored, steps, dtype=np.float32, casting="unsafe")
+
+    def multiples(self, index: Any) -> npt.NDArray[np.integer]:
+        """The same part as the whole numbers on disk, not multiplied by the steps.
+
+        Raises:
+            DatasetError: The file is missing or damaged.
+        """
+        try:
+            return _open_array(self.path)[index]
+        except (OSError, RuntimeError, ValueError) as error:
+            raise DatasetError(f"{self.path}: damaged, or missing ({error})") from error
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole numbers in memory."""
+        return int(np.prod(self.shape)) * _open_array(self.path).dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCase:
+    """A preprocessed case whose voxels are read only where they are indexed.
+
+    Attributes:
+        name: Name of the case.
+        data: Reads as float32, ``(C, Z, Y, X)``.
+        target: Reads as int8, ``(Z, Y, X)``.
+        foreground: For each label present, voxel coordinates ``(n, 3)``: all, or a sample.
+        previous: Labels of the cascade's first stage, as the target; None if not written.
+    """
+
+    name: str
+    data: StoredArray
+    target: StoredArray
+    foreground: dict[int, npt.NDArray[np.integer]]
+    previous: StoredArray | None = None
+
+
+def write_case(
+    folder: Path,
+    name: str,
+    data: npt.NDArray[np.float32],
+    target: npt.NDArray[np.int8],
+    normalisations: Sequence[Normalisation],
+) -> None:
+    """Store a case; until it is whole it does not count as there.
+
+    Args:
+        folder: The configuration's folder, made if need be.
+        name: Name of the case.
+        data: float32, ``(C, Z, Y, X)``.
+        target: int8, ``(Z, Y, X)``.
+        normalisations: How each channel was normalised; decides how finely it is stored.
+
+    Raises:
+        DatasetError: The arrays are of other types or do not fit each other.
+        OutputError: The folder cannot be written.
+    """
+    if data.ndim != 4 or data.dtype != np.float32 or len(data) != len(normalisations):
+        raise DatasetError(
+            f"case {name}: data is {data.dtype} {data.shape}, "
+            f"expected float32 ({len(normalisations)}, Z, Y, X)"
+        )
+    if target.shape != data.shape[1:] or target.dtype != np.int8:
+        raise DatasetError(
+            f"case {name}: target is {target.dtype} {target.shape}, expected int8 {data.shape[1:]}"
+        )
+    foreground, counts = sample_foreground(target)
+    steps = tuple(choose_step(image, how) for image, how in zip(data, normalisations, strict=True))
+    c, z, y, x = data.shape
+    meta = CaseMeta(
+        SCHEMA_VERSION, name, (c, z, y, x), steps, tuple(counts), tuple(counts.values())
+    )
+    for suffix in (_META, _PREVIOUS):  # from here on the old case is no more
+        _file(folder, name, suffix).unlink(missing_ok=True)
+    with volume.replacing(_file(folder, name, _DATA), suffix=".b2nd") as temporary:
+        temporary.write_bytes(_multiples(data, steps).to_cframe())
+    _write_labels(_file(folder, name, _TARGET), target)
+    with volume.replacing(_file(folder, name, _FOREGROUND), suffix=".npz") as temporary:
+        arrays: dict[str, Any] = {str(label): found for label, found in foreground.items()}
+        np.savez_compressed(temporary, **arrays)
+    with volume.replacing(_file(folder, name, _META)) as temporary:
+        temporary.write_text(strict_json.dumps(meta), encoding="utf-8")
+
+
+def write_previous(folder: Path, name: str, labels: npt.NDArray[np.int8]) -> None:
+    """Store beside a finished case what the cascade's first stage found in it.
+
+    Args:
+        folder: The second stage's configuration.
+        name: Name of the case.
+        labels: int8, ``(Z, Y, X)`` as the case's target; 0 is background.
+
+    Raises:
+        DatasetError: The case is not there, or the labels are of another type or shape.
+        OutputError: The folder cannot be written.
+    """
+    shape = open_case(folder, name).target.shape
+    if labels.shape != shape or labels.dtype != np.int8:
+        raise DatasetError(
+            f"{folder}: previous labels of case {name} are {labels.dtype} {labels.shape}, "
+            f"expected int8 {shape}"
+        )
+    _write_labels(_file(folder, name, _PREVIOUS), labels)
+
+
+def choose_step(image: npt.NDArray[np.float32], normalisation: Normalisation) -> float:
+    """The intensity of which whole multiples are stored, in the unit of the normalised image."""
+    if normalisation.scheme == "ct":
+        return HU_STEP / normalisation.deviation
+    if normalisation.scheme == "zscore":
+        return DEVIATION_STEP
+    deviation = float(image.std(dtype=np.float64))
+    return deviation * DEVIATION_STEP if deviation > 0 else float(abs(image.flat[0])) or 1.0
+
+
+def open_case(folder: Path, name: str) -> StoredCase:
+    """Open a stored case without reading its voxels.
+
+    Raises:
+        DatasetError: The case is not there, not finished, or damaged.
+    """
+    if not is_complete(folder, name):
+        raise DatasetError(f"{folder}: no finished case {name}; run `preprocess` first")
+    meta = load_meta(folder, name)
+    steps = np.array(meta.steps, np.float32)
+    data = StoredArray(_file(folder, name, _DATA), meta.shape, steps)
+    target = StoredArray(_file(folder, name, _TARGET), meta.shape[1:])
+    path = _file(folder, name, _PREVIOUS)
+    previous = StoredArray(path, meta.shape[1:]) if path.is_file() else None
+    try:
+        shapes = tuple(_open_array(array.path).shape for array in (data, target))
+        before = None if previous is None else _open_array(previous.path).shape
+        with np.load(_file(folder, name, _FOREGROUND)) as file:
+            foreground = {int(label): file[label] for label in file.files}
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DatasetError(f"{folder}: case {name} is damaged ({error})") from error
+    if shapes != (meta.shape, meta.shape[1:]) or len(steps) != meta.shape[0]:
+        raise DatasetError(
+            f"{folder}: case {name} has shapes {shapes[0]} and {shapes[1]}, "
+            f"expected {meta.shape} and {meta.shape[1:]}"
+        )
+    if before not in (None, meta.shape[1:]):
+        raise DatasetError(
+            f"{path}: previous labels have shape {before}, expected {meta.shape[1:]}"
+        )
+    return StoredCase(name, data, target, foreground, previous)
+
+
+def load_meta(folder: Path, name: str) -> CaseMeta:
+    """Shape and voxel counts of a stored case.
+
+    Raises:
+        PlansError: The file is missing or does not have the schema this code reads.
+    """
+    return strict_json.load(CaseMeta, _file(folder, name, _META))
+
+
+def list_cases(folder: Path) -> tuple[str, ...]:
+    """Names of the finished cases, sorted."""
+    names = (path.name.removesuffix(_DATA) for path in folder.glob(f"*{_DATA}"))
+    return tuple(
+        sorted(name for name in names if not name.startswith(".") and is_complete(folder, name))
+    )
+
+
+def is_complete(folder: Path, name: str) -> bool:
+    """Whether the case is stored and whole."""
+    return all(
+        _file(folder, name, suffix).is_file() for suffix in (_DATA, _TARGET, _FOREGROUND, _META)
+    )
+
+
+def sample_foreground(
+    target: npt.NDArray[np.int8],
+) -> tuple[dict[int, npt.NDArray[np.integer]], dict[int, int]]:
+    """Coordinates to centre foreground patches on, and voxel counts, both by label.
+
+    Every voxel of labels up to 10 000 voxels; of larger ones 10 000 or 1 %, whichever is more,
+    drawn without replacement with a fixed seed.
+
+    Args:
+        target: ``(Z, Y, X)``; values above 0 are foreground.
+    """
+    random = np.random.RandomState(_SEED)
+    dtype = np.int16 if max(target.shape) <= np.iinfo(np.int16).max else np.int32
+    foreground: dict[int, npt.NDArray[np.integer]] = {}
+    counts: dict[int, int] = {}
+    for label in range(1, int(target.max(initial=0)) + 1):
+        flat = np.flatnonzero(target == label)
+        if not len(flat):
+            continue
+        counts[label] = len(flat)
+        wanted = max(min(_LISTED_AT_LEAST, len(flat)), int(np.ceil(len(flat) * _LISTED_FRACTION)))
+        if wanted < len(flat):
+            flat = flat[np.sort(random.choice(len(flat), wanted, replace=False))]
+        foreground[label] = np.stack(np.unravel_index(flat, target.shape), axis=1).astype(dtype)
+    return foreground, counts
+
+
+def _multiples(data: npt.NDArray[np.float32], steps: tuple[float, ...]) -> Any:
+    """``data / steps``, rounded, as a Blosc2 array of the smallest type that holds it."""
+    divisors = np.array(steps, np.float32).reshape(-1, 1, 1, 1)
+    largest = max(
+        max(-float(image.min()), float(image.max())) / step
+        for image, step in zip(data, steps, strict=True)
+    )
+    dtype = next(t for t in (np.int16, np.int32, np.int64) if largest < np.iinfo(t).max - 1)
+    array = _new_array(data.shape, dtype)
+    for start in range(0, data.shape[1], _CHUNK[0]):  # chunk by chunk, to need little memory
+        part = data[:, start : start + _CHUNK[0]] / divisors
+        array[:, start : start + _CHUNK[0]] = np.rint(part, out=part).astype(dtype)
+    return array
+
+
+def _write_labels(path: Path, labels: npt.NDArray[np.int8]) -> None:
+    with volume.replacing(path, suffix=".b2nd") as temporary:
+        array = _new_array(labels.shape, np.int8)
+        array[:] = np.ascontiguousarray(labels)
+        temporary.write_bytes(array.to_cframe())
+
+
+def _new_array(shape: tuple[int, ...], dtype: type) -> Any:
+    """An empty Blosc2 array in memory: filled there and written at once, it is stored sooner."""
+    import blosc2  # here: it loads a web client, and who only lists cases need not wait for it
+
+    # sorting bytes by their place in a number only slows what has one byte
+    filters = [blosc2.Filter.SHUFFLE] if np.dtype(dtype).itemsize > 1 else [blosc2.Filter.NOFILTER]
+    leading = (1,) * (len(shape) - 3)
+    chunk = tuple(min(a, b) for a, b in zip(_CHUNK, shape[-3:], strict=True))
+    block = tuple(min(a, b) for a, b in zip(_BLOCK, chunk, strict=True))
+    return blosc2.empty(
+        shape,
+        dtype,
+        contiguous=True,
+        chunks=leading + chunk,
+        blocks=leading + block,
+        cparams=blosc2.CParams(codec=blosc2.Codec.LZ4HC, clevel=1, filters=filters, nthreads=1),
+    )
+
+
+def _open_array(path: Path) -> Any:
+    import blosc2
+
+    # one thread: patches are read by several processes at once
+    dparams = blosc2.DParams(nthreads=1)
+    return blosc2.open(str(path), mode="r", mmap_mode="r", dparams=dparams)
+
+
+def _file(folder: Path, name: str, suffix: str) -> Path:
+    return folder / f"{name}{suffix}"

@@ -1,0 +1,221 @@
+"""Preprocess a whole dataset for one configuration into the store, in parallel over cases."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ichseg.errors import DatasetError, PlansError
+from ichseg.model import plans as plans_module
+from ichseg.model import strict_json
+from ichseg.model.plans import Configuration, Normalisation, Plans, Resampling
+from ichseg.predict import prepare
+from ichseg.predict.prepare import Placement
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
+from training.data.dataset import (
+    Case,
+    Dataset,
+    add_workspace_argument,
+    describe_failure,
+    largest_image_voxels,
+    load_dataset,
+    read_case,
+)
+from training.data.parallel import default_workers, each_case, with_progress
+from training.store import chunks
+
+PLANS_FILE = "plans.json"
+# Hidden, so that it cannot be the name of a case.
+_RECORD_FILE = ".preprocessing.json"
+# What a worker holds: its libraries; and at the peak, per voxel of each channel, the image as read
+# and in float32, and the result, which may have some more voxels. Labels and masks come on top.
+_BYTES_OF_A_WORKER = 400_000_000
+_BYTES_PER_CHANNEL_VOXEL, _BYTES_PER_VOXEL = 14, 4
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What decides the stored voxels."""
+
+    store_version: int
+    dimensions: int
+    spacing_mm: tuple[float, float, float]
+    orientation: str
+    transpose: tuple[int, int, int]
+    normalise_first: bool
+    normalisations: tuple[Normalisation, ...]
+    resampling: Resampling
+    crop: str = strict_json.optional("nonzero")
+
+
+def folder_of(workspace: Path, configuration_name: str) -> Path:
+    """Where the preprocessed cases of a configuration lie."""
+    return workspace / "preprocessed" / configuration_name
+
+
+def preprocess_dataset(
+    dataset: Dataset, plans: Plans, configuration_name: str, workspace: Path, workers: int
+) -> int:
+    """Preprocess all labelled cases that the store does not hold yet.
+
+    Args:
+        dataset: The cases.
+        plans: Their plans.
+        configuration_name: Which of its configurations.
+        workspace: Results go to its ``preprocessed/<configuration>``.
+        workers: Parallel processes.
+
+    Returns:
+        How many cases were preprocessed; those found finished are not done again.
+
+    Raises:
+        DatasetError: The folder was made with other plans, or cases failed: each failure is
+            logged and the other cases are done all the same.
+        PlansError: There is no such configuration.
+    """
+    configuration = plans.configuration(configuration_name)
+    folder = folder_of(workspace, configuration_name)
+    _claim(folder, plans, configuration)
+    cases = dataset.labelled
+    waiting = [case for case in cases if not chunks.is_complete(folder, case.name)]
+    if len(waiting) < len(cases):
+        _log.info("%d of %d cases are finished already", len(cases) - len(waiting), len(cases))
+    failures = []
+    shared = (dataset.labels, plans, configuration, folder)
+    results = each_case(_preprocess_case, waiting, *shared, workers=workers)
+    for case, failure in with_progress(results, len(waiting), f"preprocess {configuration_name}"):
+        if failure is not None:
+            failures.append(describe_failure(case, failure))
+            _log.error("%s", failures[-1])
+    if failures:
+        raise DatasetError(
+            f"{len(failures)} of {len(cases)} cases failed, the first: {failures[0]}"
+        )
+    return len(waiting)
+
+
+def is_preprocessed(
+    dataset: Dataset, plans: Plans, configuration_name: str, workspace: Path
+) -> bool:
+    """Whether the store holds all labelled cases, made with these plans."""
+    folder = folder_of(workspace, configuration_name)
+    wanted = _record_of(plans, plans.configuration(configuration_name))
+    return _recorded(folder / _RECORD_FILE) == wanted and all(
+        chunks.is_complete(folder, case.name) for case in dataset.labelled
+    )
+
+
+def workers_for(dataset: Dataset) -> int:
+    """How many processes the cores and the memory allow, going by the largest image's header."""
+    per_voxel = _BYTES_PER_CHANNEL_VOXEL * len(dataset.channels) + _BYTES_PER_VOXEL
+    return default_workers(_BYTES_OF_A_WORKER + per_voxel * largest_image_voxels(dataset.labelled))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the ``preprocess`` command."""
+    parser.add_argument(
+        "configuration",
+        nargs="?",
+        default="3d_fullres",
+        help="a configuration of the plans [%(default)s]",
+    )
+    add_workspace_argument(parser)
+    parser.add_argument(
+        "--workers", type=int, help="parallel processes [one a core, as far as memory suffices]"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the ``preprocess`` command."""
+    started = time.monotonic()
+    dataset = load_dataset(args.workspace)
+    plans = plans_module.load(args.workspace / PLANS_FILE)
+    workers = workers_for(dataset) if args.workers is None else args.workers
+    # Read by numpy as the worker processes load it: cases run side by side, and more threads in
+    # each would only wait for one another.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    done = preprocess_dataset(dataset, plans, args.configuration, args.workspace, workers)
+    sys.stdout.write(
+        f"{done} cases preprocessed in {time.monotonic() - started:.0f} s, "
+        f"{len(dataset.labelled)} stored -> {folder_of(args.workspace, args.configuration)}\n"
+    )
+    return 0
+
+
+def _claim(folder: Path, plans: Plans, configuration: Configuration) -> None:
+    """Record what the folder is made with; refuse one that was made otherwise."""
+    record = _record_of(plans, configuration)
+    path = folder / _RECORD_FILE
+    for unfinished in folder.glob(".writing-*"):  # of a run that was killed
+        unfinished.unlink(missing_ok=True)
+    if not path.exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise DatasetError(
+                f"{folder}: holds files of unknown origin; delete the folder and preprocess again"
+            )
+        with volume.replacing(path) as temporary:
+            temporary.write_text(strict_json.dumps(record), encoding="utf-8")
+    elif _recorded(path) != record:
+        raise DatasetError(
+            f"{folder}: was preprocessed with other plans (spacing, intensities, crop or "
+            "resampling differ) or by another version; delete the folder and preprocess again"
+        )
+
+
+def _refuse_beyond(reference: Volume, placement: Placement) -> None:
+    """Refuse a case that loses foreground to the cut to the head."""
+    labels = placement.axes.apply(reference.voxels)
+    lost = np.count_nonzero(labels) - np.count_nonzero(labels[placement.slices])
+    if lost:
+        raise DatasetError(
+            f"{lost} foreground voxels lie outside of the head that is found, which no network "
+            "would see; correct the case, or plan with --crop nonzero"
+        )
+
+
+def _record_of(plans: Plans, configuration: Configuration) -> _Record:
+    return _Record(
+        store_version=chunks.SCHEMA_VERSION,
+        dimensions=configuration.architecture.dimensions,
+        spacing_mm=configuration.spacing_mm,
+        orientation=plans.orientation,
+        transpose=plans.transpose,
+        normalise_first=plans.normalise_first,
+        normalisations=plans.normalisations,
+        resampling=plans.resampling,
+        crop=plans.crop,
+    )
+
+
+def _recorded(path: Path) -> _Record | None:
+    try:
+        return strict_json.load(_Record, path)
+    except PlansError:  # missing, or of another version
+        return None
+
+
+def _preprocess_case(
+    case: Case, labels: Sequence[str], plans: Plans, configuration: Configuration, folder: Path
+) -> None:
+    """Read, prepare and store one case."""
+    images, reference = read_case(case, labels)
+    placement = prepare.place(images, plans, configuration)
+    if plans.crop == "head":
+        _refuse_beyond(reference, placement)
+    outside = prepare.outside_nonzero(images, placement)
+    target = prepare.prepare_labels(reference, placement, plans, outside)
+    del reference, outside  # memory, before what needs most of it
+    data = prepare.prepare(images, plans, configuration).data
+    del images
+    chunks.write_case(folder, case.name, data, target, plans.normalisations)
