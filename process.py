@@ -23,6 +23,7 @@ from ichseg.app.arguments import parse_arguments
 from ichseg.app.cases import Job, find_cases, find_challenge_cases
 from ichseg.app.console import fail, say
 from ichseg.errors import IchsegError, OutputError, WeightsError
+from ichseg.files import UNFINISHED
 
 if TYPE_CHECKING:  # engines take long to import: --help and refusals of input do without
     from ichseg.predict.ensemble import Ensemble
@@ -207,7 +208,7 @@ def check_output(job: Job, output: Path) -> None:
         # a scan that has gone since it was listed is its case's fault, and said there
         if case.output.exists() and case.image.exists() and case.output.samefile(case.image):
             raise OutputError(f"{case.image}: its mask would replace it; name another --output")
-    probe = output / ".writing-probe"
+    probe = output / f"{UNFINISHED}probe"
     try:
         output.mkdir(parents=True, exist_ok=True)
         try:

@@ -31,6 +31,7 @@ from scipy import ndimage
 from benchmarks import rivals
 from benchmarks.parity_ours import probabilities_of
 from benchmarks.rows import Row, at_most, report
+from ichseg.files import stem_of
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 
@@ -129,7 +130,7 @@ def main() -> int:
                 rows += compare([make_regions(folder / part, args.steps)], cases, python)
             else:
                 paths = sorted(args.images.glob("[!.]*.nii.gz"))[: args.cases]
-                listed = [Case(volume.stem_of(path), path, None) for path in paths]
+                listed = [Case(stem_of(path), path, None) for path in paths]
                 rows += compare([link_trained(folder / part, args.trained)], listed, python)
             print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
     return report("parity", rows)

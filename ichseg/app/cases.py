@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ichseg.errors import InputError
+from ichseg.files import SCAN_SUFFIXES, stem_of
 from ichseg.scan.dicom import files
 
-SUFFIXES = (".mha", ".nii.gz", ".nii")
 INPUTS_FILE = "inputs.json"
 _INPUTS_LIMIT = 16 << 20  # bytes; the platform's are a few thousand
 
@@ -95,7 +95,7 @@ def _recognise(folder: Path, output: Path, input_slug: str, output_slug: str) ->
     ]
     if not cases:
         raise InputError(
-            f"{folder}: found no scan, expected {', '.join(SUFFIXES)} files, DICOM slices "
+            f"{folder}: found no scan, expected {', '.join(SCAN_SUFFIXES)} files, DICOM slices "
             "or a Grand Challenge layout"
         )
     for mask, count in Counter(case.output for case in cases).items():
@@ -190,8 +190,8 @@ def _relative(named: Any, folder: Path, where: Path) -> Path:
 def _platform_cases(socket: Path, masks: Path, folder: Path) -> tuple[InputCase, ...]:
     images = _volumes(socket, folder)
     if not images:
-        raise InputError(f"{socket}: found no scan, expected one of {', '.join(SUFFIXES)}")
-    cases = tuple(InputCase(path.name, path, masks / f"{_stem(path)}.mha") for path in images)
+        raise InputError(f"{socket}: found no scan, expected one of {', '.join(SCAN_SUFFIXES)}")
+    cases = tuple(InputCase(path.name, path, masks / f"{stem_of(path)}.mha") for path in images)
     for output, count in Counter(case.output for case in cases).items():
         if count > 1:
             raise InputError(
@@ -201,7 +201,7 @@ def _platform_cases(socket: Path, masks: Path, folder: Path) -> tuple[InputCase,
     return cases
 
 
-def _volumes(folder: Path, root: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+def _volumes(folder: Path, root: Path, suffixes: tuple[str, ...] = SCAN_SUFFIXES) -> list[Path]:
     """The volumes that lie in a folder, none if there is no such folder."""
     if not folder.is_dir():
         return []
@@ -232,8 +232,3 @@ def _quoted(value: object) -> str:
     """As Python writes it, which keeps to one line; not more of it than a line holds."""
     text = repr(value)
     return text if len(text) <= 160 else text[:157] + "..."
-
-
-def _stem(path: Path) -> str:
-    suffix = next(s for s in SUFFIXES if path.name.lower().endswith(s))
-    return path.name[: -len(suffix)]

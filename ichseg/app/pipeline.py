@@ -25,6 +25,7 @@ from ichseg.app.cases import InputCase, Job
 from ichseg.app.console import Progress, duration, say
 from ichseg.app.results import CaseResult
 from ichseg.errors import BudgetError, DeviceError, IchsegError, InputError, WeightsError
+from ichseg.files import remove_unfinished, stem_of
 from ichseg.predict import components, memory, prepare
 from ichseg.predict.components import Lesion
 from ichseg.predict.ensemble import Ensemble, Predicted, Prepared, Segmentation
@@ -356,13 +357,13 @@ def _write(task: Task, done: Done, ensemble: Ensemble, output: Path, pictures: b
         from ichseg.report import report
 
         mask, is_ct = segmentation.mask, ensemble.model.expects_hu
-        overlay = output / f"{volume.stem_of(case.image)}.png"
+        overlay = output / f"{stem_of(case.image)}.png"
         report.write_overlay(scan, mask, overlay, is_ct=is_ct)
         report.write_case(output / REPORT, case.name, scan, {"prediction": mask}, is_ct=is_ct)
     write_s = time.perf_counter() - began
     facts = _facts(segmentation, found, done)
     facts["seconds"] |= {"read": round(done.read_s, 3), "write": round(write_s, 3)}
-    facts |= {"made_from": done.made_from, "mask_sha256": result.sha256(case.output)}
+    facts |= {"made_from": done.made_from, "mask_sha256": result.digest_of(case.output)}
     for warning in facts["warnings"]:
         say(f"{task.name}: warning: {warning}")
     say(f"{task.name}: {_summary(facts, len(found))} -> {case.output}")
@@ -426,7 +427,7 @@ def _two_threads(folders: set[Path]) -> Iterator[tuple[ThreadPoolExecutor, Threa
     """For reading and for writing; if the block is left early, with nothing half-written.
 
     Args:
-        folders: Where temporary files of ``volume.replacing`` may be left.
+        folders: Where temporary files of ``files.replacing`` may be left.
     """
     reader, writer = ThreadPoolExecutor(1, "reader"), ThreadPoolExecutor(1, "writer")
     try:
@@ -434,8 +435,7 @@ def _two_threads(folders: set[Path]) -> Iterator[tuple[ThreadPoolExecutor, Threa
     except BaseException as error:
         wait([writer.submit(lambda: None)], _LAST_WRITE_S)  # so long for what it is at
         for folder in folders:
-            for partial in folder.glob(".writing-*"):
-                partial.unlink(missing_ok=True)
+            remove_unfinished(folder)
         if isinstance(error, Exception):  # no signal: time enough, and its reason is the last line
             reader.shutdown(cancel_futures=True)
             writer.shutdown(cancel_futures=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from typing import Any
 
 from ichseg.app.cases import InputCase
 from ichseg.errors import InputError, OutputError
+from ichseg.files import replacing, sha256
 from ichseg.scan.dicom import files as dicom_file
-from ichseg.scan.volume import replacing
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +107,7 @@ def finished(
     for result in earlier:
         same = (result.image, result.mask) == (case.name, mask)
         if same and result.report.get("made_from") == made:
-            digest = sha256(case.output)
+            digest = digest_of(case.output)
             return result if digest and digest == result.report.get("mask_sha256") else None
     return None
 
@@ -131,11 +130,10 @@ def without_lost(results: Sequence[CaseResult], output: Path) -> list[CaseResult
     ]
 
 
-def sha256(path: Path) -> str | None:
-    """Of a file; None if it cannot be read."""
+def digest_of(mask: Path) -> str | None:
+    """The mask file's SHA-256; None if it cannot be read, since somebody may have removed it."""
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256(mask)
     except OSError:
         return None
 

@@ -6,7 +6,6 @@ Files are checked against the sha256 in ``model.json`` before they are used.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,10 @@ import safetensors
 import safetensors.numpy
 
 from ichseg.errors import PlansError, WeightsError
+from ichseg.files import replacing, sha256
 from ichseg.model import strict_json
 from ichseg.model.plans import Plans
 from ichseg.predict.components import ComponentRule
-from ichseg.scan.volume import replacing
 
 if TYPE_CHECKING:  # not imported: OpenVINO does without it
     from torch import Tensor
@@ -189,7 +188,7 @@ def save_member(
     stored = {name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()}
     with replacing(path, suffix=".safetensors") as temporary:
         safetensors.numpy.save_file(stored, temporary)
-    return Member(configuration, fold, path.name, _sha256(path))
+    return Member(configuration, fold, path.name, sha256(path))
 
 
 def save_model(folder: Path, model: Model) -> None:
@@ -198,14 +197,14 @@ def save_model(folder: Path, model: Model) -> None:
         temporary.write_text(strict_json.dumps(model), encoding="utf-8")
     files = [*(folder / member.file for member in model.members), folder / MODEL_FILE]
     with replacing(folder / "SHA256SUMS") as temporary:
-        temporary.write_text("".join(f"{_sha256(f)}  {f.name}\n" for f in files), encoding="utf-8")
+        temporary.write_text("".join(f"{sha256(f)}  {f.name}\n" for f in files), encoding="utf-8")
 
 
 def _verify(path: Path, expected: str) -> None:
     try:
         with path.open("rb") as stream:
             start = stream.read(len(_LFS_POINTER))
-        found = _sha256(path)
+        found = sha256(path)
     except OSError as error:
         raise WeightsError(f"{path}: cannot read the weights ({error.strerror})") from error
     if start == _LFS_POINTER:
@@ -214,8 +213,3 @@ def _verify(path: Path, expected: str) -> None:
         raise WeightsError(
             f"{path}: altered, sha256 is {found[:12]}..., {MODEL_FILE} says {expected[:12]}..."
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ichseg.files import replacing
 from ichseg.report.case_list import Card, Column, Row, listing
 from ichseg.report.html import Html, tag
-from ichseg.scan.volume import replacing
 
 ASSETS = Path(__file__).parent / "assets"
 FILE = "index.html"

@@ -15,8 +15,9 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from ichseg.errors import OutputError
+from ichseg.files import replacing
 from ichseg.report.framing import Framed, frame
-from ichseg.scan.volume import Volume, replacing
+from ichseg.scan.volume import Volume
 
 Picture = npt.NDArray[np.uint8]  # (rows, columns, 3)
 BRAIN = (80.0, 40.0)  # HU, width and level of the window

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ichseg.app.results import CaseResult
+from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.report import page, pictures, viewer
 from ichseg.report.case_list import Card, Column, Row, Shown, number
@@ -19,7 +20,7 @@ from ichseg.report.framing import Framed, frame
 from ichseg.report.html import Html, join, tag
 from ichseg.report.page import Section
 from ichseg.report.pictures import write_overlay
-from ichseg.scan.volume import Volume, replacing
+from ichseg.scan.volume import Volume
 
 __all__ = ["read_case", "slug_of", "write_case", "write_index", "write_overlay"]
 

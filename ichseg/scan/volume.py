@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import os
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -21,11 +20,10 @@ import numpy.typing as npt
 import SimpleITK as sitk
 
 from ichseg.errors import InputError, OutputError
+from ichseg.files import NIFTI_SUFFIXES, SCAN_SUFFIXES, replacing, suffix_of
 from ichseg.scan import headers
 from ichseg.scan.headers import NIFTI1_HEADER, Header
 
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
-SUFFIXES = (".mha", *NIFTI_SUFFIXES)
 _NIFTI1_DATA_OFFSET = 352  # header and the four bytes that say "no extensions"
 _UINT8_DATATYPE = 2
 _MORE = 1 << 16  # bytes, which a full disk has no room for
@@ -65,17 +63,6 @@ class Volume:
         if voxels.shape != self.voxels.shape:
             raise ValueError(f"geometry is for shape {self.voxels.shape}, got {voxels.shape}")
         return Volume(voxels, self.spacing_mm, self.origin_mm, self.direction, self.nifti_header)
-
-
-def suffix_of(path: Path) -> str:
-    """The supported suffix of a file name (``.nii.gz`` as one), lower case, or an empty string."""
-    name = path.name.lower()
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
-
-
-def stem_of(path: Path) -> str:
-    """File name without its supported suffix."""
-    return path.name[: len(path.name) - len(suffix_of(path))]
 
 
 def read(path: Path) -> Volume:
@@ -152,7 +139,7 @@ def write(volume: Volume, path: Path) -> None:
     suffix = suffix_of(path)
     if not suffix:
         raise OutputError(
-            f"{path}: cannot write this file type, expected one of {', '.join(SUFFIXES)}"
+            f"{path}: cannot write this file type, expected one of {', '.join(SCAN_SUFFIXES)}"
         )
     with replacing(path, suffix=suffix) as temporary:
         if (
@@ -164,31 +151,6 @@ def write(volume: Volume, path: Path) -> None:
         else:
             _write_image(volume, temporary)
         _check_geometry(volume, temporary, path)
-
-
-@contextlib.contextmanager
-def replacing(path: Path, *, suffix: str = "") -> Iterator[Path]:
-    """A temporary name beside ``path`` that replaces it when the block ends well, else vanishes.
-
-    Raises:
-        OutputError: The folder cannot be created or written.
-    """
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix=suffix)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
-        raise OutputError(f"{path}: cannot write ({reason})") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
 
 def _why_not_written(path: Path, reason: str) -> OSError:
@@ -211,7 +173,7 @@ def _header(path: Path) -> Header:
         raise InputError(f"{path}: no such file")
     suffix = suffix_of(path)
     if not suffix:
-        raise InputError(f"{path}: unknown file type, expected one of {', '.join(SUFFIXES)}")
+        raise InputError(f"{path}: unknown file type, expected one of {', '.join(SCAN_SUFFIXES)}")
     return headers.read_header(path, suffix)
 
 

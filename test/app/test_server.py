@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[2]
 SERVED = """
 import signal, sys, time
 from pathlib import Path
+from ichseg.files import replacing
 from ichseg.app import server
 from ichseg.errors import IchsegError
-from ichseg.scan.volume import replacing
 
 place = Path(sys.argv[1])
 steps = iter((place / "jobs").read_text().split())

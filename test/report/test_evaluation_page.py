@@ -12,6 +12,7 @@ from helpers.workspaces import make_workspace
 from report.test_report import Page
 
 from ichseg.errors import DatasetError, TrainingError
+from ichseg.files import replacing
 from ichseg.scan import volume
 from training import __main__ as command
 from training.crossval import merge
@@ -215,7 +216,7 @@ def test_selection_stands_on_the_page(workspace):
             report.selection.Candidate(("3d_fullres",), 0.7, (0.7,)),
         ),
     )  # fmt: skip
-    with volume.replacing(workspace / "selection.json") as temporary:
+    with replacing(workspace / "selection.json") as temporary:
         temporary.write_text(report.selection.strict_json.dumps(selected))
     command.main(["report", str(workspace), "--workers", "1"])
     found = Page(workspace / "report" / "index.html")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -20,6 +19,7 @@ import numpy as np
 from conftest import make_bundle
 
 import process
+from ichseg.files import sha256
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 
@@ -257,7 +257,7 @@ def unfit_results(path: Path) -> list[str]:
                 mask = path.parent / output["filename"]
                 if not mask.is_file():
                     bad.append(f"results.json names {mask.name}, which is not there")
-                elif _sha256(mask) != entry["report"]["mask_sha256"]:
+                elif sha256(mask) != entry["report"]["mask_sha256"]:
                     bad.append(f"results.json has another sha256 for {mask.name}")
             seconds = entry["report"].get("seconds", {})
             if any(value < 0 for value in seconds.values()):
@@ -306,10 +306,6 @@ def trial(fault: str, ended: Ended, output: Path, bad: Sequence[str], scene: Sce
         how = "stopped"
     masks = sum((output / name).is_file() for name in scene.masks)
     return Trial(fault, how, tuple(bad), masks, ended.lines[-1] if ended.lines else "")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def identity(path: Path) -> tuple[int, int]:

@@ -47,7 +47,7 @@ from robustness.fault_runs import (
 )
 
 from ichseg.engine import torch_engine
-from ichseg.scan import volume
+from ichseg.files import suffix_of
 
 FULL = "No space left on device"
 TOO_LARGE = "File too large"  # what RLIMIT_FSIZE gives
@@ -218,7 +218,7 @@ def input_changes(scene: Scene, place: Path, rng: random.Random) -> Trial:
     others = [
         path.name
         for path in scans.iterdir()
-        if volume.suffix_of(path) == volume.suffix_of(victim) and path != victim
+        if suffix_of(path) == suffix_of(victim) and path != victim
     ]
     other = rng.choice(sorted(others)) if others else victim.name
     running = start(scene.folder, scans, output)

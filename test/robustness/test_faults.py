@@ -22,6 +22,7 @@ from ichseg.app.cases import InputCase, Job
 from ichseg.app.results import CaseResult
 from ichseg.engine import torch_engine
 from ichseg.errors import DeviceError, OutputError
+from ichseg.files import SCAN_SUFFIXES, replacing
 from ichseg.predict.ensemble import Ensemble
 from ichseg.report import report
 from ichseg.scan import volume
@@ -144,7 +145,7 @@ def test_a_gpu_lost_while_scores_are_restored(scene, monkeypatch):
         ensemble.finish(predicted)
 
 
-@pytest.mark.parametrize("suffix", volume.SUFFIXES)
+@pytest.mark.parametrize("suffix", SCAN_SUFFIXES)
 def test_a_file_that_itk_left_cut_gets_no_name(tmp_path, monkeypatch, suffix):
     """It says nothing where the end was in its buffer: a small mask lost all but its header."""
     write = sitk.WriteImage
@@ -306,7 +307,7 @@ def test_what_must_not_be_is_seen(scene, sound):
 def test_a_mask_that_is_done_twice_is_seen(scene, sound, monkeypatch):
     def pretend(*_):
         for path in again:
-            with volume.replacing(path) as temporary:
+            with replacing(path) as temporary:
                 temporary.write_bytes(path.read_bytes())
         return Ended(0, ("said",))
 

@@ -18,7 +18,7 @@ from scipy.spatial.transform import Rotation
 
 from ichseg.errors import InputError, OutputError
 from ichseg.scan import volume
-from ichseg.scan.volume import Volume, read, replacing, stem_of, suffix_of, write
+from ichseg.scan.volume import Volume, read, write
 
 # tmp_path is shared by the examples of one property: each overwrites the same file.
 EXAMPLES = settings(
@@ -342,13 +342,6 @@ def test_unknown_suffix_is_refused(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["case.png"]
 
 
-def test_suffix_and_stem() -> None:
-    assert suffix_of(Path("a.b/001.NII.gz")) == ".nii.gz"
-    assert stem_of(Path("a.b/001.NII.gz")) == "001"
-    assert stem_of(Path("001.v2.mha")) == "001.v2"
-    assert suffix_of(Path("001.dcm")) == ""
-
-
 def test_voxels_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"geometry is for shape \(6, 20, 30\), got \(6, 20, 1\)"):
         some_volume().with_voxels(np.zeros((6, 20, 1), np.uint8))
@@ -365,21 +358,6 @@ def test_unwritable_folder_is_refused(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(OutputError, match=rf"case\{suffix}: cannot write \(.*(exists|Not a dir)"):
         write(some_volume(), tmp_path / "file" / f"case{suffix}")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_failure_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    path.write_text("old")
-
-    def fail() -> None:
-        with replacing(path) as temporary:
-            temporary.write_text("half")
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(OutputError, match=r"results\.json: cannot write \(No space left on device"):
-        fail()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_geometry_that_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
@@ -401,10 +379,3 @@ def test_interrupted_write_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         write(some_volume(), tmp_path / f"case{suffix}")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_written_file_is_readable_by_others(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "folder" / "results.json"
-    with replacing(path) as temporary:
-        temporary.write_text("{}")
-    assert path.stat().st_mode & 0o777 == 0o644

@@ -157,14 +157,14 @@ def test_a_case_counts_only_when_whole(tmp_path, suffix):
 @pytest.mark.parametrize("at", range(4))
 def test_a_rewrite_interrupted_at_any_file_is_not_a_finished_case(tmp_path, monkeypatch, at):
     write_case(tmp_path, "a", *example())
-    replacing, count = chunks.volume.replacing, iter(range(4))
+    replacing, count = chunks.replacing, iter(range(4))
 
     def interrupted(*args, **kwargs):
         if next(count) == at:
             raise KeyboardInterrupt
         return replacing(*args, **kwargs)
 
-    monkeypatch.setattr(chunks.volume, "replacing", interrupted)
+    monkeypatch.setattr(chunks, "replacing", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_case(tmp_path, "a", *example(1))
     assert not is_complete(tmp_path, "a")

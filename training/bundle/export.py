@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ichseg.errors import TrainingError, WeightsError
+from ichseg.files import UNFINISHED
 from ichseg.model import bundle, plans, strict_json
 from ichseg.model.bundle import Member, Model
 from ichseg.model.plans import Plans
@@ -91,7 +92,7 @@ def export(
     ]
     known = _known_members(out)
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".writing-") as beside:
+    with tempfile.TemporaryDirectory(dir=out, prefix=UNFINISHED) as beside:
         members = []
         for part in trained:
             weights = part.checkpoint["network"]

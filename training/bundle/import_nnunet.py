@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ichseg.errors import OutputError, PlansError, WeightsError
+from ichseg.files import UNFINISHED
 from ichseg.model import bundle, strict_json
 from ichseg.model.bundle import Member, Model
 from ichseg.model.plans import Configuration, Plans
@@ -91,7 +92,7 @@ def import_folders(
     if (out / bundle.MODEL_FILE).exists():
         raise OutputError(f"{out}: holds a bundle already, expected a new or empty folder")
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".writing-") as beside:
+    with tempfile.TemporaryDirectory(dir=out, prefix=UNFINISHED) as beside:
         parts = [
             _import_folder(folder, folds, CHECKPOINTS[checkpoint], Path(beside))
             for folder in folders

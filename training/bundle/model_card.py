@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ichseg.errors import IchsegError
+from ichseg.files import replacing
 from ichseg.model.bundle import Model
 from ichseg.predict.components import ComponentRule
-from ichseg.scan import volume
 from training.crossval import merge, rules, selection
 from training.crossval.selection import Selection
 from training.scoring import summary
@@ -46,7 +46,7 @@ def write(model: Model, workspace: Path, out: Path) -> None:
         "Every figure above is of cases from the dataset that it was trained on. How it does on "
         "other scanners, patients and findings has to be measured there.",
     ]
-    with volume.replacing(out / FILE) as temporary:
+    with replacing(out / FILE) as temporary:
         temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 

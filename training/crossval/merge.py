@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ichseg.errors import PlansError, TrainingError
+from ichseg.files import suffix_of
 from ichseg.model import plans, strict_json
-from ichseg.scan import volume
 from training.crossval import validate
 from training.data import dataset, splits
 from training.data.dataset import add_workspace_argument
@@ -57,7 +57,7 @@ def cross_validate(
             label = cases[name].label
             assert label is not None
             for folder, path in ((predictions, mask), (references, label)):
-                link = folder / f"{name}{volume.suffix_of(path)}"
+                link = folder / f"{name}{suffix_of(path)}"
                 link.symlink_to(os.path.relpath(path, folder))
         return evaluate.evaluate(
             predictions, references, out, names=labels, empty=empty, workers=workers

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ichseg.errors import TrainingError
-from ichseg.scan.volume import replacing
+from ichseg.files import replacing
 from training.scoring.surface import bounding_box
 
 FOLDER = "probabilities"

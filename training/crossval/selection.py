@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ichseg.errors import PlansError, TrainingError
+from ichseg.files import replacing
 from ichseg.model import plans, strict_json
 from ichseg.model.plans import Plans
 from ichseg.predict import components, prepare
@@ -158,7 +159,7 @@ def select(
         candidates=candidates,
         trials=trials,
     )
-    with volume.replacing(workspace / SELECTION_FILE) as temporary:
+    with replacing(workspace / SELECTION_FILE) as temporary:
         temporary.write_text(strict_json.dumps(selection), encoding="utf-8")
     if not keep_probabilities:
         for name in merge.trained_configurations(workspace):

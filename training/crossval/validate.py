@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ichseg.engine import torch_engine
 from ichseg.errors import PlansError
+from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.model.network import build_network
 from ichseg.model.plans import Configuration, Plans
@@ -303,7 +304,7 @@ def _warn_of_missing(workspace: Path, stage: Configuration, names: Sequence[str]
 
 
 def _write(record: Validation, path: Path) -> None:
-    with volume.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(strict_json.dumps(record), encoding="utf-8")
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ichseg.errors import DatasetError
+from ichseg.files import remove_unfinished, replacing, suffix_of
 from ichseg.scan import volume
 from training.data import parallel, splits
 from training.data.dataset import (
@@ -97,7 +98,7 @@ def convert(
             f"{len(failures)} of {len(moves)} cases failed, the first: {failures[0]}"
         )
     if table is not None:
-        with volume.replacing(workspace / splits.GROUPS_FILE) as temporary:
+        with replacing(workspace / splits.GROUPS_FILE) as temporary:
             temporary.write_bytes(table)
     save_dataset(dataset, workspace)  # last: it marks a finished conversion
     return dataset
@@ -118,8 +119,8 @@ def refuse_taken(workspace: Path) -> None:
             )
     if workspace.exists() and not workspace.is_dir():
         raise DatasetError(f"{workspace}: is a file, expected a folder")
-    for unfinished in (workspace / "raw").glob("*/.writing-*"):
-        unfinished.unlink(missing_ok=True)
+    for folder in (workspace / "raw").glob("*/"):
+        remove_unfinished(folder)
 
 
 def bring(source: Path, target: Path) -> None:
@@ -138,7 +139,7 @@ def bring(source: Path, target: Path) -> None:
     with contextlib.suppress(OSError):  # another file system, or links not allowed
         os.link(source.resolve(), target)
         return
-    with volume.replacing(target) as temporary:
+    with replacing(target) as temporary:
         shutil.copyfile(source, temporary)
 
 
@@ -146,12 +147,12 @@ def placed(case: Case, channels: int, workspace: Path) -> Case:
     """The same case under the names that it gets in a workspace."""
     raw = workspace / "raw"
     as_they_are = len(case.images) == channels
-    suffixes = [volume.suffix_of(p) for p in case.images] if as_they_are else [".nii.gz"] * channels
+    suffixes = [suffix_of(p) for p in case.images] if as_they_are else [".nii.gz"] * channels
     images = tuple(
         raw / "images" / f"{case.name}_{channel:04d}{suffix}"
         for channel, suffix in enumerate(suffixes)
     )
-    label = case.label and raw / "labels" / f"{case.name}{volume.suffix_of(case.label)}"
+    label = case.label and raw / "labels" / f"{case.name}{suffix_of(case.label)}"
     return Case(case.name, images, label)
 
 

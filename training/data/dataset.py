@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ichseg.errors import DatasetError, IchsegError, InputError
+from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
@@ -160,7 +161,7 @@ def save_dataset(dataset: Dataset, workspace: Path) -> None:
         for case in dataset.cases
     )
     content = _DatasetFile(SCHEMA_VERSION, dataset.name, dataset.channels, dataset.labels, cases)
-    with volume.replacing(workspace / DATASET_FILE) as temporary:
+    with replacing(workspace / DATASET_FILE) as temporary:
         temporary.write_text(strict_json.dumps(content), encoding="utf-8")
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ichseg.errors import DatasetError, InputError
+from ichseg.files import SCAN_SUFFIXES, is_named_as_scan, stem_of
 from ichseg.model import strict_json
 from ichseg.scan import volume
 from training.data.dataset import DATASET_FILE, Case
@@ -96,7 +97,7 @@ def _read_described(folder: Path, path: Path, raw: Mapping[str, Any]) -> Source:
         layout = "nnU-Net v1 raw folder" if split else "MSD task"
         cases = [
             Case(
-                volume.stem_of(image),
+                stem_of(image),
                 tuple(_channel_file(image, i) for i in range(len(channels))) if split else (image,),
                 label,
             )
@@ -121,8 +122,8 @@ def _listed(folder: Path, path: Path, raw: Mapping[str, Any]) -> list[tuple[Path
 
 
 def _channel_file(image: Path, channel: int) -> Path:
-    suffix = image.name[len(volume.stem_of(image)) :]
-    return image.with_name(f"{volume.stem_of(image)}_{channel:04d}{suffix}")
+    suffix = image.name[len(stem_of(image)) :]
+    return image.with_name(f"{stem_of(image)}_{channel:04d}{suffix}")
 
 
 def _v2_cases(
@@ -131,9 +132,9 @@ def _v2_cases(
     explicit, ending = raw.get("dataset"), raw["file_ending"]
     if explicit is not None:
         return list(_v2_explicit(folder, path, explicit))
-    if ending not in volume.SUFFIXES:
+    if ending not in SCAN_SUFFIXES:
         raise DatasetError(
-            f"{path}: file_ending is {ending!r}, expected one of {', '.join(volume.SUFFIXES)}"
+            f"{path}: file_ending is {ending!r}, expected one of {', '.join(SCAN_SUFFIXES)}"
         )
     images: dict[str, list[str]] = {}
     problems = []
@@ -184,7 +185,7 @@ def _read_instance(folder: Path) -> Source:
     found: dict[str, dict[str, Path]] = {}
     for part in ("data", "label"):
         files = list(_files(folder / "train" / part))
-        found[part] = {volume.stem_of(file): file for file in files}
+        found[part] = {stem_of(file): file for file in files}
         if len(found[part]) < len(files):
             raise DatasetError(
                 f"{folder / 'train' / part}: two files of one case, as .nii and .nii.gz"
@@ -205,7 +206,7 @@ def _files(folder: Path, ending: str = "") -> Iterator[Path]:
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder")
     for file in sorted(folder.iterdir()):
-        if volume.suffix_of(file) and file.name.endswith(ending) and not file.name.startswith("."):
+        if is_named_as_scan(file) and file.name.endswith(ending):
             yield file
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ichseg.errors import DatasetError
+from ichseg.files import replacing
 from ichseg.model import strict_json
-from ichseg.scan import volume
 
 SCHEMA_VERSION = 1
 SPLITS_FILE = "splits.json"
@@ -149,7 +149,7 @@ def load_or_make_splits(workspace: Path, names: Sequence[str]) -> tuple[Split, .
     splits = find_splits(workspace, names)
     path = workspace / SPLITS_FILE
     if not path.exists():
-        with volume.replacing(path) as temporary:
+        with replacing(path) as temporary:
             content = strict_json.dumps(_SplitsFile(SCHEMA_VERSION, splits))
             temporary.write_text(content, encoding="utf-8")
     return splits

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ichseg.errors import DatasetError, IchsegError, PlansError
+from ichseg.files import is_named_as_scan, replacing
 from ichseg.model import strict_json
 from ichseg.scan import volume
 from training.data import convert, parallel, splits
@@ -200,7 +201,7 @@ def _note_verified(workspace: Path, dataset: Dataset, *, verified: bool) -> None
     if not verified:
         path.unlink(missing_ok=True)
         return
-    with volume.replacing(path) as temporary:
+    with replacing(path) as temporary:
         content = strict_json.dumps(_Verified(SCHEMA_VERSION, digest_sources(dataset)))
         temporary.write_text(content, encoding="utf-8")
 
@@ -253,7 +254,7 @@ def _left_over(workspace: Path, dataset: Dataset) -> Iterator[Finding]:
     }
     for folder, other in (("images", "label"), ("labels", "image")):
         for path in sorted((workspace / "raw" / folder).glob("*")):
-            if volume.suffix_of(path) and not path.name.startswith(".") and path not in listed:
+            if is_named_as_scan(path) and path not in listed:
                 text = f"{DATASET_FILE} does not list it, so it has no {other}"
                 yield Finding(ERROR, "-", shown(path, workspace), text)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ichseg.errors import PlansError, TrainingError
+from ichseg.files import replacing
 from ichseg.model import strict_json
-from ichseg.scan import volume
 from training.fit import schedule
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import LATEST, SCHEMA_VERSION, FoldRun, load_checkpoint
@@ -60,7 +60,7 @@ def save(run: FoldRun, state: TrainingState, name: str) -> None:
         raise diverged(run, "the weights are no longer finite")
     if state.scaler.is_enabled() and state.scaler.get_scale() < LOWEST_SCALE:
         raise diverged(run, "every step's gradient overflows fp16")
-    with volume.replacing(run.folder / name, suffix=".pt") as temporary:
+    with replacing(run.folder / name, suffix=".pt") as temporary:
         torch.save(checkpoint_of(run, state), temporary)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ichseg.scan.volume import replacing
+from ichseg.files import replacing
 from training.fit.log import EpochRow
 
 if TYPE_CHECKING:

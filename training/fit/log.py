@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ichseg.errors import IchsegError, OutputError
-from ichseg.scan.volume import replacing
+from ichseg.files import replacing
 
 _COLUMNS = (
     "epoch",

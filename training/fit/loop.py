@@ -25,8 +25,8 @@ import torch
 
 from ichseg.engine import torch_engine
 from ichseg.errors import TrainingError
+from ichseg.files import remove_unfinished, replacing
 from ichseg.model import plans, strict_json
-from ichseg.scan import volume
 from training.batches.sampling import BatchKey
 from training.batches.stream import BatchStream, open_batches
 from training.crossval.validate import validate
@@ -118,9 +118,8 @@ def _state_of(run: FoldRun, fold: str, *, restart: bool) -> TrainingState:
     if run.config.compile:
         state.forward = compile_forward(run, state.network)
     if run.peers.leads:
-        for leftover in run.folder.glob(".writing-*"):  # of a session that was killed meanwhile
-            leftover.unlink()
-        with volume.replacing(run.folder / "config.json") as temporary:
+        remove_unfinished(run.folder)
+        with replacing(run.folder / "config.json") as temporary:
             temporary.write_text(strict_json.dumps(run.config), encoding="utf-8")
     return state
 

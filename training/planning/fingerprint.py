@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ichseg.errors import DatasetError, PlansError
+from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.predict.crop import crop_box
-from ichseg.scan import volume
 from ichseg.scan.orientation import Box, orient_axes
 from training.data.dataset import (
     Case,
@@ -204,7 +204,7 @@ def load_or_compute(
             else:
                 return fingerprint
     fingerprint = compute_fingerprint(dataset, workers)
-    with volume.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(strict_json.dumps(fingerprint), encoding="utf-8")
     return fingerprint
 

@@ -20,10 +20,10 @@ from dataclasses import replace
 import numpy as np
 
 from ichseg.errors import DatasetError, IchsegError, PlansError
+from ichseg.files import replacing
 from ichseg.model import plans as plans_module
 from ichseg.model import strict_json
 from ichseg.model.plans import Configuration, Normalisation, Plans
-from ichseg.scan import volume
 from training.data.dataset import (
     Dataset,
     add_workspace_argument,
@@ -236,7 +236,7 @@ def main(args: argparse.Namespace) -> int:
         fingerprint, dataset, recipe=args.recipe, overrides=overrides, preset=args.preset
     )
     path = args.workspace / PLANS_FILE
-    with volume.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(strict_json.dumps(plans), encoding="utf-8")
     for configuration in plans.configurations:
         sys.stdout.write(_describe(configuration) + "\n")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ichseg.errors import DatasetError, IchsegError, TrainingError
+from ichseg.files import is_named_as_scan, stem_of
 from ichseg.report import report
 from ichseg.scan import volume
 from training.crossval import merge, selection
@@ -171,9 +172,9 @@ def find_volumes(folder: Path, names: Sequence[str]) -> dict[str, Path]:
         DatasetError: One is missing.
     """
     there = {
-        volume.stem_of(path): path
+        stem_of(path): path
         for path in sorted(folder.rglob("*"))
-        if volume.suffix_of(path) and path.is_file() and not path.name.startswith(".")
+        if is_named_as_scan(path) and path.is_file()
     }
     found = {name: there.get(name) or there.get(f"{name}_0000") for name in names}
     missing = [name for name, path in found.items() if path is None]

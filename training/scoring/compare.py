@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ichseg.errors import TrainingError
+from ichseg.files import replacing
 from ichseg.model import strict_json
-from ichseg.scan import volume
 from training.scoring import summary
 from training.scoring.measures import MEASURES, TITLES
 from training.scoring.scores import LabelScore
@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
     sys.stdout.write(f"A: {args.a}\nB: {args.b}\n\n{describe(a, b, differences)}")
     if args.out is not None:
         content = {"a": str(args.a), "b": str(args.b), "differences": differences}
-        with volume.replacing(args.out) as temporary:
+        with replacing(args.out) as temporary:
             temporary.write_text(strict_json.dumps(content), encoding="utf-8")
         sys.stdout.write(f"wrote {args.out}\n")
     return 0

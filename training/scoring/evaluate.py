@@ -23,6 +23,7 @@ from evalutils.io import FileLoader
 from evalutils.validators import DataFrameValidator, ExpectedColumnNamesValidator
 
 from ichseg.errors import DatasetError, IchsegError, InputError, TrainingError
+from ichseg.files import SCAN_SUFFIXES, is_named_as_scan, replacing, stem_of
 from ichseg.scan import volume
 from training.data import parallel
 from training.scoring import summary
@@ -52,9 +53,9 @@ class _CaseLoader(FileLoader):
     """Takes every volume below a folder for a case, by its name; reads none."""
 
     def load(self, *, fname: Path) -> list[dict[str, object]]:
-        if fname.name.startswith(".") or not volume.suffix_of(fname) or not fname.is_file():
+        if not is_named_as_scan(fname) or not fname.is_file():
             raise FileLoaderError(f"{fname} is no volume")
-        return [{"case": volume.stem_of(fname), "path": fname}]
+        return [{"case": stem_of(fname), "path": fname}]
 
 
 class _UniqueCasesValidator(DataFrameValidator):
@@ -110,7 +111,7 @@ class _Evaluation(ClassificationEvaluation):
         try:
             return super()._load_cases(folder=folder)
         except FileLoaderError as error:
-            kinds = ", ".join(volume.SUFFIXES)
+            kinds = ", ".join(SCAN_SUFFIXES)
             raise DatasetError(f"{folder}: no volumes, expected files {kinds}") from error
 
     def _raise_missing_predictions_error(self, *, missing: Sequence[str] = ()) -> None:
@@ -216,7 +217,7 @@ def write_metrics(metrics: Mapping[str, Any], path: Path) -> None:
         for column, values in metrics["aggregates"].items()
     }
     content = summary.strict({**metrics, "aggregates": aggregates})
-    with volume.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(
             json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8"
         )

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from ichseg.errors import TrainingError
+from ichseg.files import replacing
 from ichseg.model import strict_json
-from ichseg.scan import volume
 from training.scoring.lesions import LesionCounts, count_lesions
 from training.scoring.measures import MEASURES
 from training.scoring.scores import CaseScore, LabelScore, absent
@@ -164,12 +164,12 @@ def save(evaluation: Evaluation, folder: Path) -> None:
     Raises:
         OutputError: The folder cannot be written.
     """
-    with volume.replacing(folder / EVALUATION_FILE) as temporary:
+    with replacing(folder / EVALUATION_FILE) as temporary:
         temporary.write_text(
             strict_json.dumps(strict(strict_json.to_json(evaluation))), encoding="utf-8"
         )
     with (
-        volume.replacing(folder / CASES_FILE) as temporary,
+        replacing(folder / CASES_FILE) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as stream,
     ):
         table = csv.writer(stream)

@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ichseg.errors import DatasetError
+from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.model.plans import Normalisation
-from ichseg.scan import volume
 
 SCHEMA_VERSION = 2
 HU_STEP = 1 / 16  # CT: rounding errs by at most 0.032 HU
@@ -168,13 +168,13 @@ def write_case(
     )
     for suffix in (_META, _PREVIOUS):  # from here on the old case is no more
         _file(folder, name, suffix).unlink(missing_ok=True)
-    with volume.replacing(_file(folder, name, _DATA), suffix=".b2nd") as temporary:
+    with replacing(_file(folder, name, _DATA), suffix=".b2nd") as temporary:
         temporary.write_bytes(_multiples(data, steps).to_cframe())
     _write_labels(_file(folder, name, _TARGET), target)
-    with volume.replacing(_file(folder, name, _FOREGROUND), suffix=".npz") as temporary:
+    with replacing(_file(folder, name, _FOREGROUND), suffix=".npz") as temporary:
         arrays: dict[str, Any] = {str(label): found for label, found in foreground.items()}
         np.savez_compressed(temporary, **arrays)
-    with volume.replacing(_file(folder, name, _META)) as temporary:
+    with replacing(_file(folder, name, _META)) as temporary:
         temporary.write_text(strict_json.dumps(meta), encoding="utf-8")
 
 
@@ -309,7 +309,7 @@ def _multiples(data: npt.NDArray[np.float32], steps: tuple[float, ...]) -> Any:
 
 
 def _write_labels(path: Path, labels: npt.NDArray[np.int8]) -> None:
-    with volume.replacing(path, suffix=".b2nd") as temporary:
+    with replacing(path, suffix=".b2nd") as temporary:
         array = _new_array(labels.shape, np.int8)
         array[:] = np.ascontiguousarray(labels)
         temporary.write_bytes(array.to_cframe())

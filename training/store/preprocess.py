@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from ichseg.errors import DatasetError, PlansError
+from ichseg.files import remove_unfinished, replacing
 from ichseg.model import plans as plans_module
 from ichseg.model import strict_json
 from ichseg.model.plans import Configuration, Normalisation, Plans, Resampling
 from ichseg.predict import prepare
 from ichseg.predict.prepare import Placement
-from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.data.dataset import (
     Case,
@@ -157,14 +157,13 @@ def _claim(folder: Path, plans: Plans, configuration: Configuration) -> None:
     """Record what the folder is made with; refuse one that was made otherwise."""
     record = _record_of(plans, configuration)
     path = folder / _RECORD_FILE
-    for unfinished in folder.glob(".writing-*"):  # of a run that was killed
-        unfinished.unlink(missing_ok=True)
+    remove_unfinished(folder)
     if not path.exists():
         if folder.is_dir() and any(folder.iterdir()):
             raise DatasetError(
                 f"{folder}: holds files of unknown origin; delete the folder and preprocess again"
             )
-        with volume.replacing(path) as temporary:
+        with replacing(path) as temporary:
             temporary.write_text(strict_json.dumps(record), encoding="utf-8")
     elif _recorded(path) != record:
         raise DatasetError(

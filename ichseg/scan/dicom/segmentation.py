@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ichseg.files import replacing
 from ichseg.model.bundle import Model
 from ichseg.scan.dicom.series import Series
-from ichseg.scan.volume import replacing
 
 _BLEED = ("hemorrh", "haemorrh", "bleed", "blood", "hematoma", "haematoma")
 _MUST_BE_THERE = (

@@ -1,0 +1,84 @@
+"""Files as every room needs them: names of scans, writing whole or not at all, checksums."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ichseg.errors import OutputError
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+SCAN_SUFFIXES = (".mha", *NIFTI_SUFFIXES)
+UNFINISHED = ".writing-"  # how the names of temporary files begin
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix of a scan's file name, lower case, ``.nii.gz`` as one; else an empty string."""
+    name = path.name.lower()
+    return next((suffix for suffix in SCAN_SUFFIXES if name.endswith(suffix)), "")
+
+
+def stem_of(path: Path) -> str:
+    """The file name without a scan's suffix."""
+    return path.name[: len(path.name) - len(suffix_of(path))]
+
+
+def is_named_as_scan(path: Path) -> bool:
+    """Whether a file is not hidden and its name ends as that of a scan; it is not looked at."""
+    return bool(suffix_of(path)) and not path.name.startswith(".")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, suffix: str = "") -> Iterator[Path]:
+    """Write a file whole or not at all.
+
+    Gives an empty temporary file in the same folder, which takes the place of ``path`` when the
+    block ends well and is removed when it does not.
+
+    Args:
+        path: The file to write; folders above it are made.
+        suffix: What the temporary name ends in, for libraries that go by it.
+
+    Raises:
+        OutputError: The folder cannot be created or written, or the block raised an ``OSError``.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED, suffix=suffix)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error).splitlines()[0]
+        raise OutputError(f"{path}: cannot write ({reason})") from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed run has left half-written in a folder.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    for unfinished in folder.glob(f"{UNFINISHED}*"):
+        unfinished.unlink(missing_ok=True)

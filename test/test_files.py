@@ -1,0 +1,67 @@
+"""Names of scans, files that are written whole or not at all, checksums."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ichseg.errors import OutputError
+from ichseg.files import (
+    is_named_as_scan,
+    remove_unfinished,
+    replacing,
+    sha256,
+    stem_of,
+    suffix_of,
+)
+
+
+def test_suffix_and_stem():
+    assert suffix_of(Path("a.b/001.NII.gz")) == ".nii.gz"
+    assert stem_of(Path("a.b/001.NII.gz")) == "001"
+    assert stem_of(Path("001.v2.mha")) == "001.v2"
+    assert suffix_of(Path("001.dcm")) == ""
+    assert stem_of(Path("001.dcm")) == "001.dcm"
+
+
+def test_hidden_files_and_other_types_are_no_scans():
+    named = ["a.nii", "a.NII.GZ", "b/a.mha", ".a.nii", "a.nii.txt", "nii"]
+    assert [is_named_as_scan(Path(name)) for name in named] == [True] * 3 + [False] * 3
+
+
+def test_sha256_of_the_standards_example(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, B.1
+    assert sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223b00361a3")
+
+
+def test_a_failure_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("old")
+
+    def fail():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    text = f"{path}: cannot write (No space left on device)"
+    with pytest.raises(OutputError, match=re.escape(text)):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_written_file_is_readable_by_others(tmp_path):
+    path = tmp_path / "new" / "folder" / "results.json"
+    with replacing(path, suffix=".json") as temporary:
+        assert temporary.suffix == ".json"
+        temporary.write_text("{}")
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    held = replacing(tmp_path / "a")
+    left = held.__enter__()  # killed before it ends
+    (tmp_path / "b").touch()
+    assert left.exists()
+    remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
