@@ -26,7 +26,6 @@ NOT_YET = {
     "ichseg.report.report -> ichseg.app.results",
     "ichseg.scan.dicom.segmentation -> ichseg.model.bundle",
     "training.batches.stream -> training.fit.configuration",
-    "training.data.verify -> training.planning.fingerprint",
     "training.fit.fold_run -> training.crossval.cascade_labels",
     "training.fit.loop -> training.crossval.validate",
     "training.fit.loop -> training.jobs.queue",

@@ -13,7 +13,8 @@ from ichseg.model import bundle
 from training.__main__ import main as command
 from training.bundle import export as exporter
 from training.bundle.export import export
-from training.fit.fold_run import BEST, LATEST, load_checkpoint, run_folder
+from training.data.workspace import BEST_CHECKPOINT, LATEST_CHECKPOINT, run_folder
+from training.fit.fold_run import load_checkpoint
 from training.fit.loop import train_fold
 
 SHORT = dataclasses.replace(QUICK, epochs=1)
@@ -25,12 +26,12 @@ def workspace(tmp_path_factory):
     folder = make_workspace(tmp_path_factory.mktemp("export"))
     for fold in ("0", "1", "2"):
         train_fold(folder, "3d_fullres", fold, SHORT)
-    path = run_folder(folder, "3d_fullres", "2") / LATEST
+    path = run_folder(folder, "3d_fullres", "2") / LATEST_CHECKPOINT
     torch.save({**torch.load(path, weights_only=True), "finished": None}, path)
     return folder
 
 
-def weights(workspace, fold, name=LATEST):
+def weights(workspace, fold, name=LATEST_CHECKPOINT):
     path = run_folder(workspace, "3d_fullres", fold) / name
     return load_checkpoint(path, CONFIGURATION)["network"]
 
@@ -74,9 +75,9 @@ def test_checksums_hold(workspace, tmp_path):
 
 def test_the_best_checkpoint_on_request(workspace, tmp_path):
     path = run_folder(workspace, "3d_fullres", "0")
-    raw = torch.load(path / LATEST, weights_only=True)
+    raw = torch.load(path / LATEST_CHECKPOINT, weights_only=True)
     raw["network"] = {name: tensor + 1 for name, tensor in raw["network"].items()}
-    torch.save(raw, path / BEST)
+    torch.save(raw, path / BEST_CHECKPOINT)
     model = export(workspace, ("3d_fullres",), ("0",), tmp_path, checkpoint="best", check_cases=0)
     loaded = torch_engine.tensors(bundle.load_state(tmp_path, model.members[0]))
     for name, tensor in weights(workspace, "0").items():

@@ -21,10 +21,11 @@ from training.batches.sampling import BatchKey, make_patches
 from training.crossval import cascade_labels
 from training.crossval.validate import is_validated, load_network, predict_case, validate
 from training.data import dataset, splits
-from training.fit.fold_run import LATEST, load_checkpoint, open_run
+from training.data.workspace import LATEST_CHECKPOINT, preprocessed_folder
+from training.fit.fold_run import load_checkpoint, open_run
 from training.fit.loop import train_fold
 from training.store import chunks
-from training.store.preprocess import folder_of, preprocess_dataset
+from training.store.preprocess import preprocess_dataset
 
 LOWRES = dataclasses.replace(
     CONFIGURATION, name="3d_lowres", spacing_mm=(5.0, 2.0, 2.0), patch=(4, 8, 8)
@@ -111,13 +112,14 @@ def test_the_two_stages_end_to_end(shared, caplog, capsys):
     wrong = 0
     for fold in range(5):
         run = open_run(shared, "3d_lowres", str(fold), SHORT)
-        network = load_network(run, load_checkpoint(run.folder / LATEST, LOWRES)["network"])
+        end = load_checkpoint(run.folder / LATEST_CHECKPOINT, LOWRES)
+        network = load_network(run, end["network"])
         for name in split_of(shared, fold).validation:
             assert name not in run.spec.train
             channels = [volume.read(path) for path in cases[name].images]
             scores, placement = predict_case(name, channels, run, network)
             wanted = prepare.place(channels, CASCADE, SECOND)
-            stored = chunks.open_case(folder_of(shared, SECOND.name), name).previous
+            stored = chunks.open_case(preprocessed_folder(shared, SECOND.name), name).previous
             assert scores.shape[1:] == (6, 12, 12)
             np.testing.assert_array_equal(stored[:], regrid(scores, placement, wanted, CASCADE))
             wrong += int((stored[:] > 0).sum())
@@ -125,7 +127,7 @@ def test_the_two_stages_end_to_end(shared, caplog, capsys):
 
     assert train_fold(shared, "3d_cascade_fullres", "0", SHORT)
     run = open_run(shared, "3d_cascade_fullres", "0", SHORT)
-    end = load_checkpoint(run.folder / LATEST, SECOND)
+    end = load_checkpoint(run.folder / LATEST_CHECKPOINT, SECOND)
     assert end["network"]["encoder.0.0.weight"].shape[1] == 2
     found = json.loads((run.folder / "validation.json").read_text())
     assert found["complete"] is True
@@ -141,7 +143,7 @@ def test_what_is_missing_is_said(tmp_path):
     (tmp_path / "splits.json").write_text(strict_json.dumps({"schema_version": 1, "folds": folds}))
     names = ["case_0", "case_1", "case_2"]
     labels = np.zeros((6, 24, 24), np.int8)
-    folder = folder_of(tmp_path, SECOND.name)
+    folder = preprocessed_folder(tmp_path, SECOND.name)
 
     def require(needed=names):
         cascade_labels.require_labels(
@@ -173,10 +175,10 @@ def test_validation_leaves_labels_where_the_second_stage_has_been_preprocessed(
         if entry.name not in ("preprocessed", "plans.json"):
             (tmp_path / entry.name).symlink_to(entry)
     (tmp_path / "preprocessed").mkdir()
-    (tmp_path / "preprocessed" / "3d_lowres").symlink_to(folder_of(shared, "3d_lowres"))
+    (tmp_path / "preprocessed" / "3d_lowres").symlink_to(preprocessed_folder(shared, "3d_lowres"))
     (tmp_path / "plans.json").write_text(strict_json.dumps(CASCADE))
     run = open_run(tmp_path, "3d_lowres", "0", SHORT)
-    weights = load_checkpoint(run.folder / LATEST, LOWRES)["network"]
+    weights = load_checkpoint(run.folder / LATEST_CHECKPOINT, LOWRES)["network"]
     assert validate(tmp_path, run)
     text = "2 of 2 cases have not been preprocessed for it; run `preprocess 3d_cascade_fullres`"
     assert text in caplog.text
@@ -189,19 +191,19 @@ def test_validation_leaves_labels_where_the_second_stage_has_been_preprocessed(
     assert is_validated(tmp_path, run, weights)
     for name in run.spec.validation:
         ours, theirs = (
-            chunks.open_case(folder_of(folder, SECOND.name), name).previous[:]
+            chunks.open_case(preprocessed_folder(folder, SECOND.name), name).previous[:]
             for folder in (tmp_path, shared)
         )
         np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(DatasetError, match="expected int8"):
         chunks.write_previous(
-            folder_of(tmp_path, SECOND.name), "case_0", np.zeros((6, 24), np.int8)
+            preprocessed_folder(tmp_path, SECOND.name), "case_0", np.zeros((6, 24), np.int8)
         )
 
 
 def test_batches_carry_the_first_stage_spoiled_in_training_only(tmp_path):
     make_workspace(tmp_path, cases=5, plans=CASCADE)
-    folder = folder_of(tmp_path, SECOND.name)
+    folder = preprocessed_folder(tmp_path, SECOND.name)
     for index in range(5):
         target = chunks.open_case(folder, f"case_{index}").target[:]
         chunks.write_previous(folder, f"case_{index}", np.where(target > 0, 1, 0).astype(np.int8))
@@ -238,7 +240,7 @@ def test_a_tiny_network_overfits_one_case_by_what_the_first_stage_found(tmp_path
     scan = volume.read(image)
     noise = np.random.default_rng(1).normal(50, 20, scan.voxels.shape).astype(np.float32)
     volume.write(scan.with_voxels(noise), image)
-    folder = folder_of(tmp_path, SECOND.name)
+    folder = preprocessed_folder(tmp_path, SECOND.name)
     target = chunks.open_case(folder, "case_0").target[:]
     data = prepare.prepare([volume.read(image)], both, second).data
     chunks.write_case(folder, "case_0", data, target, both.normalisations)

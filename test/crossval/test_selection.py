@@ -15,9 +15,8 @@ from ichseg.predict import prepare
 from ichseg.predict.components import ComponentRule
 from ichseg.scan import volume
 from training.crossval import merge, probabilities, selection
-from training.crossval.validate import mask_of
 from training.data import dataset
-from training.fit.fold_run import run_folder
+from training.data.workspace import mask_file, probabilities_file, probabilities_folder, run_folder
 
 LOW = dataclasses.replace(CONFIGURATION, name="3d_lowres", spacing_mm=(5.0, 2.0, 2.0))
 PLANNED = dataclasses.replace(PLANS, configurations=(CONFIGURATION, LOW))
@@ -32,7 +31,7 @@ def workspace(tmp_path, monkeypatch):
         merge,
         "validated_masks",
         lambda folder, name: {
-            case.name: mask_of(run_folder(folder, name, "0"), case.name)
+            case.name: mask_file(run_folder(folder, name, "0"), case.name)
             for case in dataset.load_dataset(folder).labelled
         },
     )
@@ -51,9 +50,9 @@ def put(workspace, configuration, case, image, lead):
     share = np.clip(lead[np.ix_(*steps)], 0, 1).astype(np.float32)
     scores = torch.from_numpy(np.stack((1 - share, share)))
     folder = run_folder(workspace, configuration.name, "0")
-    probabilities.save(probabilities.path_of(folder, case.name), scores)
+    probabilities.save(probabilities_file(folder, case.name), scores)
     labels = prepare.restore([(scores.numpy(), wanted)], PLANNED)
-    volume.write(image.with_voxels(labels), mask_of(folder, case.name))
+    volume.write(image.with_voxels(labels), mask_file(folder, case.name))
     return scores, wanted
 
 
@@ -86,7 +85,7 @@ def test_of_equals_the_simpler_is_selected(workspace):
     for case, image, blood in references(workspace):
         for configuration in (CONFIGURATION, LOW):
             put(workspace, configuration, case, image, 1.0 * blood)
-    masks = [mask_of(run_folder(workspace, n, "0"), "case_0").parent for n in NAMES]
+    masks = [mask_file(run_folder(workspace, n, "0"), "case_0").parent for n in NAMES]
     for path in masks[0].iterdir():  # the same to the voxel
         (masks[1] / path.name).write_bytes(path.read_bytes())
     assert selection.select(workspace, NAMES, workers=1).configurations == NAMES[:1]
@@ -149,7 +148,7 @@ def test_probabilities_go_unless_asked_and_are_then_missed(workspace):
     for case, image, blood in references(workspace):
         for configuration in (CONFIGURATION, LOW):
             put(workspace, configuration, case, image, 1.0 * blood)
-    folders = [run_folder(workspace, n, "0") / probabilities.FOLDER for n in NAMES]
+    folders = [probabilities_folder(run_folder(workspace, n, "0")) for n in NAMES]
     selection.select(workspace, NAMES, keep_probabilities=True, workers=1)
     assert all(folder.is_dir() for folder in folders)
     selection.select(workspace, NAMES, workers=1)

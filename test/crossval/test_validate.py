@@ -12,7 +12,8 @@ from ichseg.model.network import build_network
 from ichseg.scan import volume
 from training.crossval import validate as module
 from training.crossval.validate import is_validated, validate, weights_digest
-from training.fit.fold_run import LATEST, SCHEMA_VERSION, open_run
+from training.data.workspace import LATEST_CHECKPOINT
+from training.fit.fold_run import SCHEMA_VERSION, open_run
 from training.scoring.measures import dice
 
 CONFIG = dataclasses.replace(QUICK, validation_mirrors=False)
@@ -49,7 +50,7 @@ def save_weights(workspace, seed=0):
             "configuration": strict_json.dumps(run.configuration),
             "network": network.state_dict(),
         },
-        run.folder / LATEST,
+        run.folder / LATEST_CHECKPOINT,
     )
     return network.state_dict()
 

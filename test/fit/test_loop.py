@@ -22,10 +22,11 @@ from training.batches.augmentation import NO_AUGMENTATION
 from training.batches.sampling import BatchKey
 from training.batches.stream import open_batches
 from training.crossval.validate import validate
+from training.data.workspace import BEST_CHECKPOINT, LATEST_CHECKPOINT
 from training.fit import checkpoint as files
 from training.fit import loop, step
 from training.fit.configuration import RECIPES, TrainingConfig
-from training.fit.fold_run import BEST, LATEST, load_checkpoint, open_run
+from training.fit.fold_run import load_checkpoint, open_run
 from training.fit.loop import train_fold
 from training.scoring.measures import dice
 
@@ -34,7 +35,7 @@ def fold_folder(workspace, fold="0"):
     return workspace / "runs" / "3d_fullres" / f"fold_{fold}"
 
 
-def checkpoint(workspace, name=LATEST):
+def checkpoint(workspace, name=LATEST_CHECKPOINT):
     return load_checkpoint(fold_folder(workspace) / name, CONFIGURATION)
 
 
@@ -93,7 +94,7 @@ def test_a_tiny_network_overfits_one_case(tmp_path, recipe, dimensions, batch, s
     reference = volume.read(tmp_path / "raw" / "case_0_l.nii.gz")
     assert dice(mask.voxels == 1, reference.voxels == 1) > 0.95
     assert mask.spacing_mm == pytest.approx(reference.spacing_mm)
-    history = load_checkpoint(run.folder / LATEST, run.configuration)["history"]
+    history = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration)["history"]
     assert history[-1]["train_loss"] < min(-0.7, history[0]["train_loss"])
 
 
@@ -202,8 +203,8 @@ def test_a_scale_that_finds_no_end_is_not_saved(fresh):
     state = step.begin(run)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-17)
     with pytest.raises(TrainingError, match=r"every step's gradient overflows fp16; .*below 0.001"):
-        files.save(run, state, LATEST)
-    assert not (run.folder / LATEST).exists()
+        files.save(run, state, LATEST_CHECKPOINT)
+    assert not (run.folder / LATEST_CHECKPOINT).exists()
 
 
 @pytest.mark.parametrize("kind", ["plateau", "poly"])
@@ -254,7 +255,7 @@ def test_best_checkpoint_is_where_the_average_dice_was_highest(fresh, monkeypatc
     scores = iter([0.2, 0.6, 0.1, None])
     monkeypatch.setattr(loop, "pseudo_dice", lambda _: (next(scores),))
     train_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=4))
-    end, best = checkpoint(fresh), checkpoint(fresh, BEST)
+    end, best = checkpoint(fresh), checkpoint(fresh, BEST_CHECKPOINT)
     assert best["schedule"]["epoch"] == 2
     assert best["best_dice"] == pytest.approx(0.9 * 0.2 + 0.1 * 0.6)
     assert end["average_dice"] == pytest.approx(0.9 * (0.9 * 0.2 + 0.1 * 0.6) + 0.1 * 0.1)
@@ -271,7 +272,7 @@ def test_refuses_a_checkpoint_of_other_plans(fresh):
 
 
 def test_refuses_a_damaged_checkpoint(tmp_path):
-    path = tmp_path / LATEST
+    path = tmp_path / LATEST_CHECKPOINT
     with pytest.raises(TrainingError, match="no such file; run `train` first"):
         load_checkpoint(path, CONFIGURATION)
     path.write_bytes(b"half a file")
@@ -287,9 +288,9 @@ def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "run",))
 
-    torch.save({"configuration": Evil(), "schema_version": 2}, tmp_path / LATEST)
+    torch.save({"configuration": Evil(), "schema_version": 2}, tmp_path / LATEST_CHECKPOINT)
     with pytest.raises(TrainingError, match="damaged or not a checkpoint"):
-        load_checkpoint(tmp_path / LATEST, CONFIGURATION)
+        load_checkpoint(tmp_path / LATEST_CHECKPOINT, CONFIGURATION)
     assert not (tmp_path / "run").exists()
 
 

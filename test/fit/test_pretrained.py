@@ -9,8 +9,9 @@ from ichseg.engine import torch_engine
 from ichseg.errors import TrainingError, WeightsError
 from ichseg.model import bundle
 from ichseg.model.network import build_network
+from training.data.workspace import LATEST_CHECKPOINT, run_folder
 from training.fit import loop
-from training.fit.fold_run import LATEST, load_checkpoint, run_folder
+from training.fit.fold_run import load_checkpoint
 from training.fit.loop import train_fold
 from training.fit.pretrained import choose_member, load_pretrained
 
@@ -97,7 +98,7 @@ def test_nothing_that_fits_is_refused(folder):
 def test_training_begins_with_them_but_a_resumed_run_does_not(folder, tmp_path, monkeypatch):
     workspace = make_workspace(tmp_path / "ws", cases=5)
     config = dataclasses.replace(QUICK, epochs=1, learning_rate=1e-9, pretrained=str(folder))
-    path = run_folder(workspace, "3d_fullres", "1") / LATEST
+    path = run_folder(workspace, "3d_fullres", "1") / LATEST_CHECKPOINT
     assert train_fold(workspace, "3d_fullres", "1", config)
     trained, given = load_checkpoint(path, CONFIGURATION)["network"], weights(folder, 1)
     for name, tensor in trained.items():

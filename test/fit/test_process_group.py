@@ -15,8 +15,9 @@ from ichseg.errors import TrainingError
 from ichseg.model import strict_json
 from training.batches.sampling import BatchKey
 from training.batches.stream import Batch, open_batches
+from training.data.workspace import LATEST_CHECKPOINT
 from training.fit import process_group
-from training.fit.fold_run import LATEST, load_checkpoint, open_run
+from training.fit.fold_run import load_checkpoint, open_run
 from training.fit.process_group import ALONE, Peers
 from training.fit.step import begin, train_step, validation_step
 
@@ -102,7 +103,7 @@ def test_torchrun_trains_one_fold(larger):
     told = torchrun(*line.split())
     assert "2 processes" in told
     assert told.count("epoch 1/1") == 1  # one of them tells
-    end = load_checkpoint(larger / "runs" / "3d_fullres" / "fold_0" / LATEST,
+    end = load_checkpoint(larger / "runs" / "3d_fullres" / "fold_0" / LATEST_CHECKPOINT,
                           dataclasses.replace(CONFIGURATION, batch=4))  # fmt: skip
     assert end["finished"] == "all 1 epochs done"
     assert (larger / "runs" / "3d_fullres" / "fold_0" / "validation.json").exists()

@@ -12,7 +12,8 @@ from conftest import CONFIGURATION
 from helpers.workspaces import same_run
 
 from training.__main__ import main as command
-from training.fit.fold_run import LATEST, load_checkpoint
+from training.data.workspace import LATEST_CHECKPOINT
+from training.fit.fold_run import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +39,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(shared_workspace, tmp_path, recipe
         for entry in shared_workspace.iterdir():
             if entry.name != "runs":
                 (folder / entry.name).symlink_to(entry)
-    latest = "runs/3d_fullres/fold_0/" + LATEST
+    latest = "runs/3d_fullres/fold_0/" + LATEST_CHECKPOINT
     with subprocess.Popen(
         [sys.executable, "-m", "training", *train_line(killed, recipe, 2)],
         cwd=ROOT,

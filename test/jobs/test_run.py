@@ -21,10 +21,9 @@ from ichseg.scan.volume import Volume
 from training.__main__ import main as command
 from training.bundle import export
 from training.crossval import merge, selection
-from training.data.verify import VERIFIED_FILE
+from training.data.workspace import LATEST_CHECKPOINT, VERIFIED_FILE
 from training.fit import loop
 from training.fit.configuration import config_from
-from training.fit.fold_run import LATEST
 from training.jobs import run
 from training.planning import planner
 from training.scoring import summary
@@ -161,7 +160,7 @@ def test_what_has_changed_is_done_again(copy, dataset):
     assert what_is_left(dataset, copy, "--epochs", "2") == ["train"]
     assert what_is_left(dataset, copy, "--folds", "0,1,2") == ["train"]
     assert what_is_left(dataset, copy, "--out", str(copy / "other")) == ["export"]
-    checkpoint = copy / "runs" / "3d_fullres" / "fold_0" / LATEST
+    checkpoint = copy / "runs" / "3d_fullres" / "fold_0" / LATEST_CHECKPOINT
     later = (copy / "bundles" / "3d_fullres" / "model.json").stat().st_mtime + 10
     os.utime(checkpoint, (later, later))
     assert what_is_left(dataset, copy) == ["export"]

@@ -16,10 +16,9 @@ from ichseg.files import replacing
 from ichseg.scan import volume
 from training import __main__ as command
 from training.crossval import merge
-from training.crossval.validate import mask_of
 from training.data import dataset
+from training.data.workspace import evaluation_folder, mask_file, run_folder
 from training.fit import log
-from training.fit.fold_run import run_folder
 from training.fit.log import EpochRow
 from training.report import charts, page, report
 from training.report.charts import Point
@@ -40,7 +39,7 @@ def workspace(tmp_path, monkeypatch):
             found[found.nonzero()[0].min()] = 0
         if number == 4:
             found[:] = 0
-        masks[case.name] = mask_of(folder, case.name)
+        masks[case.name] = mask_file(folder, case.name)
         volume.write(reference.with_voxels(found), masks[case.name])
     monkeypatch.setattr(merge, "validated_masks", lambda *_: masks)
     rows = [
@@ -71,7 +70,7 @@ def test_command_writes_a_page_with_the_worst_first(workspace, capsys):
 
 def test_summary_says_means_with_intervals_and_misses(workspace):
     command.main(["report", str(workspace), "--workers", "1"])
-    evaluation = report.summary.load(merge.folder_of(workspace, "3d_fullres"))
+    evaluation = report.summary.load(evaluation_folder(workspace, "3d_fullres"))
     dice = evaluation.summaries[0].measures[0]
     text = Page(workspace / "report" / "index.html").text
     assert f"Mean Dice{dice.mean:.3f}95 %: {dice.low:.3f} to {dice.high:.3f}" in text
@@ -169,7 +168,7 @@ def test_two_labels_have_a_row_and_charts_each(tmp_path):
 def test_evaluation_of_other_cases_is_refused(workspace):
     (workspace / "report").mkdir()
     label = dataset.load_dataset(workspace).labelled[0].label
-    evaluation = report.summary.load(merge.folder_of(workspace, "3d_fullres"))
+    evaluation = report.summary.load(evaluation_folder(workspace, "3d_fullres"))
     files = [report.Files(f"case_{i}", label, label, label) for i in range(4)]
     context = page.Context("t", "s")
     with pytest.raises(TrainingError, match="case_4 is only in the evaluation"):

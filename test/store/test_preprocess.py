@@ -22,11 +22,12 @@ from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.data import parallel
 from training.data.dataset import Case, Dataset, save_dataset
+from training.data.workspace import preprocessed_folder
 from training.planning import planner
 from training.planning.fingerprint import compute_fingerprint
 from training.planning.planner import Overrides
 from training.store import chunks, preprocess
-from training.store.preprocess import folder_of, preprocess_dataset
+from training.store.preprocess import preprocess_dataset
 
 SPACING = (5.0, 1.0, 1.0)
 
@@ -66,7 +67,7 @@ def contents(folder):
 def test_stores_what_inference_prepares(work):
     workspace, dataset, plans = work
     assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1) == 3
-    folder = folder_of(workspace, "3d_fullres")
+    folder = preprocessed_folder(workspace, "3d_fullres")
     assert folder == workspace / "preprocessed" / "3d_fullres"
     assert chunks.list_cases(folder) == ("case_0", "case_1", "case_2")
     for case in dataset.cases:
@@ -86,7 +87,7 @@ def test_zeros_within_the_crop_are_marked(work):
     corner[:, :10, :6] = 0
     volume.write(image.with_voxels(corner), dataset.cases[1].images[0])
     preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
-    target = chunks.open_case(folder_of(workspace, "3d_fullres"), "case_1").target[:]
+    target = chunks.open_case(preprocessed_folder(workspace, "3d_fullres"), "case_1").target[:]
     expected = np.zeros((8, 22, 24), np.int8)
     expected[2:5, 6:12, 8:15] = 1
     expected[:, :10, :6] = -1
@@ -96,16 +97,16 @@ def test_zeros_within_the_crop_are_marked(work):
 def test_finished_cases_are_not_done_again(work):
     workspace, dataset, plans = work
     preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
-    before = contents(folder_of(workspace, "3d_fullres"))
+    before = contents(preprocessed_folder(workspace, "3d_fullres"))
     for case in dataset.cases:
         case.images[0].unlink()  # reading any would fail
     assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1) == 0
-    assert contents(folder_of(workspace, "3d_fullres")) == before
+    assert contents(preprocessed_folder(workspace, "3d_fullres")) == before
 
 
 def test_a_killed_run_is_finished_by_the_next(work):
     workspace, dataset, plans = work
-    folder = folder_of(workspace, "3d_fullres")
+    folder = preprocessed_folder(workspace, "3d_fullres")
     preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
     before = contents(folder)
     (folder / "case_1.json").unlink()  # killed just before the case was whole
@@ -126,7 +127,7 @@ def test_a_run_ended_by_sigkill_is_finished_by_the_next(work):
         ),
     )
     preprocess_dataset(many, plans, "3d_fullres", workspace, 1)
-    folder = folder_of(workspace, "3d_fullres")
+    folder = preprocessed_folder(workspace, "3d_fullres")
     expected = contents(folder)
     shutil.rmtree(folder)
     save_dataset(many, workspace)
@@ -155,7 +156,7 @@ def test_a_failing_case_is_named_and_stops_no_other(work, caplog, workers):
         ),
     ):
         preprocess_dataset(dataset, plans, "3d_fullres", workspace, workers)
-    assert chunks.list_cases(folder_of(workspace, "3d_fullres")) == ("case_1", "case_2")
+    assert chunks.list_cases(preprocessed_folder(workspace, "3d_fullres")) == ("case_1", "case_2")
     errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
     assert len(errors) == 1
     assert "case case_0" in errors[0]
@@ -179,7 +180,7 @@ def heads(tmp_path):
 def test_stores_the_box_that_inference_sees(heads, tmp_path):
     dataset, plans = heads
     preprocess_dataset(dataset, plans, "3d_fullres", tmp_path, 1)
-    case = chunks.open_case(folder_of(tmp_path, "3d_fullres"), "head")
+    case = chunks.open_case(preprocessed_folder(tmp_path, "3d_fullres"), "head")
     expected = inference.prepare(
         [volume.read(tmp_path / "head.mha")], plans, plans.configuration("3d_fullres")
     )
@@ -205,7 +206,7 @@ def test_a_label_beyond_the_head_is_refused(heads, tmp_path):
     whole = replace(plans, crop="nonzero")
     with pytest.raises(DatasetError, match=r"other plans \(spacing, intensities, crop or"):
         preprocess_dataset(dataset, whole, "3d_fullres", tmp_path, 1)
-    shutil.rmtree(folder_of(tmp_path, "3d_fullres"))
+    shutil.rmtree(preprocessed_folder(tmp_path, "3d_fullres"))
     assert preprocess_dataset(dataset, whole, "3d_fullres", tmp_path, 1) == 1
 
 
@@ -229,7 +230,7 @@ def test_other_plans_are_refused(work):
 def test_a_store_of_another_version_is_refused(work):
     workspace, dataset, plans = work
     preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
-    path = folder_of(workspace, "3d_fullres") / ".preprocessing.json"
+    path = preprocessed_folder(workspace, "3d_fullres") / ".preprocessing.json"
     record = json.loads(path.read_text())
     for other in ({**record, "store_version": 1}, {"spacing_mm": record["spacing_mm"]}):
         path.write_text(json.dumps(other))
@@ -249,7 +250,7 @@ def test_workers_are_limited_by_memory(work, monkeypatch):
 
 def test_a_folder_of_unknown_origin_is_refused(work):
     workspace, dataset, plans = work
-    folder = folder_of(workspace, "3d_fullres")
+    folder = preprocessed_folder(workspace, "3d_fullres")
     data, target = np.zeros((1, 2, 2, 2), np.float32), np.zeros((2, 2, 2), np.int8)
     chunks.write_case(folder, "x", data, target, plans.normalisations)
     with pytest.raises(DatasetError, match="files of unknown origin"):

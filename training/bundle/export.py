@@ -30,11 +30,19 @@ from training.bundle import model_card
 from training.crossval import selection
 from training.crossval.validate import score_labels, segment_case
 from training.data import dataset
+from training.data.workspace import (
+    BEST_CHECKPOINT,
+    CONFIG_FILE,
+    LATEST_CHECKPOINT,
+    plans_file,
+    run_folder,
+    selection_file,
+)
 from training.fit.configuration import TrainingConfig
-from training.fit.fold_run import BEST, LATEST, FoldRun, load_checkpoint, open_run, run_folder
+from training.fit.fold_run import FoldRun, load_checkpoint, open_run
 
 INPUT_SLUG, OUTPUT_SLUG = "head-ct", "intracranial-hemorrhage-segmentation"
-CHECKPOINTS = {"latest": LATEST, "best": BEST}
+CHECKPOINTS = {"latest": LATEST_CHECKPOINT, "best": BEST_CHECKPOINT}
 MAX_DICE_CHANGE = 1e-3  # that rounding the weights may cost or gain in any checked case
 
 _log = logging.getLogger(__name__)
@@ -130,7 +138,7 @@ def describe_plans(planned: Plans) -> str:
 
 
 def _with_first_stages(workspace: Path, configurations: Sequence[str]) -> tuple[str, ...]:
-    planned = plans.load(workspace / "plans.json")
+    planned = plans.load(plans_file(workspace))
     names: list[str] = []
     for name in configurations:
         previous = planned.configuration(name).previous_stage
@@ -145,12 +153,12 @@ def _finished(
     finished = []
     for fold in folds:
         path = run_folder(workspace, configuration, fold)
-        if not (path / LATEST).exists() or not (path / "config.json").exists():
+        if not (path / LATEST_CHECKPOINT).exists() or not (path / CONFIG_FILE).exists():
             _log.info("%s fold %s: not trained yet, left out", configuration, fold)
             continue
-        config = strict_json.load(TrainingConfig, path / "config.json")
+        config = strict_json.load(TrainingConfig, path / CONFIG_FILE)
         run = open_run(workspace, configuration, fold, config)
-        reason = load_checkpoint(path / LATEST, run.configuration)["finished"]
+        reason = load_checkpoint(path / LATEST_CHECKPOINT, run.configuration)["finished"]
         if reason is None:
             _log.info("%s fold %s: training has not ended, left out", configuration, fold)
             continue
@@ -314,7 +322,7 @@ def main(args: argparse.Namespace) -> int:
     configurations: tuple[str, ...] = (args.configuration,)
     rules: tuple[ComponentRule, ...] = ()
     if args.configuration is None:
-        if not (args.workspace / selection.SELECTION_FILE).is_file():
+        if not selection_file(args.workspace).is_file():
             raise TrainingError(
                 f"{args.workspace}: nothing has been selected; `cross-validate` and `select`, "
                 "or name a --configuration"

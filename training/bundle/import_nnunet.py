@@ -25,6 +25,7 @@ from ichseg.model.plans import Configuration, Plans
 from training.bundle import nnunet_plans
 from training.bundle.export import INPUT_SLUG, OUTPUT_SLUG
 from training.bundle.nnunet_checkpoint import mirrored_axes, read_checkpoint, rename
+from training.data.workspace import DATASET_FILE, PLANS_FILE
 
 CHECKPOINTS = {"final": "checkpoint_final.pth", "best": "checkpoint_best.pth"}
 DESCRIPTION = "Imported from a trained nnU-Net; for research, not for any clinical use."
@@ -148,7 +149,7 @@ def read_plans(folder: Path, configuration: str) -> Plans:
     Raises:
         PlansError: A file is missing or damaged, or asks for something that this code cannot do.
     """
-    raw = [strict_json.load_object(folder / name) for name in ("plans.json", "dataset.json")]
+    raw = [strict_json.load_object(folder / name) for name in (PLANS_FILE, DATASET_FILE)]
     try:
         return nnunet_plans.convert(raw[0], raw[1], configuration)
     except PlansError as error:

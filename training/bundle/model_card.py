@@ -9,8 +9,9 @@ from ichseg.errors import IchsegError
 from ichseg.files import replacing
 from ichseg.model.bundle import Model
 from ichseg.predict.components import ComponentRule
-from training.crossval import merge, rules, selection
+from training.crossval import rules, selection
 from training.crossval.selection import Selection
+from training.data.workspace import evaluation_folder
 from training.scoring import summary
 from training.scoring.measures import TITLES
 from training.scoring.summary import Evaluation, LabelSummary
@@ -153,7 +154,7 @@ def _rules(
 
 def _evaluation(workspace: Path, name: str) -> Evaluation | None:
     try:
-        return summary.load(merge.folder_of(workspace, name))
+        return summary.load(evaluation_folder(workspace, name))
     except IchsegError:
         return None
 

@@ -19,8 +19,8 @@ from ichseg.predict import prepare
 from ichseg.predict.prepare import Placement
 from ichseg.scan.volume import Volume
 from training.data import splits
+from training.data.workspace import preprocessed_folder
 from training.store import chunks
-from training.store.preprocess import folder_of
 
 
 def following(plans: Plans, name: str) -> tuple[Configuration, ...]:
@@ -53,18 +53,18 @@ def store_labels(
     """
     wanted = prepare.place(channels, plans, configuration)
     labels = prepare.regrid(scores, placement, wanted, plans)
-    chunks.write_previous(folder_of(workspace, configuration.name), name, labels)
+    chunks.write_previous(preprocessed_folder(workspace, configuration.name), name, labels)
 
 
 def has_labels(workspace: Path, configuration: Configuration, name: str) -> bool:
     """Whether the store holds the first stage's labels of a case."""
-    folder = folder_of(workspace, configuration.name)
+    folder = preprocessed_folder(workspace, configuration.name)
     return chunks.is_complete(folder, name) and chunks.open_case(folder, name).previous is not None
 
 
 def can_store(workspace: Path, configuration: Configuration, name: str) -> bool:
     """Whether a case has been preprocessed for the second stage."""
-    return chunks.is_complete(folder_of(workspace, configuration.name), name)
+    return chunks.is_complete(preprocessed_folder(workspace, configuration.name), name)
 
 
 def require_labels(
@@ -85,8 +85,8 @@ def require_labels(
     unstored = [name for name in needed if not can_store(workspace, configuration, name)]
     if unstored:
         raise TrainingError(
-            f"{folder_of(workspace, second)}: {len(unstored)} of {len(needed)} cases are not "
-            f"there, such as {unstored[0]}; run `preprocess {second}` first"
+            f"{preprocessed_folder(workspace, second)}: {len(unstored)} of {len(needed)} cases are "
+            f"not there, such as {unstored[0]}; run `preprocess {second}` first"
         )
     missing = {name for name in needed if not has_labels(workspace, configuration, name)}
     if not missing:

@@ -19,12 +19,19 @@ from ichseg.model import plans, strict_json
 from training.crossval import validate
 from training.data import dataset, splits
 from training.data.dataset import add_workspace_argument
-from training.fit.fold_run import LATEST, load_checkpoint, run_folder
+from training.data.workspace import (
+    LATEST_CHECKPOINT,
+    VALIDATION_FILE,
+    evaluation_folder,
+    mask_file,
+    plans_file,
+    run_folder,
+    runs_folder,
+)
+from training.fit.fold_run import load_checkpoint
 from training.scoring import evaluate, summary
 from training.scoring.measures import EMPTY_POLICIES
 from training.scoring.summary import Evaluation
-
-FOLDER = "evaluation"
 
 
 def cross_validate(
@@ -32,7 +39,7 @@ def cross_validate(
 ) -> Evaluation:
     """Score what the folds of a configuration found in their validation cases.
 
-    Writes ``metrics.json``, ``evaluation.json`` and ``cases.csv`` to ``folder_of``.
+    Writes ``metrics.json``, ``evaluation.json`` and ``cases.csv`` to its evaluation folder.
 
     Args:
         workspace: With validated folds.
@@ -46,8 +53,8 @@ def cross_validate(
     """
     masks = validated_masks(workspace, configuration)
     cases = {case.name: case for case in dataset.load_dataset(workspace).labelled}
-    labels = plans.load(workspace / "plans.json").labels[1:]
-    out = folder_of(workspace, configuration)
+    labels = plans.load(plans_file(workspace)).labels[1:]
+    out = evaluation_folder(workspace, configuration)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".paired-") as beside:
         predictions, references = Path(beside) / "predictions", Path(beside) / "references"
@@ -64,30 +71,25 @@ def cross_validate(
         )
 
 
-def folder_of(workspace: Path, configuration: str) -> Path:
-    """Where the evaluation of a configuration lies."""
-    return workspace / FOLDER / configuration
-
-
 def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
     """The mask of each training case, by the fold that had not seen it.
 
     Raises:
         TrainingError: Some are missing; says of which fold, and the command that makes them.
     """
-    planned = plans.load(workspace / "plans.json").configuration(configuration)
+    planned = plans.load(plans_file(workspace)).configuration(configuration)
     names = [case.name for case in dataset.load_dataset(workspace).labelled]
     masks: dict[str, Path] = {}
     for number, split in enumerate(splits.load_or_make_splits(workspace, names)):
         folder = run_folder(workspace, configuration, str(number))
         again = f"`train {configuration} --fold {number}` goes on with it"
-        weights = load_checkpoint(folder / LATEST, planned)["network"]
+        weights = load_checkpoint(folder / LATEST_CHECKPOINT, planned)["network"]
         try:
-            found = strict_json.load(validate.Validation, folder / validate.RECORD)
+            found = strict_json.load(validate.Validation, folder / VALIDATION_FILE)
         except PlansError as error:
             raise TrainingError(f"{folder}: not validated yet; {again}") from error
         done = set(found.dice) if found.weights == validate.weights_digest(weights) else set()
-        paths = {name: validate.mask_of(folder, name) for name in split.validation}
+        paths = {name: mask_file(folder, name) for name in split.validation}
         missing = [name for name, path in paths.items() if name not in done or not path.is_file()]
         if missing:
             raise TrainingError(
@@ -100,8 +102,8 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
 
 def trained_configurations(workspace: Path) -> tuple[str, ...]:
     """Those that have runs, in the order of the plans."""
-    planned = plans.load(workspace / "plans.json").configurations
-    return tuple(c.name for c in planned if (workspace / "runs" / c.name).is_dir())
+    planned = plans.load(plans_file(workspace)).configurations
+    return tuple(c.name for c in planned if runs_folder(workspace, c.name).is_dir())
 
 
 def parse_names(text: str) -> tuple[str, ...]:
@@ -148,6 +150,6 @@ def main(args: argparse.Namespace) -> int:
         sys.stdout.write(f"{name}\n{evaluate.describe(found)}\n")
         sys.stdout.write(
             f"wrote {evaluate.METRICS_FILE}, {summary.EVALUATION_FILE} and {summary.CASES_FILE} "
-            f"to {folder_of(args.workspace, name)}\n\n"
+            f"to {evaluation_folder(args.workspace, name)}\n\n"
         )
     return 0

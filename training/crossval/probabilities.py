@@ -20,13 +20,7 @@ from ichseg.errors import TrainingError
 from ichseg.files import replacing
 from training.scoring.surface import bounding_box
 
-FOLDER = "probabilities"
 _STEPS = 255
-
-
-def path_of(run_folder: Path, name: str) -> Path:
-    """Where a fold's run keeps them."""
-    return run_folder / FOLDER / f"{name}.npz"
 
 
 def save(path: Path, scores: Tensor) -> None:

@@ -28,14 +28,21 @@ from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.crossval import merge, probabilities, rules
 from training.crossval.rules import Trial
-from training.crossval.validate import RECORD
 from training.data import dataset, parallel
 from training.data.dataset import Case, add_workspace_argument
-from training.fit.fold_run import run_folder
+from training.data.workspace import (
+    VALIDATION_FILE,
+    fold_of,
+    plans_file,
+    probabilities_file,
+    probabilities_folder,
+    run_folder,
+    run_folders,
+    selection_file,
+)
 from training.scoring.measures import SMOOTHING
 
 SCHEMA_VERSION = 1
-SELECTION_FILE = "selection.json"
 
 _BYTES_PER_VOXEL, _BYTES_BESIDE = 16, 500_000_000
 _log = logging.getLogger(__name__)
@@ -121,7 +128,7 @@ def select(
     Raises:
         TrainingError: Validations or stored probabilities are missing.
     """
-    planned = plans.load(workspace / "plans.json")
+    planned = plans.load(plans_file(workspace))
     tasks = _tasks(workspace, configurations)
     pairs = tuple(itertools.combinations(configurations, 2))
     combinations: list[tuple[str, ...]] = [*((name,) for name in configurations), *pairs]
@@ -159,12 +166,13 @@ def select(
         candidates=candidates,
         trials=trials,
     )
-    with replacing(workspace / SELECTION_FILE) as temporary:
+    with replacing(selection_file(workspace)) as temporary:
         temporary.write_text(strict_json.dumps(selection), encoding="utf-8")
     if not keep_probabilities:
         for name in merge.trained_configurations(workspace):
-            for folder in (workspace / "runs" / name).glob(f"fold_*/{probabilities.FOLDER}"):
-                shutil.rmtree(folder)
+            for folder in map(probabilities_folder, run_folders(workspace, name)):
+                if folder.is_dir():
+                    shutil.rmtree(folder)
     return selection
 
 
@@ -174,7 +182,7 @@ def load(workspace: Path) -> Selection:
     Raises:
         TrainingError: There is none, or not of this version.
     """
-    path = workspace / SELECTION_FILE
+    path = selection_file(workspace)
     if not path.is_file():
         raise TrainingError(f"{path}: no such file; `select` makes it")
     try:
@@ -225,7 +233,7 @@ def found_labels(
         return np.asarray(volume.read(task.masks[names[0]]).voxels, np.uint8)
     parts = []
     for name in names:
-        path = probabilities.path_of(run_folder(workspace, name, task.fold), task.case.name)
+        path = probabilities_file(run_folder(workspace, name, task.fold), task.case.name)
         placement = prepare.place([image], planned, planned.configuration(name))
         parts.append((probabilities.load(path), placement))
     return prepare.restore(parts, planned)
@@ -252,7 +260,7 @@ def _tasks(workspace: Path, configurations: Sequence[str]) -> list[Task]:
     return [
         Task(
             case,
-            first[case.name].parent.parent.name.removeprefix("fold_"),
+            fold_of(first[case.name].parent.parent),
             {name: found[case.name] for name, found in masks.items()},
         )
         for case in dataset.load_dataset(workspace).labelled
@@ -267,7 +275,7 @@ def _require_probabilities(
             {
                 task.fold
                 for task in tasks
-                if not probabilities.path_of(
+                if not probabilities_file(
                     run_folder(workspace, name, task.fold), task.case.name
                 ).is_file()
             }
@@ -275,8 +283,9 @@ def _require_probabilities(
         if folds:
             folder = run_folder(workspace, name, folds[0])
             raise TrainingError(
-                f"{folder / probabilities.FOLDER}: no probabilities of all its cases, which pairs "
-                f"are judged by (an earlier selection removes them); delete {folder / RECORD} and "
+                f"{probabilities_folder(folder)}: no probabilities of all its cases, which pairs "
+                f"are judged by (an earlier selection removes them); delete "
+                f"{folder / VALIDATION_FILE} and "
                 f"run `train {name} --fold {folds[0]}`, which then only validates"
             )
 
@@ -358,5 +367,5 @@ def main(args: argparse.Namespace) -> int:
     )
     for line in describe(selection).splitlines():
         _log.info("%s", line)
-    _log.info("wrote %s", args.workspace / SELECTION_FILE)
+    _log.info("wrote %s", selection_file(args.workspace))
     return 0

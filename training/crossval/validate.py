@@ -34,13 +34,20 @@ from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.crossval import cascade_labels, probabilities
 from training.data import dataset
+from training.data.workspace import (
+    LATEST_CHECKPOINT,
+    VALIDATION_FILE,
+    mask_file,
+    masks_folder,
+    probabilities_file,
+    probabilities_folder,
+)
 from training.fit import log
-from training.fit.fold_run import LATEST, FoldRun, load_checkpoint
+from training.fit.fold_run import FoldRun, load_checkpoint
 from training.scoring.measures import dice
 from training.store import chunks
 
 SCHEMA_VERSION = 1
-RECORD, MASKS = "validation.json", "validation"
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +101,7 @@ def validate(
     Returns:
         Whether all cases were done.
     """
-    weights = load_checkpoint(run.folder / LATEST, run.configuration)["network"]
+    weights = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration)["network"]
     record = _continue_record(run, weights_digest(weights))
     second = cascade_labels.following(run.plans, run.configuration.name)
     names = run.spec.validation
@@ -122,7 +129,7 @@ def validate(
             _log.info("validation: stopped at case %s; the same command goes on from here", name)
             return False
         record = _extended(run, record, name, scores)
-        _write(record, run.folder / RECORD)
+        _write(record, run.folder / VALIDATION_FILE)
         now = time.monotonic()
         _log.info(
             "validation %d/%d  %s  Dice %s  %.1f s  ETA %s",
@@ -140,7 +147,7 @@ def validate(
 def is_validated(workspace: Path, run: FoldRun, weights: Mapping[str, Tensor]) -> bool:
     """Whether ``validate`` has done all cases with these weights, as this run asks for."""
     try:
-        found = strict_json.load(Validation, run.folder / RECORD)
+        found = strict_json.load(Validation, run.folder / VALIDATION_FILE)
     except PlansError:  # none yet, or of another version
         return False
     if (found.weights, found.mirrored) != (weights_digest(weights), run.config.validation_mirrors):
@@ -205,11 +212,6 @@ def score_labels(
     return {name: None if math.isnan(score) else score for name, score in scores.items()}
 
 
-def mask_of(run_folder: Path, name: str) -> Path:
-    """Where a fold's run keeps the mask of a validation case."""
-    return run_folder / MASKS / f"{name}.nii.gz"
-
-
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """sha256 over the tensors, in the order of their names."""
     digest = hashlib.sha256()
@@ -230,8 +232,8 @@ def _validate_case(
     channels = [volume.read(path) for path in case.images]
     scores, placement = predict_case(case.name, channels, run, network)
     labels = prepare.restore([(scores, placement)], run.plans)
-    probabilities.save(probabilities.path_of(run.folder, case.name), scores)
-    volume.write(channels[0].with_voxels(labels), mask_of(run.folder, case.name))
+    probabilities.save(probabilities_file(run.folder, case.name), scores)
+    volume.write(channels[0].with_voxels(labels), mask_file(run.folder, case.name))
     for stage in second:
         if cascade_labels.can_store(workspace, stage, case.name):
             cascade_labels.store_labels(
@@ -251,15 +253,15 @@ def _continue_record(run: FoldRun, weights: str) -> Validation:
         dice={},
     )
     try:
-        found = strict_json.load(Validation, run.folder / RECORD)
+        found = strict_json.load(Validation, run.folder / VALIDATION_FILE)
     except PlansError:  # none yet, or of another version
         found = fresh
     if (found.weights, found.mirrored) == (fresh.weights, fresh.mirrored) and found.dice:
         return found
-    (run.folder / RECORD).unlink(missing_ok=True)
-    for mask in (run.folder / MASKS).glob("*.nii.gz"):
+    (run.folder / VALIDATION_FILE).unlink(missing_ok=True)
+    for mask in (masks_folder(run.folder)).glob("*.nii.gz"):
         mask.unlink()
-    shutil.rmtree(run.folder / probabilities.FOLDER, ignore_errors=True)
+    shutil.rmtree(probabilities_folder(run.folder), ignore_errors=True)
     return fresh
 
 
@@ -270,7 +272,7 @@ def _is_done(
     second: Sequence[Configuration],
     name: str,
 ) -> bool:
-    if name not in record.dice or not mask_of(run.folder, name).is_file():
+    if name not in record.dice or not mask_file(run.folder, name).is_file():
         return False
     return all(
         cascade_labels.has_labels(workspace, stage, name)

@@ -23,7 +23,6 @@ from ichseg.files import remove_unfinished, replacing, suffix_of
 from ichseg.scan import volume
 from training.data import parallel, splits
 from training.data.dataset import (
-    DATASET_FILE,
     Case,
     Dataset,
     add_workspace_argument,
@@ -32,6 +31,16 @@ from training.data.dataset import (
     save_dataset,
 )
 from training.data.layouts import read_source
+from training.data.workspace import (
+    dataset_file,
+    fingerprint_file,
+    groups_file,
+    plans_file,
+    preprocessed_root,
+    raw_images_folder,
+    raw_labels_folder,
+    runs_root,
+)
 
 # 4D voxels as stored and as converted, at most eight bytes each, and the libraries
 _BYTES_PER_VOXEL, _BYTES_BESIDE = 16, 200_000_000
@@ -98,7 +107,7 @@ def convert(
             f"{len(failures)} of {len(moves)} cases failed, the first: {failures[0]}"
         )
     if table is not None:
-        with replacing(workspace / splits.GROUPS_FILE) as temporary:
+        with replacing(groups_file(workspace)) as temporary:
             temporary.write_bytes(table)
     save_dataset(dataset, workspace)  # last: it marks a finished conversion
     return dataset
@@ -112,14 +121,18 @@ def refuse_taken(workspace: Path) -> None:
     Raises:
         DatasetError: It does.
     """
-    for name in (DATASET_FILE, "fingerprint.json", "plans.json", "preprocessed", "runs"):
-        if (workspace / name).exists():
-            raise DatasetError(
-                f"{workspace / name}: exists; expected a workspace that holds no dataset yet"
-            )
+    for path in (
+        dataset_file(workspace),
+        fingerprint_file(workspace),
+        plans_file(workspace),
+        preprocessed_root(workspace),
+        runs_root(workspace),
+    ):
+        if path.exists():
+            raise DatasetError(f"{path}: exists; expected a workspace that holds no dataset yet")
     if workspace.exists() and not workspace.is_dir():
         raise DatasetError(f"{workspace}: is a file, expected a folder")
-    for folder in (workspace / "raw").glob("*/"):
+    for folder in (raw_images_folder(workspace), raw_labels_folder(workspace)):
         remove_unfinished(folder)
 
 
@@ -145,14 +158,13 @@ def bring(source: Path, target: Path) -> None:
 
 def placed(case: Case, channels: int, workspace: Path) -> Case:
     """The same case under the names that it gets in a workspace."""
-    raw = workspace / "raw"
     as_they_are = len(case.images) == channels
     suffixes = [suffix_of(p) for p in case.images] if as_they_are else [".nii.gz"] * channels
     images = tuple(
-        raw / "images" / f"{case.name}_{channel:04d}{suffix}"
+        raw_images_folder(workspace) / f"{case.name}_{channel:04d}{suffix}"
         for channel, suffix in enumerate(suffixes)
     )
-    label = case.label and raw / "labels" / f"{case.name}{suffix_of(case.label)}"
+    label = case.label and raw_labels_folder(workspace) / f"{case.name}{suffix_of(case.label)}"
     return Case(case.name, images, label)
 
 
@@ -208,7 +220,7 @@ def _read_table(groups: Path, workspace: Path, dataset: Dataset) -> bytes:
     """The bytes of a table of groups that fits the dataset."""
     splits.read_groups(groups, [case.name for case in dataset.labelled])
     content = groups.read_bytes()
-    kept = workspace / splits.GROUPS_FILE
+    kept = groups_file(workspace)
     if kept.exists() and kept.read_bytes() != content:
         raise DatasetError(f"{kept}: exists and differs from {groups}")
     return content

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from ichseg.model import strict_json
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.data.parallel import default_workers, each_case
+from training.data.workspace import dataset_file
 
 __all__ = [
-    "DATASET_FILE",
     "Case",
     "Dataset",
     "add_workspace_argument",
@@ -36,7 +37,6 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-DATASET_FILE = "dataset.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ def load_dataset(workspace: Path) -> Dataset:
         DatasetError: The workspace has no dataset, or the cases contradict one another.
         PlansError: The file does not have the schema this code reads.
     """
-    path = workspace / DATASET_FILE
+    path = dataset_file(workspace)
     if not path.is_file():
         raise DatasetError(f"{path}: no such file; make it with `convert DATASET --workspace ...`")
     raw = strict_json.load(_DatasetFile, path)
@@ -161,7 +161,7 @@ def save_dataset(dataset: Dataset, workspace: Path) -> None:
         for case in dataset.cases
     )
     content = _DatasetFile(SCHEMA_VERSION, dataset.name, dataset.channels, dataset.labels, cases)
-    with replacing(workspace / DATASET_FILE) as temporary:
+    with replacing(dataset_file(workspace)) as temporary:
         temporary.write_text(strict_json.dumps(content), encoding="utf-8")
 
 
@@ -193,6 +193,20 @@ def read_case(case: Case, labels: Sequence[str]) -> tuple[tuple[Volume, ...], Vo
             f"0..{len(labels) - 1}"
         )
     return images, reference
+
+
+def digest_sources(dataset: Dataset) -> str:
+    """A digest of name, size and time of last change of every file of the labelled cases."""
+    digest = hashlib.sha256()
+    for case in dataset.labelled:
+        for path in (*case.images, case.label or Path()):
+            try:
+                found = path.stat()
+                state = f"{found.st_size} {found.st_mtime_ns}"
+            except OSError:  # whoever reads it will say so
+                state = "missing"
+            digest.update(f"{case.name} {path.name} {state}\n".encode())
+    return digest.hexdigest()
 
 
 def describe_failure(case: Case, error: Exception) -> str:

@@ -29,7 +29,8 @@ from ichseg.errors import DatasetError, InputError
 from ichseg.files import SCAN_SUFFIXES, is_named_as_scan, stem_of
 from ichseg.model import strict_json
 from ichseg.scan import volume
-from training.data.dataset import DATASET_FILE, Case
+from training.data.dataset import Case
+from training.data.workspace import DATASET_FILE
 
 _log = logging.getLogger(__name__)
 

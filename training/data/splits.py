@@ -17,10 +17,9 @@ import numpy as np
 from ichseg.errors import DatasetError
 from ichseg.files import replacing
 from ichseg.model import strict_json
+from training.data.workspace import groups_file, splits_file
 
 SCHEMA_VERSION = 1
-SPLITS_FILE = "splits.json"
-GROUPS_FILE = "groups.csv"
 GROUPS_HEADER = ["case", "group"]
 FOLDS = 5
 SEED = 12345  # nnU-Net's, so that results are comparable case by case
@@ -147,7 +146,7 @@ def load_or_make_splits(workspace: Path, names: Sequence[str]) -> tuple[Split, .
         PlansError: The file does not have the schema this code reads.
     """
     splits = find_splits(workspace, names)
-    path = workspace / SPLITS_FILE
+    path = splits_file(workspace)
     if not path.exists():
         with replacing(path) as temporary:
             content = strict_json.dumps(_SplitsFile(SCHEMA_VERSION, splits))
@@ -157,7 +156,7 @@ def load_or_make_splits(workspace: Path, names: Sequence[str]) -> tuple[Split, .
 
 def find_splits(workspace: Path, names: Sequence[str]) -> tuple[Split, ...]:
     """As ``load_or_make_splits``, but nothing is written."""
-    path, table = workspace / SPLITS_FILE, workspace / GROUPS_FILE
+    path, table = splits_file(workspace), groups_file(workspace)
     groups = read_groups(table, names) if table.exists() else None
     if not path.exists():
         return make_splits(names, groups)

@@ -20,20 +20,26 @@ from ichseg.model import strict_json
 from ichseg.scan import volume
 from training.data import convert, parallel, splits
 from training.data.dataset import (
-    DATASET_FILE,
     Case,
     Dataset,
     add_workspace_argument,
     describe_failure,
+    digest_sources,
     largest_image_voxels,
     load_dataset,
     save_dataset,
 )
 from training.data.examine import ERROR, WARNING, CaseFacts, Finding, examine_case, shown
-from training.planning.fingerprint import digest_sources
+from training.data.workspace import (
+    DATASET_FILE,
+    GROUPS_FILE,
+    SPLITS_FILE,
+    raw_images_folder,
+    raw_labels_folder,
+    verified_file,
+)
 
 SCHEMA_VERSION = 1
-VERIFIED_FILE = "verified.json"
 # A spacing this many times larger or smaller than the dataset's median is odd.
 ODD_SPACING_FACTOR = 5.0
 # Peak of one worker: the inflated file and its voxels, at most eight bytes each, and the libraries.
@@ -83,7 +89,7 @@ def verify_dataset(workspace: Path, dataset: Dataset, workers: int) -> list[Find
 def is_verified(workspace: Path, dataset: Dataset) -> bool:
     """Whether ``verify`` has found no error in the files of the labelled cases as they are now."""
     try:
-        found = strict_json.load(_Verified, workspace / VERIFIED_FILE)
+        found = strict_json.load(_Verified, verified_file(workspace))
     except PlansError:
         return False
     return found == _Verified(SCHEMA_VERSION, digest_sources(dataset))
@@ -122,7 +128,7 @@ def fix_headers(
         raise DatasetError(
             f"{len(failures)} of {len(dataset.cases)} cases failed, the first: {failures[0]}"
         )
-    for name in (splits.SPLITS_FILE, splits.GROUPS_FILE):
+    for name in (SPLITS_FILE, GROUPS_FILE):
         if (workspace / name).exists():
             convert.bring(workspace / name, target / name)
     cases.sort(key=lambda case: case.name)
@@ -197,7 +203,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _note_verified(workspace: Path, dataset: Dataset, *, verified: bool) -> None:
-    path = workspace / VERIFIED_FILE
+    path = verified_file(workspace)
     if not verified:
         path.unlink(missing_ok=True)
         return
@@ -252,8 +258,9 @@ def _left_over(workspace: Path, dataset: Dataset) -> Iterator[Finding]:
         for case in dataset.cases
         for path in (*case.images, *([case.label] if case.label else []))
     }
-    for folder, other in (("images", "label"), ("labels", "image")):
-        for path in sorted((workspace / "raw" / folder).glob("*")):
+    folders = ((raw_images_folder(workspace), "label"), (raw_labels_folder(workspace), "image"))
+    for folder, other in folders:
+        for path in sorted(folder.glob("*")):
             if is_named_as_scan(path) and path not in listed:
                 text = f"{DATASET_FILE} does not list it, so it has no {other}"
                 yield Finding(ERROR, "-", shown(path, workspace), text)

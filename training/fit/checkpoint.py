@@ -12,9 +12,10 @@ import torch
 from ichseg.errors import PlansError, TrainingError
 from ichseg.files import replacing
 from ichseg.model import strict_json
+from training.data.workspace import CONFIG_FILE, LATEST_CHECKPOINT
 from training.fit import schedule
 from training.fit.configuration import TrainingConfig
-from training.fit.fold_run import LATEST, SCHEMA_VERSION, FoldRun, load_checkpoint
+from training.fit.fold_run import SCHEMA_VERSION, FoldRun, load_checkpoint
 from training.fit.log import EpochRow
 from training.fit.schedule import ScheduleState
 from training.fit.step import TrainingState
@@ -79,7 +80,7 @@ def resume(run: FoldRun, state: TrainingState) -> None:
     Raises:
         TrainingError: It is damaged or of other plans.
     """
-    raw = load_checkpoint(run.folder / LATEST, run.configuration, run.device)
+    raw = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration, run.device)
     state.network.load_state_dict(raw["network"])
     state.optimiser.load_state_dict(raw["optimiser"])
     if raw["scaler"]:  # else it was not fp16 so far, and the scale is found anew
@@ -96,7 +97,7 @@ def resume(run: FoldRun, state: TrainingState) -> None:
     state.history = [EpochRow(**row) for row in raw["history"]]
     state.average_dice, state.best_dice = raw["average_dice"], raw["best_dice"]
     with contextlib.suppress(PlansError):
-        before = strict_json.load(TrainingConfig, run.folder / "config.json")
+        before = strict_json.load(TrainingConfig, run.folder / CONFIG_FILE)
         for option in dataclasses.fields(TrainingConfig):
             old, new = getattr(before, option.name), getattr(run.config, option.name)
             if old != new:

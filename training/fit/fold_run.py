@@ -15,13 +15,11 @@ from ichseg.model.plans import Configuration, Plans
 from training.batches.sampling import BatchSpec
 from training.crossval import cascade_labels
 from training.data import dataset, splits
+from training.data.workspace import ALL_FOLD, plans_file, preprocessed_folder, run_folder
 from training.fit.configuration import TrainingConfig
 from training.fit.process_group import ALONE, Peers
-from training.store.preprocess import folder_of
 
 SCHEMA_VERSION = 2
-LATEST, BEST = "checkpoint_latest.pt", "checkpoint_best.pt"
-ALL_FOLD = "all"
 _ALL_FOLD_NUMBER = 1_000_000
 
 
@@ -71,7 +69,7 @@ def open_run(
     device = torch_engine.choose_device(config.device)
     if config.precision == "fp16" and device.type == "cpu":
         raise TrainingError("precision fp16 on the CPU, expected fp32, bf16 or auto there")
-    planned = plans.load(workspace / "plans.json")
+    planned = plans.load(plans_file(workspace))
     chosen = planned.configuration(configuration)
     names = [case.name for case in dataset.load_dataset(workspace).labelled]
     if fold == ALL_FOLD:
@@ -87,7 +85,7 @@ def open_run(
         cascade_labels.require_labels(workspace, chosen, needed, names)
         previous_labels = len(planned.labels) - 1
     spec = BatchSpec(
-        folder=folder_of(workspace, configuration),
+        folder=preprocessed_folder(workspace, configuration),
         train=split.train,
         validation=split.validation,
         patch=chosen.patch,
@@ -111,11 +109,6 @@ def open_run(
         device=device,
         peers=peers,
     )
-
-
-def run_folder(workspace: Path, configuration: str, fold: str) -> Path:
-    """Where a fold's run lies."""
-    return workspace / "runs" / configuration / f"fold_{fold}"
 
 
 def load_checkpoint(

@@ -31,6 +31,15 @@ from training.batches.sampling import BatchKey
 from training.batches.stream import BatchStream, open_batches
 from training.crossval.validate import validate
 from training.data import dataset
+from training.data.workspace import (
+    ALL_FOLD,
+    BEST_CHECKPOINT,
+    CONFIG_FILE,
+    LATEST_CHECKPOINT,
+    TRAIN_LOG,
+    plans_file,
+    run_folder,
+)
 from training.fit import log, schedule
 from training.fit.checkpoint import diverged, resume, save
 from training.fit.configuration import (
@@ -40,7 +49,7 @@ from training.fit.configuration import (
     config_from,
     flags_from,
 )
-from training.fit.fold_run import ALL_FOLD, BEST, LATEST, FoldRun, open_run, run_folder
+from training.fit.fold_run import FoldRun, open_run
 from training.fit.log import EpochRow
 from training.fit.pretrained import load_pretrained
 from training.fit.process_group import ALONE, Peers, joined
@@ -110,7 +119,7 @@ def train_fold(
 def _state_of(run: FoldRun, fold: str, *, restart: bool) -> TrainingState:
     """From the latest checkpoint, a bundle, or nothing."""
     state = begin(run)
-    if (run.folder / LATEST).exists() and not restart:
+    if (run.folder / LATEST_CHECKPOINT).exists() and not restart:
         resume(run, state)
     elif run.config.pretrained is not None:
         bundle = Path(run.config.pretrained)
@@ -119,7 +128,7 @@ def _state_of(run: FoldRun, fold: str, *, restart: bool) -> TrainingState:
         state.forward = compile_forward(run, state.network)
     if run.peers.leads:
         remove_unfinished(run.folder)
-        with replacing(run.folder / "config.json") as temporary:
+        with replacing(run.folder / CONFIG_FILE) as temporary:
             temporary.write_text(strict_json.dumps(run.config), encoding="utf-8")
     return state
 
@@ -137,7 +146,7 @@ def _train(run: FoldRun, state: TrainingState, signals: Signals) -> str | None:
     config, rules = run.config, run.config.rules
     reason = schedule.end_reason(rules, state.schedule, state.elapsed_s)
     if reason is not None:
-        save(run, state, LATEST)  # the length may have been lowered since
+        save(run, state, LATEST_CHECKPOINT)  # the length may have been lowered since
         return reason
     _log.info("training %s", _describe(run, state))
     keys = batch_keys(config, state.schedule.epoch, len(state.losses))
@@ -155,15 +164,16 @@ def _train(run: FoldRun, state: TrainingState, signals: Signals) -> str | None:
                     ) from error
                 row = None
             if row is None:
-                save(run, state, LATEST)
+                save(run, state, LATEST_CHECKPOINT)
                 return None
             began = time.perf_counter()
             reason = schedule.end_reason(rules, state.schedule, state.elapsed_s)
             if state.best_dice is not None and state.best_dice == state.average_dice:
-                save(run, state, BEST)
+                save(run, state, BEST_CHECKPOINT)
             if watch is not None:
                 watch.epoch(state.history, state.elapsed_s, last=reason is not None)
-            save(run, state, LATEST)  # last: what a kill before it leaves out is done again
+            # last: what a kill before it leaves out is done again
+            save(run, state, LATEST_CHECKPOINT)
             state.elapsed_s += time.perf_counter() - began
     return reason
 
@@ -333,7 +343,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the ``train`` command; 130 when a signal ended it."""
-    recipe = args.recipe or plans.load(args.workspace / "plans.json").recipe
+    recipe = args.recipe or plans.load(plans_file(args.workspace)).recipe
     config = config_from(args, recipe)
     with joined(config.device) as peers:
         if not peers.leads:
@@ -364,7 +374,7 @@ def _train_one(args: argparse.Namespace, config: TrainingConfig, peers: Peers, f
         if peers.leads:
             folder = run_folder(args.workspace, args.configuration, fold)
             stack.enter_context(queue.claimed(folder))
-            stack.enter_context(log.to_file(folder / "train.log"))
+            stack.enter_context(log.to_file(folder / TRAIN_LOG))
         return train_fold(
             args.workspace, args.configuration, fold, config, restart=args.restart, peers=peers
         )

@@ -21,6 +21,7 @@ import torch
 
 from ichseg.errors import TrainingError
 from training.batches.stream import choose_engine
+from training.data.workspace import PROGRESS_PICTURE, PROGRESS_TABLE
 from training.fit import curves, log
 from training.fit.configuration import TrainingConfig
 from training.fit.log import EpochRow
@@ -116,9 +117,9 @@ class Watch:
     def epoch(self, history: Sequence[EpochRow], elapsed_s: float, *, last: bool) -> None:
         """Tell of the epoch that has just ended and bring the files up to date."""
         self._history, row = tuple(history), history[-1]
-        log.write_csv(history, self._folder / "progress.csv", self._labels)
+        log.write_csv(history, self._folder / PROGRESS_TABLE, self._labels)
         if last or self._drawn is None or time.monotonic() - self._drawn > _DRAW_EVERY_S:
-            curves.draw(history, self._folder / "progress.png", title=self._title)
+            curves.draw(history, self._folder / PROGRESS_PICTURE, title=self._title)
             self._drawn = time.monotonic()
         if self._board is not None:
             write_tensorboard(self._board, row, self._labels)

@@ -26,8 +26,9 @@ import torch
 
 from ichseg.errors import IchsegError, TrainingError
 from training.crossval.validate import is_validated
+from training.data.workspace import ALL_FOLD, LATEST_CHECKPOINT, LOCK_FILE, fold_of
 from training.fit import schedule
-from training.fit.fold_run import ALL_FOLD, LATEST, FoldRun, load_checkpoint
+from training.fit.fold_run import FoldRun, load_checkpoint
 from training.fit.schedule import ScheduleState
 
 _INTERRUPTED = 130  # exit status of a command that a signal ended
@@ -76,15 +77,15 @@ def find_gpus(text: str) -> tuple[str, ...]:
 
 def is_finished(workspace: Path, run: FoldRun) -> bool:
     """Whether a fold has been trained to its end, as these settings define it, and validated."""
-    if not (run.folder / LATEST).exists():
+    if not (run.folder / LATEST_CHECKPOINT).exists():
         return False
-    raw = load_checkpoint(run.folder / LATEST, run.configuration)
+    raw = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration)
     state = ScheduleState(**raw["schedule"])
     if raw["finished"] is None or not schedule.end_reason(
         run.config.rules, state, raw["elapsed_s"]
     ):
         return False
-    wanted = run.config.validation and run.folder.name != f"fold_{ALL_FOLD}"
+    wanted = run.config.validation and fold_of(run.folder) != ALL_FOLD
     return not wanted or is_validated(workspace, run, raw["network"])
 
 
@@ -96,7 +97,7 @@ def claimed(folder: Path) -> Iterator[None]:
         TrainingError: One does already.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as stream:
+    with (folder / LOCK_FILE).open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -19,18 +19,30 @@ from ichseg.errors import DatasetError, PlansError, TrainingError, WeightsError
 from ichseg.model import bundle, plans
 from ichseg.model.plans import Plans
 from ichseg.report import page
-from training.crossval import merge, selection, validate
+from training.crossval import merge, selection
 from training.data import layouts, splits, verify
-from training.data.dataset import DATASET_FILE, add_workspace_argument, load_dataset
+from training.data.dataset import add_workspace_argument, load_dataset
+from training.data.workspace import (
+    LATEST_CHECKPOINT,
+    VALIDATION_FILE,
+    bundles_folder,
+    dataset_file,
+    evaluation_folder,
+    evaluation_root,
+    plans_file,
+    preprocessed_folder,
+    report_folder,
+    run_folder,
+    selection_file,
+)
 from training.fit import configuration as config
 from training.fit import progress
 from training.fit.configuration import TrainingConfig
-from training.fit.fold_run import LATEST, open_run, run_folder
+from training.fit.fold_run import open_run
 from training.jobs import queue
 from training.planning import overrides as planner_overrides
 from training.planning import planner
 from training.planning.recipes import RECIPES as PLANNER_RECIPES
-from training.report import report
 from training.scoring import summary
 from training.store import preprocess
 
@@ -89,7 +101,7 @@ def _convert(args: argparse.Namespace) -> Iterator[Step]:
     words = ["convert", str(args.dataset), *_workspace(args)]
     if args.groups is not None:
         words += ["--groups", str(args.groups)]
-    path = args.workspace / DATASET_FILE
+    path = dataset_file(args.workspace)
     if path.exists():
         _refuse_other_dataset(args)
     yield Step(tuple(words), f"{path} is there" if path.exists() else "")
@@ -111,7 +123,7 @@ def _plan(args: argparse.Namespace) -> Iterator[Step]:
     for name, value in _overrides(args).items():
         flags = {"yes": f"--{name}", "no": f"--no-{name}"}
         words.append(flags.get(value, f"--{name}={value}"))
-    path = args.workspace / planner.PLANS_FILE
+    path = plans_file(args.workspace)
     if path.exists():
         _refuse_other_plans(args, path)
     yield Step(tuple(words), f"{path} is there" if path.exists() else "")
@@ -121,7 +133,7 @@ def _preprocess(args: argparse.Namespace) -> Iterator[Step]:
     dataset, planned = load_dataset(args.workspace), _plans(args)
     for name in _configurations(args, planned):
         done = preprocess.is_preprocessed(dataset, planned, name, args.workspace)
-        folder = preprocess.folder_of(args.workspace, name)
+        folder = preprocessed_folder(args.workspace, name)
         yield Step(
             ("preprocess", name, *_workspace(args)), f"{folder} holds all cases" if done else ""
         )
@@ -149,7 +161,7 @@ def _cross_validate(args: argparse.Namespace) -> Iterator[Step]:
         return
     done = all(_is_newer(args, name, _evaluation(args, name)) for name in names)
     words = ("cross-validate", *_workspace(args), "--configurations", ",".join(names))
-    folder = args.workspace / merge.FOLDER
+    folder = evaluation_root(args.workspace)
     yield Step(words, f"{folder} holds {', '.join(names)}" if done else "")
 
 
@@ -157,7 +169,7 @@ def _select(args: argparse.Namespace) -> Iterator[Step]:
     names = _judged(args)
     if not names:
         return
-    path = args.workspace / selection.SELECTION_FILE
+    path = selection_file(args.workspace)
     done = _selected_from(args) == names and all(_is_newer(args, name, path) for name in names)
     words = ("select", *_workspace(args), "--configurations", ",".join(names))
     yield Step(words, f"{path} is there" if done else "")
@@ -170,7 +182,7 @@ def _export(args: argparse.Namespace) -> Iterator[Step]:
     if _judged(args):
         out = _bundle_folder(args, SELECTED)
         chosen = selection.load(args.workspace)
-        made = (args.workspace / selection.SELECTION_FILE).stat().st_mtime_ns
+        made = selection_file(args.workspace).stat().st_mtime_ns
         done = _is_exported(args, chosen.configurations, out, made)
         yield Step(
             ("export", *_workspace(args), "--out", str(out), *words),
@@ -189,8 +201,8 @@ def _export(args: argparse.Namespace) -> Iterator[Step]:
 def _report(args: argparse.Namespace) -> Iterator[Step]:
     if not _judged(args):
         return
-    path = args.workspace / report.FOLDER / page.FILE
-    chosen = args.workspace / selection.SELECTION_FILE
+    path = report_folder(args.workspace) / page.FILE
+    chosen = selection_file(args.workspace)
     done = path.is_file() and path.stat().st_mtime_ns >= chosen.stat().st_mtime_ns
     yield Step(("report", str(args.workspace)), f"{path} is there" if done else "")
 
@@ -264,7 +276,7 @@ def _folds(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _is_trained(args: argparse.Namespace, name: str, fold: str, chosen: TrainingConfig) -> bool:
-    if not (run_folder(args.workspace, name, fold) / LATEST).exists():
+    if not (run_folder(args.workspace, name, fold) / LATEST_CHECKPOINT).exists():
         return False
     return queue.is_finished(args.workspace, open_run(args.workspace, name, fold, chosen))
 
@@ -285,14 +297,14 @@ def _judged(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _evaluation(args: argparse.Namespace, name: str) -> Path:
-    return merge.folder_of(args.workspace, name) / summary.EVALUATION_FILE
+    return evaluation_folder(args.workspace, name) / summary.EVALUATION_FILE
 
 
 def _is_newer(args: argparse.Namespace, name: str, path: Path) -> bool:
     """Whether a file is there, and no fold has been validated since it was written."""
     if not path.is_file():
         return False
-    records = (run_folder(args.workspace, name, f) / validate.RECORD for f in _folds(args))
+    records = (run_folder(args.workspace, name, f) / VALIDATION_FILE for f in _folds(args))
     return all(record.stat().st_mtime_ns <= path.stat().st_mtime_ns for record in records)
 
 
@@ -316,18 +328,18 @@ def _is_exported(
     made = (out / bundle.MODEL_FILE).stat().st_mtime_ns
     return made >= selected_ns and all(
         (name, fold) in members
-        and (run_folder(args.workspace, name, fold) / LATEST).stat().st_mtime_ns <= made
+        and (run_folder(args.workspace, name, fold) / LATEST_CHECKPOINT).stat().st_mtime_ns <= made
         for name in names
         for fold in _folds(args)
     )
 
 
 def _bundle_folder(args: argparse.Namespace, name: str) -> Path:
-    return (args.workspace / "bundles" if args.out is None else args.out) / name
+    return (bundles_folder(args.workspace) if args.out is None else args.out) / name
 
 
 def _plans(args: argparse.Namespace) -> Plans:
-    return plans.load(args.workspace / planner.PLANS_FILE)
+    return plans.load(plans_file(args.workspace))
 
 
 def _workspace(args: argparse.Namespace) -> tuple[str, str]:

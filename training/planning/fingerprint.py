@@ -7,7 +7,6 @@ which each case weighs the same; here a large bleed weighs more than a small one
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
 import sys
 import time
@@ -28,14 +27,15 @@ from training.data.dataset import (
     Dataset,
     add_workspace_argument,
     describe_failure,
+    digest_sources,
     is_ct,
     load_dataset,
     read_case,
 )
 from training.data.parallel import default_workers, each_case, with_progress
+from training.data.workspace import fingerprint_file
 
 SCHEMA_VERSION = 1
-FINGERPRINT_FILE = "fingerprint.json"
 # Whole numbers within this are counted in a histogram; anything else is pooled voxel by voxel.
 _HISTOGRAM_LIMIT = 2**31
 
@@ -160,27 +160,13 @@ def compute_fingerprint(dataset: Dataset, workers: int) -> Fingerprint:
     )
 
 
-def digest_sources(dataset: Dataset) -> str:
-    """A digest of name, size and time of last change of every file of the labelled cases."""
-    digest = hashlib.sha256()
-    for case in dataset.labelled:
-        for path in (*case.images, case.label or Path()):
-            try:
-                found = path.stat()
-                state = f"{found.st_size} {found.st_mtime_ns}"
-            except OSError:  # whoever reads it will say so
-                state = "missing"
-            digest.update(f"{case.name} {path.name} {state}\n".encode())
-    return digest.hexdigest()
-
-
 def load_fingerprint(workspace: Path) -> Fingerprint:
     """Read ``WORKSPACE/fingerprint.json``.
 
     Raises:
         PlansError: Missing, damaged, or of another schema.
     """
-    return strict_json.load(Fingerprint, workspace / FINGERPRINT_FILE)
+    return strict_json.load(Fingerprint, fingerprint_file(workspace))
 
 
 def load_or_compute(
@@ -190,7 +176,7 @@ def load_or_compute(
 
     With ``heads`` also if the stored one is from a version that did not look for heads.
     """
-    path = workspace / FINGERPRINT_FILE
+    path = fingerprint_file(workspace)
     if path.exists():
         try:
             fingerprint = load_fingerprint(workspace)

@@ -31,6 +31,7 @@ from training.data.dataset import (
     is_ct,
     load_dataset,
 )
+from training.data.workspace import plans_file
 from training.planning import explain
 from training.planning.cascade import plan_cascade
 from training.planning.explain import Reasons
@@ -40,7 +41,6 @@ from training.planning.patch import Fit, Grid, fit_patch, times
 from training.planning.recipes import ANISOTROPY, RECIPES, find_recipe
 from training.planning.spacing import coarsest_first, target_spacing
 
-PLANS_FILE = "plans.json"
 _MASKED_BELOW = 0.75  # relative size after the crop below which z-scores keep to the nonzero region
 
 _log = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ def main(args: argparse.Namespace) -> int:
     plans, reasons = decide(
         fingerprint, dataset, recipe=args.recipe, overrides=overrides, preset=args.preset
     )
-    path = args.workspace / PLANS_FILE
+    path = plans_file(args.workspace)
     with replacing(path) as temporary:
         temporary.write_text(strict_json.dumps(plans), encoding="utf-8")
     for configuration in plans.configurations:

@@ -19,14 +19,21 @@ from ichseg.scan import volume
 from training.crossval import merge, selection
 from training.crossval.selection import Selection
 from training.data import dataset, parallel, splits
-from training.fit.fold_run import run_folder
+from training.data.workspace import (
+    PROGRESS_TABLE,
+    evaluation_folder,
+    evaluation_root,
+    fold_of,
+    report_folder,
+    run_folders,
+    selection_file,
+)
 from training.fit.log import EpochRow
 from training.report import page as report_page
 from training.report.page import Context
 from training.scoring import summary
 from training.scoring.summary import Evaluation
 
-FOLDER = "report"  # of the page, in the workspace
 # Peak of one worker: an image as float, two masks, their copies; and the libraries.
 _BYTES_PER_VOXEL, _BYTES_BESIDE = 24, 400_000_000
 
@@ -64,7 +71,7 @@ def of_workspace(
     found = dataset.load_dataset(workspace)
     selected = _selection(workspace)
     name = configuration or _best(workspace, selected)
-    evaluation = summary.load(merge.folder_of(workspace, name))
+    evaluation = summary.load(evaluation_folder(workspace, name))
     masks = merge.validated_masks(workspace, name)
     cases = {case.name: case for case in found.labelled}
     files = [
@@ -152,16 +159,18 @@ def read_curves(workspace: Path, configuration: str) -> dict[str, tuple[EpochRow
     Raises:
         TrainingError: A table has other columns or values.
     """
-    folder = run_folder(workspace, configuration, "0").parent
     curves = {}
-    for path in sorted(folder.glob("fold_*/progress.csv")):
+    for folder in run_folders(workspace, configuration):
+        path = folder / PROGRESS_TABLE
+        if not path.is_file():
+            continue
         with path.open(newline="", encoding="utf-8") as stream:
             try:
                 rows = tuple(_epoch(row) for row in csv.DictReader(stream))
             except (KeyError, ValueError, TypeError) as error:
                 raise TrainingError(f"{path}: not the table of a training ({error!r})") from error
         if rows:
-            curves[path.parent.name.removeprefix("fold_")] = rows
+            curves[fold_of(folder)] = rows
     return curves
 
 
@@ -224,7 +233,7 @@ def main(args: argparse.Namespace) -> int:
                 "--images, --predictions, --references, --title and --not-ct go "
                 "with --evaluation, not with a workspace"
             )
-        out = args.out or args.workspace / FOLDER
+        out = args.out or report_folder(args.workspace)
         page = of_workspace(args.workspace, args.configuration, out, args.workers)
     else:
         if not all(folders) or args.out is None or args.configuration:
@@ -249,7 +258,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _selection(workspace: Path) -> Selection | None:
-    there = (workspace / selection.SELECTION_FILE).is_file()
+    there = selection_file(workspace).is_file()
     return selection.load(workspace) if there else None
 
 
@@ -260,12 +269,14 @@ def _best(workspace: Path, selected: Selection | None) -> str:
         names = selected.configurations
     scores: dict[str, float] = {}
     for name in names:
-        folder = merge.folder_of(workspace, name)
+        folder = evaluation_folder(workspace, name)
         if (folder / summary.EVALUATION_FILE).is_file():
             found = [label.measures[0].mean or 0.0 for label in summary.load(folder).summaries]
             scores[name] = sum(found) / len(found)
     if not scores:
-        raise TrainingError(f"{workspace / merge.FOLDER}: no evaluation; `cross-validate` makes it")
+        raise TrainingError(
+            f"{evaluation_root(workspace)}: no evaluation; `cross-validate` makes it"
+        )
     return max(scores, key=lambda name: scores[name])
 
 

@@ -31,9 +31,9 @@ from training.data.dataset import (
     read_case,
 )
 from training.data.parallel import default_workers, each_case, with_progress
+from training.data.workspace import plans_file, preprocessed_folder
 from training.store import chunks
 
-PLANS_FILE = "plans.json"
 # Hidden, so that it cannot be the name of a case.
 _RECORD_FILE = ".preprocessing.json"
 # What a worker holds: its libraries; and at the peak, per voxel of each channel, the image as read
@@ -59,11 +59,6 @@ class _Record:
     crop: str = strict_json.optional("nonzero")
 
 
-def folder_of(workspace: Path, configuration_name: str) -> Path:
-    """Where the preprocessed cases of a configuration lie."""
-    return workspace / "preprocessed" / configuration_name
-
-
 def preprocess_dataset(
     dataset: Dataset, plans: Plans, configuration_name: str, workspace: Path, workers: int
 ) -> int:
@@ -85,7 +80,7 @@ def preprocess_dataset(
         PlansError: There is no such configuration.
     """
     configuration = plans.configuration(configuration_name)
-    folder = folder_of(workspace, configuration_name)
+    folder = preprocessed_folder(workspace, configuration_name)
     _claim(folder, plans, configuration)
     cases = dataset.labelled
     waiting = [case for case in cases if not chunks.is_complete(folder, case.name)]
@@ -109,7 +104,7 @@ def is_preprocessed(
     dataset: Dataset, plans: Plans, configuration_name: str, workspace: Path
 ) -> bool:
     """Whether the store holds all labelled cases, made with these plans."""
-    folder = folder_of(workspace, configuration_name)
+    folder = preprocessed_folder(workspace, configuration_name)
     wanted = _record_of(plans, plans.configuration(configuration_name))
     return _recorded(folder / _RECORD_FILE) == wanted and all(
         chunks.is_complete(folder, case.name) for case in dataset.labelled
@@ -140,7 +135,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the ``preprocess`` command."""
     started = time.monotonic()
     dataset = load_dataset(args.workspace)
-    plans = plans_module.load(args.workspace / PLANS_FILE)
+    plans = plans_module.load(plans_file(args.workspace))
     workers = workers_for(dataset) if args.workers is None else args.workers
     # Read by numpy as the worker processes load it: cases run side by side, and more threads in
     # each would only wait for one another.
@@ -148,7 +143,8 @@ def main(args: argparse.Namespace) -> int:
     done = preprocess_dataset(dataset, plans, args.configuration, args.workspace, workers)
     sys.stdout.write(
         f"{done} cases preprocessed in {time.monotonic() - started:.0f} s, "
-        f"{len(dataset.labelled)} stored -> {folder_of(args.workspace, args.configuration)}\n"
+        f"{len(dataset.labelled)} stored "
+        f"-> {preprocessed_folder(args.workspace, args.configuration)}\n"
     )
     return 0
 
