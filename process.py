@@ -24,6 +24,7 @@ from ichseg.app.cases import Job, find_cases, find_challenge_cases
 from ichseg.app.console import fail, say
 from ichseg.errors import IchsegError, OutputError, WeightsError
 from ichseg.files import UNFINISHED
+from ichseg.wording import counted
 
 if TYPE_CHECKING:  # engines take long to import: --help and refusals of input do without
     from ichseg.predict.ensemble import Ensemble
@@ -130,7 +131,7 @@ def segment(
             "of one label, since INSTANCE's masks hold 0 and 1"
         )
     say(f"{ensemble.model.name} {ensemble.model.version}: {ensemble.model.description}")
-    say(f"{len(job.cases)} case(s), preset {arguments.preset}, {ensemble.engine.name}")
+    say(f"{counted(len(job.cases), 'case')}, preset {arguments.preset}, {ensemble.engine.name}")
     options = pipeline.Options(
         output=arguments.output,
         preset=arguments.preset,

@@ -11,6 +11,8 @@ import os
 import sys
 import time
 
+from ichseg.wording import duration
+
 _CLEAR = "\r\x1b[K"  # a progress line that stands there
 _MOST_LINES = 20  # of progress, for each case, where lines stay
 _EVERY_S = 60.0
@@ -25,13 +27,6 @@ def fail(reason: str) -> int:
     """The last line says why; the exit status says that."""
     say(f"error: {' '.join(reason.split())}")
     return 1
-
-
-def duration(seconds: float) -> str:
-    """For people: seconds, or minutes from 100 s on."""
-    if seconds >= 100:
-        return f"{seconds / 60:.1f} minutes"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
 class Progress:

@@ -22,7 +22,7 @@ import numpy as np
 
 from ichseg.app import results as result
 from ichseg.app.cases import InputCase, Job
-from ichseg.app.console import Progress, duration, say
+from ichseg.app.console import Progress, say
 from ichseg.app.results import CaseResult
 from ichseg.errors import BudgetError, DeviceError, IchsegError, InputError, WeightsError
 from ichseg.files import remove_unfinished, stem_of
@@ -37,6 +37,7 @@ from ichseg.scan.dicom import straighten
 from ichseg.scan.dicom.series import Series
 from ichseg.scan.reader import Scan
 from ichseg.scan.volume import Volume
+from ichseg.wording import byte_size, counted, duration, times
 
 P = ParamSpec("P")
 Given = TypeVar("Given")
@@ -169,7 +170,7 @@ def run(job: Job, ensemble: Ensemble, options: Options) -> list[CaseResult]:
         page = report.write_index(
             options.output / REPORT,
             ended,
-            title=f"Segmentation of {len(ended)} scan{'s' * (len(ended) != 1)}",
+            title=f"Segmentation of {counted(len(ended), 'scan')}",
             subtitle=f"{model.name} {model.version}, preset {options.preset}, "
             f"{ensemble.engine.name}",
         )
@@ -214,7 +215,7 @@ def _stage(
                 reason = f"{task.case.image}: {reason}"
         except MemoryError:
             allowed = memory.limit()
-            most = f"; {allowed.by} allows {_gb(allowed.total)}" if allowed else ""
+            most = f"; {allowed.by} allows {byte_size(allowed.total)}" if allowed else ""
             reason = f"{task.case.image}: out of memory{most}"
         except Exception as error:  # a fault of ours; the other cases may well succeed
             say(traceback.format_exc().rstrip())
@@ -242,9 +243,9 @@ def _open(task: Task, _: Task, ensemble: Ensemble, options: Options, base: int) 
     need, on_host = _need(scan.volume, made_from["bytes"], ensemble, options)
     allowed = _refuse_beyond_memory(image, base + need.alone, _size(scan.volume))
     say(
-        f"{task.name}: {_size(scan.volume)}, about {_gb(base + need.alone)} of memory"
-        + (f", {_gb(allowed.total)} allowed by {allowed.by}" if allowed else "")
-        + (f"; {_gb(need.device)} of the GPU's" if need.device else "")
+        f"{task.name}: {_size(scan.volume)}, about {byte_size(base + need.alone)} of memory"
+        + (f", {byte_size(allowed.total)} allowed by {allowed.by}" if allowed else "")
+        + (f"; {byte_size(need.device)} of the GPU's" if need.device else "")
         + (", which does not hold the scores: they stay on the host" if on_host else "")
     )
     prepared = ensemble.prepare(scan.volume, options.preset)
@@ -256,8 +257,8 @@ def _refuse_beyond_memory(image: Path, needed: int, what: str) -> memory.Limit |
     allowed = memory.limit()
     if allowed is not None and needed > allowed.total:
         raise InputError(
-            f"{image}: its {what} need at least {_gb(needed)} of memory, "
-            f"{allowed.by} allows {_gb(allowed.total)}"
+            f"{image}: its {what} need at least {byte_size(needed)} of memory, "
+            f"{allowed.by} allows {byte_size(allowed.total)}"
         )
     return allowed
 
@@ -310,15 +311,9 @@ def _both_fit(case: Opened | CaseResult, following: InputCase, base: int) -> boo
     return base + need.network + need.predicting + factor * need.opening <= allowed.total
 
 
-def _gb(size: int) -> str:
-    return f"{size / memory.GB:.2f} GB"
-
-
 def _size(scan: Volume) -> str:
     """For people, in this project's order."""
-    z, y, x = scan.voxels.shape
-    mm = " x ".join(f"{size:.3g}" for size in scan.spacing_mm)
-    return f"{z}x{y}x{x} voxels of {mm} mm"
+    return f"{times(scan.voxels.shape)} voxels of {times(scan.spacing_mm, digits=3)} mm"
 
 
 @_stage
@@ -333,8 +328,9 @@ def _predict(
         budget_s = left_s / cases_left - reserve_s
         if budget_s <= 0:
             raise BudgetError(
-                f"{duration(max(left_s, 0))} of the time budget are left for {cases_left} case(s), "
-                f"of which measuring and writing alone take {duration(reserve_s)} each"
+                f"{duration(max(left_s, 0))} of the time budget are left for "
+                f"{counted(cases_left, 'case')}, of which measuring and writing "
+                f"alone take {duration(reserve_s)} each"
             )
     predicted = ensemble.predict(
         opened.prepared, Progress(budget_s), budget_s, on_host=opened.on_host
@@ -416,7 +412,7 @@ def _summary(facts: dict[str, Any], lesions: int) -> str:
     if "units" in ran:
         units = f"{ran['units']} of {ran['units_planned']} networks x mirrorings ran in time; "
     return (
-        f"{facts['volume_ml']:.2f} mL in {lesions} lesion{'s' * (lesions != 1)}, "
+        f"{facts['volume_ml']:.2f} mL in {counted(lesions, 'lesion')}, "
         f"{took['total']:.1f} s, of it {took['compile']:.1f} s for compiling; "
         f"{units}{ran['tiles_skipped']} of {ran['tiles']} tiles skipped as air"
     )

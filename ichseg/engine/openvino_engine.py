@@ -10,6 +10,7 @@ import numpy as np
 
 from ichseg.engine.engine import Engine, FloatArray, LoadedNetwork, NetworkSpec
 from ichseg.engine.openvino_graph import build, import_openvino
+from ichseg.wording import counted
 
 
 def engine(threads: int) -> Engine:
@@ -21,7 +22,7 @@ def engine(threads: int) -> Engine:
     openvino: Any = import_openvino()
     version = openvino.__version__.split("-")[0]
     return Engine(
-        name=f"OpenVINO {version} on the CPU, {threads} thread{'s' * (threads > 1)}, float32",
+        name=f"OpenVINO {version} on the CPU, {counted(threads, 'thread')}, float32",
         place=lambda data: data,
         load=functools.partial(_load, openvino.Core(), threads),
         kind="openvino",

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ichseg.errors import InputError
 from ichseg.scan.volume import Volume
+from ichseg.wording import times
 
 OFFSET_HU = 1024  # what is added to HU where they are stored without a sign
 _SAMPLE = 4_000_000  # voxels that are looked at
@@ -66,7 +67,7 @@ def check(volume: Volume, path: Path) -> tuple[Volume, tuple[str, ...]]:
             + "the networks have learned on whole heads"
         )
     size_mm = [n * mm for n, mm in zip(volume.voxels.shape, volume.spacing_mm, strict=True)]
-    text = " x ".join(f"{size:.0f}" for size in size_mm)
+    text = times(round(size) for size in size_mm)
     if min(sorted(size_mm)[1:]) < _SMALL_MM or min(size_mm) < _SHORT_MM:
         warnings.append(f"a field of view of {text} mm, less than a head")
     if max(size_mm) > 700:

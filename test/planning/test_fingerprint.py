@@ -286,7 +286,7 @@ def test_command(tmp_path, capsys):
     args = parser.parse_args(["--workspace", str(tmp_path), "--workers", "1"])
     assert fingerprint.main(args) == 0
     assert fingerprint.load_fingerprint(tmp_path).names == ("case_0", "case_1", "case_2")
-    assert "median spacing 5 x 0.5 x 0.4 mm" in capsys.readouterr().out
+    assert "median spacing 5x0.5x0.4 mm" in capsys.readouterr().out
 
 
 def test_other_schemas_are_refused(tmp_path):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ichseg.errors import TrainingError
+from ichseg.wording import byte_size
 from training.batches.augmentation import OUTSIDE
 from training.batches.sampling import Shape, overlap
 from training.data import parallel
@@ -74,15 +75,15 @@ def load_resident(
     if need > most:
         if mode == "yes":
             raise TrainingError(
-                f"{folder}: the {len(cases)} cases need {_bytes(need)} of {memory}, {_bytes(free)} "
-                "are free; leave --resident at auto"
+                f"{folder}: the {len(cases)} cases need {byte_size(need)} of {memory}, "
+                f"{byte_size(free)} are free; leave --resident at auto"
             )
         _log.info(
             "not kept in %s: the %d cases need %s, %s are to spare",
             memory,
             len(cases),
-            _bytes(need),
-            _bytes(most),
+            byte_size(need),
+            byte_size(most),
         )
         return None
     resident = {
@@ -93,7 +94,7 @@ def load_resident(
         )
         for case in cases
     }
-    _log.info("all %d cases are in %s, %s", len(cases), memory, _bytes(need))
+    _log.info("all %d cases are in %s, %s", len(cases), memory, byte_size(need))
     return resident
 
 
@@ -128,7 +129,3 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return parallel.free_memory_bytes() or 0
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e3:.1f} kB"

@@ -19,6 +19,7 @@ from torch import Tensor
 from ichseg.errors import WeightsError
 from ichseg.model.network import build_network
 from ichseg.model.plans import Architecture, Configuration, Plans
+from ichseg.wording import times
 
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 _DUPLICATES = re.compile(r"^decoder\.encoder\.|\.all_modules\.")  # modules registered twice
@@ -180,4 +181,4 @@ def _bare(key: str) -> str:
 
 
 def _times(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a number"
+    return times(tensor.shape) or "a number"

@@ -32,6 +32,7 @@ from ichseg.predict.prepare import Placement
 from ichseg.predict.sliding_window import Network
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
+from ichseg.wording import clock
 from training.crossval import cascade_labels, probabilities
 from training.data import dataset
 from training.data.workspace import (
@@ -138,7 +139,7 @@ def validate(
             name,
             _text(scores),
             now - started,
-            log.clock((now - began) / number * (len(waiting) - number)),
+            clock((now - began) / number * (len(waiting) - number)),
         )
     _log.info("validation: mean Dice %s", _text(record.mean_dice))
     return True

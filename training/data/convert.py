@@ -21,6 +21,7 @@ from pathlib import Path
 from ichseg.errors import DatasetError
 from ichseg.files import remove_unfinished, replacing, suffix_of
 from ichseg.scan import volume
+from ichseg.wording import duration
 from training.data import parallel, splits
 from training.data.dataset import (
     Case,
@@ -199,7 +200,7 @@ def main(args: argparse.Namespace) -> int:
     sys.stdout.write(
         f"{dataset.name}: {len(dataset.cases)} cases, channels {', '.join(dataset.channels)}, "
         f"labels {', '.join(dataset.labels)} -> {args.workspace} "
-        f"in {parallel.duration(time.monotonic() - started)}\n"
+        f"in {duration(time.monotonic() - started)}\n"
     )
     return 0
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from ichseg.errors import InputError
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
+from ichseg.wording import times
 from training.data.dataset import Case
 
 ERROR, WARNING = "error", "warning"
@@ -149,7 +150,7 @@ def compare(found: Grid, expected: Grid) -> Iterator[tuple[str, bool]]:
         Each difference in words, and whether a new header may mend it: all are ``REPAIRABLE``.
     """
     if found.shape != expected.shape:
-        yield f"size {_by(found.shape)}, expected {_by(expected.shape)}", False
+        yield f"size {times(found.shape)}, expected {times(expected.shape)}", False
         return  # of another grid, the place is beside the point
     sizes = np.array(expected.spacing_mm)
     differences = (
@@ -284,10 +285,6 @@ def _count_values(voxels: npt.NDArray[np.generic]) -> dict[float, int] | None:
         if len(counts) > _MOST_LABELS:
             return None
     return counts
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(str(size) for size in shape)
 
 
 def _numbers(values: Sequence[float]) -> str:

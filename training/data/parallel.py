@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 from ichseg.errors import DatasetError
+from ichseg.wording import duration
 
 _PLAIN_LINE_S = 10.0  # between two lines of progress in a log file
 _MEMORY_SHARE = 0.8  # of what is free; the rest is for the parent process and the file cache
@@ -165,14 +166,6 @@ def with_progress(
         if terminal:
             stream.write("\r\x1b[K")
             stream.flush()
-
-
-def duration(seconds: float) -> str:
-    """A time for people: ``42 s``, ``3 min``, ``2 h 05 min``."""
-    minutes = round(seconds / 60)
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _begin_worker(initialize: Callable[[], None] | None) -> None:

@@ -18,6 +18,7 @@ from ichseg.errors import DatasetError, IchsegError, PlansError
 from ichseg.files import is_named_as_scan, replacing
 from ichseg.model import strict_json
 from ichseg.scan import volume
+from ichseg.wording import duration
 from training.data import convert, parallel, splits
 from training.data.dataset import (
     Case,
@@ -180,7 +181,7 @@ def main(args: argparse.Namespace) -> int:
     _note_verified(args.workspace, dataset, verified=not count[ERROR])
     sys.stdout.write(
         f"{table(findings)}{dataset.name}: {len(dataset.cases)} cases in "
-        f"{parallel.duration(time.monotonic() - started)}: {count[ERROR]} errors, "
+        f"{duration(time.monotonic() - started)}: {count[ERROR]} errors, "
         f"{count[WARNING]} warnings\n"
     )
     repairable = sum(found.repairable for found in findings)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import logging
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from ichseg.errors import IchsegError, OutputError
 from ichseg.files import replacing
+from ichseg.wording import clock
 
 _COLUMNS = (
     "epoch",
@@ -74,12 +74,6 @@ def describe(row: EpochRow, epochs: int, left_s: float) -> str:
 def number(dice: float | None) -> str:
     """A Dice, in five columns."""
     return "  -  " if dice is None else f"{dice:.3f}"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    whole = math.ceil(max(0.0, seconds))
-    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
 
 def left_s(

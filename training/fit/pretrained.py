@@ -13,6 +13,7 @@ from ichseg.engine import torch_engine
 from ichseg.errors import TrainingError
 from ichseg.model import bundle
 from ichseg.model.bundle import Member, Model
+from ichseg.wording import times
 
 _LISTED = 4  # names of tensors in a line of the log
 
@@ -71,8 +72,8 @@ def _list(
     """The first of these tensors, with both shapes."""
     shown = []
     for name in names[:_LISTED]:
-        here = "x".join(map(str, ours[name].shape))
-        there = "x".join(map(str, theirs[name].shape)) if name in theirs else "missing"
+        here = times(ours[name].shape)
+        there = times(theirs[name].shape) if name in theirs else "missing"
         shown.append(f"{name} ({here}, in the bundle {there})")
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(shown) + more

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import torch
 
 from ichseg.errors import TrainingError
+from ichseg.wording import clock
 from training.batches.stream import choose_engine
 from training.data.workspace import PROGRESS_PICTURE, PROGRESS_TABLE
 from training.fit import curves, log
@@ -247,7 +248,7 @@ def details(now: Moment, dice: float | None, left_s: float) -> str:
     wait = 100 * now.data_wait_s / max(now.seconds, 1e-9)
     return (
         f"loss {loss}  dice {log.number(dice)}  lr {now.lr:.2e}  data wait {wait:.0f} %  "
-        f"ETA {log.clock(left_s)}"
+        f"ETA {clock(left_s)}"
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ichseg.model.plans import Normalisation, Plans
+from ichseg.wording import times
 from training.planning.cascade import LEAST_SAVING, TIMES, Cascade
 from training.planning.fingerprint import Fingerprint, Intensities
 from training.planning.patch import Fit
@@ -342,8 +343,8 @@ def _paragraph(text: str) -> str:
     return textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="  ") + "\n"
 
 
-def _times(sizes: Sequence[float]) -> str:
-    return "x".join(_short(size) for size in sizes)
+def _times(sizes: Iterable[float]) -> str:
+    return times(sizes, digits=4)
 
 
 def _short(value: float) -> str:

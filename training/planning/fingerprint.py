@@ -22,6 +22,7 @@ from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.predict.crop import crop_box
 from ichseg.scan.orientation import Box, orient_axes
+from ichseg.wording import times
 from training.data.dataset import (
     Case,
     Dataset,
@@ -279,8 +280,8 @@ def main(args: argparse.Namespace) -> int:
     started = time.monotonic()
     dataset = load_dataset(args.workspace)
     fingerprint = load_or_compute(args.workspace, dataset, args.workers)
-    spacing = " x ".join(f"{value:.4g}" for value in np.median(fingerprint.spacings_mm, axis=0))
-    shape = " x ".join(f"{value:.4g}" for value in np.median(fingerprint.shapes, axis=0))
+    spacing = times(np.median(fingerprint.spacings_mm, axis=0), digits=4)
+    shape = times(np.median(fingerprint.shapes, axis=0), digits=4)
     sys.stdout.write(
         f"{len(fingerprint.names)} cases in {time.monotonic() - started:.1f} s: "
         f"median spacing {spacing} mm, median shape {shape} (z x y x x)\n"

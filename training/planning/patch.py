@@ -14,6 +14,7 @@ import numpy as np
 
 from ichseg.errors import PlansError
 from ichseg.model.plans import Architecture
+from ichseg.wording import times
 from training.planning.overrides import Overrides
 from training.planning.recipes import Limits, Recipe
 from training.planning.topology import MEMORIES, POOLINGS, SMALLEST_EDGE, Topology, padded
@@ -156,11 +157,6 @@ def first_patch(grid: Grid) -> tuple[int, ...]:
         voxels = 256**3 if axes == 3 else 2048**2
         scale = (voxels / float(np.prod(density))) ** (1 / axes)
     return tuple(round(float(value)) for value in density * scale)
-
-
-def times(sizes: Sequence[float]) -> str:
-    """Sizes for a message."""
-    return "x".join(f"{size:g}" for size in sizes)
 
 
 def _search(

@@ -24,6 +24,7 @@ from ichseg.files import replacing
 from ichseg.model import plans as plans_module
 from ichseg.model import strict_json
 from ichseg.model.plans import Configuration, Normalisation, Plans
+from ichseg.wording import times
 from training.data.dataset import (
     Dataset,
     add_workspace_argument,
@@ -37,7 +38,7 @@ from training.planning.cascade import plan_cascade
 from training.planning.explain import Reasons
 from training.planning.fingerprint import Fingerprint, load_or_compute
 from training.planning.overrides import Overrides, record
-from training.planning.patch import Fit, Grid, fit_patch, times
+from training.planning.patch import Fit, Grid, fit_patch
 from training.planning.recipes import ANISOTROPY, RECIPES, find_recipe
 from training.planning.spacing import coarsest_first, target_spacing
 

@@ -16,6 +16,7 @@ from ichseg.errors import DatasetError, IchsegError, TrainingError
 from ichseg.files import is_named_as_scan, stem_of
 from ichseg.report import report
 from ichseg.scan import volume
+from ichseg.wording import byte_size
 from training.crossval import merge, selection
 from training.crossval.selection import Selection
 from training.data import dataset, parallel, splits
@@ -253,7 +254,7 @@ def main(args: argparse.Namespace) -> int:
             evaluation, files, args.out, context, is_ct=not args.not_ct, workers=args.workers
         )
     size = sum(path.stat().st_size for path in page.parent.rglob("*") if path.is_file())
-    sys.stdout.write(f"wrote {page}, {size / 1e6:.0f} MB with its cases; open it in a browser\n")
+    sys.stdout.write(f"wrote {page}, {byte_size(size)} with its cases; open it in a browser\n")
     return 0
 
 

@@ -23,6 +23,7 @@ from ichseg.scan.dicom import files as dicom_file
 from ichseg.scan.dicom.files import CT_IMAGE, DicomFile
 from ichseg.scan.dicom.straighten import Stack, grid_of, straighten
 from ichseg.scan.volume import Volume
+from ichseg.wording import counted, times
 
 ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
 
@@ -168,7 +169,7 @@ def _headers(folder: Path) -> tuple[list[DicomFile], Counter[str]]:
 
 
 def _counted(others: Counter[str]) -> str:
-    return ", ".join(f"{n} file{'s' * (n != 1)} {what}" for what, n in sorted(others.items()))
+    return ", ".join(f"{counted(n, 'file')} {what}" for what, n in sorted(others.items()))
 
 
 def _frame_of(file: DicomFile) -> tuple[object, ...]:
@@ -218,7 +219,7 @@ def _candidate(given: Sequence[DicomFile]) -> _Candidate:
     warnings += _about_steps(folder, files, stack)
     if math.prod(grid_of(stack).shape) > headers.MOST_VOXELS:
         raise InputError(
-            f"{folder}: a grid of {' x '.join(map(str, grid_of(stack).shape))} voxels, "
+            f"{folder}: a grid of {times(grid_of(stack).shape)} voxels, "
             f"expected at most {headers.MOST_VOXELS}"
         )
     return _Candidate(tuple(files), stack, tuple(warnings))
@@ -272,7 +273,7 @@ def _about_steps(folder: Path, files: Sequence[DicomFile], stack: Stack) -> list
     words = []
     if gaps:
         words.append(
-            f"slices are missing in {gaps} place{'s' * (gaps != 1)}: up to {widest:.3g} mm from "
+            f"slices are missing in {counted(gaps, 'place')}: up to {widest:.3g} mm from "
             f"one to the next, where {usual:.3g} are usual; what lies between was interpolated"
         )
     if not stack.is_even:
@@ -316,7 +317,7 @@ def _describe(files: Iterable[DicomFile]) -> str:
     first = files[0]
     known = [
         f"series {number}" if (number := first.text(_SERIES_NUMBER)[:12]) else "a series",
-        f"of {len(files)} slice{'s' * (len(files) != 1)}",
+        f"of {counted(len(files), 'slice')}",
     ]
     if thickness := first.text(_THICKNESS)[:12]:
         known.append(f"{thickness} mm thick")
