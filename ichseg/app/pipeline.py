@@ -30,10 +30,9 @@ from ichseg.predict import components, memory, prepare
 from ichseg.predict.components import Lesion
 from ichseg.predict.ensemble import Ensemble, Predicted, Prepared, Segmentation
 from ichseg.predict.work import PRESETS
-from ichseg.scan import plausibility, volume
-from ichseg.scan import reader as scan_reader
-from ichseg.scan.dicom import segmentation as dicom_seg
+from ichseg.scan import plausibility, reader, volume
 from ichseg.scan.dicom import straighten
+from ichseg.scan.dicom.dicom_seg import Algorithm, seg_path, write_seg
 from ichseg.scan.dicom.series import Series
 from ichseg.scan.reader import Scan
 from ichseg.scan.volume import Volume
@@ -130,7 +129,7 @@ def run(job: Job, ensemble: Ensemble, options: Options) -> list[CaseResult]:
         ended = _write(task, case, ensemble, options.output, pictures)
         results[task.case.output] = ended
         if ended.error:
-            for earlier in (task.case.output, dicom_seg.beside(task.case.output)):
+            for earlier in (task.case.output, seg_path(task.case.output)):
                 earlier.unlink(missing_ok=True)  # it would be taken for this run's
             say(f"{task.name}: failed: {ended.error}")
         if not job.challenge:
@@ -231,7 +230,7 @@ def _open(task: Task, _: Task, ensemble: Ensemble, options: Options, base: int) 
     began = time.perf_counter()
     image = task.case.image
     made_from = result.made_from(image, **options.made_from)
-    scan = scan_reader.read(
+    scan = reader.read_scan(
         image, lambda voxels: _refuse_beyond_memory(image, base + 2 * voxels, "voxels")
     )
     if scan.series is not None:
@@ -373,7 +372,9 @@ def _onto_slices(
     labels = straighten.onto_slices(
         series.stack, segmentation.mask.voxels.astype(np.uint8, copy=False)
     )
-    warning = dicom_seg.write(labels, series, dicom_seg.beside(mask), ensemble.model)
+    model = ensemble.model
+    algorithm = Algorithm(model.name, str(model.version), model.plans.labels[1:])
+    warning = write_seg(labels, series, seg_path(mask), algorithm)
     return dataclasses.replace(
         segmentation,
         volume_ml=straighten.volume_ml(series.stack, labels),

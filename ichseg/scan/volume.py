@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import struct
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,11 +21,10 @@ import SimpleITK as sitk
 
 from ichseg.errors import InputError, OutputError
 from ichseg.files import NIFTI_SUFFIXES, SCAN_SUFFIXES, replacing, suffix_of
-from ichseg.scan import headers
-from ichseg.scan.headers import NIFTI1_HEADER, Header
+from ichseg.scan import headers, nifti
+from ichseg.scan.stored import Header
 
-_NIFTI1_DATA_OFFSET = 352  # header and the four bytes that say "no extensions"
-_UINT8_DATATYPE = 2
+Triple = tuple[float, float, float]
 _MORE = 1 << 16  # bytes, which a full disk has no room for
 
 
@@ -44,8 +43,8 @@ class Volume:
     """
 
     voxels: npt.NDArray[np.generic]
-    spacing_mm: tuple[float, float, float]
-    origin_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    spacing_mm: Triple
+    origin_mm: Triple = (0.0, 0.0, 0.0)
     direction: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
     nifti_header: bytes | None = None
 
@@ -65,7 +64,7 @@ class Volume:
         return Volume(voxels, self.spacing_mm, self.origin_mm, self.direction, self.nifti_header)
 
 
-def read(path: Path) -> Volume:
+def read(path: Path | str) -> Volume:
     """Read an ``.mha``, ``.nii`` or ``.nii.gz`` file as a finite 3D volume.
 
     Raises:
@@ -82,7 +81,7 @@ def read(path: Path) -> Volume:
     return channels[0]
 
 
-def read_channels(path: Path) -> tuple[Volume, ...]:
+def read_channels(path: Path | str) -> tuple[Volume, ...]:
     """Read the channels of a 4D file, or the one of a 3D file; NaN and infinity are let through.
 
     Channels are the last axis of a NIfTI file. Their place is that of the first three axes:
@@ -91,44 +90,35 @@ def read_channels(path: Path) -> tuple[Volume, ...]:
     Raises:
         InputError: The file is missing, of another type, damaged, or neither 3D nor 4D.
     """
+    path = Path(path)
     header = _header(path)
-    reader = _place(path, header)
-    if reader.GetSize() != header.shape[::-1]:
-        raise _damaged(path, f"size {reader.GetSize()} by ITK, {header.shape[::-1]} by its header")
-    axes = len(header.shape)
-    spacing, origin = reader.GetSpacing()[:3][::-1], reader.GetOrigin()[:3][::-1]
-    direction = np.array(reader.GetDirection()).reshape(axes, axes)[:3, :3][::-1, ::-1]
-    if not (np.isfinite([*spacing, *origin]).all() and min(spacing) > 0):
-        raise InputError(
-            f"{path}: voxels of {spacing} mm at {origin} mm (z, y, x), expected positive sizes"
-        )
-    if not np.allclose(direction @ direction.T, np.eye(3), atol=1e-3):
-        raise InputError(f"{path}: its axes are not at right angles, expected a straight grid")
+    spacing_mm, origin_mm, direction = _place(path, header)
     voxels = headers.read_voxels(path, suffix_of(path), header)
+    repeats = suffix_of(path) in NIFTI_SUFFIXES and len(header.shape) == 3
     return tuple(
         Volume(
             voxels=channel,
-            spacing_mm=_triple(spacing),
-            origin_mm=_triple(origin),
-            direction=tuple(float(value) for value in direction.ravel()),
-            nifti_header=header.raw if header.raw and axes == 3 else None,
+            spacing_mm=spacing_mm,
+            origin_mm=origin_mm,
+            direction=direction,
+            nifti_header=header.raw if repeats else None,
         )
         for channel in voxels.reshape(-1, *header.shape[-3:])
     )
 
 
-def stored_shape(path: Path) -> tuple[int, ...]:
+def stored_shape(path: Path | str) -> tuple[int, ...]:
     """Shape ``(z, y, x)`` or ``(channel, z, y, x)`` of a file; its voxels are not read.
 
     Raises:
         InputError: The file is missing, of another type, has no readable header, or is neither 3D
             nor 4D with one number per voxel.
     """
-    return _header(path).shape
+    return _header(Path(path)).shape
 
 
-def write(volume: Volume, path: Path) -> None:
-    """Write a volume; the file appears whole or not at all.
+def write(volume: Volume, path: Path | str) -> None:
+    """Write a volume as an ``.mha``, ``.nii`` or ``.nii.gz`` file, whole or not at all.
 
     A uint8 volume that came from a NIfTI-1 file and goes to one keeps that file's header. The
     written geometry is read back and compared before the file gets its name.
@@ -136,18 +126,16 @@ def write(volume: Volume, path: Path) -> None:
     Raises:
         OutputError: The folder cannot be written, or the written geometry differs.
     """
+    path = Path(path)
     suffix = suffix_of(path)
     if not suffix:
         raise OutputError(
             f"{path}: cannot write this file type, expected one of {', '.join(SCAN_SUFFIXES)}"
         )
+    repeated = volume.nifti_header if suffix in NIFTI_SUFFIXES else None
     with replacing(path, suffix=suffix) as temporary:
-        if (
-            suffix in NIFTI_SUFFIXES
-            and volume.nifti_header is not None
-            and volume.voxels.dtype == np.uint8
-        ):
-            _write_nifti1(volume, temporary)
+        if repeated is not None and volume.voxels.dtype == np.uint8:
+            _write_nifti1(volume, temporary, repeated)
         else:
             _write_image(volume, temporary)
         _check_geometry(volume, temporary, path)
@@ -163,10 +151,6 @@ def _why_not_written(path: Path, reason: str) -> OSError:
     return OSError(reason)
 
 
-def _damaged(path: Path, reason: object) -> InputError:
-    return InputError(f"{path}: damaged or not a {suffix_of(path)} volume ({reason})")
-
-
 def _header(path: Path) -> Header:
     """The checked header of a file."""
     if not path.is_file():
@@ -177,39 +161,85 @@ def _header(path: Path) -> Header:
     return headers.read_header(path, suffix)
 
 
-def _place(path: Path, header: Header) -> sitk.ImageFileReader:
-    """A reader that knows size and place of the file's volume.
+def _place(path: Path, header: Header) -> tuple[Triple, Triple, tuple[float, ...]]:
+    """Spacing, origin and direction of a file's first three axes, as ITK takes them.
 
-    Of a NIfTI file it is shown the header alone: the rest is none of its business, and it goes by
+    Of a NIfTI file ITK is shown the header alone: the rest is none of its business, and it goes by
     the name whether that is compressed.
     """
+    is_nifti = suffix_of(path) in NIFTI_SUFFIXES
     reader = sitk.ImageFileReader()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    with _beside(path, header) if header.raw else contextlib.nullcontext() as beside:
-        shown = beside or path
-        reader.SetImageIO("NiftiImageIO" if beside else "MetaImageIO")
-        reader.SetFileName(str(shown))
-        try:
-            reader.ReadImageInformation()
-        except RuntimeError as error:
-            raise _damaged(path, _itk_reason(error)) from error
-    return reader
-
-
-@contextlib.contextmanager
-def _beside(path: Path, header: Header) -> Iterator[Path]:
-    """A temporary file that holds a NIfTI header and no voxels."""
+    reader.SetImageIO("NiftiImageIO" if is_nifti else "MetaImageIO")
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            shown = Path(folder) / "header.nii"
-            shown.write_bytes(headers.place_only(header.raw) + bytes(4))
-            yield shown
+        with _nifti_header_alone(header) if is_nifti else _named_for_itk(path) as shown:
+            reader.SetFileName(str(shown))
+            reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise headers.damaged(path, suffix_of(path), _itk_reason(error)) from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(
-            f"{path}: cannot read without a temporary file of 352 bytes ({reason}); TMPDIR names "
-            "another folder for it"
+            f"{path}: cannot read without a temporary file of {nifti.VOXELS_AT} bytes ({reason}); "
+            "TMPDIR names another folder for it"
         ) from error
+    if reader.GetSize() != header.shape[::-1]:
+        reason = f"size {reader.GetSize()} by ITK, {header.shape[::-1]} by its header"
+        raise headers.damaged(path, suffix_of(path), reason)
+    axes = len(header.shape)
+    spacing_mm, origin_mm = reader.GetSpacing()[:3][::-1], reader.GetOrigin()[:3][::-1]
+    direction = np.array(reader.GetDirection()).reshape(axes, axes)[:3, :3][::-1, ::-1]
+    if not (np.isfinite([*spacing_mm, *origin_mm]).all() and min(spacing_mm) > 0):
+        raise InputError(
+            f"{path}: voxels of {spacing_mm} mm at {origin_mm} mm (z, y, x), expected positive "
+            "sizes"
+        )
+    if not np.allclose(direction @ direction.T, np.eye(3), atol=1e-3):
+        raise InputError(f"{path}: its axes are not at right angles, expected a straight grid")
+    cosines = tuple(float(value) for value in direction.ravel())
+    return _triple(spacing_mm), _triple(origin_mm), cosines
+
+
+@contextlib.contextmanager
+def _nifti_header_alone(header: Header) -> Iterator[Path]:
+    """A temporary file that holds a NIfTI header and no voxels."""
+    with _temporary_folder() as folder:
+        shown = folder / "header.nii"
+        shown.write_bytes(nifti.place_only(header.raw) + bytes(4))
+        yield shown
+
+
+@contextlib.contextmanager
+def _named_for_itk(path: Path) -> Iterator[Path]:
+    """The path, or a link to it where its name is not UTF-8: on such a name SimpleITK aborts."""
+    if _is_utf8(path):
+        yield path
+        return
+    with _temporary_folder() as folder:
+        link = folder / f"volume{suffix_of(path)}"
+        link.symlink_to(path.absolute())
+        yield link
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder for what ITK is shown in place of a file, with a name that ITK takes.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if not _is_utf8(Path(folder)):
+            raise OSError(f"the name of {tempfile.gettempdir()!r} is not UTF-8")
+        yield Path(folder)
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _itk_reason(error: RuntimeError) -> str:
@@ -221,6 +251,7 @@ def _itk_reason(error: RuntimeError) -> str:
 
 
 def _write_image(volume: Volume, path: Path) -> None:
+    """Write by ITK, compressed."""
     image = sitk.GetImageFromArray(volume.voxels)
     image.SetSpacing(volume.spacing_mm[::-1])
     image.SetOrigin(volume.origin_mm[::-1])
@@ -228,29 +259,16 @@ def _write_image(volume: Volume, path: Path) -> None:
         [float(v) for v in np.array(volume.direction).reshape(3, 3)[::-1, ::-1].ravel()]
     )
     try:
-        sitk.WriteImage(image, str(path), useCompression=True)
+        with _named_for_itk(path) as shown:
+            sitk.WriteImage(image, str(shown), useCompression=True)
     except RuntimeError as error:
         raise _why_not_written(path, _itk_reason(error)) from error
     if not headers.is_whole(path, suffix_of(path), volume.voxels.nbytes):  # nothing is said then
         raise _why_not_written(path, "only a part of it was written")
 
 
-def _endian(header: bytes | bytearray) -> str:
-    return "<" if struct.unpack_from("<i", header, 0)[0] == NIFTI1_HEADER else ">"
-
-
-def _write_nifti1(volume: Volume, path: Path) -> None:
-    """Repeat the source's header; only voxel type, scaling and free text are changed."""
-    header = bytearray(volume.nifti_header or b"")
-    endian = _endian(header)
-    struct.pack_into(endian + "hh", header, 70, _UINT8_DATATYPE, 8)  # datatype, bitpix
-    struct.pack_into(endian + "f", header, 108, float(_NIFTI1_DATA_OFFSET))  # vox_offset
-    struct.pack_into(endian + "ff", header, 112, 1.0, 0.0)  # scl_slope, scl_inter
-    struct.pack_into(endian + "ff", header, 124, 0.0, 0.0)  # cal_max, cal_min
-    header[4:32] = bytes(28)  # data_type, db_name: like descrip, text that may name the patient
-    header[148:228] = bytes(80)  # descrip
-    header[228:252] = bytes(24)  # aux_file
-    header[328:344] = bytes(16)  # intent_name
+def _write_nifti1(volume: Volume, path: Path, header: bytes) -> None:
+    """Write a mask behind the header of the scan that it belongs to."""
     packed = path.name.lower().endswith(".gz")
     # no name and no time: the same mask gives the same bytes; level 3 takes half of 6's time
     with (
@@ -259,36 +277,35 @@ def _write_nifti1(volume: Volume, path: Path) -> None:
         if packed
         else contextlib.nullcontext(file) as out,
     ):
-        out.write(bytes(header) + bytes(4))
+        out.write(nifti.mask_header(header) + bytes(4))
         out.write(np.ascontiguousarray(volume.voxels).data)
 
 
 def _check_geometry(volume: Volume, written: Path, path: Path) -> None:
     """Refuse a file whose size or place differs from what was to be written."""
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(written))
     try:
-        reader.ReadImageInformation()
+        with _named_for_itk(written) as shown:
+            reader.SetFileName(str(shown))
+            reader.ReadImageInformation()
     except RuntimeError as error:
         raise OutputError(
             f"{path}: the written file cannot be read back ({_itk_reason(error)})"
         ) from error
     direction = np.array(reader.GetDirection()).reshape(3, 3)[::-1, ::-1].ravel()
     exact = suffix_of(path) == ".mha"
-    same = (
-        reader.GetSize()[::-1] == volume.voxels.shape
-        and np.allclose(
-            reader.GetSpacing()[::-1], volume.spacing_mm, rtol=0 if exact else 1e-6, atol=0
+    same = reader.GetSize()[::-1] == volume.voxels.shape and all(
+        np.allclose(found, wanted, rtol=0 if exact else rtol, atol=0 if exact else atol)
+        for found, wanted, rtol, atol in (
+            (reader.GetSpacing()[::-1], volume.spacing_mm, 1e-6, 0),
+            (reader.GetOrigin()[::-1], volume.origin_mm, 0, 1e-4),
+            (direction, volume.direction, 0, 1e-6),
         )
-        and np.allclose(
-            reader.GetOrigin()[::-1], volume.origin_mm, rtol=0, atol=0 if exact else 1e-4
-        )
-        and np.allclose(direction, volume.direction, rtol=0, atol=0 if exact else 1e-6)
     )
     if not same:
         raise OutputError(f"{path}: the written geometry differs from the volume's")
 
 
-def _triple(values: tuple[float, ...]) -> tuple[float, float, float]:
+def _triple(values: tuple[float, ...]) -> Triple:
     z, y, x = (float(value) for value in values)
     return z, y, x

@@ -14,8 +14,7 @@ from ichseg.errors import InputError, WeightsError
 from ichseg.predict import memory
 from ichseg.predict.ensemble import Segmentation
 from ichseg.report import report
-from ichseg.scan import plausibility, volume
-from ichseg.scan import reader as scan_reader
+from ichseg.scan import plausibility, reader, volume
 from ichseg.scan.reader import Scan
 from ichseg.scan.volume import Volume
 
@@ -114,9 +113,9 @@ def entries(place):
 
 def test_what_reading_noticed_is_in_the_result(place, monkeypatch):
     """Also what the voxels' values gave away, for a model that expects HU."""
-    read = scan_reader.read
+    read_scan = reader.read_scan
     monkeypatch.setattr(
-        scan_reader, "read", lambda path, _: Scan(read(path).volume, ("of reading",))
+        reader, "read_scan", lambda path, _: Scan(read_scan(path).volume, ("of reading",))
     )
     monkeypatch.setattr(plausibility, "check", lambda found, _: (found, ("of its values",)))
     ensemble = Pretended()

@@ -11,7 +11,7 @@ import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from ichseg.scan.dicom.files import CT_IMAGE
+from ichseg.scan.dicom.elements import CT_IMAGE
 
 UPRIGHT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 SERIES = "1.2.826.0.1.3680043.8.498.1"

@@ -139,7 +139,7 @@ def work() -> None:
                     if not case.image.resolve().is_relative_to(home):
                         foreign.append(str(case.image))
             else:
-                reader.read(path)
+                reader.read_scan(path)
             ending = {"how": "read"}
         except IchsegError as error:
             words = str(error)

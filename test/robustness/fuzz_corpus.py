@@ -22,7 +22,7 @@ import SimpleITK as sitk
 from helpers.dicom_files import make_slice, save
 from pydicom.dataset import Dataset
 
-from ichseg.scan.dicom.files import PLAIN
+from ichseg.scan.dicom.elements import PLAIN
 from ichseg.scan.volume import Volume, write
 
 KINDS = (

@@ -17,10 +17,17 @@ import atheris
 import numpy as np
 
 with atheris.instrument_imports(
-    include=["ichseg.scan.headers", "ichseg.scan.dicom.files", "ichseg.scan.dicom.pixels"]
+    include=[
+        "ichseg.scan.headers",
+        "ichseg.scan.metaimage",
+        "ichseg.scan.nifti",
+        "ichseg.scan.stored",
+        "ichseg.scan.dicom.elements",
+        "ichseg.scan.dicom.pixels",
+    ]
 ):
-    from ichseg.scan import headers
-    from ichseg.scan.dicom import files, pixels
+    from ichseg.scan import headers, nifti
+    from ichseg.scan.dicom import elements, pixels
 from helpers.dicom_files import make_slice, save
 
 from ichseg.errors import InputError
@@ -41,8 +48,8 @@ def read(data: bytes) -> None:
         header = headers.read_header(path, suffix)
         if header.nbytes < 1 << 24:
             headers.read_voxels(path, suffix, header)
-        if header.raw:
-            headers.frames_differ(header.raw)
+        if suffix != ".mha":
+            nifti.frames_differ(header.raw)
     except InputError as error:
         if str(path) not in str(error) or "\n" in str(error):
             raise RuntimeError("not one line that names the file") from error
@@ -50,9 +57,9 @@ def read(data: bytes) -> None:
 
 def _read_slice(path: Path) -> None:
     """Compressed pixels are not decoded: the decoder has a process of its own."""
-    file = files.read_header(path)
-    if file.syntax in files.COMPRESSED:
-        files.fragments(file, 100_000)
+    file = elements.read_elements(path)
+    if file.syntax in elements.COMPRESSED:
+        elements.fragments(file, 100_000)
     else:
         pixels.hounsfield(file, lambda _: None)
 

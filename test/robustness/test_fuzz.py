@@ -33,7 +33,7 @@ def test_what_must_not_be_is_seen(tmp_path, monkeypatch):
         "from ichseg.scan import reader;"
         "ways = dict(die=os.abort, hang=lambda: time.sleep(60),"
         " leak=lambda: open('/etc/hostname'), throw=lambda: [][0]);"
-        "reader.read = lambda path: ways[path.name](); fuzz.work()"
+        "reader.read_scan = lambda path: ways[path.name](); fuzz.work()"
     )
     code = spoiled.format(root=str(fuzz.ROOT), here=str(fuzz.TESTS))
     monkeypatch.setattr(fuzz, "_CODE", code)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from ichseg.errors import InputError
-from ichseg.scan import headers, reader, volume
+from ichseg.scan import metaimage, reader, volume
+from ichseg.scan.nifti import frames_differ
 
 VOXELS = np.random.default_rng(1).integers(-1000, 2000, (3, 4, 5)).astype(np.int16)
 MHA = """ObjectType = Image
@@ -55,7 +56,7 @@ def nifti(folder: Path, *changes: tuple[int, str, object], name: str = "case.nii
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [(k, d) for k, d in headers.MHA_TYPES.items() if k != "MET_CHAR"]
+    ("kind", "dtype"), [(k, d) for k, d in metaimage.TYPES.items() if k != "MET_CHAR"]
 )
 @pytest.mark.parametrize("big", [False, True])
 def test_mha_of_every_type_and_order_as_itk_reads_it(tmp_path, kind, dtype, big, packed):
@@ -180,8 +181,8 @@ def test_frames_that_disagree_are_told(tmp_path):
         image.set_sform(moved, code)
         image.to_filename(tmp_path / "case.nii")
         raw = (tmp_path / "case.nii").read_bytes()[:348]
-        assert headers.frames_differ(raw) == pytest.approx(expected, abs=1e-4)
-        warnings = reader.read(tmp_path / "case.nii").warnings
+        assert frames_differ(raw) == pytest.approx(expected, abs=1e-4)
+        warnings = reader.read_scan(tmp_path / "case.nii").warnings
         told = any("sform and qform put a corner 10.0 mm apart" in w for w in warnings)
         assert told == bool(code)
 
@@ -196,7 +197,7 @@ def test_frames_that_agree_when_turned_are_equal(tmp_path):
     image.set_qform(affine, 1)
     image.set_sform(affine, 1)
     image.to_filename(tmp_path / "case.nii")
-    assert headers.frames_differ((tmp_path / "case.nii").read_bytes()[:348]) < 1e-3
+    assert frames_differ((tmp_path / "case.nii").read_bytes()[:348]) < 1e-3
 
 
 @settings(

@@ -1,6 +1,7 @@
 """Volumes on disk: geometry there and back, headers kept, damage refused."""
 
 import gzip
+import os
 import re
 import struct
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from scipy.spatial.transform import Rotation
 
 from ichseg.errors import InputError, OutputError
 from ichseg.scan import volume
-from ichseg.scan.volume import Volume, read, write
+from ichseg.scan.volume import Volume, read, stored_shape, write
 
 # tmp_path is shared by the examples of one property: each overwrites the same file.
 EXAMPLES = settings(
@@ -379,3 +380,32 @@ def test_interrupted_write_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         write(some_volume(), tmp_path / f"case{suffix}")
     assert list(tmp_path.iterdir()) == []
+
+
+# Names
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".nii", ".nii.gz"])
+@pytest.mark.parametrize("name", [b"\xff", b"\xed\xa0\x80", "Schädel".encode()])
+def test_names_that_are_not_utf8_are_read_and_written(
+    tmp_path: Path, suffix: str, name: bytes
+) -> None:
+    """SimpleITK ends the process on such a name."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/folder" + name + b"/a" + name)).with_suffix(
+        suffix
+    )
+    scan = some_volume()
+    write(scan, path)
+    found = read(path)
+    np.testing.assert_array_equal(found.voxels, scan.voxels)
+    write(found.with_voxels((found.voxels > 0).astype(np.uint8)), path)
+    assert read(path).voxels.sum() == (scan.voxels > 0).sum()
+    path.write_bytes(b"nothing")
+    with pytest.raises(InputError, match="damaged or not a"):
+        read(path)
+
+
+def test_paths_may_be_text(tmp_path: Path) -> None:
+    name = str(tmp_path / "case.mha")
+    write(some_volume(), name)
+    assert stored_shape(name) == read(name).voxels.shape == (6, 20, 30)

@@ -29,7 +29,7 @@ _ROOT = Path(__file__).resolve().parents[3]  # where this package can be importe
 
 @contextlib.contextmanager
 def decoder() -> Iterator[Decoder]:
-    """Gives a function from the bytes of a DICOM file to its pixels, ``(y, x)`` as stored.
+    """Give a function from the bytes of a DICOM file to its pixels, ``(y, x)`` as stored.
 
     The function returns None where the pixels are damaged.
     """
@@ -53,6 +53,7 @@ def decoder() -> Iterator[Decoder]:
 
 
 def _begin() -> subprocess.Popen[bytes]:
+    """Start the other process."""
     return subprocess.Popen(
         [sys.executable, "-m", "ichseg.scan.dicom.decompress"],
         cwd=_ROOT,
@@ -70,7 +71,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _ask(process: subprocess.Popen[bytes], file: bytes) -> Pixels:
-    """Of no size where the pixels are damaged.
+    """The pixels of one file; an array of no size where they are damaged.
 
     Raises:
         OSError: The process is dead, or takes too long.

@@ -1,4 +1,4 @@
-"""The pixels of a DICOM slice, in HU. Numbers of attributes are those of the standard, PS3.6."""
+"""The pixels of a DICOM slice, in HU."""
 
 from __future__ import annotations
 
@@ -7,33 +7,25 @@ import struct
 import numpy as np
 import numpy.typing as npt
 
-from ichseg.scan.dicom import files
+from ichseg.scan.dicom import elements
 from ichseg.scan.dicom.decompress import Decoder
-from ichseg.scan.dicom.files import COMPRESSED, CT_IMAGE, EXPLICIT_BIG, DicomFile
+from ichseg.scan.dicom.elements import COMPRESSED, CT_IMAGE, EXPLICIT_BIG, DicomFile
 from ichseg.scan.dicom.straighten import NOTHING_HU
-
-_SOP_CLASS, _SOP_INSTANCE = 0x00080016, 0x00080018
-_ROWS, _COLUMNS, _FRAMES, _SAMPLES = 0x00280010, 0x00280011, 0x00280008, 0x00280002
-_PHOTOMETRIC, _ALLOCATED, _STORED, _HIGH, _SIGNED = (
-    0x00280004, 0x00280100, 0x00280101, 0x00280102, 0x00280103,
-)  # fmt: skip
-_PADDING, _PADDING_LIMIT = 0x00280120, 0x00280121
-_INTERCEPT, _SLOPE, _RESCALED_TO = 0x00281052, 0x00281053, 0x00281054
 
 
 def hounsfield(file: DicomFile, decode: Decoder) -> npt.NDArray[np.int16]:
     """A slice in HU, ``(y, x)``; what the scanner did not reconstruct is ``NOTHING_HU``.
 
     Args:
-        file: As its header says.
-        decode: See ``decompress.decoder``; asked only for compressed pixels.
+        file: The slice's file.
+        decode: Made by ``decompress.decoder``; asked only for compressed pixels.
 
     Raises:
         InputError: It has other pixels than a CT slice, or they are damaged.
     """
     _refuse_other_pixels(file)
-    slope, intercept = file.numbers(_SLOPE, 1), file.numbers(_INTERCEPT, 1)
-    unit = file.text(_RESCALED_TO).upper()  # US: unspecified
+    slope, intercept = file.numbers("RescaleSlope", 1), file.numbers("RescaleIntercept", 1)
+    unit = file.text("RescaleType").upper()  # US: unspecified
     if slope is None or intercept is None or slope[0] == 0 or unit not in ("", "HU", "US"):
         raise file.fault(
             f"rescaled by {slope} and {intercept} to {unit[:16] or 'HU'!r}, expected a slope and "
@@ -43,33 +35,35 @@ def hounsfield(file: DicomFile, decode: Decoder) -> npt.NDArray[np.int16]:
     hu = stored * np.float32(slope[0]) + np.float32(intercept[0])
     np.clip(np.rint(hu, out=hu), NOTHING_HU, 32_767, out=hu)
     slice_hu = hu.astype(np.int16)
-    padding = file.elements.get(_PADDING, b"")
+    padding = file.elements.get("PixelPaddingValue", b"")
     if len(padding) == 2:
-        form = "<h" if file.integer(_SIGNED) else "<H"
-        limit = file.elements.get(_PADDING_LIMIT, b"")
+        form = "<h" if file.integer("PixelRepresentation") else "<H"
+        limit = file.elements.get("PixelPaddingRangeLimit", b"")
         ends = [struct.unpack(form, v)[0] for v in (padding, limit if len(limit) == 2 else padding)]
         slice_hu[(stored >= min(ends)) & (stored <= max(ends))] = NOTHING_HU
     return slice_hu
 
 
 def _refuse_other_pixels(file: DicomFile) -> None:
-    allocated, stored, high = (file.integer(tag) for tag in (_ALLOCATED, _STORED, _HIGH))
-    if file.integer(_SAMPLES) not in (None, 1) or file.integer(_FRAMES) not in (None, 1):
+    if any(file.integer(many) not in (None, 1) for many in ("SamplesPerPixel", "NumberOfFrames")):
         raise file.fault("pixels of several samples or frames, expected one slice of grey values")
-    if file.text(_PHOTOMETRIC) != "MONOCHROME2":
-        raise file.fault(f"pixels are {file.text(_PHOTOMETRIC)[:16]!r}, expected MONOCHROME2")
+    kind = file.text("PhotometricInterpretation")
+    if kind != "MONOCHROME2":
+        raise file.fault(f"pixels are {kind[:16]!r}, expected MONOCHROME2")
+    bits = ("BitsAllocated", "BitsStored", "HighBit")
+    allocated, stored, high = (file.integer(keyword) for keyword in bits)
     if allocated != 16 or not stored or not 8 < stored <= 16 or high != stored - 1:
         raise file.fault(
             f"{stored} bits of {allocated} up to bit {high}, expected 9 to 16 of 16, from bit 0 on"
         )
-    if file.integer(_SIGNED) not in (0, 1):
+    if file.integer("PixelRepresentation") not in (0, 1):
         raise file.fault("does not say whether its pixels have a sign")
 
 
 def _stored(file: DicomFile, decode: Decoder) -> npt.NDArray[np.int32]:
     """Numbers as they are stored, ``(y, x)``."""
-    rows, columns = file.integer(_ROWS) or 0, file.integer(_COLUMNS) or 0
-    bits = file.integer(_STORED) or 16
+    rows, columns = file.integer("Rows") or 0, file.integer("Columns") or 0
+    bits = file.integer("BitsStored") or 16
     if file.syntax in COMPRESSED:
         raw = _decompressed(file, rows, columns, decode)
     else:
@@ -81,7 +75,7 @@ def _stored(file: DicomFile, decode: Decoder) -> npt.NDArray[np.int32]:
         order = ">u2" if file.syntax == EXPLICIT_BIG else "<u2"
         raw = np.frombuffer(pixel_bytes(file)[:wanted], order).reshape(rows, columns)
     values = raw.astype(np.int32) & ((1 << bits) - 1)  # above them old files keep overlays
-    if file.integer(_SIGNED):
+    if file.integer("PixelRepresentation"):
         values -= (values >> (bits - 1)) << bits
     return values
 
@@ -99,11 +93,12 @@ def pixel_bytes(file: DicomFile) -> bytes:
 def _decompressed(
     file: DicomFile, rows: int, columns: int, decode: Decoder
 ) -> npt.NDArray[np.uint16]:
-    """By ITK, which is shown a file of ours: what it needs, and the pixels.
+    """The pixels as ITK decompresses them.
 
-    So no attribute of the file but its pixels reaches that reader.
+    ITK is shown a file of ours, with what it needs and the pixels, so that nothing else of the
+    patient's file reaches it.
     """
-    pixels = files.fragments(file, 4 * rows * columns + 65_536)
+    pixels = elements.fragments(file, 4 * rows * columns + 65_536)
     found = decode(_plain_slice(file, pixels, rows, columns))
     if found is None:
         raise file.fault(f"its pixels, compressed as {COMPRESSED[file.syntax]}, are damaged")
@@ -133,18 +128,18 @@ def _plain_slice(file: DicomFile, pixels: bytes, rows: int, columns: int) -> byt
         + element(0x00020003, b"UI", b"1.2.3")
         + element(0x00020010, b"UI", file.syntax.encode())
     )
-    stored = file.integer(_STORED) or 16
+    stored = file.integer("BitsStored") or 16
     data = (
-        element(_SOP_CLASS, b"UI", CT_IMAGE.encode())
-        + element(_SOP_INSTANCE, b"UI", b"1.2.3")
-        + number(_SAMPLES, 1)
-        + element(_PHOTOMETRIC, b"CS", b"MONOCHROME2")
-        + number(_ROWS, rows)
-        + number(_COLUMNS, columns)
-        + number(_ALLOCATED, 16)
-        + number(_STORED, stored)
-        + number(_HIGH, stored - 1)
-        + number(_SIGNED, file.integer(_SIGNED) or 0)
+        element(0x00080016, b"UI", CT_IMAGE.encode())
+        + element(0x00080018, b"UI", b"1.2.3")
+        + number(0x00280002, 1)
+        + element(0x00280004, b"CS", b"MONOCHROME2")
+        + number(0x00280010, rows)
+        + number(0x00280011, columns)
+        + number(0x00280100, 16)
+        + number(0x00280101, stored)
+        + number(0x00280102, stored - 1)
+        + number(0x00280103, file.integer("PixelRepresentation") or 0)
     )
     pixels += b"\0" * (len(pixels) % 2)
     fragments = (

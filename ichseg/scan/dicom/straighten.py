@@ -28,12 +28,12 @@ class Stack:
     """Where parallel slices lie.
 
     Attributes:
-        shape: Of each slice, ``(y, x)``.
-        spacing_mm: Of its pixels, along ``(y, x)``.
-        axes: 3x3; columns are the unit vectors of the slices' normal, of a column downwards and of
-            a row rightwards; rows are ``(z, y, x)``, LPS.
-        places_mm: ``(slice, 3)``: of each slice's first pixel, along these axes; slices ascend
-            along the normal.
+        shape: The shape ``(y, x)`` of each slice.
+        spacing_mm: The size of its pixels along ``(y, x)``.
+        axes: A 3x3 matrix; its columns are the unit vectors of the slices' normal, of a column
+            downwards and of a row rightwards; its rows are ``(z, y, x)``, LPS.
+        places_mm: The place of each slice's first pixel along these axes, shape ``(slice, 3)``;
+            slices ascend along the normal.
     """
 
     shape: tuple[int, int]
@@ -43,7 +43,7 @@ class Stack:
 
     @property
     def steps_mm(self) -> npt.NDArray[np.float64]:
-        """From each slice to the next, along the normal."""
+        """The distance from each slice to the next, along the normal."""
         steps: npt.NDArray[np.float64] = np.diff(self.places_mm[:, 0])
         return steps
 
@@ -62,15 +62,15 @@ class Stack:
 
     @property
     def tilt_degrees(self) -> float:
-        """Between the slices' normal and the way from the first to the last."""
+        """The angle between the slices' normal and the way from the first slice to the last."""
         height, *across = self.places_mm[-1] - self.places_mm[0]
         return float(np.degrees(np.arctan2(np.hypot(*across), height)))
 
     @property
     def heights_mm(self) -> npt.NDArray[np.float64]:
-        """Each slice's share of the patient: halfway to the slices beside it.
+        """How much of the patient each slice stands for: halfway to the slices beside it.
 
-        The first and the last reach as far outwards as inwards.
+        The first and the last slice reach as far outwards as inwards.
         """
         steps = self.steps_mm
         heights: npt.NDArray[np.float64] = (np.r_[steps[0], steps] + np.r_[steps, steps[-1]]) / 2
@@ -82,9 +82,9 @@ class Grid:
     """A straight grid in a stack's axes.
 
     Attributes:
-        shape: ``(z, y, x)``.
-        spacing_mm: Likewise.
-        start_mm: Of its first voxel, along the stack's axes.
+        shape: The number of voxels along ``(z, y, x)``.
+        spacing_mm: Their size along ``(z, y, x)``.
+        start_mm: The place of the first voxel along the stack's axes.
     """
 
     shape: tuple[int, int, int]
@@ -125,7 +125,7 @@ def straighten(stack: Stack, pixels: Callable[[int], npt.NDArray[np.int16]]) -> 
     linearly. A straight stack is only filled in. Two slices are held beside the result.
 
     Args:
-        stack: Where they lie.
+        stack: Where the slices lie.
         pixels: Gives slice ``i`` in HU, ``(y, x)``; each is asked for once, in order.
     """
     grid = grid_of(stack)
@@ -162,7 +162,7 @@ def straighten(stack: Stack, pixels: Callable[[int], npt.NDArray[np.int16]]) -> 
 def _moved(
     pixels: npt.NDArray[np.int16], stack: Stack, i: int, grid: Grid
 ) -> npt.NDArray[np.int16]:
-    """A slice within its plane, in the grid's frame."""
+    """A slice moved within its plane to where the straight grid has it."""
     if stack.is_upright:
         return pixels
     shift = (stack.places_mm[i, 1:] - grid.start_mm[1:]) / stack.spacing_mm
@@ -187,7 +187,7 @@ def _moved(
 
 
 def volume_ml(stack: Stack, labels: npt.NDArray[np.uint8]) -> float:
-    """Of all labels ``(slice, y, x)``, each slice by its share of the patient."""
+    """The volume of all labels ``(slice, y, x)``, each slice as high as its ``heights_mm``."""
     counts = np.count_nonzero(labels, axis=(1, 2))
     return float(counts @ stack.heights_mm) * stack.spacing_mm[0] * stack.spacing_mm[1] / 1000
 

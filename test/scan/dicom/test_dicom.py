@@ -24,11 +24,12 @@ from pydicom.uid import (
 )
 
 from ichseg.errors import InputError
-from ichseg.scan import reader as scan
-from ichseg.scan.dicom import decompress, files
-from ichseg.scan.dicom import pixels as dicom_pixels
-from ichseg.scan.dicom import series as dicom
+from ichseg.scan.dicom import decompress
+from ichseg.scan.dicom.elements import COMPRESSED, read_elements
+from ichseg.scan.dicom.pixels import hounsfield
+from ichseg.scan.dicom.series import ENHANCED_CT, find_series, read_series
 from ichseg.scan.dicom.straighten import NOTHING_HU
+from ichseg.scan.reader import read_scan
 
 HEIGHTS = (0.0, 5.0, 10.0, 15.0)
 
@@ -42,9 +43,9 @@ def write(folder, heights=HEIGHTS, **changes):
     return folder
 
 
-def hounsfield(path):
+def in_hu(path):
     with decompress.decoder() as decode:
-        return dicom_pixels.hounsfield(files.read_header(path), decode)
+        return hounsfield(read_elements(path), decode)
 
 
 @pytest.fixture
@@ -66,11 +67,11 @@ def test_every_byte_order_gives_the_same_pixels(tmp_path, pixels, syntax):
     made.add_new(0x00291010, "OB", b"private" * 11)
     made.SourceImageSequence = Sequence([inner])
     path = save(made, tmp_path / "a.dcm", syntax)
-    file = files.read_header(path)
+    file = read_elements(path)
     assert file.syntax == syntax
-    assert file.numbers(0x00200032, 3) == (1, 2, 3)
-    assert file.integer(0x00280010) == 24
-    np.testing.assert_array_equal(hounsfield(path), pixels)
+    assert file.numbers("ImagePositionPatient", 3) == (1, 2, 3)
+    assert file.integer("Rows") == 24
+    np.testing.assert_array_equal(in_hu(path), pixels)
 
 
 def test_signed_pixels_of_twelve_bits_with_an_overlay_above_them(tmp_path):
@@ -80,7 +81,7 @@ def test_signed_pixels_of_twelve_bits_with_an_overlay_above_them(tmp_path):
         np.zeros((2, 3)), (0, 0, 0), PixelData=raw.astype("<u2").tobytes(), BitsStored=12,
         HighBit=11, PixelRepresentation=1, RescaleSlope=0.5, RescaleIntercept=-10,
     )  # fmt: skip
-    found = hounsfield(save(made, tmp_path / "a.dcm"))
+    found = in_hu(save(made, tmp_path / "a.dcm"))
     np.testing.assert_array_equal(found, [[-522, -10, -10], [-8, 1014, -1024]])  # 0.5s to even
 
 
@@ -91,11 +92,11 @@ def test_padding_and_what_lies_below_air_is_nothing(tmp_path, pixels):
     made = make_slice(pixels, (0, 0, 0), **changes)
     for name in changes:
         made[name].VR = "US"
-    found = hounsfield(save(made, tmp_path / "a.dcm"))
+    found = in_hu(save(made, tmp_path / "a.dcm"))
     assert (found[:2, :5] == NOTHING_HU).all()
     np.testing.assert_array_equal(found[2:], pixels[2:])
     made = make_slice(pixels, (0, 0, 0), RescaleIntercept=-2000)
-    assert hounsfield(save(made, tmp_path / "a.dcm")).min() == NOTHING_HU
+    assert in_hu(save(made, tmp_path / "a.dcm")).min() == NOTHING_HU
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_padding_and_what_lies_below_air_is_nothing(tmp_path, pixels):
 def test_pixels_that_are_no_ct_are_refused(tmp_path, pixels, changes, words):
     path = save(make_slice(pixels, (0, 0, 0), **changes), tmp_path / "a.dcm")
     with pytest.raises(InputError, match=f"a.dcm: .*{words}"):
-        hounsfield(path)
+        in_hu(path)
 
 
 def test_the_largest_axial_series_is_taken_and_the_others_named(tmp_path):
@@ -134,7 +135,7 @@ def test_the_largest_axial_series_is_taken_and_the_others_named(tmp_path):
     save(make_slice(np.zeros((9, 9)), (0, 0, 0), Modality="MR"), tmp_path / "mr")
     (tmp_path / "thin" / "notes.txt").write_text("not DICOM")
     (tmp_path / "thin" / ".hidden.dcm").write_bytes(b"nor this")
-    series = dicom.find_series(tmp_path)
+    series = find_series(tmp_path)
     assert series.words == "taken was series 2 of 8 slices, kernel H31s"
     assert [file.path.parent.name for file in series.slices] == ["thin"] * 8
     said = " ".join(series.warnings)
@@ -148,19 +149,19 @@ def test_parts_of_a_series_with_another_frame_are_left_out(tmp_path):
     """Such as a scout that carries the series' number."""
     write(tmp_path)
     save(make_slice(np.zeros((9, 9)), (0, 0, 0)), tmp_path / "odd.dcm")
-    series = dicom.find_series(tmp_path)
+    series = find_series(tmp_path)
     assert len(series.slices) == 4
     assert series.warnings[0].startswith("left out: 1 other series or parts of one, 1 slices")
 
 
 def test_slices_are_ordered_by_place_and_the_lowest_is_first(tmp_path):
     write(tmp_path, heights=(15.0, 0.0, 10.0, 5.0))
-    series = dicom.find_series(tmp_path)
-    heights = [file.numbers(0x00200032, 3)[2] for file in series.slices]
+    series = find_series(tmp_path)
+    heights = [file.numbers("ImagePositionPatient", 3)[2] for file in series.slices]
     assert heights == [0, 5, 10, 15]
     assert not series.warnings
     sizes = []
-    found = scan.read(tmp_path, sizes.append)
+    found = read_scan(tmp_path, sizes.append)
     np.testing.assert_array_equal(found.volume.voxels[2], noise(np.full((24, 20, 3), 10.0)))
     assert found.series is not None
     assert sizes == [4 * 24 * 20]
@@ -170,7 +171,7 @@ def test_itk_reads_the_same_of_a_straight_series(tmp_path):
     write(tmp_path)
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path)))
-    itk, ours = reader.Execute(), scan.read(tmp_path).volume
+    itk, ours = reader.Execute(), read_scan(tmp_path).volume
     np.testing.assert_array_equal(sitk.GetArrayFromImage(itk), ours.voxels)
     assert itk.GetSpacing()[::-1] == ours.spacing_mm
     assert itk.GetOrigin()[::-1] == ours.origin_mm
@@ -179,27 +180,27 @@ def test_itk_reads_the_same_of_a_straight_series(tmp_path):
 def test_copies_are_taken_once_and_differing_ones_refused(tmp_path):
     write(tmp_path)
     (tmp_path / "copy.dcm").write_bytes((tmp_path / "007.dcm").read_bytes())
-    series = dicom.find_series(tmp_path)
+    series = find_series(tmp_path)
     assert len(series.slices) == 4
     assert series.warnings == ("1 slice is there twice, one of each was taken",)
     made = pydicom.dcmread(tmp_path / "copy.dcm")
     made.PixelData = bytes(len(made.PixelData))
     made.save_as(tmp_path / "copy.dcm")
     with pytest.raises(InputError, match="lie at the same place and differ"):
-        dicom.find_series(tmp_path)
+        find_series(tmp_path)
 
 
 def test_a_missing_slice_is_mended_in_words_and_a_wide_gap_refused(tmp_path):
-    series = dicom.find_series(write(tmp_path / "one", heights=(0, 5, 10, 20, 25)))
+    series = find_series(write(tmp_path / "one", heights=(0, 5, 10, 20, 25)))
     assert "slices are missing in 1 place: up to 10 mm" in series.warnings[0]
     assert "5 are usual" in series.warnings[0]
-    voxels = dicom.read(series).voxels
+    voxels = read_series(series).voxels
     assert voxels.shape[0] == 6
     middle = (voxels[2].astype(float) + voxels[4]) / 2
     assert abs(voxels[3] - middle).max() <= 0.5
     with pytest.raises(InputError, match=r"20 mm between 014.dcm and 021.dcm, expected about 5"):
-        dicom.find_series(write(tmp_path / "gap", heights=(0, 5, 10, 30, 35)))
-    thick = dicom.find_series(write(tmp_path / "thick", heights=(0, 12, 24), SliceThickness=12))
+        find_series(write(tmp_path / "gap", heights=(0, 5, 10, 30, 35)))
+    thick = find_series(write(tmp_path / "thick", heights=(0, 12, 24), SliceThickness=12))
     assert thick.warnings == ()
 
 
@@ -213,13 +214,13 @@ def test_a_missing_slice_is_mended_in_words_and_a_wide_gap_refused(tmp_path):
     ],
 )
 def test_what_a_header_says_is_passed_on(tmp_path, changes, words):
-    (warning,) = dicom.find_series(write(tmp_path, **changes)).warnings
+    (warning,) = find_series(write(tmp_path, **changes)).warnings
     assert re.search(words, warning)
 
 
 def test_nothing_of_the_patient_is_said(tmp_path):
     write(tmp_path, PatientName="SECRET^NAME", PatientID="SECRET", SeriesDescription="SECRET")
-    series = dicom.find_series(tmp_path)
+    series = find_series(tmp_path)
     assert "SECRET" not in series.words + " ".join(series.warnings)
 
 
@@ -229,16 +230,16 @@ def one(tmp_path, **changes):
 
 def test_what_is_no_series_is_refused(tmp_path):
     with pytest.raises(InputError, match=f"{tmp_path}: no DICOM file; expected"):
-        dicom.find_series(tmp_path)
+        find_series(tmp_path)
     one(tmp_path, Modality="MR", SOPClassUID="1.2.840.10008.5.1.4.1.1.4")
     with pytest.raises(InputError, match="of a CT's slices, but 1 file of modality MR"):
-        dicom.find_series(tmp_path)
+        find_series(tmp_path)
     one(tmp_path)
     with pytest.raises(InputError, match="of 1 slice at one place, expected a volume"):
-        dicom.find_series(tmp_path)
-    one(tmp_path, SOPClassUID=dicom.ENHANCED_CT)
+        find_series(tmp_path)
+    one(tmp_path, SOPClassUID=ENHANCED_CT)
     with pytest.raises(InputError, match="an Enhanced CT image, many slices in one file"):
-        dicom.find_series(tmp_path)
+        find_series(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,7 @@ def test_what_is_no_series_is_refused(tmp_path):
 )
 def test_a_slice_without_a_place_is_refused(tmp_path, changes, words):
     with pytest.raises(InputError, match=f"x.dcm: .*{words}"):
-        dicom.find_series(one(tmp_path, **changes).parent)
+        find_series(one(tmp_path, **changes).parent)
 
 
 def test_a_damaged_file_is_refused_by_name(tmp_path):
@@ -268,13 +269,13 @@ def test_a_damaged_file_is_refused_by_name(tmp_path):
     ):
         (tmp_path / "000.dcm").write_bytes(content)
         with pytest.raises(InputError, match=f"000.dcm: .*({words})"):
-            dicom.find_series(tmp_path)
+            find_series(tmp_path)
 
 
 def test_transfer_syntaxes_that_are_not_read_are_named(tmp_path, pixels):
     path = save(make_slice(pixels, (0, 0, 0)), tmp_path / "a.dcm", DeflatedExplicitVRLittleEndian)
     with pytest.raises(InputError, match=r"a.dcm: transfer syntax Deflated Explicit VR"):
-        files.read_header(path)
+        read_elements(path)
 
 
 def test_links_that_lead_out_and_folders_too_deep_are_refused(tmp_path):
@@ -282,11 +283,11 @@ def test_links_that_lead_out_and_folders_too_deep_are_refused(tmp_path):
     write(tmp_path / "out")
     (tmp_path / "in" / "link.dcm").symlink_to(tmp_path / "out" / "000.dcm")
     with pytest.raises(InputError, match=r"link.dcm: a link that leads out of"):
-        dicom.find_series(tmp_path / "in")
+        find_series(tmp_path / "in")
     deep = tmp_path / "deep" / "/".join("abcdefghij")
     write(deep)
     with pytest.raises(InputError, match="more than 8 folders deep"):
-        dicom.find_series(tmp_path / "deep")
+        find_series(tmp_path / "deep")
 
 
 # ---- compressed ----
@@ -308,20 +309,20 @@ def compressed(tmp_path, pixels, compressor):
 @pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000"])
 def test_compressed_pixels_are_those_before(tmp_path, pixels, compressor):
     path = compressed(tmp_path, pixels, compressor)
-    assert files.read_header(path).syntax in files.COMPRESSED
-    np.testing.assert_array_equal(hounsfield(path), pixels)
+    assert read_elements(path).syntax in COMPRESSED
+    np.testing.assert_array_equal(in_hu(path), pixels)
 
 
 def test_run_lengths_in_fragments_are_joined(tmp_path, pixels):
     made = make_slice(pixels, (0, 0, 0))
     made.compress(RLELossless)
     made.save_as(tmp_path / "a.dcm", enforce_file_format=True)
-    np.testing.assert_array_equal(hounsfield(tmp_path / "a.dcm"), pixels)
+    np.testing.assert_array_equal(in_hu(tmp_path / "a.dcm"), pixels)
 
 
 def test_damaged_compressed_pixels_are_an_error_even_if_the_decoder_dies(tmp_path, pixels):
     path = compressed(tmp_path, pixels, "JPEG")
-    whole, at = path.read_bytes(), files.read_header(path).pixels_at
+    whole, at = path.read_bytes(), read_elements(path).pixels_at
     rng = np.random.default_rng(0)
     ended = set()
     with decompress.decoder() as decode:
@@ -331,14 +332,12 @@ def test_damaged_compressed_pixels_are_an_error_even_if_the_decoder_dies(tmp_pat
                 changed[where] = rng.integers(256)
             path.write_bytes(changed)
             try:
-                dicom_pixels.hounsfield(files.read_header(path), decode)
+                hounsfield(read_elements(path), decode)
                 ended.add("read")
             except InputError as error:
                 ended.add(str(error).split(": ", 1)[1])
         path.write_bytes(whole)  # and the next good one is read
-        np.testing.assert_array_equal(
-            dicom_pixels.hounsfield(files.read_header(path), decode), pixels
-        )
+        np.testing.assert_array_equal(hounsfield(read_elements(path), decode), pixels)
     assert any("compressed as JPEG Lossless" in words for words in ended)
 
 
@@ -353,7 +352,7 @@ def test_a_decoder_that_dies_or_hangs_costs_one_slice(tmp_path, pixels, monkeypa
         )
         monkeypatch.setattr(decompress, "_begin", begin)
         with pytest.raises(InputError, match=r"compressed as JPEG Lossless.*are damaged"):
-            hounsfield(path)
+            in_hu(path)
 
 
 # ---- anything ----
@@ -377,7 +376,7 @@ def test_altered_files_are_read_or_refused(tmp_path_factory, data):
         changed[where : where + length] = data.draw(st.binary(min_size=length, max_size=length))
     path.write_bytes(changed)
     try:
-        found = scan.read(folder)
+        found = read_scan(folder)
     except InputError as error:
         said = str(error)
         assert "\n" not in said and str(folder) in said  # noqa: PT018
@@ -386,15 +385,19 @@ def test_altered_files_are_read_or_refused(tmp_path_factory, data):
 
 
 def test_values_that_only_look_like_numbers_are_refused(tmp_path):
-    file = files.read_header(one(tmp_path))
-    for tag, value in ((0x00200032, b"1\\2\\nan"), (0x00200032, b"1\\2"), (0x00280030, b"1e9\\1")):
+    file = read_elements(one(tmp_path))
+    for tag, value in (
+        ("ImagePositionPatient", b"1\\2\\nan"),
+        ("ImagePositionPatient", b"1\\2"),
+        ("PixelSpacing", b"1e9\\1"),
+    ):
         odd = dataclasses.replace(file, elements={**file.elements, tag: value})
         with pytest.raises(InputError, match=r"expected \d numbers"):
-            odd.numbers(tag, 3 if tag == 0x00200032 else 2)
+            odd.numbers(tag, 3 if tag == "ImagePositionPatient" else 2)
     for value in ("²", "1.5", "9" * 13):
-        odd = dataclasses.replace(file, elements={0x00280008: value.encode("latin-1")})
+        odd = dataclasses.replace(file, elements={"NumberOfFrames": value.encode("latin-1")})
         with pytest.raises(InputError, match="expected a whole number"):
-            odd.integer(0x00280008)
+            odd.integer("NumberOfFrames")
 
 
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
@@ -405,4 +408,4 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(InputError, match=r"cannot read \(Permission denied\)"):
-        dicom.find_series(tmp_path)
+        find_series(tmp_path)

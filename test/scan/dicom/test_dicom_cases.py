@@ -1,6 +1,5 @@
 """A folder of DICOM through the whole of process.py's way: names, masks, DICOM-SEG, volume."""
 
-import dataclasses
 import importlib.util
 import json
 
@@ -8,22 +7,23 @@ import highdicom
 import numpy as np
 import pydicom
 import pytest
-from conftest import PLANS, make_bundle
+from conftest import make_bundle
 from helpers.dicom_files import make_slice, save, write_stack
 
 from ichseg.app import pipeline, results
 from ichseg.app.cases import find_cases
 from ichseg.app.pipeline import Options
 from ichseg.errors import InputError
-from ichseg.model.bundle import load_model
 from ichseg.predict.ensemble import Ensemble, Segmentation
 from ichseg.scan import volume
-from ichseg.scan.dicom import segmentation, straighten
-from ichseg.scan.dicom import series as dicom
+from ichseg.scan.dicom import straighten
+from ichseg.scan.dicom.dicom_seg import Algorithm, write_seg
+from ichseg.scan.dicom.series import find_series
 
 TILT = np.radians(15)
 TILTED = (1.0, 0.0, 0.0, 0.0, float(np.cos(TILT)), -float(np.sin(TILT)))
 HEIGHTS = (0.0, 4.0, 8.0, 12.0, 19.0, 26.0)
+ALGORITHM = Algorithm("bleeds", "1", ("hemorrhage",))
 
 
 def head(at):
@@ -75,7 +75,7 @@ def test_mask_lies_on_the_straight_grid_and_is_named_so(segmented):
     place, ended = segmented
     assert (ended.image, ended.mask, ended.error) == ("patient", "patient_straight.mha", "")
     mask = volume.read(place / "out" / "patient_straight.mha")
-    series = dicom.find_series(place / "in" / "patient")
+    series = find_series(place / "in" / "patient")
     grid = straighten.grid_of(series.stack)
     assert mask.voxels.shape == grid.shape
     assert mask.spacing_mm == pytest.approx(grid.spacing_mm)
@@ -140,29 +140,19 @@ def test_the_same_mask_has_the_same_uids(segmented, bundle, tmp_path):
 
 def test_an_empty_mask_is_written_too(segmented, tmp_path):
     place, _ = segmented
-    series = dicom.find_series(place / "in" / "patient")
+    series = find_series(place / "in" / "patient")
     labels = np.zeros((len(series.slices), *series.stack.shape), np.uint8)
-    model = load_model(make_folder(tmp_path))
-    assert segmentation.write(labels, series, tmp_path / "empty_seg.dcm", model) is None
+    assert write_seg(labels, series, tmp_path / "empty_seg.dcm", ALGORITHM) is None
     assert not pydicom.dcmread(tmp_path / "empty_seg.dcm").pixel_array.any()
-
-
-def make_folder(tmp_path):
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    make_bundle(folder, folds=1)
-    return folder
 
 
 def test_several_labels_are_several_segments(segmented, tmp_path):
     place, _ = segmented
-    series = dicom.find_series(place / "in" / "patient")
+    series = find_series(place / "in" / "patient")
     labels = np.zeros((len(series.slices), *series.stack.shape), np.uint8)
     labels[1, 5:9, 5:9], labels[2, 5:9, 5:9] = 1, 2
-    model = load_model(make_folder(tmp_path))
-    plans = dataclasses.replace(PLANS, labels=("background", "hemorrhage", "calcification"))
-    two = dataclasses.replace(model, plans=plans)
-    assert segmentation.write(labels, series, tmp_path / "two_seg.dcm", two) is None
+    two = Algorithm("bleeds", "1", ("hemorrhage", "calcification"))
+    assert write_seg(labels, series, tmp_path / "two_seg.dcm", two) is None
     seg = highdicom.seg.segread(tmp_path / "two_seg.dcm")
     assert [s.SegmentLabel for s in seg.SegmentSequence] == ["hemorrhage", "calcification"]
     frames = seg.PerFrameFunctionalGroupsSequence

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from helpers.dicom_files import UPRIGHT, write_stack
 
-from ichseg.scan.dicom import series as dicom
 from ichseg.scan.dicom import straighten
+from ichseg.scan.dicom.series import find_series, read_series
 from ichseg.scan.dicom.straighten import Stack
 
 TILT = np.radians(18.5)
@@ -37,7 +37,7 @@ def positions(volume):
 def test_every_voxel_has_the_value_of_its_place(tmp_path, orientation, heights, backwards):
     places = [(-5.0, 7.0, 3.0 + z) for z in (heights[::-1] if backwards else heights)]
     write_stack(tmp_path, places, plane, orientation=orientation, shape=(40, 20))
-    found = dicom.read(dicom.find_series(tmp_path))
+    found = read_series(find_series(tmp_path))
     wanted = plane(positions(found))
     inside = found.voxels != straighten.NOTHING_HU
     assert inside.mean() > 0.6
@@ -53,8 +53,8 @@ def test_a_straight_stack_is_taken_as_it_is(tmp_path):
     write_stack(
         tmp_path, [(1, 2, z) for z in (0, 5, 10)], lambda at: rng.integers(-50, 99, at.shape[:2])
     )
-    series = dicom.find_series(tmp_path)
-    found = dicom.read(series)
+    series = find_series(tmp_path)
+    found = read_series(series)
     assert found.voxels.shape == (3, 24, 20)
     assert found.spacing_mm == (5.0, 0.5, 0.75)
     assert found.origin_mm == (0.0, 2.0, 1.0)

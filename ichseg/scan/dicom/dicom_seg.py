@@ -1,4 +1,4 @@
-"""A mask as DICOM-SEG, on the slices that it was made from: one frame for each that has some of it.
+"""A mask as DICOM-SEG, on the slices it was made from: one frame for each that has some of it.
 
 By highdicom, which is optional (requirements-dicom.txt); without it a warning says so.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ichseg.files import replacing
-from ichseg.model.bundle import Model
 from ichseg.scan.dicom.series import Series
 
 _BLEED = ("hemorrh", "haemorrh", "bleed", "blood", "hematoma", "haematoma")
@@ -26,22 +26,39 @@ _MUST_BE_THERE = (
 _STRAIGHT, _SEG = "_straight.mha", "_seg.dcm"
 
 
-def beside(mask: Path) -> Path:
-    """Where it lies: beside the mask on the straight grid."""
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """Who found what, as a segmentation object names it.
+
+    Attributes:
+        name: The name of the model.
+        version: Its version.
+        labels: The names of the foreground labels, from label 1 on.
+    """
+
+    name: str
+    version: str
+    labels: tuple[str, ...]
+
+
+def seg_path(mask: Path) -> Path:
+    """Where the DICOM-SEG lies: beside the mask on the straight grid."""
     return mask.with_name(mask.name.removesuffix(_STRAIGHT) + _SEG)
 
 
-def write(labels: npt.NDArray[np.uint8], series: Series, path: Path, model: Model) -> str | None:
+def write_seg(
+    labels: npt.NDArray[np.uint8], series: Series, path: Path, algorithm: Algorithm
+) -> str | None:
     """Write a segmentation object that refers to the series' slices.
 
     Its position in the patient is that of each source slice, tilted and uneven as they are. UIDs
-    follow from the slices', the labels and the model: the same mask has the same.
+    follow from the slices', the labels and the algorithm: the same mask has the same.
 
     Args:
         labels: ``(slice, y, x)``, in the order of the series' slices.
         series: The slices.
-        path: Of the ``.dcm`` file, which appears whole or not at all.
-        model: That found it.
+        path: The ``.dcm`` file, which appears whole or not at all.
+        algorithm: Who found the labels.
 
     Returns:
         Why there is none, for a reader of the result; None if it was written.
@@ -56,7 +73,7 @@ def write(labels: npt.NDArray[np.uint8], series: Series, path: Path, model: Mode
         logging.getLogger(library).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=library)
     try:
-        made = _segmentation(labels, series, model)
+        made = _segmentation(labels, series, algorithm)
     except Exception as error:  # whatever a scanner may have written into its headers
         reason = str(error).splitlines()[0][:160] if str(error) else ""
         return f"no DICOM-SEG: {type(error).__name__}: {reason}"
@@ -65,7 +82,8 @@ def write(labels: npt.NDArray[np.uint8], series: Series, path: Path, model: Mode
     return None
 
 
-def _segmentation(labels: npt.NDArray[np.uint8], series: Series, model: Model) -> Any:
+def _segmentation(labels: npt.NDArray[np.uint8], series: Series, by: Algorithm) -> Any:
+    """The object, made by highdicom."""
     import highdicom as hd
     import pydicom
     from pydicom.sr.codedict import codes
@@ -78,7 +96,7 @@ def _segmentation(labels: npt.NDArray[np.uint8], series: Series, model: Model) -
         if not source.get("SliceThickness"):
             source.SliceThickness = round(float(np.median(series.stack.steps_mm)), 4)
     algorithm = hd.AlgorithmIdentificationSequence(
-        name=model.name[:64], version=str(model.version)[:64],
+        name=by.name[:64], version=by.version[:64],
         family=codes.DCM.ArtificialIntelligence,
     )  # fmt: skip
     segments = [
@@ -90,9 +108,9 @@ def _segmentation(labels: npt.NDArray[np.uint8], series: Series, model: Model) -
             algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
             algorithm_identification=algorithm,
         )
-        for number, name in enumerate(model.plans.labels[1:], 1)
+        for number, name in enumerate(by.labels, 1)
     ]
-    made_of = [sources[0].SeriesInstanceUID, model.name, str(model.version), labels.tobytes().hex()]
+    made_of = [sources[0].SeriesInstanceUID, by.name, by.version, labels.tobytes().hex()]
     return hd.seg.Segmentation(
         source_images=sources,
         pixel_array=labels,
@@ -103,16 +121,17 @@ def _segmentation(labels: npt.NDArray[np.uint8], series: Series, model: Model) -
         sop_instance_uid=pydicom.uid.generate_uid(entropy_srcs=[*made_of, "instance"]),
         instance_number=1,
         manufacturer="ichseg",
-        manufacturer_model_name=model.name[:64],
-        software_versions=str(model.version)[:64],
+        manufacturer_model_name=by.name[:64],
+        software_versions=by.version[:64],
         device_serial_number="none",
         content_description="Research only, not for diagnosis",
         content_label="SEGMENTATION",
-        series_description=f"{model.name}, research only"[:64],
+        series_description=f"{by.name}, research only"[:64],
     )
 
 
 def _kind(label: str) -> Any:
+    """The coded concept of what a label marks."""
     from highdicom.sr.coding import CodedConcept
     from pydicom.sr.codedict import codes
 

@@ -1,0 +1,189 @@
+"""Slices of one frame put in their order: where they lie, and what is odd about it in words.
+
+Geometry is that of each slice's own position and orientation, never of the file's name, its
+number, or the thickness or tilt that its header mentions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ichseg.errors import InputError
+from ichseg.scan.dicom import pixels
+from ichseg.scan.dicom.elements import DicomFile
+from ichseg.scan.dicom.straighten import Stack, grid_of
+from ichseg.scan.stored import MOST_VOXELS
+from ichseg.wording import counted, times
+
+_SAME_PLACE_MM = 0.01  # two slices this near lie at the same place
+_WIDEST_GAP_MM = 15.0  # a lesion of more than 1 mL could lie in a wider one
+_GAP = 1.5  # a step is one if it is so many times what it should be
+_PARALLEL = 1e-3  # of direction cosines
+_LARGEST = 4096  # rows, columns
+_AXIAL = math.cos(math.radians(45))
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Slices of one series with one frame."""
+
+    files: tuple[DicomFile, ...]
+    stack: Stack
+    warnings: tuple[str, ...]
+
+    @property
+    def extent_mm(self) -> float:
+        """The distance from the first slice's plane to the last one's."""
+        return float(np.ptp(self.stack.places_mm[:, 0]))
+
+    @property
+    def rank(self) -> tuple[bool, bool, float, int]:
+        """Axial before oblique, taken before computed, then by what it covers and how finely."""
+        axial = bool(abs(self.stack.axes[0, 0]) > _AXIAL)
+        derived = "DERIVED" in self.files[0].text("ImageType").upper()
+        return axial, not derived, round(self.extent_mm), len(self.files)
+
+
+def frame_of(file: DicomFile) -> tuple[object, ...]:
+    """What slices of one volume have in common."""
+    orientation = file.numbers("ImageOrientationPatient", 6)
+    spacing = file.numbers("PixelSpacing", 2)
+    if orientation is None or spacing is None or file.numbers("ImagePositionPatient", 3) is None:
+        raise file.fault("without position, orientation or pixel spacing, expected a CT slice's")
+    if not all(0.01 <= size <= 20 for size in spacing):
+        raise file.fault(f"pixels of {spacing[0]:g} x {spacing[1]:g} mm, expected 0.01 to 20")
+    rows, columns = file.integer("Rows"), file.integer("Columns")
+    if not (rows and columns and rows <= _LARGEST and columns <= _LARGEST):
+        raise file.fault(f"{rows} rows of {columns} pixels, expected 1 to {_LARGEST}")
+    turned = tuple(round(value, 2) + 0.0 for value in orientation)
+    sizes = tuple(round(value, 4) for value in spacing)
+    return file.text("SeriesInstanceUID"), rows, columns, turned, sizes
+
+
+def stack_slices(given: Sequence[DicomFile]) -> Candidate:
+    """Put slices of one frame in their order.
+
+    Raises:
+        InputError: They are no volume.
+    """
+    first = given[0]
+    folder = first.path.parent
+    orientation = np.array([file.numbers("ImageOrientationPatient", 6) for file in given])
+    if np.ptp(orientation, axis=0).max() > _PARALLEL:
+        raise InputError(f"{folder}: {describe(given)} are not parallel, expected a volume")
+    row, column = orientation[0, 2::-1], orientation[0, :2:-1]  # (z, y, x)
+    lengths = (float(row @ row), float(column @ column), float(row @ column) + 1)
+    if max(abs(value - 1) for value in lengths) > 2 * _PARALLEL:
+        raise first.fault("its row and column are no unit vectors at right angles")
+    row = row / np.linalg.norm(row)
+    column = column - (column @ row) * row
+    column = column / np.linalg.norm(column)
+    normal = -np.cross(row, column)  # the cross product of vectors in (z, y, x) is turned round
+    axes = np.stack([normal, column, row], axis=1)
+    places = np.array([file.numbers("ImagePositionPatient", 3) for file in given])[:, ::-1] @ axes
+    order = np.argsort(places[:, 0], kind="stable")
+    files, places = [given[i] for i in order], places[order]
+    files, places, warnings = _one_at_each_place(folder, files, places)
+    if len(files) < 2:
+        raise InputError(f"{folder}: {describe(given)} at one place, expected a volume")
+    spacing = first.numbers("PixelSpacing", 2) or (1.0, 1.0)
+    shape = (first.integer("Rows") or 0, first.integer("Columns") or 0)
+    stack = Stack(shape, (spacing[0], spacing[1]), axes, places)
+    warnings += _about_steps(folder, files, stack)
+    if math.prod(grid_of(stack).shape) > MOST_VOXELS:
+        raise InputError(
+            f"{folder}: a grid of {times(grid_of(stack).shape)} voxels, "
+            f"expected at most {MOST_VOXELS}"
+        )
+    return Candidate(tuple(files), stack, tuple(warnings))
+
+
+def _one_at_each_place(
+    folder: Path, files: Sequence[DicomFile], places: npt.NDArray[np.float64]
+) -> tuple[list[DicomFile], npt.NDArray[np.float64], list[str]]:
+    """Without copies of a slice.
+
+    Raises:
+        InputError: Two different slices lie at the same place.
+    """
+    kept: list[int] = []
+    for i, file in enumerate(files):
+        if not kept or places[i, 0] - places[kept[-1], 0] > _SAME_PLACE_MM:
+            kept.append(i)
+        elif pixels.pixel_bytes(files[kept[-1]]) != pixels.pixel_bytes(file):
+            raise InputError(
+                f"{folder}: {files[kept[-1]].path.name} and {file.path.name} lie at the same "
+                "place and differ, expected one slice at each place: the slices of one acquisition"
+            )
+    copies = len(files) - len(kept)
+    warnings = [f"{_slices(copies)} there twice, one of each was taken"] if copies else []
+    return [files[i] for i in kept], places[kept], warnings
+
+
+def _slices(count: int) -> str:
+    return "1 slice is" if count == 1 else f"{count} slices are"
+
+
+def _about_steps(folder: Path, files: Sequence[DicomFile], stack: Stack) -> list[str]:
+    """Tilt, uneven steps and missing slices in words.
+
+    Raises:
+        InputError: So much is missing that a lesion may be.
+    """
+    steps = stack.steps_mm
+    usual = float(np.median(steps))
+    gaps, widest = 0, 0.0
+    for step, file, following in zip(steps, files, files[1:], strict=False):
+        thickness = [v[0] for f in (file, following) if (v := f.numbers("SliceThickness", 1))]
+        expected = max([usual, *(mm for mm in thickness if 0 < mm < _WIDEST_GAP_MM)])
+        if step > _GAP * expected + 0.05:
+            gaps, widest = gaps + 1, max(widest, float(step))
+            if step > _WIDEST_GAP_MM:
+                raise InputError(
+                    f"{folder}: {step:.4g} mm between {file.path.name} and "
+                    f"{following.path.name}, expected about {expected:.3g}: slices are missing"
+                )
+    words = []
+    if gaps:
+        words.append(
+            f"slices are missing in {counted(gaps, 'place')}: up to {widest:.3g} mm from "
+            f"one to the next, where {usual:.3g} are usual; what lies between was interpolated"
+        )
+    if not stack.is_even:
+        words.append(
+            f"slices {steps.min():.3g} to {steps.max():.3g} mm apart, brought to an even "
+            f"{grid_of(stack).spacing_mm[0]:.3g} mm"
+        )
+    if not stack.is_upright:
+        words.append(
+            f"gantry tilted by {stack.tilt_degrees:.1f} degrees: slices were moved within their "
+            "planes to where they lie in the patient"
+        )
+    tilt = files[0].numbers("GantryDetectorTilt", 1)
+    if tilt and abs(tilt[0]) > 1 and stack.is_upright:
+        words.append(
+            f"the header speaks of a gantry tilt of {tilt[0]:g} degrees, the slices' positions of "
+            "none; they are taken as they say"
+        )
+    return words
+
+
+def describe(files: Iterable[DicomFile]) -> str:
+    """A series in words for the log, with nothing that names the patient."""
+    files = list(files)
+    first = files[0]
+    known = [
+        f"series {number}" if (number := first.text("SeriesNumber")[:12]) else "a series",
+        f"of {counted(len(files), 'slice')}",
+    ]
+    if thickness := first.text("SliceThickness")[:12]:
+        known.append(f"{thickness} mm thick")
+    if kernel := first.text("ConvolutionKernel").replace("\\", " ")[:24]:
+        known.append(f"kernel {kernel}")
+    return ", ".join([" ".join(known[:2]), *known[2:]])

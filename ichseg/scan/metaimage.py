@@ -1,0 +1,83 @@
+"""The header of a MetaImage whose voxels lie in the same file (``.mha``)."""
+
+from __future__ import annotations
+
+from typing import BinaryIO
+
+import numpy as np
+
+from ichseg.scan.stored import DamagedError, Header, OtherKindError, checked_shape
+
+LONGEST_HEADER = 65_536  # bytes
+# Without MET_LONG and MET_ULONG, which are of 4 or 8 bytes according to who wrote the file.
+TYPES = {
+    "MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2",
+    "MET_INT": "i4", "MET_UINT": "u4", "MET_LONG_LONG": "i8", "MET_ULONG_LONG": "u8",
+    "MET_FLOAT": "f4", "MET_DOUBLE": "f8",
+}  # fmt: skip
+
+
+def parse_header(stream: BinaryIO) -> Header:
+    """Read and check the header; no voxels are read.
+
+    Raises:
+        DamagedError: It is no such header, or contradicts itself.
+        OtherKindError: It is that of a volume of a kind that is not read.
+    """
+    text = stream.read(LONGEST_HEADER)
+    fields: dict[str, str] = {}
+    start = 0
+    while "ElementDataFile" not in fields:
+        end = text.find(b"\n", start)
+        if end < 0:
+            raise DamagedError("no MetaImage header")
+        key, equals, value = text[start:end].decode("latin-1").partition("=")
+        if not equals or key.strip() in fields:
+            raise DamagedError(f"no MetaImage header: line {text[start : min(end, start + 40)]!r}")
+        fields[key.strip()] = value.strip()
+        start = end + 1
+    _refuse_other_kinds(fields)
+    axes = _integer(fields.get("NDims", ""))
+    size = [_integer(word) for word in fields.get("DimSize", "").split()]
+    if len(size) != axes:
+        raise DamagedError(f"NDims {axes} with DimSize {fields.get('DimSize', '')[:60]!r}")
+    big = _flag(fields, "BinaryDataByteOrderMSB", _flag(fields, "ElementByteOrderMSB", False))
+    return Header(
+        shape=checked_shape(size),
+        dtype=np.dtype((">" if big else "<") + TYPES[fields["ElementType"]]),
+        start=start,
+        raw=text[:start],
+        packed=_flag(fields, "CompressedData", False),
+    )
+
+
+def _refuse_other_kinds(fields: dict[str, str]) -> None:
+    """Refuse all but one number a voxel, binary, in the file itself."""
+    where = fields["ElementDataFile"]
+    if where != "LOCAL":
+        raise OtherKindError(
+            f"its voxels are in {where[:80]!r}, expected in the file itself (LOCAL)"
+        )
+    if fields.get("ObjectType", "Image") != "Image" or not _flag(fields, "BinaryData", True):
+        raise OtherKindError("not a binary MetaImage")
+    if fields.get("HeaderSize", "0") not in ("0", "-1"):
+        raise OtherKindError(f"HeaderSize {fields['HeaderSize'][:20]}, expected none")
+    channels = fields.get("ElementNumberOfChannels", "1")
+    if channels != "1":
+        raise OtherKindError(f"{channels[:20]} components per voxel, expected a scalar volume")
+    kind = fields.get("ElementType", "none")
+    if kind not in TYPES:
+        raise OtherKindError(f"element type {kind[:20]}, expected one of {', '.join(TYPES)}")
+
+
+def _integer(word: str) -> int:
+    if not (word.isascii() and word.isdecimal() and len(word) < 10):
+        raise DamagedError(f"{word[:20]!r} where a number is expected")
+    return int(word)
+
+
+def _flag(fields: dict[str, str], key: str, default: bool) -> bool:
+    value = fields.get(key, str(default)).lower()
+    if value not in ("true", "false", "0", "1"):
+        raise DamagedError(f"{key} {value[:20]!r}, expected True or False")
+    return value in ("true", "1")

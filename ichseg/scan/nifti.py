@@ -1,0 +1,171 @@
+"""The header of a NIfTI-1 file with its voxels in the same file (``.nii``, ``.nii.gz``).
+
+Byte offsets are those of the standard's ``nifti1.h``.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from ichseg.scan.stored import DamagedError, Header, OtherKindError, checked_shape
+
+HEADER_BYTES = 348
+VOXELS_AT = 352  # at the earliest: four bytes speak of extensions
+_MOST_EXTENSIONS = 1 << 20  # bytes before the voxels
+_FARTHEST_MM = 1e5
+_UINT8 = 2
+TYPES = {
+    2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",
+    256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8",
+}  # fmt: skip
+
+
+def parse_header(pieces: Iterator[bytes]) -> Header:
+    """Read and check the header, the first bytes of a file; no more pieces are taken than needed.
+
+    Raises:
+        DamagedError: It is no such header, or contradicts itself.
+        OtherKindError: It is that of a volume of a kind that is not read.
+    """
+    raw = b""
+    while len(raw) < HEADER_BYTES and (piece := next(pieces, b"")):
+        raw += piece
+    raw = raw[:HEADER_BYTES]
+    if raw[4:8] in (b"n+2\0", b"ni2\0"):
+        raise OtherKindError("NIfTI-2, expected NIfTI-1")
+    if len(raw) < HEADER_BYTES or raw[344:348] != b"n+1\0":
+        raise DamagedError("no NIfTI-1 header")
+    end = _endian(raw)
+    if struct.unpack_from(end + "i", raw, 0)[0] != HEADER_BYTES:
+        raise DamagedError(f"no NIfTI-1 header: its length is not {HEADER_BYTES}")
+    offset, slope, inter = struct.unpack_from(end + "fff", raw, 108)
+    start = int(offset) if math.isfinite(offset) else VOXELS_AT
+    if not 0 <= start <= _MOST_EXTENSIONS:
+        raise DamagedError(f"voxels from byte {start}, expected {VOXELS_AT}")
+    size, dtype = _size(raw, end), _dtype(raw, end)
+    _check_place(raw, end)
+    scaled = math.isfinite(slope) and slope != 0  # 0 is the standard's word for "not scaled"
+    inter = inter if math.isfinite(inter) else 0.0
+    return Header(
+        shape=checked_shape(size),
+        dtype=dtype,
+        start=max(start, HEADER_BYTES),
+        raw=raw,
+        scale=(slope, inter) if scaled and (slope, inter) != (1, 0) else None,
+    )
+
+
+def _dtype(raw: bytes, end: str) -> np.dtype[np.generic]:
+    """The type of the stored numbers."""
+    datatype, bits = struct.unpack_from(end + "hh", raw, 70)
+    if datatype not in TYPES:
+        raise OtherKindError(f"NIfTI datatype {datatype}, expected one real number per voxel")
+    dtype = np.dtype(end + TYPES[datatype])
+    if bits != 8 * dtype.itemsize:
+        raise DamagedError(
+            f"NIfTI datatype {datatype} of {bits} bits, expected {8 * dtype.itemsize}"
+        )
+    return dtype
+
+
+def _size(raw: bytes, end: str) -> list[int]:
+    """The three or four axes that count; a fourth of length 1 does not."""
+    axes, *dims = struct.unpack_from(end + "8h", raw, 40)
+    if axes == 5 and dims[4] > 1:  # where NIfTI puts vectors
+        raise OtherKindError(f"{dims[4]} components per voxel, expected a scalar volume")
+    if not 1 <= axes <= 7 or any(n != 1 for n in dims[4:axes]):
+        raise OtherKindError(f"{axes} axes of {dims}, expected 3")
+    return list(dims[: 3 if axes > 3 and dims[3] == 1 else min(axes, 4)])
+
+
+def _check_place(raw: bytes, end: str) -> None:
+    """Refuse numbers that can be no place in a patient: on them ITK's decomposition never ends."""
+    qcode, scode = _codes(raw, end)
+    used = [*struct.unpack_from(end + "3f", raw, 80)]
+    if qcode > 0:
+        used += struct.unpack_from(end + "6f", raw, 256)
+    if scode > 0:
+        used += struct.unpack_from(end + "12f", raw, 280)
+    odd = [value for value in used if not abs(value) <= _FARTHEST_MM]  # NaN is not, either
+    if odd:
+        raise DamagedError(f"{odd[0]:g} mm as a size or place, expected up to {_FARTHEST_MM:g}")
+
+
+def _codes(raw: bytes, end: str) -> tuple[int, int]:
+    """``qform_code`` and ``sform_code``; above 0 the frame is in use."""
+    qcode, scode = struct.unpack_from(end + "hh", raw, 252)
+    return qcode, scode
+
+
+def place_only(raw: bytes) -> bytes:
+    """A checked header without the frames that are not in use, which may hold anything."""
+    qcode, scode = _codes(raw, _endian(raw))
+    shown = bytearray(raw)
+    if qcode <= 0:
+        shown[256:280] = bytes(24)
+    if scode <= 0:
+        shown[280:328] = bytes(48)
+    return bytes(shown)
+
+
+def frames_differ(raw: bytes) -> float:
+    """How far apart a header's two frames, sform and qform, put a corner of the volume, in mm.
+
+    0 unless both are in use.
+    """
+    end = _endian(raw)
+    if min(_codes(raw, end)) <= 0:
+        return 0.0
+    size = np.array(struct.unpack_from(end + "3h", raw, 42), float) - 1
+    corners = np.array(np.meshgrid(*([0, 1],) * 3)).reshape(3, -1) * size[:, None]
+    (first, start), (second, other_start) = _qform(raw, end), _sform(raw, end)
+    apart = first @ corners + start[:, None] - second @ corners - other_start[:, None]
+    distance = np.sqrt((apart**2).sum(0)).max()
+    return float(distance) if np.isfinite(distance) else math.inf
+
+
+Frame = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
+
+
+def _qform(raw: bytes, end: str) -> Frame:
+    """A 3x3 matrix whose columns are the steps along x, y, z in mm, and the first voxel's place."""
+    qfac, *pixdim = struct.unpack_from(end + "4f", raw, 76)
+    b, c, d, *offset = struct.unpack_from(end + "6f", raw, 256)
+    a = math.sqrt(max(0.0, 1 - b * b - c * c - d * d))
+    turn = np.array([
+        [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+        [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+        [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
+    ])  # fmt: skip
+    steps = np.array(pixdim) * (1, 1, -1 if qfac < 0 else 1)
+    return turn * steps, np.array(offset)
+
+
+def _sform(raw: bytes, end: str) -> Frame:
+    """The same of the other frame."""
+    rows = np.array(struct.unpack_from(end + "12f", raw, 280)).reshape(3, 4)
+    return rows[:, :3], rows[:, 3]
+
+
+def mask_header(raw: bytes) -> bytes:
+    """A scan's header for its mask: other voxels, no scaling, and no text that names a patient."""
+    header = bytearray(raw)
+    end = _endian(raw)
+    struct.pack_into(end + "hh", header, 70, _UINT8, 8)  # datatype, bitpix
+    struct.pack_into(end + "f", header, 108, float(VOXELS_AT))  # vox_offset
+    struct.pack_into(end + "ff", header, 112, 1.0, 0.0)  # scl_slope, scl_inter
+    struct.pack_into(end + "ff", header, 124, 0.0, 0.0)  # cal_max, cal_min
+    header[4:32] = bytes(28)  # data_type, db_name
+    header[148:228] = bytes(80)  # descrip
+    header[228:252] = bytes(24)  # aux_file
+    header[328:344] = bytes(16)  # intent_name
+    return bytes(header)
+
+
+def _endian(raw: bytes) -> str:
+    return "<" if struct.unpack_from("<i", raw, 0)[0] == HEADER_BYTES else ">"
