@@ -75,7 +75,7 @@ def test_what_is_not_in_hu_is_refused(head, change, reason):
 def test_a_small_field_of_view_is_told():
     voxels = np.random.default_rng(0).integers(-900, 100, (10, 40, 40)).astype(np.int16)
     _, (warning,) = plausibility.check(Volume(voxels, (5.0, 1.0, 1.0)), PATH)
-    assert warning == "a field of view of 50 x 40 x 40 mm, less than a head"
+    assert warning == "a field of view of 50x40x40 mm, less than a head"
 
 
 def test_a_head_of_metres_is_told(head):
