@@ -1,1 +1,42 @@
-"""Everything inference needs: volume in, segmentation out."""
+"""Segmentation of intracranial haemorrhage on head CT: a volume goes in, a mask comes out.
+
+All that inference needs, and nothing of training. As a library::
+
+    from ichseg import Ensemble, read, write
+
+    ensemble = Ensemble.load()
+    found = ensemble.segment(read(Path("scan.nii.gz")))
+    write(found.mask, Path("mask.nii.gz"))
+
+What is named here loads when it is first used, so that importing the package takes no time. Open
+``app.main`` for the program, ``predict.ensemble`` for what happens to a volume.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ichseg.predict.ensemble import Ensemble, Segmentation
+    from ichseg.scan.volume import Volume, read, write
+
+__version__ = "0.1.0"
+__all__ = ["Ensemble", "Segmentation", "Volume", "__version__", "read", "write"]
+_HOMES = {
+    "Ensemble": "ichseg.predict.ensemble",
+    "Segmentation": "ichseg.predict.ensemble",
+    "Volume": "ichseg.scan.volume",
+    "read": "ichseg.scan.volume",
+    "write": "ichseg.scan.volume",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

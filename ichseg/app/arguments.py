@@ -1,21 +1,31 @@
-"""The command line of ``process.py``, and what its ``--help`` teaches."""
+"""The command line, and what its ``--help`` teaches."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
+import sys
 from pathlib import Path
 
+from ichseg import __version__
+
 MOUNTED_PREDICT = Path("/predict")  # there only when INSTANCE 2022's command mounts it
+DESCRIPTION = """\
+Segment intracranial haemorrhage on non-contrast head CT.
+
+Reads a folder of scans (.mha, .nii, .nii.gz, or DICOM slices: a folder of them for each scan), or
+Grand Challenge's input layout. Writes a mask for each scan, and results.json. For research, not for
+diagnosis.
+"""
 EXAMPLES = """\
 examples:
   a folder of scans, quickly, with a picture of each:
-    python process.py --input scans --output out --preset fast --report
+    {command} --input scans --output out --preset fast --report
   the same after an interruption; what is finished stays as it is:
-    python process.py --input scans --output out --preset fast --report --resume
+    {command} --input scans --output out --preset fast --report --resume
   your own weights on a GPU, within ten minutes for all scans together:
-    python process.py --input scans --output out --weights bundle --device cuda --time-budget 600
+    {command} --input scans --output out --weights bundle --device cuda --time-budget 600
 
 Each mask has its scan's name, format and geometry: 0 background, 1 and up the bundle's labels.
 results.json says for each scan the volume in mL, a table of lesions, warnings, what ran and how
@@ -24,72 +34,25 @@ exit status is 1 and the last line on stderr says why.
 """
 
 
-def parse_arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
-    """Every default suits the Grand Challenge platform; what makes no sense ends with status 2."""
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; what makes no sense ends the process with status 2.
+
+    Every default suits the Grand Challenge platform.
+
+    Args:
+        argv: The arguments; those of the process by default.
+    """
+    name = Path(sys.argv[0]).name
     parser = argparse.ArgumentParser(
-        prog="process.py",
-        description=description,
+        prog=name,
+        description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.format(command=f"python {name}" if name.endswith(".py") else name),
     )
-    add = parser.add_argument
-    add(
-        "--input",
-        "--input_dir",
-        type=Path,
-        default=Path("/input"),
-        help="folder with the scans (default /input)",
-    )
-    add("--output", type=Path, help="folder for masks and results.json (default /output)")
-    add(
-        "--predict_dir",
-        type=Path,
-        help="INSTANCE 2022's batch: each .nii.gz of the input folder gets a mask of the same name "
-        "here, and there is no results.json (default /predict if there is one and no --output)",
-    )
-    add(
-        "--api",
-        choices=["exec", "invoke"],
-        default=os.environ.get("ICHSEG_API", "exec"),
-        help="exec: one run; invoke: Grand Challenge's server, on port 4743, a run for each POST "
-        "(default exec, or what the image was built for)",
-    )
-    add(
-        "--weights",
-        type=Path,
-        help="weights bundle (default /opt/ml/model if it holds one, else weights/)",
-    )
-    add(
-        "--device",
-        choices=["auto", "cpu", "cuda", "torch-cpu"],
-        default="auto",
-        help="auto takes a GPU if one works, else the CPU (OpenVINO); torch-cpu is the reference, "
-        "several times slower",
-    )
-    add(
-        "--preset",
-        choices=["full", "balanced", "fast"],
-        default="full",
-        help="full: all folds, all mirrorings; balanced: all folds; fast: one fold (default full)",
-    )
-    add(
-        "--time-budget",
-        type=_seconds,
-        metavar="SECONDS",
-        help="for the whole run, since the platform's limit is on a job: folds first, then "
-        "mirrorings, as many as fit; what is left is shared evenly by the scans that are left; a "
-        "scan for which not even one fold fits fails at once and says what it needs (default: "
-        "none; masks then are the same run after run)",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="leave scans alone whose mask is unaltered and whose entry in results.json is of the "
-        "same weights, preset and time budget and of a scan of this size and date",
-    )
-    add("--report", action="store_true", help="also write an overlay picture of each case")
-    add("--input-slug", help="Grand Challenge input socket (default from the bundle)")
-    add("--output-slug", help="Grand Challenge output socket (default from the bundle)")
+    parser.add_argument("--version", action="version", version=f"ichseg {__version__}")
+    _add_places(parser.add_argument_group("what is read and written"))
+    _add_choices(parser.add_argument_group("what runs"))
+    _add_platform(parser.add_argument_group("as a container"))
     arguments = parser.parse_args(argv)
     if arguments.output is None:
         if arguments.predict_dir is None and MOUNTED_PREDICT.is_dir():
@@ -98,6 +61,89 @@ def parse_arguments(argv: list[str] | None, description: str) -> argparse.Namesp
     elif arguments.predict_dir is not None:
         parser.error("--output and --predict_dir exclude each other")
     return arguments
+
+
+def _add_places(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--input",
+        "--input_dir",
+        type=Path,
+        default=Path("/input"),
+        help="folder with the scans (default /input)",
+    )
+    group.add_argument(
+        "--output", type=Path, help="folder for masks and results.json (default /output)"
+    )
+    group.add_argument(
+        "--report",
+        action="store_true",
+        help="also make a picture of each scan with its mask, and a page of all of them to open in "
+        "a browser, report/index.html",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="leave scans alone whose mask is unaltered and whose entry in results.json is of the "
+        "same weights, preset and time budget and of a scan of this size and date",
+    )
+
+
+def _add_choices(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--preset",
+        choices=["full", "balanced", "fast"],
+        default="full",
+        help="full: all folds, each with all mirrorings; balanced: all folds; fast: one fold "
+        "(default full)",
+    )
+    group.add_argument(
+        "--weights",
+        type=Path,
+        help="folder of a weights bundle (default /opt/ml/model if it holds one, else the weights "
+        "that come with this program)",
+    )
+    group.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda", "torch-cpu"],
+        default="auto",
+        help="auto takes a GPU if one works, else the CPU (OpenVINO); torch-cpu is the reference, "
+        "several times slower (default auto)",
+    )
+    group.add_argument(
+        "--time-budget",
+        type=_seconds,
+        metavar="SECONDS",
+        help="for the whole run, since the platform's limit is on a job: folds first, then "
+        "mirrorings, as many as fit; what is left is shared evenly by the scans that are left; a "
+        "scan for which not even one fold fits fails at once and says what it needs (default: "
+        "none; masks then are the same run after run)",
+    )
+
+
+def _add_platform(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--api",
+        choices=["exec", "invoke"],
+        default=os.environ.get("ICHSEG_API", "exec"),
+        help="exec: one run; invoke: Grand Challenge's server, on port 4743, a run for each POST "
+        "(default exec, or what the image was built for)",
+    )
+    group.add_argument(
+        "--input-slug",
+        metavar="SLUG",
+        help="Grand Challenge's socket of the scan (default: what the weights were made for)",
+    )
+    group.add_argument(
+        "--output-slug",
+        metavar="SLUG",
+        help="Grand Challenge's socket of the mask (default: what the weights were made for)",
+    )
+    group.add_argument(
+        "--predict_dir",
+        type=Path,
+        help="INSTANCE 2022's batch: each .nii.gz of the input folder gets a mask of the same name "
+        "here, and there is no results.json (default /predict if there is one and no --output)",
+    )
 
 
 def _seconds(text: str) -> float:

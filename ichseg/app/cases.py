@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ichseg.errors import InputError
-from ichseg.files import SCAN_SUFFIXES, stem_of
+from ichseg.errors import InputError, OutputError
+from ichseg.files import SCAN_SUFFIXES, UNFINISHED, stem_of
 from ichseg.scan.dicom import files
 
 INPUTS_FILE = "inputs.json"
@@ -135,6 +135,27 @@ def find_challenge_cases(folder: Path, predict: Path) -> Job:
         platform=False,
         challenge=True,
     )
+
+
+def check_output(job: Job, output: Path) -> None:
+    """Refuse an output folder that cannot be written, or where masks would replace scans.
+
+    Raises:
+        OutputError: It is such a folder.
+    """
+    for case in job.cases:
+        # a scan that has gone since it was listed is its case's fault, and said there
+        if case.output.exists() and case.image.exists() and case.output.samefile(case.image):
+            raise OutputError(f"{case.image}: its mask would replace it; name another --output")
+    probe = output / f"{UNFINISHED}probe"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.touch()
+        finally:  # also when a signal comes in between
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot write results there ({error.strerror})") from error
 
 
 @contextlib.contextmanager

@@ -6,12 +6,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ichseg.app.cases import InputCase
 from ichseg.errors import InputError, OutputError
 from ichseg.files import replacing, sha256
-from ichseg.scan.dicom import files as dicom_file
+from ichseg.scan.dicom import files as dicom_files
+
+FILE = "results.json"
+
+
+class Stamp(TypedDict):
+    """By what a scan is known again: its bytes on disk, and the latest date of its files, in ns."""
+
+    bytes: int
+    modified_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +31,8 @@ class CaseResult:
         image: Path of the scan as it is named in the file.
         mask: Path of its mask relative to the output folder, or None if the case failed.
         error: The reason of a failure, or an empty string.
-        report: volume_ml, lesions, doubt, warnings, ran, seconds, and for ``--resume`` made_from
-            and mask_sha256; empty if the case failed.
+        report: What was found (see ``case_report``), and for ``--resume`` made_from and
+            mask_sha256; empty if the case failed.
     """
 
     image: str
@@ -78,25 +87,24 @@ def read_results(path: Path) -> tuple[CaseResult, ...]:
         ) from error
 
 
-def made_from(image: Path, **settings: object) -> dict[str, Any]:
-    """What a case's result depends on: the scan's size and date, and the settings given.
+def stamp_of(image: Path) -> Stamp:
+    """Size and date of a scan.
 
-    Not a checksum of the scan, so that going on with a folder of a thousand takes no time; a scan
-    that has been copied since is segmented again.
+    Not a checksum, so that going on with a folder of a thousand takes no time; a scan that has been
+    copied since is segmented again.
 
     Raises:
         InputError: The scan cannot be looked at.
     """
     try:
-        files = list(dicom_file.walk(image)) if image.is_dir() else [image]
+        files = list(dicom_files.walk(image)) if image.is_dir() else [image]
         stats = [path.stat() for path in files]
     except OSError as error:
         raise InputError(f"{image}: cannot read ({error.strerror})") from error
-    return {
-        "bytes": sum(stat.st_size for stat in stats),
-        "modified_ns": max((stat.st_mtime_ns for stat in stats), default=0),
-        **settings,
-    }
+    return Stamp(
+        bytes=sum(stat.st_size for stat in stats),
+        modified_ns=max((stat.st_mtime_ns for stat in stats), default=0),
+    )
 
 
 def finished(

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ichseg.app import pipeline
+from ichseg.app import case_report, needs, one_case, pipeline, results
 from ichseg.app.cases import find_cases
-from ichseg.app.pipeline import Options
+from ichseg.app.one_case import Options
 from ichseg.errors import InputError, WeightsError
 from ichseg.predict import memory
 from ichseg.predict.ensemble import Segmentation
@@ -82,7 +82,7 @@ def allowed(monkeypatch):
     monkeypatch.setattr(memory, "limit", lambda: limit[0])
     monkeypatch.setattr(memory, "resident", lambda: 1000)
     need = memory.Need(opening=10, predicting=20, writing=30, network=5)
-    monkeypatch.setattr(pipeline, "_need", lambda *_: (need, False))
+    monkeypatch.setattr(needs, "of_scan", lambda *_, **__: (need, False))
     monkeypatch.setattr(volume, "stored_shape", lambda _: (1, 1, 1))
     return limit
 
@@ -193,9 +193,9 @@ def test_where_memory_is_short_nothing_is_read_ahead(place, allowed):
 def test_a_case_that_needs_more_than_is_allowed_is_refused_before_it_is_prepared(place, allowed):
     allowed[0] = memory.Limit(1034, "someone")
     ensemble = Pretended()
-    results = run(place, ensemble)
+    ended = run(place, ensemble)
     assert ensemble.calls == []
-    assert results[0].error.endswith(
+    assert ended[0].error.endswith(
         "101.mha: its 3x6x6 voxels of 5x1x1 mm need at least 1.0 kB of memory, someone allows "
         "1.0 kB"
     )
@@ -228,7 +228,7 @@ def test_what_results_json_says(place):
 
 
 def test_a_long_table_of_lesions_is_cut_and_says_so(place, monkeypatch):
-    monkeypatch.setattr(pipeline, "MOST_LESIONS", 1)
+    monkeypatch.setattr(case_report, "MOST_LESIONS", 1)
     report = run(place, Pretended())[0].report
     assert len(report["lesions"]) == 1
     assert report["warnings"] == ["odd", "2 lesions, the 1 largest are listed"]
@@ -240,9 +240,9 @@ def test_faults_of_one_case_do_not_stop_the_others(place, allowed, capsys):
         add(place, name)
     (place / "output").mkdir()
     (place / "output" / "666.mha").write_bytes(b"of an earlier run")
-    results = run(place, Pretended())
-    assert [result.error for result in results[:5]] == [""] * 5
-    assert [result.error for result in results[5:]] == [
+    ended = run(place, Pretended())
+    assert [result.error for result in ended[:5]] == [""] * 5
+    assert [result.error for result in ended[5:]] == [
         f"{place / 'input'}/666.mha: an ugly one",
         f"{place / 'input'}/667.mha: out of memory; someone allows 2.0 kB",
         f"{place / 'input'}/668.mha: ZeroDivisionError: our fault",
@@ -289,6 +289,20 @@ def test_an_interruption_loses_the_cases_under_way_and_leaves_nothing_half_writt
     assert predicted_by_resume(place) == []
 
 
+def test_each_scan_is_looked_up_once(place, monkeypatch, allowed):
+    """A folder of DICOM slices may have thousands of files."""
+    allowed[0] = memory.Limit(10_000, "someone")
+    looked_up, stamp_of = [], results.stamp_of
+
+    def noted(image):
+        looked_up.append(image.name)
+        return stamp_of(image)
+
+    monkeypatch.setattr(results, "stamp_of", noted)
+    run(place, Pretended(), resume=True)
+    assert sorted(looked_up) == [f"{name}.mha" for name in range(101, 106)]
+
+
 def predicted_by_resume(place):
     """What a run with ``resume`` had to predict."""
     ensemble = Pretended()
@@ -303,10 +317,10 @@ def test_resume_does_again_what_has_changed(place):
     mask.write_bytes(mask.read_bytes()[:-1])
     (place / "output" / "102.mha").unlink()
     add(place, 103, lesions=((1, 1, 1),))
-    results = entries(place)
-    results[3]["report"]["made_from"]["preset"] = "full"
-    del results[4]["report"]["made_from"]  # as an older version wrote it
-    (place / "output" / "results.json").write_text(json.dumps(results))
+    ended = entries(place)
+    ended[3]["report"]["made_from"]["preset"] = "full"
+    del ended[4]["report"]["made_from"]  # as an older version wrote it
+    (place / "output" / "results.json").write_text(json.dumps(ended))
     assert predicted_by_resume(place) == [f"predict {name}" for name in range(101, 106)]
     assert predicted_by_resume(place) == []
 
@@ -320,18 +334,18 @@ def test_without_resume_everything_is_done_again(place):
 
 def test_the_time_left_is_shared_by_the_cases_left(place, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(pipeline.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(one_case.time, "monotonic", lambda: now[0])
     ensemble = Pretended()
     takes = {101: 30.0, 102: 10.0, 103: 5.0, 104: 50.0, 105: 0.0}
     ensemble.during_predict = lambda name: now.__setitem__(0, now[0] + takes[name])
-    results = run(place, ensemble, deadline=1100.0)
+    ended = run(place, ensemble, deadline=1100.0)
     # 100 / 5, 70 / 4, 60 / 3, 55 / 2, 5 / 1, each less what writing takes
     assert ensemble.budgets == pytest.approx([19.5, 17.0, 19.5, 27.0, 4.5], abs=1e-3)
-    assert not any(result.error for result in results)
+    assert not any(result.error for result in ended)
     now[0] = 1000.0
     takes[102] = 75.0
-    results = run(place, Pretended(), deadline=1000.0)
-    assert "time budget" in results[0].error
+    ended = run(place, Pretended(), deadline=1000.0)
+    assert "time budget" in ended[0].error
 
 
 @pytest.mark.parametrize("is_ct", [True, False])

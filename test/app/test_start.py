@@ -15,6 +15,8 @@ from ichseg.scan import volume
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "openvino"}
+# What training needs and inference has to do without.
+STRANGERS = {"training", "phantom", "batchgenerators", "evalutils", "pandas", "ray"}
 # Runs process.py and says what it imported, which sockets it opened and which files it wrote.
 WATCHED = """
 import json, os, sys
@@ -75,10 +77,25 @@ def run(place, *flags):
     return found, {name.split(".")[0] for name in found["modules"]}, done.stderr
 
 
-def test_help_loads_neither_torch_nor_openvino(place):
-    found, names, _ = run(place, "--help")
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_loads_no_engine_and_no_itk(place, flag):
+    found, names, _ = run(place, flag)
     assert found["status"] == 0
-    assert not HEAVY & names
+    assert not names & (HEAVY | STRANGERS | {"SimpleITK", "numpy", "scipy"})
+
+
+def test_the_library_loads_what_is_used_when_it_is_used():
+    code = (
+        "import sys, ichseg; dir(ichseg); "
+        "print(sorted({'torch', 'openvino', 'numpy', 'SimpleITK'} & set(sys.modules))); "
+        "from ichseg import Volume, read, write; print('torch' in sys.modules); "
+        "from ichseg import Ensemble, Segmentation; print(Ensemble.__name__); "
+        "print(all(hasattr(ichseg, name) for name in ichseg.__all__), hasattr(ichseg, 'other'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n") == ["[]", "False", "Ensemble", "True False", ""]
 
 
 def test_refusals_of_input_load_neither(place):
@@ -95,8 +112,8 @@ def test_a_whole_run_on_the_cpu_does_without_torch_telemetry_sockets_and_caches(
     assert found["status"] == 0, said
     assert said.count("OpenVINO") == 1  # the choice is said once
     assert "openvino" in names
-    strangers = {"torch", "training", "batchgenerators", "evalutils", "pandas", "matplotlib"}
-    assert not names & (strangers | {"skimage", "openvino_telemetry", "requests"})
+    assert not names & STRANGERS
+    assert not names & {"torch", "matplotlib", "skimage", "openvino_telemetry", "requests"}
     assert not found["sockets"]
     allowed = (str(place / "output"), "/dev/null")
     assert [path for path in found["written"] if not path.startswith(allowed)] == []
@@ -106,7 +123,7 @@ def test_the_reference_engine_loads_torch(place):
     found, names, said = run(place, "--preset", "fast", "--device", "torch-cpu")
     assert found["status"] == 0, said
     assert "torch" in names
-    assert not names & {"openvino", "training"}
+    assert not names & (STRANGERS | {"openvino"})
     assert said.count("torch 2") == 1  # the choice is said once
 
 

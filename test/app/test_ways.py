@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from conftest import make_bundle
 
-import process
 from ichseg.app import arguments, server
+from ichseg.app.main import main
 from ichseg.scan import volume
 
 PROCESS = Path(__file__).parents[2] / "process.py"
@@ -40,7 +40,7 @@ def files(folder):
 
 def test_instance_batch_by_its_own_command(place, scan):
     predict, given = place / "predict", place / "input"
-    assert process.main(flags(place, f"--input_dir={given}", f"--predict_dir={predict}")) == 0
+    assert main(flags(place, f"--input_dir={given}", f"--predict_dir={predict}")) == 0
     assert files(predict) == ["a.nii.gz", "b.nii.gz"]
     mask = volume.read(predict / "b.nii.gz")
     assert mask.voxels.dtype == np.uint8
@@ -51,16 +51,16 @@ def test_instance_batch_by_its_own_command(place, scan):
 def test_instance_batch_by_its_mount(place, monkeypatch, capsys):
     (place / "predict").mkdir()
     monkeypatch.setattr(arguments, "MOUNTED_PREDICT", place / "predict")
-    assert process.main(flags(place, "--input", str(place / "input"), "--report")) == 0
+    assert main(flags(place, "--input", str(place / "input"), "--report")) == 0
     assert files(place / "predict") == ["a.nii.gz", "b.nii.gz"]
     # an --output says that it is a run like any other
     output = place / "output"
-    assert process.main(flags(place, "--input", str(place / "input"), "--output", str(output))) == 0
+    assert main(flags(place, "--input", str(place / "input"), "--output", str(output))) == 0
     assert files(output) == ["a.nii.gz", "b.nii.gz", "other.mha", "results.json"]
     monkeypatch.setattr(arguments, "MOUNTED_PREDICT", place / "nowhere")
-    assert arguments.parse_arguments([], "").output == Path("/output")
+    assert arguments.parse_arguments([]).output == Path("/output")
     with pytest.raises(SystemExit):
-        arguments.parse_arguments(["--output", "a", "--predict_dir", "b"], "")
+        arguments.parse_arguments(["--output", "a", "--predict_dir", "b"])
     assert "exclude each other" in capsys.readouterr().err
 
 
@@ -70,7 +70,7 @@ def test_instance_refuses_masks_with_several_labels(place, capsys):
     model["plans"]["labels"] = ["background", "blood", "oedema"]
     path.write_text(json.dumps(model))
     more = ["--input", str(place / "input"), "--predict_dir", str(place / "predict")]
-    assert process.main(flags(place, *more)) == 1
+    assert main(flags(place, *more)) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert "its masks tell blood, oedema apart, expected a bundle of one label" in last
     assert files(place / "predict") == []

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 from conftest import make_bundle
 
-import process
+from ichseg.app.main import main
 from ichseg.files import sha256
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 
-PROCESS = Path(process.__file__)
+PROCESS = Path(__file__).parents[2] / "process.py"
 SLOWEST_S = 60.0
 SUFFIXES = (".mha", ".nii.gz", ".nii", ".mha", ".nii.gz", ".mha")  # of the scans, in their order
 
@@ -190,7 +190,7 @@ def run_here(bundle: Path, output: Path, *flags: str) -> tuple[int, tuple[str, .
     said = io.StringIO()
     given = command(bundle, bundle / "input", output, "--device", "torch-cpu", *flags)[2:]
     with contextlib.redirect_stderr(said):
-        status = process.main(given)
+        status = main(given)
     return status, tuple(said.getvalue().splitlines())
 
 

@@ -15,11 +15,11 @@ import torch
 from robustness import fault_runs, faults
 from robustness.faults import Ended, Trial
 
-import process
 from ichseg.app import console
 from ichseg.app import results as result
-from ichseg.app.cases import InputCase, Job
+from ichseg.app.cases import InputCase, Job, check_output
 from ichseg.app.results import CaseResult
+from ichseg.app.signals import Stopped
 from ichseg.engine import torch_engine
 from ichseg.errors import DeviceError, OutputError
 from ichseg.files import SCAN_SUFFIXES, replacing
@@ -223,18 +223,18 @@ def test_a_signal_while_the_output_folder_is_tried_leaves_nothing(tmp_path, monk
 
     def stopped(path):
         touch(path)
-        raise process.Stopped(15)
+        raise Stopped(15)
 
     monkeypatch.setattr(Path, "touch", stopped)
-    with pytest.raises(process.Stopped):
-        process.check_output(Job((), platform=False), tmp_path)
+    with pytest.raises(Stopped):
+        check_output(Job((), platform=False), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_scan_that_goes_before_the_output_folder_is_tried_is_no_crash(tmp_path):
     (tmp_path / "scan.mha").touch()  # a mask of an earlier run
     case = InputCase("scan.mha", tmp_path / "input" / "scan.mha", tmp_path / "scan.mha")
-    process.check_output(Job((case,), platform=False), tmp_path)
+    check_output(Job((case,), platform=False), tmp_path)
 
 
 def test_masks_that_are_gone_are_errors(tmp_path):

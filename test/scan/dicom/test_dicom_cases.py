@@ -12,7 +12,7 @@ from helpers.dicom_files import make_slice, save, write_stack
 
 from ichseg.app import pipeline, results
 from ichseg.app.cases import find_cases
-from ichseg.app.pipeline import Options
+from ichseg.app.one_case import Options
 from ichseg.errors import InputError
 from ichseg.predict.ensemble import Ensemble, Segmentation
 from ichseg.scan import volume
@@ -239,6 +239,6 @@ def test_masks_that_would_be_one_are_refused(tmp_path):
 
 def test_a_folder_has_changed_when_a_slice_has(tmp_path):
     a_slice(tmp_path / "a" / "1.dcm")
-    before = results.made_from(tmp_path / "a")
+    before = results.stamp_of(tmp_path / "a")
     a_slice(tmp_path / "a" / "2.dcm")
-    assert results.made_from(tmp_path / "a")["bytes"] > before["bytes"]
+    assert results.stamp_of(tmp_path / "a")["bytes"] > before["bytes"]

@@ -1,0 +1,64 @@
+"""What is said of a finished case: its ``report`` in ``results.json`` and its line in the log."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from ichseg.predict.components import Lesion
+from ichseg.predict.ensemble import Segmentation
+from ichseg.wording import counted
+
+MOST_LESIONS = 100  # in results.json; noise has hundreds of thousands
+
+
+def facts(
+    segmentation: Segmentation, lesions: Sequence[Lesion], warnings: Sequence[str]
+) -> dict[str, Any]:
+    """The ``report`` of a case in ``results.json``.
+
+    Args:
+        segmentation: What was found.
+        lesions: Its parts, the largest first.
+        warnings: Those about the scan, which stand before those of the segmentation.
+    """
+    said = [*warnings, *segmentation.warnings]
+    if len(lesions) > MOST_LESIONS:
+        said.append(f"{len(lesions)} lesions, the {MOST_LESIONS} largest are listed")
+    doubt = segmentation.doubt
+    return {
+        "volume_ml": round(segmentation.volume_ml, 3),
+        "lesions": [_rounded(dataclasses.asdict(lesion)) for lesion in lesions[:MOST_LESIONS]],
+        "doubt": None if doubt is None else round(doubt, 4),
+        "warnings": said,
+        "ran": segmentation.ran,
+        "seconds": dict(segmentation.seconds),
+    }
+
+
+def summary(report: dict[str, Any], lesions: int) -> str:
+    """What was found, how long it took and what was left out, in one line.
+
+    Args:
+        report: From ``facts``.
+        lesions: How many there are, those among them that the report does not list.
+    """
+    ran, took = report["ran"], report["seconds"]
+    in_time = ""
+    if "units" in ran:
+        in_time = f"{ran['units']} of {ran['units_planned']} networks x mirrorings ran in time; "
+    return (
+        f"{report['volume_ml']:.2f} mL in {counted(lesions, 'lesion')}, "
+        f"{took['total']:.1f} s, of it {took['compile']:.1f} s for compiling; "
+        f"{in_time}{ran['tiles_skipped']} of {ran['tiles']} tiles skipped as air"
+    )
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to a thousandth, through dictionaries and tuples."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_rounded(item) for item in value]
+    return round(value, 3)

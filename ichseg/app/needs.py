@@ -1,0 +1,94 @@
+"""The memory that a scan takes with an ensemble, held against what is allowed."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from ichseg.errors import InputError
+from ichseg.predict import memory, prepare
+from ichseg.predict.ensemble import Ensemble
+from ichseg.predict.work import PRESETS
+from ichseg.scan.volume import Volume
+from ichseg.wording import byte_size
+
+
+def of_scan(
+    scan: Volume, file_bytes: int, ensemble: Ensemble, preset: str, *, singly: bool
+) -> tuple[memory.Need, bool]:
+    """Bytes that a scan takes with an ensemble.
+
+    Args:
+        scan: The volume, not prepared yet.
+        file_bytes: Of the scan on disk.
+        ensemble: The networks.
+        preset: How much of them runs, one of ``work.PRESETS``.
+        singly: Whether mirrorings run one by one, as under a time budget.
+
+    Returns:
+        The bytes, and whether the scores are added up on the host, since the GPU's memory does not
+        hold them.
+    """
+    model, chosen = ensemble.model, PRESETS[preset]
+    parts = []
+    for name in model.in_order:
+        configuration = model.plans.configuration(name)
+        members = model.members_of(name)[: chosen.folds]
+        parts.append(
+            memory.Part(
+                configuration=configuration,
+                placement=prepare.place([scan], model.plans, configuration),
+                weights=memory.weights_bytes(ensemble.folder / members[0].file),
+                sums=2 if (singly and chosen.mirror) or len(members) > 1 else 1,
+                networks=len(members),
+            )
+        )
+    estimate = functools.partial(
+        memory.estimate,
+        ensemble.engine.kind,
+        model.plans,
+        parts,
+        file_bytes=file_bytes,
+        scan_bytes=scan.voxels.nbytes,
+    )
+    need, free = estimate(), ensemble.engine.free_bytes()
+    if free is None or need.device <= free:
+        return need, False
+    return estimate(on_host=True), True
+
+
+def refuse_beyond_memory(image: Path, needed: int, what: str) -> memory.Limit | None:
+    """Refuse a scan that needs more memory than is allowed.
+
+    Args:
+        image: The scan, for the message.
+        needed: Bytes, those of the program among them.
+        what: Which of the scan's properties needs so much, such as ``voxels``.
+
+    Returns:
+        What is allowed, which suffices; None where that cannot be found out.
+
+    Raises:
+        InputError: It does not suffice.
+    """
+    allowed = memory.limit()
+    if allowed is not None and needed > allowed.total:
+        raise InputError(
+            f"{image}: its {what} need at least {byte_size(needed)} of memory, "
+            f"{allowed.by} allows {byte_size(allowed.total)}"
+        )
+    return allowed
+
+
+def both_fit(need: memory.Need, factor: float, base: int) -> bool:
+    """Whether the next case may be opened while the networks run on one.
+
+    Args:
+        need: Of the one.
+        factor: The size of the next one's files beside that of the one's.
+        base: Bytes that everything else takes.
+    """
+    allowed = memory.limit()
+    if allowed is None:
+        return True
+    return base + need.network + need.predicting + factor * need.opening <= allowed.total

@@ -1,0 +1,283 @@
+"""What is done to one case: it is opened, the networks run on it, its mask is written.
+
+Each of the three is a stage of ``pipeline``: what goes wrong in it becomes the case's result, and
+only what concerns every case is raised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import numpy as np
+
+from ichseg.app import case_report, needs, results
+from ichseg.app.cases import InputCase
+from ichseg.app.console import Progress, say
+from ichseg.app.results import CaseResult, Stamp
+from ichseg.errors import BudgetError, DeviceError, IchsegError, WeightsError
+from ichseg.files import stem_of
+from ichseg.predict import components, memory
+from ichseg.predict.ensemble import Ensemble, Predicted, Prepared, Segmentation
+from ichseg.scan import plausibility, reader, volume
+from ichseg.scan.dicom import straighten
+from ichseg.scan.dicom.dicom_seg import Algorithm, seg_path, write_seg
+from ichseg.scan.dicom.series import Series
+from ichseg.scan.reader import Scan
+from ichseg.wording import byte_size, counted, duration, times
+
+P = ParamSpec("P")
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+REPORT = "report"  # the folder of the page for people
+_RESERVE_S, _RESERVE_S_PER_VOXEL = 0.5, 2e-8  # of a time budget, for measuring and writing
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user chose.
+
+    Attributes:
+        output: The folder for the masks and ``results.json``.
+        preset: How much of the ensemble runs, one of ``work.PRESETS``.
+        report: Whether pictures are made.
+        resume: Whether cases that are finished are left as they are.
+        deadline: When the whole run has to end, by ``time.monotonic()``; None for no time budget.
+            What is left is shared evenly by the cases that are left.
+        made_from: What a result depends on beside the scan, see ``results.finished``.
+    """
+
+    output: Path
+    preset: str
+    report: bool = False
+    resume: bool = False
+    deadline: float | None = None
+    made_from: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A case of a run.
+
+    Attributes:
+        case: The scan, and where its mask goes.
+        name: What the log calls it, such as ``[3/20] scan.mha``.
+    """
+
+    case: InputCase
+    name: str
+
+    @functools.cached_property
+    def stamp(self) -> Stamp:
+        """Size and date of the scan, looked up once; it may have thousands of files.
+
+        Raises:
+            InputError: The scan cannot be looked at.
+        """
+        return results.stamp_of(self.case.image)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A case that has been read and prepared.
+
+    Attributes:
+        scan: What was read.
+        read_s: The seconds that reading took.
+        need: The memory that the case takes.
+        on_host: Whether its scores are added up on the host though a GPU runs the networks.
+        prepared: The volume in the grids of the networks.
+    """
+
+    scan: Scan
+    read_s: float
+    need: memory.Need
+    on_host: bool
+    prepared: Prepared
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A case that the networks have run on.
+
+    Attributes:
+        scan: What was read.
+        read_s: The seconds that reading took.
+        predicted: The scores.
+    """
+
+    scan: Scan
+    read_s: float
+    predicted: Predicted
+
+
+def stage(
+    function: Callable[Concatenate[Task, Given, P], Made],
+) -> Callable[Concatenate[Task, Given | CaseResult, P], Made | CaseResult]:
+    """Make what goes wrong in a stage the case's result, which passes through the later stages.
+
+    Only what concerns every case is raised.
+    """
+
+    @functools.wraps(function)
+    def guarded(
+        task: Task, given: Given | CaseResult, /, *args: P.args, **kwargs: P.kwargs
+    ) -> Made | CaseResult:
+        if isinstance(given, CaseResult):
+            return given
+        try:
+            return function(task, given, *args, **kwargs)
+        except (WeightsError, DeviceError):
+            raise
+        except IchsegError as error:
+            reason = str(error)
+            if str(task.case.image) not in reason:
+                reason = f"{task.case.image}: {reason}"
+        except MemoryError:
+            allowed = memory.limit()
+            most = f"; {allowed.by} allows {byte_size(allowed.total)}" if allowed else ""
+            reason = f"{task.case.image}: out of memory{most}"
+        except Exception as error:  # a fault of ours; the other cases may well succeed
+            say(traceback.format_exc().rstrip())
+            reason = f"{task.case.image}: {type(error).__name__}: {error}"
+        return CaseResult(task.case.name, None, reason, {})
+
+    return guarded
+
+
+@stage
+def open_case(task: Task, _: Task, ensemble: Ensemble, options: Options, base: int) -> Opened:
+    """Read and prepare a case; what the memory cannot hold is refused.
+
+    Args:
+        task: The case.
+        ensemble: Whose grids it is prepared for.
+        options: What the user chose.
+        base: Bytes that the program takes without any case.
+    """
+    began = time.perf_counter()
+    image, stamp = task.case.image, task.stamp
+    scan = reader.read_scan(
+        image, lambda voxels: needs.refuse_beyond_memory(image, base + 2 * voxels, "voxels")
+    )
+    if scan.series is not None:
+        say(f"{task.name}: {scan.series.words}")
+    if ensemble.model.expects_hu:
+        checked, more = plausibility.check(scan.volume, image)
+        scan = dataclasses.replace(scan, volume=checked, warnings=scan.warnings + more)
+    read_s = time.perf_counter() - began
+    need, on_host = needs.of_scan(
+        scan.volume, stamp["bytes"], ensemble, options.preset, singly=options.deadline is not None
+    )
+    grid = (
+        f"{times(scan.volume.voxels.shape)} voxels of {times(scan.volume.spacing_mm, digits=3)} mm"
+    )
+    allowed = needs.refuse_beyond_memory(image, base + need.alone, grid)
+    say(
+        f"{task.name}: {grid}, about {byte_size(base + need.alone)} of memory"
+        + (f", {byte_size(allowed.total)} allowed by {allowed.by}" if allowed else "")
+        + (f"; {byte_size(need.device)} of the GPU's" if need.device else "")
+        + (", which does not hold the scores: they stay on the host" if on_host else "")
+    )
+    prepared = ensemble.prepare(scan.volume, options.preset)
+    return Opened(scan, read_s, need, on_host, prepared)
+
+
+@stage
+def predict_case(
+    task: Task, opened: Opened, ensemble: Ensemble, deadline: float | None, cases_left: int
+) -> Done:
+    """Run the networks on a case, in its share of the time that is left.
+
+    Args:
+        task: The case.
+        opened: From ``open_case``.
+        ensemble: The networks.
+        deadline: When the whole run has to end, by ``time.monotonic()``; None for whenever.
+        cases_left: How many share the time, this one among them.
+    """
+    budget_s = None
+    if deadline is not None:
+        reserve_s = _RESERVE_S + _RESERVE_S_PER_VOXEL * opened.scan.volume.voxels.size
+        left_s = deadline - time.monotonic()
+        budget_s = left_s / cases_left - reserve_s
+        if budget_s <= 0:
+            raise BudgetError(
+                f"{duration(max(left_s, 0))} of the time budget are left for "
+                f"{counted(cases_left, 'case')}, of which measuring and writing "
+                f"alone take {duration(reserve_s)} each"
+            )
+    predicted = ensemble.predict(
+        opened.prepared, Progress(budget_s), budget_s, on_host=opened.on_host
+    )
+    return Done(opened.scan, opened.read_s, predicted)
+
+
+@stage
+def write_case(
+    task: Task, done: Done, ensemble: Ensemble, options: Options, *, pictures: bool
+) -> CaseResult:
+    """Restore what the networks found to the scan's grid, measure it and write it.
+
+    Args:
+        task: The case.
+        done: From ``predict_case``; its scores are given up.
+        ensemble: The networks that ran.
+        options: What the user chose.
+        pictures: Whether pictures are made, too.
+    """
+    case, scan = task.case, done.scan.volume
+    segmentation = ensemble.finish(done.predicted)
+    done.predicted.parts.clear()  # the scores' memory is of use to others
+    began = time.perf_counter()
+    lesions = components.lesions(segmentation.mask.voxels.astype(np.uint8, copy=False), scan)
+    volume.write(segmentation.mask, case.output)
+    if done.scan.series is not None:
+        segmentation = _onto_slices(segmentation, done.scan.series, ensemble, case.output)
+    if pictures:
+        _write_pictures(case, done.scan, segmentation, ensemble, options.output)
+    write_s = time.perf_counter() - began
+    facts = case_report.facts(segmentation, lesions, done.scan.warnings)
+    facts["seconds"] |= {"read": round(done.read_s, 3), "write": round(write_s, 3)}
+    facts |= {
+        "made_from": task.stamp | options.made_from,
+        "mask_sha256": results.digest_of(case.output),
+    }
+    for warning in facts["warnings"]:
+        say(f"{task.name}: warning: {warning}")
+    say(f"{task.name}: {case_report.summary(facts, len(lesions))} -> {case.output}")
+    return CaseResult(case.name, str(case.output.relative_to(options.output)), "", facts)
+
+
+def _onto_slices(
+    segmentation: Segmentation, series: Series, ensemble: Ensemble, mask: Path
+) -> Segmentation:
+    """Measured on the slices as they were taken, and written as DICOM-SEG if that can be."""
+    labels = straighten.onto_slices(
+        series.stack, segmentation.mask.voxels.astype(np.uint8, copy=False)
+    )
+    model = ensemble.model
+    algorithm = Algorithm(model.name, str(model.version), model.plans.labels[1:])
+    warning = write_seg(labels, series, seg_path(mask), algorithm)
+    return dataclasses.replace(
+        segmentation,
+        volume_ml=straighten.volume_ml(series.stack, labels),
+        warnings=segmentation.warnings + ((warning,) if warning else ()),
+    )
+
+
+def _write_pictures(
+    case: InputCase, scan: Scan, segmentation: Segmentation, ensemble: Ensemble, output: Path
+) -> None:
+    """The overlay beside the mask, and what the page shows of the case."""
+    from ichseg.report import report
+
+    found, mask, is_ct = scan.volume, segmentation.mask, ensemble.model.expects_hu
+    report.write_overlay(found, mask, output / f"{stem_of(case.image)}.png", is_ct=is_ct)
+    report.write_case(output / REPORT, case.name, found, {"prediction": mask}, is_ct=is_ct)
