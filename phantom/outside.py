@@ -6,15 +6,11 @@ and lies against bone in patches between planes of fat, as a subdural bleed does
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from scipy import ndimage
 
 from phantom.head_atlas import BONE, FAT, MASTOID, MUSCLE, SPONGY, Array, Atlas, smooth_noise
-
-if TYPE_CHECKING:
-    from phantom.head import HeadParameters
+from phantom.person import HeadParameters
 
 
 def outside_hu(atlas: Atlas, p: HeadParameters, rng: np.random.Generator) -> Array:

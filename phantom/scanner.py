@@ -6,22 +6,20 @@ several sub-slices to a slice.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse
 from scipy import ndimage
 
 from phantom.anatomy import enlarge
-from phantom.head import HeadParameters, vertex_mm
+from phantom.beam_hardening import beam_artefacts
+from phantom.head import vertex_mm
+from phantom.person import HeadParameters
 
 Array = npt.NDArray[np.float32]
 
 AIR_HU = -1000.0
-_BEAM_SIZE = 128  # pixels across in which streaks are computed; they are long and smooth
-_BEAM_ANGLES = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +27,9 @@ class ScanParameters:
     """One scanner and one protocol."""
 
     shape: tuple[int, int, int]
+    """Voxels ``(z, y, x)``."""
     spacing_mm: tuple[float, float, float]
+    """Voxel size ``(z, y, x)``."""
     top_mm: float
     """Height of the last slice's middle in the head's frame."""
     centre_mm: tuple[float, float]
@@ -37,12 +37,15 @@ class ScanParameters:
     parts: int
     """Sub-slices to a slice."""
     noise_hu: float
+    """Standard deviation of the noise in the brain."""
     noise_width_mm: float
     """Standard deviation of the Gaussian that correlates the noise in-plane."""
     blur_mm: float
+    """Standard deviation of the Gaussian that stands for detector and reconstruction kernel."""
     hardening: float
     """Strength of what water correction leaves over of beam hardening; 1 is usual."""
     photon_noise: float
+    """How noisy long paths through bone are; 1 is usual."""
     padding_hu: float
     """Value outside the circle that the scanner reconstructs; -1000 where there is none."""
     headrest: tuple[float, float, float]
@@ -54,8 +57,8 @@ def draw_scan(head: HeadParameters, rng: np.random.Generator, *, shrink: int = 1
     """Geometry spread as INSTANCE 2022's, noise and artefacts around those of a real scan.
 
     Args:
-        head: Who is scanned; the slices end a little above the vertex.
-        rng: Where everything drawn comes from.
+        head: The person that is scanned; the slices end a little above the vertex.
+        rng: Draws the geometry, the noise and the artefacts.
         shrink: Divides the in-plane matrix, for tests.
     """
     kind = rng.random()
@@ -131,7 +134,7 @@ def acquire(fine: Array, scan: ScanParameters, rng: np.random.Generator) -> npt.
 
     Args:
         fine: HU on the grid of ``fine_shape``.
-        scan: Scanner and protocol.
+        scan: The scanner and its protocol.
         rng: Draws the noise.
     """
     slices = fine.reshape(scan.shape[0], scan.parts, *fine.shape[1:]).mean(axis=1)
@@ -139,7 +142,13 @@ def acquire(fine: Array, scan: ScanParameters, rng: np.random.Generator) -> npt.
     slices = ndimage.gaussian_filter(
         slices, (0, scan.blur_mm / fine_pixel, scan.blur_mm / fine_pixel), truncate=3
     )
-    streaks, loudness = beam_artefacts(slices, scan, rng)
+    streaks, loudness = beam_artefacts(
+        slices,
+        scan.spacing_mm[1] * scan.shape[1],
+        rng,
+        hardening=scan.hardening,
+        photon_noise=scan.photon_noise,
+    )
     hu = enlarge(slices, scan.shape)
     hu += enlarge(streaks, scan.shape)
     hu += correlated_noise(scan, rng) * enlarge(loudness, scan.shape)
@@ -159,83 +168,3 @@ def correlated_noise(scan: ScanParameters, rng: np.random.Generator) -> Array:
     coarse = enlarge(ndimage.uniform_filter(fine, (1, 6, 6))[:, 2::4, 2::4], scan.shape)
     fine -= 0.7 * coarse
     return fine * np.float32(scan.noise_hu / max(float(fine[:, ::3, ::3].std()), 1e-6))
-
-
-def beam_artefacts(
-    slices: Array, scan: ScanParameters, rng: np.random.Generator
-) -> tuple[Array, Array]:
-    """Dark bands between bones, cupping and streaks: the projections' error, reconstructed.
-
-    What the beam loses of its soft end grows with the square of the bone it crosses; that error
-    alone is filtered and back-projected, at low resolution.
-
-    Returns:
-        HU to add, and relative noise level (about 1), both ``(slice, 128, 128)``.
-    """
-    forward, backward, ramp = _beam()
-    small = ndimage.zoom(
-        slices,
-        (1, _BEAM_SIZE / slices.shape[1], _BEAM_SIZE / slices.shape[2]),
-        order=1,
-        grid_mode=True,
-        mode="nearest",
-    )
-    pixel_cm = scan.spacing_mm[1] * scan.shape[1] / _BEAM_SIZE / 10
-    flat = small.reshape(len(small), -1).T  # (pixel, slice)
-    bone = forward @ (np.clip(flat - 200, 0, 2000) / 1000) * pixel_cm
-    body = forward @ (np.clip(flat + 1000, 0, 1200) / 1000) * pixel_cm
-    error = -0.010 * scan.hardening * bone * bone - 0.0012 * scan.hardening * bone * body
-    # photon starvation: few photons behind long paths through bone
-    path = 0.19 * body + 0.38 * bone
-    error += (
-        scan.photon_noise
-        * 0.0035
-        * np.exp(np.clip(path - 5.0, -3, 4) / 2)
-        * rng.standard_normal(error.shape, dtype=np.float32)
-    )
-    spectrum = (
-        np.fft.rfft(error.reshape(_BEAM_ANGLES, -1, len(small)), axis=1) * ramp[None, :, None]
-    )
-    filtered = np.fft.irfft(spectrum, error.shape[0] // _BEAM_ANGLES, axis=1).astype(np.float32)
-    streaks = (
-        (backward @ filtered.reshape(error.shape)).T.reshape(small.shape)
-        * (np.pi / _BEAM_ANGLES)
-        / pixel_cm
-    )
-    streaks *= 1000.0
-    brain = (small > -5) & (small < 80)
-    upper = brain & (np.arange(len(small)) > 0.45 * len(small))[:, None, None]
-    if upper.any():  # water correction has removed what all slices share
-        streaks -= float(np.median(streaks[upper]))
-    streaks = np.clip(streaks, -60, 60)
-    loud = (backward @ np.exp(np.clip(path - 5.0, -2, 2.2) / 2)).T.reshape(
-        small.shape
-    ) / _BEAM_ANGLES
-    usual = float(np.median(loud[upper])) if upper.any() else 1.0
-    loud = np.clip(loud / max(usual, 1e-6), 0.6, 1.8)
-    fade = np.clip((small + 900) / 300, 0.25, 1)  # streaks in air do not show
-    return (streaks * fade).astype(np.float32), loud.astype(np.float32)
-
-
-@functools.lru_cache(maxsize=1)
-def _beam() -> tuple[scipy.sparse.csr_matrix, scipy.sparse.csr_matrix, Array]:
-    """Parallel projection of a 128x128 image, its transpose, and the ramp filter."""
-    n, bins = _BEAM_SIZE, 192
-    y, x = np.meshgrid(*(np.arange(n) - (n - 1) / 2,) * 2, indexing="ij")
-    rows, columns, weights = [], [], []
-    for index in range(_BEAM_ANGLES):
-        angle = np.pi * (index + 0.5) / _BEAM_ANGLES
-        place = (x * np.cos(angle) + y * np.sin(angle)).ravel() + (bins - 1) / 2
-        low = np.floor(place).astype(np.int64)
-        part = (place - low).astype(np.float32)
-        for offset, weight in ((0, 1 - part), (1, part)):
-            rows.append(index * bins + low + offset)
-            columns.append(np.arange(n * n))
-            weights.append(weight)
-    matrix = scipy.sparse.csr_matrix(
-        (np.concatenate(weights), (np.concatenate(rows), np.concatenate(columns))),
-        (bins * _BEAM_ANGLES, n * n),
-    )
-    frequency = np.fft.rfftfreq(bins)
-    ramp = (frequency * np.cos(np.pi * frequency) ** 2).astype(np.float32)
-    return matrix, matrix.T.tocsr(), ramp

@@ -29,7 +29,7 @@ NOT_YET = {
     "training.fit.loop -> training.crossval.validate",
     "training.fit.loop -> training.jobs.queue",
 }
-CIRCLES_NOT_YET = {"ichseg.engine.engine", "phantom.head", "phantom.cases"}
+CIRCLES_NOT_YET = {"ichseg.engine.engine"}
 
 
 def modules(root):

@@ -18,7 +18,7 @@ COMMANDS = {
         "run data/Task01_Bleeds --workspace work",
     ),
     "synthesize": (
-        "phantom.cases",
+        "phantom.synthesize",
         "make head-CT phantoms with bleeds, as an MSD dataset",
         "synthesize --out data/Task01_Bleeds --cases 100 --seed 1",
     ),

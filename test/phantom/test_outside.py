@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from phantom.head import draw_head
 from phantom.head_atlas import FLUID, MUSCLE, load_atlas
 from phantom.outside import outside_hu
+from phantom.person import draw_head
 
 
 @pytest.fixture(scope="module")

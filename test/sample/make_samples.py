@@ -24,7 +24,7 @@ sys.path.insert(0, str(SAMPLE.parents[1]))
 from ichseg.scan.volume import Volume, write
 from phantom.bleeds import insert_bleed
 from phantom.cases import make_phantom
-from phantom.head import draw_head
+from phantom.person import draw_head
 from phantom.scanner import draw_scan
 
 SLICE_STEP_MM = 5.0

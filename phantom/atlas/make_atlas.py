@@ -17,7 +17,8 @@ import numpy.typing as npt
 import SimpleITK as sitk
 from scipy import ndimage
 
-AIR, FAT, MUSCLE, BONE, SPONGY, SINUS, MASTOID, FLUID, INSIDE = range(9)
+from phantom.head_atlas import AIR, BONE, FAT, FLUID, INSIDE, MASTOID, MUSCLE, SINUS, SPONGY
+
 _ORIGIN_MM = (-71.0, -91.0, -90.0)  # z up, y to posterior, x to left: LPS of voxel (0, 0, 0)
 _SHAPE = (181, 217, 181)
 
@@ -29,7 +30,7 @@ def main() -> None:
         "--mricron", type=Path, required=True, help="templates folder of mricron-data"
     )
     parser.add_argument("--nilearn", type=Path, required=True, help="nilearn/datasets/data")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "atlas")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
     t1 = _read(args.mricron / "ch2.nii.gz")
     brain = _fill(ndimage.binary_opening(_read(args.mricron / "ch2bet.nii.gz") > 0))

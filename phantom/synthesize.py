@@ -1,0 +1,176 @@
+"""``synthesize``: head-CT phantoms with bleeds, as a dataset in the Decathlon's layout."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import SimpleITK as sitk
+import torch
+
+from ichseg.errors import DatasetError
+from ichseg.scan.volume import Volume
+from phantom import check
+from phantom.cases import SynthesisConfig, make_case
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``python -m training synthesize``."""
+    parser.add_argument(
+        "--out", type=Path, help="dataset folder to make; must not exist or be empty"
+    )
+    parser.add_argument("--cases", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--negatives", type=float, default=0.1, help="fraction of scans without a bleed"
+    )
+    parser.add_argument(
+        "--balanced", action="store_true", help="the five kinds in turn, one a case"
+    )
+    parser.add_argument(
+        "--background", type=Path, help="real scan to draw the bleeds into, instead of a phantom"
+    )
+    parser.add_argument(
+        "--check", type=Path, metavar="CT", help="compare the phantoms with this scan, and stop"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Make the dataset, or with ``--check`` the comparison; 0 when all is well."""
+    if args.check is not None:
+        return check.check(args.check, seed=args.seed, picture=args.out)
+    if args.out is None:
+        raise DatasetError("synthesize needs --out DIR (or --check CT)")
+    config = SynthesisConfig(args.cases, args.seed, args.negatives, args.balanced, args.background)
+    write_dataset(config, args.out, workers=args.workers)
+    return 0
+
+
+def write_dataset(config: SynthesisConfig, out: Path, *, workers: int = 1) -> None:
+    """Write all cases; the folder appears whole or not at all.
+
+    Raises:
+        DatasetError: ``out`` exists and holds something, or a setting is out of range.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DatasetError(f"{out}: exists already, expected a new or empty folder")
+    if config.cases < 1 or not 0 <= config.negatives <= 1 or workers < 1:
+        raise DatasetError(
+            f"cases {config.cases}, negatives {config.negatives}, workers {workers}: "
+            "expected at least 1, a fraction from 0 to 1, at least 1"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        for name in ("imagesTr", "labelsTr"):
+            (building / name).mkdir()
+        jobs = [(config, index, building) for index in range(config.cases)]
+        rows = []
+        for row in _run(jobs, workers):
+            rows.append(row)
+            logger.info("%s: %s", row["case"], row["kinds"] or "no bleed")
+        _write_tables(config, rows, building)
+        building.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        building.rename(out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _run(
+    jobs: list[tuple[SynthesisConfig, int, Path]], workers: int
+) -> Iterator[dict[str, object]]:
+    """Make the cases, in order; with one thread each, on which their last bits depend."""
+    if workers == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield from map(_write_case, jobs)
+        torch.set_num_threads(threads)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
+        try:
+            yield from pool.map(_write_case, jobs)
+        except BrokenProcessPool as error:
+            raise DatasetError(
+                "a worker process was killed, perhaps for want of memory; try fewer --workers"
+            ) from error
+        finally:  # interrupted: the cases that have not begun never do
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End as soon as the parent process is gone, instead of waiting for its work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _write_case(job: tuple[SynthesisConfig, int, Path]) -> dict[str, object]:
+    """Make one case and write its files; its row of ``cases.csv``."""
+    config, index, folder = job
+    case = make_case(config, index)
+    name = f"ICH_{index + 1:04d}"
+    for part, voxels in (("imagesTr", case.voxels), ("labelsTr", case.mask)):
+        _write_nifti(Volume(voxels, case.spacing_mm), folder / part / f"{name}.nii.gz")
+    volumes = ";".join(f"{kind}={ml:.3f}" for kind, ml in case.volumes_ml.items())
+    return {
+        "case": name, "kinds": ";".join(case.volumes_ml),
+        "lesions": len(case.lesions), "volume_ml": volumes,
+        "spacing_mm": "x".join(f"{s:g}" for s in case.spacing_mm), "seed": config.seed,
+    }  # fmt: skip
+
+
+def _write_nifti(volume: Volume, path: Path) -> None:
+    """Write packed at the lowest level: noise does not compress anyway, and this is fast."""
+    image = sitk.GetImageFromArray(volume.voxels)
+    image.SetSpacing(volume.spacing_mm[::-1])
+    sitk.WriteImage(image, str(path), useCompression=True, compressionLevel=1)
+
+
+def _write_tables(config: SynthesisConfig, rows: list[dict[str, object]], folder: Path) -> None:
+    training = [
+        {"image": f"./imagesTr/{row['case']}.nii.gz", "label": f"./labelsTr/{row['case']}.nii.gz"}
+        for row in rows
+    ]
+    description = {
+        "name": "SyntheticHeadCT",
+        "description": f"Head-CT phantoms with intracranial bleeds, seed {config.seed}",
+        "reference": "anatomy: MNI Colin 27 and ICBM152, see phantom/atlas/README.md",
+        "licence": "Apache-2.0",
+        "release": "1.0",
+        "tensorImageSize": "3D",
+        "modality": {"0": "CT"},
+        "labels": {"0": "background", "1": "hemorrhage"},
+        "numTraining": len(training),
+        "numTest": 0,
+        "training": training,
+        "test": [],
+    }
+    (folder / "dataset.json").write_text(json.dumps(description, indent=2) + "\n")
+    with (folder / "cases.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
