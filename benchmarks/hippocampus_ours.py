@@ -20,6 +20,7 @@ import torch
 
 from training.batches.stream import open_batches
 from training.fit import loop
+from training.jobs import train
 
 WARM_UP = 3  # iterations that are not timed
 
@@ -69,10 +70,10 @@ class HeldStream:
 def main() -> int:
     """Answer until the input ends."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    loop.add_arguments(parser)
+    train.add_arguments(parser)
     loop.open_batches = HeldStream  # type: ignore[assignment, misc]
     with contextlib.redirect_stdout(sys.stderr):
-        return loop.main(parser.parse_args())
+        return train.main(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -24,10 +24,6 @@ NOT_YET = {
     "ichseg.engine.torch_engine -> ichseg.predict.sliding_window",
     "ichseg.model.bundle -> ichseg.predict.components",
     "ichseg.report.report -> ichseg.app.results",
-    "training.batches.stream -> training.fit.configuration",
-    "training.fit.fold_run -> training.crossval.cascade_labels",
-    "training.fit.loop -> training.crossval.validate",
-    "training.fit.loop -> training.jobs.queue",
 }
 CIRCLES_NOT_YET = {"ichseg.engine.engine"}
 

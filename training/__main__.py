@@ -48,7 +48,7 @@ COMMANDS = {
         "preprocess 3d_fullres --workspace work",
     ),
     "train": (
-        "training.fit.loop",
+        "training.jobs.train",
         "train folds; the same command resumes them",
         "train 3d_fullres --workspace work --fold 0",
     ),

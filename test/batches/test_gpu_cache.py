@@ -6,13 +6,13 @@ import logging
 import numpy as np
 import pytest
 import torch
-from batches.test_stream import CPU, KEYS, made, raw
+from helpers.batches import CPU, KEYS, made, raw
 from helpers.workspaces import BUSY
 
 from ichseg.errors import TrainingError
 from ichseg.model.plans import Normalisation
 from training.batches import gpu_cache
-from training.batches.gpu_cache import cut_regions, load_resident
+from training.batches.gpu_cache import cut_regions, fill_cache
 from training.batches.sampling import BatchSpec
 from training.store.chunks import write_case
 
@@ -20,7 +20,7 @@ from training.store.chunks import write_case
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
     """Three cases of two channels: larger than the patch, smaller, and one stored in 32 bits."""
-    folder = tmp_path_factory.mktemp("resident")
+    folder = tmp_path_factory.mktemp("cached")
     rng = np.random.default_rng(1)
     shapes = {"large": (6, 30, 28), "small": (3, 12, 14), "wide": (5, 20, 20)}
     for name, shape in shapes.items():
@@ -37,14 +37,14 @@ def test_patches_have_the_same_bytes_as_from_the_store(spec, caplog):
     caplog.set_level(logging.INFO)
     for patch in ((4, 16, 16), (16, 16)):
         spec = dataclasses.replace(spec, patch=patch)
-        kept = raw(made(spec, KEYS, "device", resident="yes"))
-        assert kept == raw(made(spec, KEYS, "device", resident="no"))
+        kept = raw(made(spec, KEYS, "device", gpu_cache="yes"))
+        assert kept == raw(made(spec, KEYS, "device", gpu_cache="no"))
     # (6 * 30 * 28 + 3 * 12 * 14) * (2 * 2 + 1) + 5 * 20 * 20 * (2 * 4 + 1) bytes
     assert "all 3 cases are in memory, 45.7 kB" in caplog.text
 
 
 def test_a_region_by_hand():
-    case = gpu_cache.ResidentCase(
+    case = gpu_cache.CachedCase(
         torch.arange(1, 9, dtype=torch.int16).reshape(1, 2, 2, 2),
         torch.tensor([0.5]),
         torch.ones(2, 2, 2, dtype=torch.int8),
@@ -58,19 +58,19 @@ def test_a_region_by_hand():
 
 
 def test_auto_keeps_cases_on_a_gpu_only(spec):
-    assert load_resident(spec.folder, spec.train, CPU, "auto") is None
-    assert load_resident(spec.folder, spec.train, torch.device("cuda"), "no") is None
+    assert fill_cache(spec.folder, spec.train, CPU, "auto") is None
+    assert fill_cache(spec.folder, spec.train, torch.device("cuda"), "no") is None
 
 
 def test_auto_leaves_the_training_its_memory(spec, monkeypatch, caplog):
     """8 GiB are reserved, and of the rest 0.4 may be taken: 40 of 100 kB."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(gpu_cache, "_free_bytes", lambda _: 8 * 2**30 + 100_000)
-    assert load_resident(spec.folder, spec.train, torch.device("cuda"), "auto") is None
+    assert fill_cache(spec.folder, spec.train, torch.device("cuda"), "auto") is None
     assert "not kept in GPU memory: the 3 cases need 45.7 kB, 40.0 kB are to spare" in caplog.text
 
 
 def test_refuses_what_does_not_fit(spec, monkeypatch):
     monkeypatch.setattr(gpu_cache, "_free_bytes", lambda _: 45_000)
     with pytest.raises(TrainingError, match=r"3 cases need 45\.7 kB of memory, 45\.0 kB are free"):
-        load_resident(spec.folder, spec.train, CPU, "yes")
+        fill_cache(spec.folder, spec.train, CPU, "yes")

@@ -12,14 +12,14 @@ from training.batches.sampling import (
     centred,
     draw_batch,
     draw_lower,
-    is_forced,
+    is_oversampled,
     make_patches,
     overlap,
     read_region,
     read_regions,
 )
 
-FULL_JITTER = {"forced": True, "jitter": 1.0}
+FULL_JITTER = {"on_foreground": True, "jitter": 1.0}
 KEYS = [BatchKey(0, 0), BatchKey(0, 1), BatchKey(0, 0, validation=True), BatchKey(1, 0)]
 
 
@@ -45,32 +45,32 @@ def raw(patches):
     return patches.data.tobytes() + patches.labels.tobytes()
 
 
-def test_the_last_third_of_a_batch_is_forced():
+def test_the_last_third_of_a_batch_is_oversampled():
     """Of 2 the second, of 3 the last, of 12 the last four."""
-    for batch, forced in ((2, [1]), (3, [2]), (12, [8, 9, 10, 11]), (1, [])):
-        assert [i for i in range(batch) if is_forced(i, batch, 0.33)] == forced
+    for batch, chosen in ((2, [1]), (3, [2]), (12, [8, 9, 10, 11]), (1, [])):
+        assert [i for i in range(batch) if is_oversampled(i, batch, 0.33)] == chosen
 
 
-def test_unforced_patches_lie_anywhere_inside():
+def test_other_patches_lie_anywhere_inside():
     rng = np.random.default_rng(0)
-    lowers = {draw_lower(rng, (5, 9, 16), {}, (4, 8, 16), forced=False) for _ in range(100)}
+    lowers = {draw_lower(rng, (5, 9, 16), {}, (4, 8, 16), on_foreground=False) for _ in range(100)}
     assert lowers == {(z, y, 0) for z in (0, 1) for y in (0, 1)}
 
 
 def test_a_case_smaller_than_the_patch_is_centred():
     rng = np.random.default_rng(0)
     foreground = {1: np.array([[0, 1, 3]])}
-    for forced in (False, True):
-        lower = draw_lower(rng, (3, 9, 8), foreground, (8, 16, 8), forced=forced)
+    for on_foreground in (False, True):
+        lower = draw_lower(rng, (3, 9, 8), foreground, (8, 16, 8), on_foreground=on_foreground)
         assert lower == (-3, -4, 0)  # along z 3 voxels of padding before, 2 after
 
 
-def test_forced_patches_are_centred_on_foreground_and_stay_inside():
+def test_oversampled_patches_are_centred_on_foreground_and_stay_inside():
     rng = np.random.default_rng(1)
     one = {1: np.array([[10, 10, 10]])}
-    assert draw_lower(rng, (20, 20, 20), one, (4, 6, 8), forced=True) == (8, 7, 6)
+    assert draw_lower(rng, (20, 20, 20), one, (4, 6, 8), on_foreground=True) == (8, 7, 6)
     corner = {1: np.array([[0, 19, 1]])}
-    assert draw_lower(rng, (20, 20, 20), corner, (4, 6, 8), forced=True) == (0, 14, 0)
+    assert draw_lower(rng, (20, 20, 20), corner, (4, 6, 8), on_foreground=True) == (0, 14, 0)
 
 
 def test_classes_are_drawn_alike_however_large():
@@ -81,7 +81,9 @@ def test_classes_are_drawn_alike_however_large():
         3: np.empty((0, 3), int),
         -1: np.full((9, 3), 9),
     }
-    lowers = [draw_lower(rng, (20,) * 3, foreground, (2,) * 3, forced=True) for _ in range(400)]
+    lowers = [
+        draw_lower(rng, (20,) * 3, foreground, (2,) * 3, on_foreground=True) for _ in range(400)
+    ]
     assert set(lowers) == {(4, 4, 4), (14, 14, 14)}
     assert np.mean([lower == (4, 4, 4) for lower in lowers]) == pytest.approx(0.5, abs=0.08)
 
@@ -90,12 +92,14 @@ def test_a_2d_patch_draws_its_slice_first():
     """Slice 2 has 999 voxels of the class, slice 7 one: either is as likely."""
     rng = np.random.default_rng(3)
     voxels = np.array([[2, 5, 5]] * 999 + [[7, 5, 5]])
-    lowers = [draw_lower(rng, (9, 20, 20), {1: voxels}, (1, 4, 4), forced=True) for _ in range(400)]
+    lowers = [
+        draw_lower(rng, (9, 20, 20), {1: voxels}, (1, 4, 4), on_foreground=True) for _ in range(400)
+    ]
     assert set(lowers) == {(2, 3, 3), (7, 3, 3)}
     assert np.mean([lower[0] == 2 for lower in lowers]) == pytest.approx(0.5, abs=0.08)
 
 
-def test_with_full_jitter_a_forced_voxel_lies_anywhere_in_its_patch():
+def test_with_full_jitter_a_chosen_voxel_lies_anywhere_in_its_patch():
     """Of a patch of 5 x 4 x 1 each of the 20 places, alike: 200 of 4000 draws, deviation 14."""
     rng = np.random.default_rng(4)
     one = {1: np.array([[50, 60, 70]])}
@@ -114,7 +118,8 @@ def test_half_jitter_goes_half_of_the_way_to_the_border():
     rng = np.random.default_rng(5)
     one = {1: np.array([[50, 60, 70]])}
     lowers = [
-        draw_lower(rng, (99,) * 3, one, (9, 8, 2), forced=True, jitter=0.5) for _ in range(300)
+        draw_lower(rng, (99,) * 3, one, (9, 8, 2), on_foreground=True, jitter=0.5)
+        for _ in range(300)
     ]
     z, y, x = (set(axis) for axis in zip(*lowers, strict=True))
     assert {50 - low for low in z} == {2, 3, 4, 5, 6}
@@ -129,7 +134,7 @@ def test_jitter_never_loses_the_voxel_nor_the_case():
         voxel = rng.integers(shape)
         jitter = rng.random()
         lower = draw_lower(
-            rng, tuple(shape), {1: voxel[None]}, tuple(patch), forced=True, jitter=jitter
+            rng, tuple(shape), {1: voxel[None]}, tuple(patch), on_foreground=True, jitter=jitter
         )
         for low, v, p, n in zip(lower, voxel, patch, shape, strict=True):
             assert low <= v < low + p
@@ -139,7 +144,7 @@ def test_jitter_never_loses_the_voxel_nor_the_case():
 def test_without_jitter_no_random_number_is_spent_on_it():
     """Only the class and the voxel are drawn: batches are as they were before there was jitter."""
     first, second = np.random.default_rng(7), np.random.default_rng(7)
-    draw_lower(first, (20,) * 3, {1: np.full((6, 3), 9)}, (4, 6, 8), forced=True, jitter=0)
+    draw_lower(first, (20,) * 3, {1: np.full((6, 3), 9)}, (4, 6, 8), on_foreground=True, jitter=0)
     second.integers(1)  # the class
     second.integers(6)  # the voxel
     assert first.random() == second.random()
@@ -177,7 +182,7 @@ def test_patches_have_the_right_shape_and_labels(spec):
     for index in range(10):
         made = make_patches(spec, BatchKey(0, index))
         assert set(np.unique(made.labels)) <= {-1, 0, 1}
-        assert (made.labels[1] == 1).any()  # the forced sample
+        assert (made.labels[1] == 1).any()  # the oversampled one
     flat = dataclasses.replace(spec, patch=(16, 16), in_plane=False)
     assert make_patches(flat, KEYS[0]).data.shape == (2, 1, 1, 16, 16)
 
@@ -217,8 +222,8 @@ def test_regions_hold_what_each_warp_of_the_whole_batch_reaches(spec):
     assert validation.warps == (None,) * 4
 
 
-def test_forced_samples_are_counted_over_all_processes(spec):
-    """Half of 4 is forced: the first process makes none of them, the second nothing else."""
+def test_oversampled_samples_are_counted_over_all_processes(spec):
+    """Half of 4 are oversampled: the first process makes none of them, the second nothing else."""
     spec = dataclasses.replace(spec, batch=4, foreground_fraction=0.5, centre_jitter=1.0)
     absent = 0
     for number in range(20):

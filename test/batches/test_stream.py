@@ -12,20 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.workspaces import BUSY, QUICK, make_workspace
+from helpers.batches import CPU, KEYS, VALIDATION, made, opened, raw
+from helpers.workspaces import BUSY, make_workspace
 
 from ichseg.errors import DatasetError, TrainingError
 from ichseg.model.plans import Normalisation
 from training.batches import sampling
 from training.batches.augmentation import NO_AUGMENTATION
 from training.batches.sampling import BatchKey, BatchSpec
-from training.batches.stream import Batch, BatchStream, choose_engine, open_batches
+from training.batches.stream import Batch, BatchStream, StreamOptions, choose_engine, open_batches
 from training.store.chunks import open_case, write_case, write_previous
 
-CPU = torch.device("cpu")
 ENGINES = ("host", "device")
-VALIDATION = BatchKey(0, 0, validation=True)
-KEYS = [BatchKey(0, 0), BatchKey(0, 1), VALIDATION, BatchKey(1, 0)]
 # everything but what spoils previous labels
 WARPED = dataclasses.replace(BUSY, morphology_probability=0, removal_probability=0)
 
@@ -54,24 +52,10 @@ def spec(tmp_path_factory):
     )
 
 
-def opened(spec, keys, engine="host", **options):
-    config = dataclasses.replace(QUICK, augmentation_engine=engine, **options)
-    return open_batches(spec, iter(keys), config, CPU)
-
-
-def made(spec, keys, engine="host", **options):
-    with opened(spec, keys, engine, **options) as stream:
-        return list(stream)
-
-
-def raw(batches):
-    return [batch.data.numpy().tobytes() + batch.target.numpy().tobytes() for batch in batches]
-
-
 def test_auto_lets_the_gpu_augment():
-    assert choose_engine(QUICK, torch.device("cuda")) == "device"
-    assert choose_engine(QUICK, CPU) == "host"
-    assert choose_engine(dataclasses.replace(QUICK, augmentation_engine="device"), CPU) == "device"
+    assert choose_engine("auto", torch.device("cuda")) == "device"
+    assert choose_engine("auto", CPU) == "host"
+    assert choose_engine("device", CPU) == "device"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -142,11 +126,11 @@ def test_masked_channels_are_zero_outside(tmp_path, engine):
 def test_previous_labels_follow_the_target_through_the_warp(spec, engine, patch, layout):
     """The first stage was right, so its channel is the target, whatever has happened to both."""
     spec = dataclasses.replace(spec, patch=patch, augmentation=WARPED)
-    config = dataclasses.replace(QUICK, augmentation_engine=engine)
+    options = StreamOptions(engine, workers=0)
     wanted = getattr(torch, f"channels_last{layout}")
     keys = [BatchKey(0, number) for number in range(10)] + [VALIDATION]
     foreground = 0
-    for batch in open_batches(spec, iter(keys), config, CPU, wanted):
+    for batch in open_batches(spec, iter(keys), options, CPU, wanted):
         assert batch.data.shape == (2, 2, *patch)
         assert batch.data.is_contiguous(memory_format=wanted)
         assert batch.target.min() == 0
@@ -251,7 +235,7 @@ def test_an_error_in_a_worker_reaches_the_trainer(spec):
 
 def test_refuses_to_keep_cases_where_nothing_is_augmented(spec):
     with pytest.raises(TrainingError, match="on cpu the workers augment; add --augmentation-engin"):
-        opened(spec, KEYS, "auto", resident="yes")
+        opened(spec, KEYS, "auto", gpu_cache="yes")
 
 
 def test_workers_end_when_the_trainer_is_killed(spec, tmp_path):
@@ -259,13 +243,12 @@ def test_workers_end_when_the_trainer_is_killed(spec, tmp_path):
     script.write_text(
         "import os, pickle, signal, sys\n"
         "import torch\n"
-        "from training.batches.stream import open_batches\n"
-        "from training.fit.configuration import TrainingConfig\n"
+        "from training.batches.stream import StreamOptions, open_batches\n"
         "from training.batches.sampling import BatchKey\n"
         "if __name__ == '__main__':\n"
         "    spec = pickle.loads(open(sys.argv[1], 'rb').read())\n"
-        "    config = TrainingConfig(workers=1, prefetch=1)\n"
-        "    stream = open_batches(spec, iter([BatchKey(0, 0)]), config, torch.device('cpu'))\n"
+        "    options = StreamOptions(workers=1, prefetch=1)\n"
+        "    stream = open_batches(spec, iter([BatchKey(0, 0)]), options, torch.device('cpu'))\n"
         "    next(stream)\n"
         "    print(*stream._pool._processes, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -289,11 +272,11 @@ def test_workers_end_when_the_trainer_is_killed(spec, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("resident", ["yes", "no"])
-def test_batches_come_to_the_gpu_as_to_the_cpu(spec, resident):
+@pytest.mark.parametrize("cached", ["yes", "no"])
+def test_batches_come_to_the_gpu_as_to_the_cpu(spec, cached):
     """What is not augmented has the same bytes there, made ahead on a stream of its own."""
     plain = dataclasses.replace(spec, augmentation=NO_AUGMENTATION)
-    config = dataclasses.replace(QUICK, workers=1, resident=resident)
-    with open_batches(plain, iter(KEYS), config, torch.device("cuda")) as stream:
+    options = StreamOptions(workers=1, gpu_cache=cached)
+    with open_batches(plain, iter(KEYS), options, torch.device("cuda")) as stream:
         found = [Batch(batch.data.cpu(), batch.target.cpu()) for batch in stream]
     assert raw(found) == raw(made(plain, KEYS, "host"))

@@ -14,8 +14,8 @@ from training.__main__ import main as command
 from training.bundle import export as exporter
 from training.bundle.export import export
 from training.data.workspace import BEST_CHECKPOINT, LATEST_CHECKPOINT, run_folder
-from training.fit.fold_run import load_checkpoint
-from training.fit.loop import train_fold
+from training.fit.checkpoint import load_checkpoint
+from training.jobs.train import run_fold
 
 SHORT = dataclasses.replace(QUICK, epochs=1)
 
@@ -25,7 +25,7 @@ def workspace(tmp_path_factory):
     """Folds 0 and 1 have finished, fold 2 has been cut off."""
     folder = make_workspace(tmp_path_factory.mktemp("export"))
     for fold in ("0", "1", "2"):
-        train_fold(folder, "3d_fullres", fold, SHORT)
+        run_fold(folder, "3d_fullres", fold, SHORT)
     path = run_folder(folder, "3d_fullres", "2") / LATEST_CHECKPOINT
     torch.save({**torch.load(path, weights_only=True), "finished": None}, path)
     return folder

@@ -22,8 +22,9 @@ from training.crossval import cascade_labels
 from training.crossval.validate import is_validated, load_network, predict_case, validate
 from training.data import dataset, splits
 from training.data.workspace import LATEST_CHECKPOINT, preprocessed_folder
-from training.fit.fold_run import load_checkpoint, open_run
-from training.fit.loop import train_fold
+from training.fit.checkpoint import load_checkpoint
+from training.fit.fold_run import open_run
+from training.jobs.train import run_fold
 from training.store import chunks
 from training.store.preprocess import preprocess_dataset
 
@@ -90,7 +91,7 @@ def shared(tmp_path_factory):
     folder = make_workspace(tmp_path_factory.mktemp("cascade"), plans=CASCADE)
     preprocess_dataset(dataset.load_dataset(folder), CASCADE, "3d_lowres", folder, 1)
     for fold in "0123":
-        assert train_fold(folder, "3d_lowres", fold, SHORT)
+        assert run_fold(folder, "3d_lowres", fold, SHORT)
     return folder
 
 
@@ -106,7 +107,7 @@ def test_the_two_stages_end_to_end(shared, caplog, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: 3d_cascade_fullres: 1 of 6 cases lack the labels of 3d_lowres")
     assert "folds 4 have yet to make; run `train 3d_lowres --fold K`" in error
-    assert train_fold(shared, "3d_lowres", "4", SHORT)
+    assert run_fold(shared, "3d_lowres", "4", SHORT)
 
     cases = {case.name: case for case in dataset.load_dataset(shared).labelled}
     wrong = 0
@@ -125,7 +126,7 @@ def test_the_two_stages_end_to_end(shared, caplog, capsys):
             wrong += int((stored[:] > 0).sum())
     assert wrong > 0  # some network found something, so there is something to compare
 
-    assert train_fold(shared, "3d_cascade_fullres", "0", SHORT)
+    assert run_fold(shared, "3d_cascade_fullres", "0", SHORT)
     run = open_run(shared, "3d_cascade_fullres", "0", SHORT)
     end = load_checkpoint(run.folder / LATEST_CHECKPOINT, SECOND)
     assert end["network"]["encoder.0.0.weight"].shape[1] == 2
@@ -255,7 +256,7 @@ def test_a_tiny_network_overfits_one_case_by_what_the_first_stage_found(tmp_path
         precision="bf16",
         augmentation=NO_AUGMENTATION,
     )
-    assert train_fold(tmp_path, SECOND.name, "all", config)
+    assert run_fold(tmp_path, SECOND.name, "all", config)
     run = open_run(tmp_path, SECOND.name, "all", config)
     assert validate(tmp_path, run)
     scores = json.loads((run.folder / "validation.json").read_text())["dice"]

@@ -13,7 +13,8 @@ from ichseg.scan import volume
 from training.crossval import validate as module
 from training.crossval.validate import is_validated, validate, weights_digest
 from training.data.workspace import LATEST_CHECKPOINT
-from training.fit.fold_run import SCHEMA_VERSION, open_run
+from training.fit.checkpoint import SCHEMA_VERSION
+from training.fit.fold_run import open_run
 from training.scoring.measures import dice
 
 CONFIG = dataclasses.replace(QUICK, validation_mirrors=False)

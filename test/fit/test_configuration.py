@@ -5,8 +5,8 @@ import pytest
 from ichseg.errors import TrainingError
 from ichseg.model import strict_json
 from training.batches.augmentation import NNUNETV2
-from training.fit import loop
-from training.fit.configuration import RECIPES, TrainingConfig, config_from
+from training.fit.configuration import TRAINING_RECIPES, TrainingConfig, config_from
+from training.jobs import train
 
 
 @pytest.mark.parametrize(
@@ -35,10 +35,10 @@ def test_refuses_impossible_settings(changes, message):
 
 def test_every_field_is_a_flag():
     parser = argparse.ArgumentParser()
-    loop.add_arguments(parser)
+    train.add_arguments(parser)
     line = "3d_fullres --workspace w --fold 0"
-    assert config_from(parser.parse_args(line.split()), "msd2018") == RECIPES["msd2018"]
-    assert config_from(parser.parse_args(line.split()), "compact") == RECIPES["compact"]
+    assert config_from(parser.parse_args(line.split()), "msd2018") == TRAINING_RECIPES["msd2018"]
+    assert config_from(parser.parse_args(line.split()), "compact") == TRAINING_RECIPES["compact"]
     line += " --epochs 5 --minutes 1.5 --no-amsgrad --gamma 0.8 1.2 --image-order 1 --no-validation"
     config = config_from(parser.parse_args(line.split()), "msd2018")
     assert (config.epochs, config.minutes, config.amsgrad) == (5, 1.5, False)
@@ -53,7 +53,7 @@ def test_every_field_is_a_flag():
 
 def test_help_shows_where_recipes_differ():
     parser = argparse.ArgumentParser()
-    loop.add_arguments(parser)
+    train.add_arguments(parser)
     text = " ".join(parser.format_help().split())
     assert "adam or sgd [adam; nnunetv2: sgd]" in text
     assert "all looks smaller [0.85 1.25; nnunetv2: 0.7 1.4]" in text
@@ -62,7 +62,7 @@ def test_help_shows_where_recipes_differ():
 
 def test_the_recipe_of_the_paper():
     """P18, the paper."""
-    paper = RECIPES["msd2018"]
+    paper = TRAINING_RECIPES["msd2018"]
     assert (paper.epochs, paper.batches_per_epoch, paper.validation_batches) == (1000, 250, 50)
     assert (paper.learning_rate, paper.weight_decay, paper.lr_schedule) == (3e-4, 3e-5, "plateau")
     assert (paper.loss_momentum, paper.loss_threshold) == (0.93, 5e-3)
@@ -73,7 +73,7 @@ def test_the_recipe_of_the_paper():
 
 def test_the_recipe_of_nnunet_v2():
     """V2, section 11 of the reference."""
-    v2 = RECIPES["nnunetv2"]
+    v2 = TRAINING_RECIPES["nnunetv2"]
     assert (v2.epochs, v2.batches_per_epoch, v2.validation_batches) == (1000, 250, 50)
     assert (v2.optimiser, v2.learning_rate, v2.momentum, v2.nesterov) == ("sgd", 0.01, 0.99, True)
     assert (v2.weight_decay, v2.gradient_clip, v2.foreground_fraction) == (3e-5, 12, 0.33)

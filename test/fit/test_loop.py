@@ -25,9 +25,10 @@ from training.crossval.validate import validate
 from training.data.workspace import BEST_CHECKPOINT, LATEST_CHECKPOINT
 from training.fit import checkpoint as files
 from training.fit import loop, step
-from training.fit.configuration import RECIPES, TrainingConfig
-from training.fit.fold_run import load_checkpoint, open_run
-from training.fit.loop import train_fold
+from training.fit.checkpoint import load_checkpoint
+from training.fit.configuration import TRAINING_RECIPES, TrainingConfig
+from training.fit.fold_run import open_run
+from training.jobs.train import run_fold
 from training.scoring.measures import dice
 
 
@@ -72,7 +73,7 @@ def test_a_tiny_network_overfits_one_case(tmp_path, recipe, dimensions, batch, s
     plans = planned(patch=patch, batch=batch, batch_dice=dimensions == 2, architecture=architecture)
     make_workspace(tmp_path, cases=1, shape=(16, 32, 32), plans=plans)
     config = dataclasses.replace(
-        RECIPES[recipe],
+        TRAINING_RECIPES[recipe],
         epochs=3,
         batches_per_epoch=steps,
         validation_batches=2,
@@ -85,7 +86,7 @@ def test_a_tiny_network_overfits_one_case(tmp_path, recipe, dimensions, batch, s
         workers=0,
         validation=False,
     )
-    assert train_fold(tmp_path, "3d_fullres", "all", config)
+    assert run_fold(tmp_path, "3d_fullres", "all", config)
     run = open_run(tmp_path, "3d_fullres", "all", config)
     assert validate(tmp_path, run)
     scores = json.loads((run.folder / "validation.json").read_text())
@@ -118,7 +119,7 @@ def test_a_deeply_supervised_network_trains(fresh, monkeypatch):
         return real(logits, target, **options)
 
     monkeypatch.setattr(step, "dice_cross_entropy", loss)
-    assert train_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, precision="bf16"))
+    assert run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, precision="bf16"))
     assert heads == [2, 2, 2, 1, 1] * 2  # training and validation steps of two epochs
 
 
@@ -126,18 +127,18 @@ def test_a_deeply_supervised_network_trains(fresh, monkeypatch):
 def test_an_interrupted_run_ends_as_an_unbroken_one(fresh, monkeypatch, at, number):
     """Stopped in the middle of an epoch or at its very end; augmentation on."""
     config = QUICK
-    assert train_fold(fresh, "3d_fullres", "0", config)
+    assert run_fold(fresh, "3d_fullres", "0", config)
     unbroken = checkpoint(fresh)
-    assert train_fold(fresh, "3d_fullres", "0", config, restart=True)
+    assert run_fold(fresh, "3d_fullres", "0", config, restart=True)
     same_run(checkpoint(fresh), unbroken)
 
     with monkeypatch.context() as patch:
         send_at_step(patch, number, at)
-        assert not train_fold(fresh, "3d_fullres", "0", config, restart=True)
+        assert not run_fold(fresh, "3d_fullres", "0", config, restart=True)
     cut = checkpoint(fresh)
     assert cut["finished"] is None
     assert cut["schedule"]["epoch"] * config.batches_per_epoch + len(cut["losses"]) == at
-    assert train_fold(fresh, "3d_fullres", "0", config)
+    assert run_fold(fresh, "3d_fullres", "0", config)
     same_run(checkpoint(fresh), unbroken)
     with (fold_folder(fresh) / "progress.csv").open() as stream:
         assert [row["epoch"] for row in csv.DictReader(stream)] == ["1", "2"]
@@ -145,24 +146,24 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(fresh, monkeypatch, at, numb
 
 def test_a_longer_run_goes_on_where_a_shorter_one_ended(fresh):
     short = dataclasses.replace(QUICK, epochs=1)
-    assert train_fold(fresh, "3d_fullres", "0", short)
+    assert run_fold(fresh, "3d_fullres", "0", short)
     assert checkpoint(fresh)["finished"] == "all 1 epochs done"
-    assert train_fold(fresh, "3d_fullres", "0", QUICK)
+    assert run_fold(fresh, "3d_fullres", "0", QUICK)
     extended = checkpoint(fresh)
-    assert train_fold(fresh, "3d_fullres", "0", QUICK, restart=True)
+    assert run_fold(fresh, "3d_fullres", "0", QUICK, restart=True)
     same_run(checkpoint(fresh), extended)
 
 
 def test_resuming_names_the_settings_that_changed(fresh, caplog):
-    assert train_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
+    assert run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
     caplog.clear()
-    train_fold(fresh, "3d_fullres", "0", QUICK)
+    run_fold(fresh, "3d_fullres", "0", QUICK)
     assert "going on with epochs 2, so far it was 1" in caplog.text
     assert strict_json.load(TrainingConfig, fold_folder(fresh) / "config.json") == QUICK
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(fresh, monkeypatch):
-    assert train_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
+    assert run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
     good = leaves(checkpoint(fresh)["network"])
     monkeypatch.setattr(
         step, "dice_cross_entropy", lambda logits, *_, **__: logits.sum() * float("nan")
@@ -170,7 +171,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice(fresh, monkeypatch):
     with pytest.raises(
         TrainingError, match=r"loss is nan in epoch 2, step 1; .* --learning-rate below 0.001"
     ):
-        train_fold(fresh, "3d_fullres", "0", QUICK)
+        run_fold(fresh, "3d_fullres", "0", QUICK)
     assert leaves(checkpoint(fresh)["network"]) == good
 
 
@@ -180,7 +181,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice(fresh, monkeypatch):
 )
 def test_broken_weights_do_not_replace_the_last_good_ones(fresh, monkeypatch, signalled, message):
     """A loss may be finite and its gradient not: the last step of an epoch, or before a signal."""
-    assert train_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
+    assert run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
     good = leaves(checkpoint(fresh)["network"])
     real = loop.train_step
 
@@ -194,7 +195,7 @@ def test_broken_weights_do_not_replace_the_last_good_ones(fresh, monkeypatch, si
 
     monkeypatch.setattr(loop, "train_step", breaking)
     with pytest.raises(TrainingError, match=message):
-        train_fold(fresh, "3d_fullres", "0", QUICK)
+        run_fold(fresh, "3d_fullres", "0", QUICK)
     assert leaves(checkpoint(fresh)["network"]) == good
 
 
@@ -211,8 +212,8 @@ def test_a_scale_that_finds_no_end_is_not_saved(fresh):
 def test_a_lower_learning_rate_counts_from_the_next_epoch_on(fresh, kind):
     config = dataclasses.replace(QUICK, epochs=4, lr_schedule=kind)
     first = dataclasses.replace(config, epochs=1, lr_schedule="plateau")
-    assert train_fold(fresh, "3d_fullres", "0", first)
-    assert train_fold(fresh, "3d_fullres", "0", dataclasses.replace(config, learning_rate=1e-4))
+    assert run_fold(fresh, "3d_fullres", "0", first)
+    assert run_fold(fresh, "3d_fullres", "0", dataclasses.replace(config, learning_rate=1e-4))
     rates = [row["lr"] for row in checkpoint(fresh)["history"]]
     later = [1, 1, 1] if kind == "plateau" else [0.75**0.9, 0.5**0.9, 0.25**0.9]
     assert rates == pytest.approx([1e-3, *(1e-4 * share for share in later)])
@@ -230,10 +231,10 @@ def test_minutes_end_the_training_within_the_epoch(fresh, monkeypatch):
         return real(run, state, batch)
 
     monkeypatch.setattr(loop, "validation_step", noted)
-    assert train_fold(fresh, "3d_fullres", "0", config)
+    assert run_fold(fresh, "3d_fullres", "0", config)
     spec = open_run(fresh, "3d_fullres", "0", config).spec
     keys = [BatchKey(0, number, validation=True) for number in range(2)]
-    with open_batches(spec, iter(keys), QUICK, torch.device("cpu")) as expected:
+    with open_batches(spec, iter(keys), QUICK.stream, torch.device("cpu")) as expected:
         assert validated == [batch.data.numpy().tobytes() for batch in expected]
     end = checkpoint(fresh)
     assert end["finished"] == "0.005 minutes have passed"
@@ -244,7 +245,7 @@ def test_minutes_end_the_training_within_the_epoch(fresh, monkeypatch):
 
 def test_poly_decay_reaches_the_optimiser(fresh):
     config = dataclasses.replace(QUICK, lr_schedule="poly")
-    train_fold(fresh, "3d_fullres", "0", config)
+    run_fold(fresh, "3d_fullres", "0", config)
     end = checkpoint(fresh)
     assert [row["lr"] for row in end["history"]] == pytest.approx([1e-3, 1e-3 * 0.5**0.9])
     assert end["optimiser"]["param_groups"][0]["lr"] == pytest.approx(1e-3 * 0.5**0.9)
@@ -254,7 +255,7 @@ def test_poly_decay_reaches_the_optimiser(fresh):
 def test_best_checkpoint_is_where_the_average_dice_was_highest(fresh, monkeypatch):
     scores = iter([0.2, 0.6, 0.1, None])
     monkeypatch.setattr(loop, "pseudo_dice", lambda _: (next(scores),))
-    train_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=4))
+    run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=4))
     end, best = checkpoint(fresh), checkpoint(fresh, BEST_CHECKPOINT)
     assert best["schedule"]["epoch"] == 2
     assert best["best_dice"] == pytest.approx(0.9 * 0.2 + 0.1 * 0.6)
@@ -264,11 +265,11 @@ def test_best_checkpoint_is_where_the_average_dice_was_highest(fresh, monkeypatc
 
 
 def test_refuses_a_checkpoint_of_other_plans(fresh):
-    train_fold(fresh, "3d_fullres", "0", QUICK)
+    run_fold(fresh, "3d_fullres", "0", QUICK)
     (fresh / "plans.json").unlink()
     (fresh / "plans.json").write_text(strict_json.dumps(planned(patch=(4, 24, 24))))
     with pytest.raises(TrainingError, match=r"of other plans .*begin anew with --restart"):
-        train_fold(fresh, "3d_fullres", "0", QUICK)
+        run_fold(fresh, "3d_fullres", "0", QUICK)
 
 
 def test_refuses_a_damaged_checkpoint(tmp_path):
@@ -302,7 +303,7 @@ def test_refuses_an_unknown_fold(fresh, fold):
 
 def test_validation_segments_the_held_out_cases_only(fresh):
     config = dataclasses.replace(QUICK, epochs=1, validation=True)
-    assert train_fold(fresh, "3d_fullres", "0", config)
+    assert run_fold(fresh, "3d_fullres", "0", config)
     run = open_run(fresh, "3d_fullres", "0", config)
     found = json.loads((run.folder / "validation.json").read_text())
     masks = sorted(path.name for path in (run.folder / "validation").iterdir())

@@ -11,9 +11,9 @@ from ichseg.model import bundle
 from ichseg.model.network import build_network
 from training.data.workspace import LATEST_CHECKPOINT, run_folder
 from training.fit import loop
-from training.fit.fold_run import load_checkpoint
-from training.fit.loop import train_fold
+from training.fit.checkpoint import load_checkpoint
 from training.fit.pretrained import choose_member, load_pretrained
+from training.jobs.train import run_fold
 
 
 @pytest.fixture
@@ -99,14 +99,14 @@ def test_training_begins_with_them_but_a_resumed_run_does_not(folder, tmp_path, 
     workspace = make_workspace(tmp_path / "ws", cases=5)
     config = dataclasses.replace(QUICK, epochs=1, learning_rate=1e-9, pretrained=str(folder))
     path = run_folder(workspace, "3d_fullres", "1") / LATEST_CHECKPOINT
-    assert train_fold(workspace, "3d_fullres", "1", config)
+    assert run_fold(workspace, "3d_fullres", "1", config)
     trained, given = load_checkpoint(path, CONFIGURATION)["network"], weights(folder, 1)
     for name, tensor in trained.items():
         torch.testing.assert_close(tensor, given[name], rtol=0, atol=1e-7)
     loaded = []
     monkeypatch.setattr(loop, "load_pretrained", lambda *args: loaded.append(args))
     longer = dataclasses.replace(config, epochs=2)
-    assert train_fold(workspace, "3d_fullres", "1", longer)
+    assert run_fold(workspace, "3d_fullres", "1", longer)
     assert loaded == []
-    assert train_fold(workspace, "3d_fullres", "1", config, restart=True)
+    assert run_fold(workspace, "3d_fullres", "1", config, restart=True)
     assert len(loaded) == 1

@@ -17,8 +17,9 @@ from training.batches.sampling import BatchKey
 from training.batches.stream import Batch, open_batches
 from training.data.workspace import LATEST_CHECKPOINT
 from training.fit import process_group
-from training.fit.fold_run import load_checkpoint, open_run
-from training.fit.process_group import ALONE, Peers
+from training.fit.checkpoint import load_checkpoint
+from training.fit.fold_run import open_run
+from training.fit.process_group import ALONE, ProcessGroup
 from training.fit.step import begin, train_step, validation_step
 
 ROOT = Path(__file__).parents[2]
@@ -27,12 +28,12 @@ VARIANTS = [
 ]
 
 
-def five_steps(workspace, batch_dice, optimiser, peers):
+def five_steps(workspace, batch_dice, optimiser, group):
     """Parameters after five steps in float64, the losses, and what a validation batch counts."""
     config = dataclasses.replace(
         QUICK, optimiser=optimiser, learning_rate=0.001, gradient_clip=0.5, momentum=0.9
     )
-    run = open_run(workspace, "3d_fullres", "0", config, peers)
+    run = open_run(workspace, "3d_fullres", "0", config, group)
     run = dataclasses.replace(
         run, configuration=dataclasses.replace(run.configuration, batch_dice=batch_dice)
     )
@@ -40,7 +41,7 @@ def five_steps(workspace, batch_dice, optimiser, peers):
     state.network.double()
     keys = [*(BatchKey(0, number) for number in range(5)), BatchKey(0, 0, validation=True)]
     losses = []
-    with open_batches(run.spec, iter(keys), config, run.device) as stream:
+    with open_batches(run.spec, iter(keys), config.stream, run.device) as stream:
         for _ in range(5):
             data, target = next(stream)
             losses.append(train_step(run, state, Batch(data.double(), target)))
@@ -55,10 +56,10 @@ def five_steps(workspace, batch_dice, optimiser, peers):
 def one_of_two(workspace, out):
     """What each of the two processes does; at the end of this file."""
     torch.set_num_threads(1)
-    with process_group.joined("cpu") as peers:
-        found = {variant: five_steps(workspace, *variant, peers) for variant in VARIANTS}
-        said = peers.any(peers.rank == 1, False), peers.of_leader(float(peers.rank))
-    torch.save((found, said), out / f"{peers.rank}.pt")
+    with process_group.joined("cpu") as group:
+        found = {variant: five_steps(workspace, *variant, group) for variant in VARIANTS}
+        said = group.any(group.rank == 1, False), group.of_leader(float(group.rank))
+    torch.save((found, said), out / f"{group.rank}.pt")
 
 
 def torchrun(*words):
@@ -74,7 +75,7 @@ def torchrun(*words):
 
 @pytest.fixture
 def larger(fresh):
-    """A workspace whose batch of 4 has 1 forced sample, in the second process' half."""
+    """A workspace whose batch of 4 has 1 oversampled one, in the second process' half."""
     (fresh / "plans.json").unlink()
     (fresh / "plans.json").write_text(strict_json.dumps(planned(batch=4)))
     return fresh
@@ -111,7 +112,7 @@ def test_torchrun_trains_one_fold(larger):
 
 def test_refuses_a_batch_that_cannot_be_shared(fresh):
     with pytest.raises(TrainingError, match="batch of 2 over 3 processes, expected a multiple"):
-        open_run(fresh, "3d_fullres", "0", QUICK, Peers(0, 3))
+        open_run(fresh, "3d_fullres", "0", QUICK, ProcessGroup(0, 3))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from helpers.workspaces import same_run
 
 from training.__main__ import main as command
 from training.data.workspace import LATEST_CHECKPOINT
-from training.fit.fold_run import load_checkpoint
+from training.fit.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,8 +10,8 @@ from ichseg.errors import TrainingError
 from training.batches.stream import Batch
 from training.fit import step
 from training.fit.fold_run import open_run
-from training.fit.loop import train_fold
 from training.fit.step import begin, compile_forward, pseudo_dice, train_step, validation_step
+from training.jobs.train import run_fold
 
 SGD = dataclasses.replace(
     QUICK, optimiser="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.01, gradient_clip=0.0
@@ -147,7 +147,7 @@ def test_what_cannot_be_compiled_is_trained_as_it_is(fresh, monkeypatch, caplog)
     monkeypatch.setattr(torch, "compile", no_compiler)
     assert compile_forward(run, network) is network
     assert "torch.compile failed (no C++ compiler found); training goes on without" in caplog.text
-    assert train_fold(fresh, "3d_fullres", "0", config)
+    assert run_fold(fresh, "3d_fullres", "0", config)
 
 
 def test_a_compiled_network_is_used_and_its_trial_leaves_no_trace(fresh, monkeypatch):
@@ -183,7 +183,7 @@ def test_out_of_memory_says_what_to_lower_and_to_what(fresh, monkeypatch):
         match=r"fold_0: out of memory on cpu with patch 4x16x16, batch 2, fp32; in this order, try "
         r"torchrun --nproc-per-node 2 .*, plan --gpu-memory-gb 6 \(now 12\)$",
     ):
-        train_fold(fresh, "3d_fullres", "0", QUICK)
+        run_fold(fresh, "3d_fullres", "0", QUICK)
 
 
 def test_refuses_fp16_on_the_cpu(fresh):
@@ -207,7 +207,7 @@ def test_deterministic_is_on_while_training_only(fresh, monkeypatch):
     for deterministic in (True, False):
         seen.clear()
         config = dataclasses.replace(QUICK, epochs=1, deterministic=deterministic)
-        assert train_fold(fresh, "3d_fullres", "0", config, restart=True)
+        assert run_fold(fresh, "3d_fullres", "0", config, restart=True)
         assert set(seen) == {(deterministic, not deterministic)}
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cudnn.benchmark == before

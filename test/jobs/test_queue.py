@@ -134,12 +134,13 @@ def test_processes_end_when_something_goes_wrong_here(tmp_path):
 
 
 def test_a_signal_that_comes_while_a_process_begins_reaches_it(monkeypatch):
-    real = subprocess.Popen
+    real, begun = subprocess.Popen, []
 
     def begin(*args, **options):
-        process = real(*args, **options)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return process
+        begun.append(real(*args, **options))
+        if len(begun) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return begun[-1]
 
     monkeypatch.setattr(subprocess, "Popen", begin)
     began = time.monotonic()

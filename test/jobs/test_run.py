@@ -22,9 +22,8 @@ from training.__main__ import main as command
 from training.bundle import export
 from training.crossval import merge, selection
 from training.data.workspace import LATEST_CHECKPOINT, VERIFIED_FILE
-from training.fit import loop
 from training.fit.configuration import config_from
-from training.jobs import run
+from training.jobs import run, train
 from training.planning import planner
 from training.scoring import summary
 
@@ -175,7 +174,7 @@ def test_a_fold_that_fails_stops_the_run_and_the_others_are_kept(
     shutil.rmtree(copy / "runs")
     shutil.rmtree(copy / "bundles")
     trained = []
-    real = loop.train_fold
+    real = train.run_fold
 
     def fail(workspace, configuration, fold, config, **options):
         trained.append(fold)
@@ -183,7 +182,7 @@ def test_a_fold_that_fails_stops_the_run_and_the_others_are_kept(
             raise DatasetError("a case is damaged")
         return real(workspace, configuration, fold, config, **options)
 
-    monkeypatch.setattr(loop, "train_fold", fail)
+    monkeypatch.setattr(train, "run_fold", fail)
     line = ["run", str(dataset), "--workspace", str(copy), *TINY]
     assert command(line) == 1
     assert trained == ["0", "1"]
@@ -237,7 +236,7 @@ def test_a_dataset_with_errors_stops_the_run_at_verify(copy, dataset, capsys):
 
 def test_an_interrupted_training_ends_the_run(copy, dataset, monkeypatch):
     shutil.rmtree(copy / "runs")
-    monkeypatch.setattr(loop, "train_fold", lambda *_, **__: False)
+    monkeypatch.setattr(train, "run_fold", lambda *_, **__: False)
     assert command(["run", str(dataset), "--workspace", str(copy), *TINY]) == 130
 
 
@@ -262,7 +261,7 @@ def test_every_command_takes_its_flags(step_by_step, monkeypatch):
     _, done = step_by_step
     lines = {words[0]: list(words) for words in done}
     parsed = {}
-    for name, module in (("plan", planner), ("train", loop)):
+    for name, module in (("plan", planner), ("train", train)):
         parser = argparse.ArgumentParser(allow_abbrev=False)
         module.add_arguments(parser)
         parsed[name] = parser.parse_args(lines[name][1:])

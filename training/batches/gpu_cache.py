@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class ResidentCase:
+class CachedCase:
     """One case on the device.
 
     Attributes:
@@ -45,19 +45,20 @@ class ResidentCase:
     target: Tensor
 
 
-ResidentCases = dict[str, ResidentCase]
+GpuCache = dict[str, CachedCase]
 
 
-def load_resident(
+def fill_cache(
     folder: Path, names: Sequence[str], device: torch.device, mode: str
-) -> ResidentCases | None:
+) -> GpuCache | None:
     """Bring all cases to the device if they are to be there; says in the log what was done.
 
     Args:
         folder: Preprocessed cases of one configuration.
         names: Of the cases.
         device: That trains.
-        mode: ``yes``, ``no``, or ``auto``: on CUDA, where they leave enough for the training.
+        mode: ``yes``, ``no``, or ``auto``, which keeps them on CUDA only, and only where they leave
+            enough memory for the training.
 
     Returns:
         The cases by name, or None when they are to be read from the store.
@@ -86,8 +87,8 @@ def load_resident(
             byte_size(most),
         )
         return None
-    resident = {
-        case.name: ResidentCase(
+    cache = {
+        case.name: CachedCase(
             torch.from_numpy(case.data.multiples(...)).to(device),
             torch.from_numpy(case.data.steps).to(device),
             torch.from_numpy(case.target[...]).to(device),
@@ -95,16 +96,16 @@ def load_resident(
         for case in cases
     }
     _log.info("all %d cases are in %s, %s", len(cases), memory, byte_size(need))
-    return resident
+    return cache
 
 
 def cut_regions(
-    cases: ResidentCases, names: Sequence[str], lowers: Sequence[Shape], size: Shape
+    cases: GpuCache, names: Sequence[str], lowers: Sequence[Shape], size: Shape
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Regions of cases; beyond a case the image is 0 and the target -1.
 
     Args:
-        cases: From ``load_resident``.
+        cases: From ``fill_cache``.
         names: Case of each region.
         lowers: First voxel ``(z, y, x)`` of each region.
         size: Of all regions.

@@ -52,10 +52,12 @@ class BatchSpec:
         batch: Samples per batch, of all processes together.
         in_plane: Spatial augmentation leaves the slice axis alone.
         masked: For each channel whether it is zero outside the nonzero region.
-        foreground_fraction: Share of a batch that contains foreground by force.
+        foreground_fraction: Share of a batch that is centred on foreground (foreground
+            oversampling).
         augmentation: Of training batches; validation batches have none.
         seed, fold: First words of every batch's seed.
-        centre_jitter: How far forced foreground may lie from a patch's centre, see ``draw_lower``.
+        centre_jitter: How far the chosen foreground may lie from a patch's centre, see
+            ``draw_lower``.
         previous_labels: Foreground classes of a cascade's first stage, which become channels.
         share: Number of this process and how many there are: each makes its part of each batch.
     """
@@ -203,13 +205,13 @@ def make_patches(spec: BatchSpec, key: BatchKey) -> Patches:
     )
 
 
-def read_regions(spec: BatchSpec, key: BatchKey, *, resident: bool = False) -> Regions:
+def read_regions(spec: BatchSpec, key: BatchKey, *, cached: bool = False) -> Regions:
     """Draw one batch and read what its warps will need; all of the host's work for the device.
 
     Args:
         spec: What batches have in common.
         key: Which batch.
-        resident: Images and targets lie on the device and need not be read.
+        cached: Images and targets lie on the device (``gpu_cache``) and need not be read.
 
     Raises:
         DatasetError: A case is missing or damaged.
@@ -223,7 +225,7 @@ def read_regions(spec: BatchSpec, key: BatchKey, *, resident: bool = False) -> R
     cases = [_open(spec.folder, draw.name) for draw in draws]
     where = list(zip(cases, lowers, strict=True))
     voxels = previous = None
-    if not resident:
+    if not cached:
         voxels = Voxels(
             np.stack([read_region(c.data, low, size, multiples=True) for c, low in where]),
             np.array([case.data.steps for case in cases], np.float32),
@@ -268,15 +270,15 @@ def _draw_sample(spec: BatchSpec, key: BatchKey, index: int, rng: np.random.Gene
         (z, y, x),
         case.foreground,
         spec.tile,
-        forced=is_forced(index, spec.batch, spec.foreground_fraction),
+        on_foreground=is_oversampled(index, spec.batch, spec.foreground_fraction),
         jitter=spec.centre_jitter,
     )
     warp = draw_warp(rng, spec.augmentation_of(key), spec.patch, in_plane=spec.in_plane)
     return Draw(name, lower, warp, rng)
 
 
-def is_forced(index: int, batch: int, fraction: float) -> bool:
-    """Whether this sample of a batch must contain foreground: the last ones must, rounded."""
+def is_oversampled(index: int, batch: int, fraction: float) -> bool:
+    """Whether this sample of a batch is centred on foreground: the last ones are, rounded."""
     return index >= round(batch * (1 - fraction))
 
 
@@ -286,29 +288,29 @@ def draw_lower(
     foreground: Foreground,
     patch: Shape,
     *,
-    forced: bool,
+    on_foreground: bool,
     jitter: float = 0.0,
 ) -> Shape:
     """First voxel of a patch; negative along an axis where the case is smaller and gets centred.
 
-    Forced: a class that the case has, uniformly, then one of its voxels, which becomes the centre
-    as far as the patch stays in the case. A slice (patch one thick) is first drawn among the slices
-    with that class, so a slice with much of it is no likelier. Not forced, or no foreground:
-    anywhere, uniformly.
+    On foreground: a class that the case has is drawn uniformly, then one of its voxels, which
+    becomes the centre as far as the patch stays in the case. A slice (patch one thick) is first
+    drawn among the slices with that class, so a slice with much of it is no likelier. Otherwise, or
+    where the case has no foreground, the patch lies anywhere, uniformly.
 
     Args:
         rng: Source of the draw.
         shape: Of the case ``(z, y, x)``.
         foreground: Voxels ``(n, 3)`` of each class.
         patch: Size ``(z, y, x)``.
-        forced: Whether to centre on foreground.
+        on_foreground: Whether to centre the patch on foreground (foreground oversampling).
         jitter: How far from the centre that voxel may lie, uniformly along each axis, as a fraction
             of the way to the patch's border: 0 is the centre always (the reference's way), with 1
             it may lie anywhere in the patch.
     """
     span = [size - p for size, p in zip(shape, patch, strict=True)]
     classes = sorted(label for label, voxels in foreground.items() if label > 0 and len(voxels))
-    if forced and classes:
+    if on_foreground and classes:
         voxels = foreground[classes[int(rng.integers(len(classes)))]]
         if patch[0] == 1:
             slices = np.unique(voxels[:, 0])
@@ -375,7 +377,7 @@ def read_region(
 
 
 def _draw_offset(rng: np.random.Generator, size: int, jitter: float) -> int:
-    """Where along an axis of the patch the forced voxel lies."""
+    """Where along an axis of the patch the chosen voxel lies."""
     before, after = size // 2, size - 1 - size // 2
     return before + int(rng.integers(-int(jitter * before), int(jitter * after) + 1))
 

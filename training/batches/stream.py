@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
@@ -25,7 +26,7 @@ from torch import Tensor
 from ichseg.errors import TrainingError
 from training.batches.augment_device import augment_batch
 from training.batches.augmentation import OUTSIDE
-from training.batches.gpu_cache import ResidentCases, cut_regions, load_resident
+from training.batches.gpu_cache import GpuCache, cut_regions, fill_cache
 from training.batches.sampling import (
     BatchKey,
     BatchSpec,
@@ -35,7 +36,25 @@ from training.batches.sampling import (
     read_regions,
 )
 from training.data import parallel
-from training.fit.configuration import TrainingConfig
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """Who makes batches, and how far ahead.
+
+    Attributes:
+        engine: Who augments: ``host`` (the workers), ``device``, or ``auto`` (the device where that
+            is a GPU).
+        workers: Processes that make batches; with 0 they are made in between.
+        prefetch: Batches made ahead.
+        gpu_cache: Whether all cases are kept on the device that augments: ``yes``, ``no``, or
+            ``auto`` (on a GPU where they leave it enough for training).
+    """
+
+    engine: str = "auto"
+    workers: int = 1
+    prefetch: int = 4
+    gpu_cache: str = "auto"
 
 
 class Batch(NamedTuple):
@@ -52,7 +71,7 @@ class Batch(NamedTuple):
 def open_batches(
     spec: BatchSpec,
     keys: Iterator[BatchKey],
-    config: TrainingConfig,
+    options: StreamOptions,
     device: torch.device,
     layout: torch.memory_format = torch.contiguous_format,
 ) -> BatchStream:
@@ -61,7 +80,7 @@ def open_batches(
     Args:
         spec: What they have in common.
         keys: Which ones; may be endless.
-        config: Engine, workers, prefetch, and whether cases are to stay on the device.
+        options: Who makes them.
         device: Where they are wanted.
         layout: Memory format of the data.
 
@@ -70,8 +89,8 @@ def open_batches(
     """
     make: Callable[[BatchKey], Patches | Regions]
     finish: Callable[[Any], Batch]
-    if choose_engine(config, device) == "host":
-        if config.resident == "yes":
+    if choose_engine(options.engine, device) == "host":
+        if options.gpu_cache == "yes":
             raise TrainingError(
                 f"resident is yes, but on {device.type} the workers augment; add "
                 "--augmentation-engine device"
@@ -80,16 +99,18 @@ def open_batches(
         finish = functools.partial(_place_patches, spec, device, layout)
     else:
         names = spec.train + spec.validation
-        cases = load_resident(spec.folder, names, device, config.resident)
-        make = functools.partial(read_regions, spec, resident=cases is not None)
+        cases = fill_cache(spec.folder, names, device, options.gpu_cache)
+        make = functools.partial(read_regions, spec, cached=cases is not None)
         finish = functools.partial(_augment_regions, spec, device, layout, cases)
-    return BatchStream(make, finish, keys, device, workers=config.workers, prefetch=config.prefetch)
+    return BatchStream(
+        make, finish, keys, device, workers=options.workers, prefetch=options.prefetch
+    )
 
 
-def choose_engine(config: TrainingConfig, device: torch.device) -> str:
-    """``host`` or ``device``: which of them augments."""
-    if config.augmentation_engine != "auto":
-        return config.augmentation_engine
+def choose_engine(wanted: str, device: torch.device) -> str:
+    """``host`` or ``device``: which of them augments where ``wanted`` may also be ``auto``."""
+    if wanted != "auto":
+        return wanted
     return "device" if device.type == "cuda" else "host"
 
 
@@ -208,7 +229,7 @@ def _augment_regions(
     spec: BatchSpec,
     device: torch.device,
     layout: torch.memory_format,
-    cases: ResidentCases | None,
+    cases: GpuCache | None,
     made: Regions,
 ) -> Batch:
     """Augment on the device what has been read, or lies there."""

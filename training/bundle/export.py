@@ -38,8 +38,9 @@ from training.data.workspace import (
     run_folder,
     selection_file,
 )
+from training.fit.checkpoint import load_checkpoint
 from training.fit.configuration import TrainingConfig
-from training.fit.fold_run import FoldRun, load_checkpoint, open_run
+from training.fit.fold_run import FoldRun, open_run
 
 INPUT_SLUG, OUTPUT_SLUG = "head-ct", "intracranial-hemorrhage-segmentation"
 CHECKPOINTS = {"latest": LATEST_CHECKPOINT, "best": BEST_CHECKPOINT}

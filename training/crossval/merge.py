@@ -28,7 +28,7 @@ from training.data.workspace import (
     run_folder,
     runs_folder,
 )
-from training.fit.fold_run import load_checkpoint
+from training.fit.checkpoint import load_checkpoint
 from training.scoring import evaluate, summary
 from training.scoring.measures import EMPTY_POLICIES
 from training.scoring.summary import Evaluation

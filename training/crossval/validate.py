@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ichseg.engine import torch_engine
-from ichseg.errors import PlansError
+from ichseg.errors import PlansError, TrainingError
 from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.model.network import build_network
@@ -44,7 +44,8 @@ from training.data.workspace import (
     probabilities_folder,
 )
 from training.fit import log
-from training.fit.fold_run import FoldRun, load_checkpoint
+from training.fit.checkpoint import load_checkpoint
+from training.fit.fold_run import FoldRun
 from training.scoring.measures import dice
 from training.store import chunks
 
@@ -189,7 +190,10 @@ def predict_case(
     data = prepared.data
     if run.spec.previous_labels:
         previous = chunks.open_case(run.spec.folder, name).previous
-        assert previous is not None  # or the run could not have been opened
+        if previous is None:
+            raise TrainingError(
+                f"{run.spec.folder}: case {name} has no labels of the first stage; train that first"
+            )
         data = np.concatenate((data, prepare.one_hot(previous[:], run.spec.previous_labels)))
     dimensions = run.configuration.architecture.dimensions
     scores = sliding_window.predict_tiled(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +13,16 @@ import torch
 from ichseg.errors import PlansError, TrainingError
 from ichseg.files import replacing
 from ichseg.model import strict_json
+from ichseg.model.plans import Configuration
 from training.data.workspace import CONFIG_FILE, LATEST_CHECKPOINT
 from training.fit import schedule
 from training.fit.configuration import TrainingConfig
-from training.fit.fold_run import SCHEMA_VERSION, FoldRun, load_checkpoint
+from training.fit.fold_run import FoldRun
 from training.fit.log import EpochRow
 from training.fit.schedule import ScheduleState
 from training.fit.step import TrainingState
 
+SCHEMA_VERSION = 2
 LOWEST_SCALE = 2.0**-16  # of the loss under fp16: thirty halvings below where it starts
 
 _log = logging.getLogger(__name__)
@@ -55,7 +58,7 @@ def save(run: FoldRun, state: TrainingState, name: str) -> None:
     Raises:
         TrainingError: There is nothing good to save; the old checkpoint stays.
     """
-    if not run.peers.leads:
+    if not run.group.leads:
         return
     if not all(bool(p.isfinite().all()) for p in state.network.parameters()):
         raise diverged(run, "the weights are no longer finite")
@@ -103,3 +106,35 @@ def resume(run: FoldRun, state: TrainingState) -> None:
             if old != new:
                 _log.warning("going on with %s %s, so far it was %s", option.name, new, old)
     _log.info("going on after epoch %d, step %d", state.schedule.epoch, len(state.losses))
+
+
+def load_checkpoint(
+    path: Path, configuration: Configuration, device: torch.device | None = None
+) -> dict[str, Any]:
+    """Read a checkpoint of this configuration.
+
+    Args:
+        path: The checkpoint.
+        configuration: As the plans have it now.
+        device: Where its tensors are wanted; the CPU by default.
+
+    Raises:
+        TrainingError: It is missing, damaged, or of another configuration.
+    """
+    try:
+        raw: dict[str, Any] = torch.load(path, map_location=device or "cpu", weights_only=True)
+        found, version = raw["configuration"], raw["schema_version"]
+    except FileNotFoundError as error:
+        raise TrainingError(f"{path}: no such file; run `train` first") from error
+    except Exception as error:  # torch raises a dozen types on damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainingError(f"{path}: damaged or not a checkpoint ({reason})") from error
+    if version != SCHEMA_VERSION:
+        raise TrainingError(
+            f"{path}: checkpoint schema {version!r}, this code reads {SCHEMA_VERSION}"
+        )
+    if found != strict_json.dumps(configuration):
+        raise TrainingError(
+            f"{path}: of other plans than {configuration.name} has now; begin anew with --restart"
+        )
+    return raw

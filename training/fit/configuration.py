@@ -11,6 +11,7 @@ from typing import Any
 
 from ichseg.errors import TrainingError
 from training.batches.augmentation import MSD2018, NNUNETV2, AugmentationConfig
+from training.batches.stream import StreamOptions
 from training.fit import schedule
 from training.fit.schedule import ScheduleRules
 
@@ -138,6 +139,16 @@ class TrainingConfig:
                 )
 
     @property
+    def stream(self) -> StreamOptions:
+        """Who makes batches, and how far ahead."""
+        return StreamOptions(
+            engine=self.augmentation_engine,
+            workers=self.workers,
+            prefetch=self.prefetch,
+            gpu_cache=self.resident,
+        )
+
+    @property
     def rules(self) -> ScheduleRules:
         """The schedule's numbers."""
         return ScheduleRules(
@@ -155,7 +166,7 @@ class TrainingConfig:
         )
 
 
-RECIPES = {
+TRAINING_RECIPES = {
     # P18, the paper; amsgrad and weight decay, of which it says nothing, are C19's
     "msd2018": TrainingConfig(),
     # V2
@@ -192,11 +203,11 @@ def config_from(args: argparse.Namespace, recipe: str) -> TrainingConfig:
     Raises:
         TrainingError: A value is out of range, or there is no such recipe.
     """
-    if recipe not in RECIPES:
+    if recipe not in TRAINING_RECIPES:
         raise TrainingError(
-            f"no training recipe {recipe!r} yet, expected one of {', '.join(RECIPES)}"
+            f"no training recipe {recipe!r} yet, expected one of {', '.join(TRAINING_RECIPES)}"
         )
-    base = RECIPES[recipe]
+    base = TRAINING_RECIPES[recipe]
     try:
         augmentation = dataclasses.replace(base.augmentation, **_given(args, AugmentationConfig))
         return dataclasses.replace(base, augmentation=augmentation, **_given(args, TrainingConfig))
@@ -249,12 +260,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     settings = parser.add_argument_group(
         "settings", "In brackets the default of recipe msd2018, and of others where they differ."
     )
-    add_flags(settings, TrainingConfig, RECIPES)
+    add_flags(settings, TrainingConfig, TRAINING_RECIPES)
     ranges = parser.add_argument_group("augmentation", "Probabilities and ranges.")
     add_flags(
         ranges,
         AugmentationConfig,
-        {name: recipe.augmentation for name, recipe in RECIPES.items()},
+        {name: recipe.augmentation for name, recipe in TRAINING_RECIPES.items()},
     )
 
 

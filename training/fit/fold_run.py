@@ -1,25 +1,22 @@
-"""One fold of one configuration in a workspace: its cases, its folder, its checkpoints."""
+"""One fold of one configuration in a workspace: its cases, its settings, its folder."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ichseg.engine import torch_engine
 from ichseg.errors import TrainingError
-from ichseg.model import plans, strict_json
+from ichseg.model import plans
 from ichseg.model.plans import Configuration, Plans
 from training.batches.sampling import BatchSpec
-from training.crossval import cascade_labels
 from training.data import dataset, splits
 from training.data.workspace import ALL_FOLD, plans_file, preprocessed_folder, run_folder
 from training.fit.configuration import TrainingConfig
-from training.fit.process_group import ALONE, Peers
+from training.fit.process_group import ALONE, ProcessGroup
 
-SCHEMA_VERSION = 2
 _ALL_FOLD_NUMBER = 1_000_000
 
 
@@ -28,20 +25,24 @@ class FoldRun:
     """What stays the same throughout a run.
 
     Attributes:
-        folder: Of the run.
-        plans, configuration, config: What the data decided, and what the user chose.
-        spec: Of the batches.
+        folder: Where the run leaves its files.
+        fold: The fold's number, or ``all``.
+        plans: What the data decided.
+        configuration: The one of the plans' configurations that is trained.
+        config: What the user chose.
+        spec: What the fold's batches have in common; it names the fold's cases.
         device: Where the network trains.
-        peers: The processes that train this fold together.
+        group: The processes that train this fold together.
     """
 
     folder: Path
+    fold: str
     plans: Plans
     configuration: Configuration
     config: TrainingConfig
     spec: BatchSpec
     device: torch.device
-    peers: Peers = ALONE
+    group: ProcessGroup = ALONE
 
     @property
     def precision(self) -> str:
@@ -52,16 +53,27 @@ class FoldRun:
 
     @property
     def layout(self) -> torch.memory_format:
-        """Memory format of network and data."""
+        """Memory format of the network and of the data."""
         if self.config.memory_format == "contiguous":
             return torch.contiguous_format
         return torch.channels_last if len(self.spec.patch) == 2 else torch.channels_last_3d
 
 
 def open_run(
-    workspace: Path, configuration: str, fold: str, config: TrainingConfig, peers: Peers = ALONE
+    workspace: Path,
+    configuration: str,
+    fold: str,
+    config: TrainingConfig,
+    group: ProcessGroup = ALONE,
 ) -> FoldRun:
     """Collect what a run needs from the workspace.
+
+    Args:
+        workspace: With dataset, plans and splits.
+        configuration: Such as ``3d_fullres``.
+        fold: Index into the splits, or ``all`` to train on every case.
+        config: What the user chose.
+        group: The processes that train this fold together.
 
     Raises:
         IchsegError: Something is missing, the fold is unknown, or fp16 is asked for on the CPU.
@@ -79,11 +91,6 @@ def open_run(
         if not fold.isdecimal() or int(fold) >= len(folds):
             raise TrainingError(f"fold {fold!r}, expected 0 to {len(folds) - 1}, or {ALL_FOLD}")
         number, split = int(fold), folds[int(fold)]
-    previous_labels = 0
-    if chosen.previous_stage is not None:
-        needed = sorted({*split.train, *split.validation})
-        cascade_labels.require_labels(workspace, chosen, needed, names)
-        previous_labels = len(planned.labels) - 1
     spec = BatchSpec(
         folder=preprocessed_folder(workspace, configuration),
         train=split.train,
@@ -97,42 +104,16 @@ def open_run(
         seed=config.seed,
         fold=number,
         centre_jitter=config.centre_jitter,
-        previous_labels=previous_labels,
-        share=(peers.rank, peers.count),
+        previous_labels=0 if chosen.previous_stage is None else len(planned.labels) - 1,
+        share=(group.rank, group.count),
     )
     return FoldRun(
         folder=run_folder(workspace, configuration, fold),
+        fold=fold,
         plans=planned,
         configuration=chosen,
         config=config,
         spec=spec,
         device=device,
-        peers=peers,
+        group=group,
     )
-
-
-def load_checkpoint(
-    path: Path, configuration: Configuration, device: torch.device | None = None
-) -> dict[str, Any]:
-    """Read a checkpoint of this configuration.
-
-    Raises:
-        TrainingError: Missing, damaged, or of another configuration.
-    """
-    try:
-        raw: dict[str, Any] = torch.load(path, map_location=device or "cpu", weights_only=True)
-        found, version = raw["configuration"], raw["schema_version"]
-    except FileNotFoundError as error:
-        raise TrainingError(f"{path}: no such file; run `train` first") from error
-    except Exception as error:  # torch raises a dozen types on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TrainingError(f"{path}: damaged or not a checkpoint ({reason})") from error
-    if version != SCHEMA_VERSION:
-        raise TrainingError(
-            f"{path}: checkpoint schema {version!r}, this code reads {SCHEMA_VERSION}"
-        )
-    if found != strict_json.dumps(configuration):
-        raise TrainingError(
-            f"{path}: of other plans than {configuration.name} has now; begin anew with --restart"
-        )
-    return raw

@@ -1,60 +1,40 @@
-"""Train one fold of one configuration, and validate it at full volume.
+"""Train one fold of one configuration: epoch after epoch, until the schedule ends it.
 
 The run's folder holds everything: ``config.json``, ``checkpoint_latest.pt`` after every epoch,
-``checkpoint_best.pt``, ``progress.csv``, ``progress.png``, ``validation/``. The same command
-resumes a run that was cut off; on the CPU, with as many threads, it ends bit-equal to one that was
-not. Started by ``torchrun``, one fold trains on several GPUs, each with its share of every batch.
+``checkpoint_best.pt``, ``progress.csv``, ``progress.png``. A run that was cut off is resumed from
+its latest checkpoint; on the CPU, with as many threads, it ends bit-equal to one that was not.
+Started by ``torchrun``, one fold trains on several GPUs, each with its share of every batch.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import functools
 import itertools
 import logging
 import math
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ichseg import files
 from ichseg.engine import torch_engine
 from ichseg.errors import TrainingError
-from ichseg.files import remove_unfinished, replacing
-from ichseg.model import plans, strict_json
+from ichseg.model import strict_json
 from training.batches.sampling import BatchKey
 from training.batches.stream import BatchStream, open_batches
-from training.crossval.validate import validate
-from training.data import dataset
-from training.data.workspace import (
-    ALL_FOLD,
-    BEST_CHECKPOINT,
-    CONFIG_FILE,
-    LATEST_CHECKPOINT,
-    TRAIN_LOG,
-    plans_file,
-    run_folder,
-)
-from training.fit import log, schedule
+from training.data.workspace import BEST_CHECKPOINT, CONFIG_FILE, LATEST_CHECKPOINT
+from training.fit import schedule
 from training.fit.checkpoint import diverged, resume, save
-from training.fit.configuration import (
-    RECIPES,
-    TrainingConfig,
-    add_settings,
-    config_from,
-    flags_from,
-)
-from training.fit.fold_run import FoldRun, open_run
+from training.fit.configuration import TrainingConfig
+from training.fit.fold_run import FoldRun
 from training.fit.log import EpochRow
 from training.fit.pretrained import load_pretrained
-from training.fit.process_group import ALONE, Peers, joined
 from training.fit.progress import Moment, Watch
-from training.fit.signals import Signals
 from training.fit.step import (
     TrainingState,
     begin,
@@ -65,72 +45,39 @@ from training.fit.step import (
     train_step,
     validation_step,
 )
-from training.jobs import queue
 
 BEST_MOMENTUM = 0.9  # of the pseudo-Dice average that picks the best checkpoint
+
+Interrupted = Callable[[], bool]  # whether the training is to end after the step in hand
 
 _log = logging.getLogger(__name__)
 
 
 def train_fold(
-    workspace: Path,
-    configuration: str,
-    fold: str,
-    config: TrainingConfig,
-    *,
-    restart: bool = False,
-    peers: Peers = ALONE,
+    run: FoldRun, *, restart: bool = False, interrupted: Interrupted = lambda: False
 ) -> bool:
-    """Train one fold to its end, or until a signal; then validate it.
+    """Train one fold to its end, or until it is interrupted.
 
     Args:
-        workspace: With plans, splits and preprocessed cases.
-        configuration: Such as ``3d_fullres``.
-        fold: Index into the splits, or ``all`` to train on every case.
-        config: What the user chose.
+        run: The fold, with its cases preprocessed.
         restart: Begin anew although there is a checkpoint.
-        peers: The processes that train this fold together; the leading one writes and validates.
+        interrupted: Asked at each step whether to stop.
 
     Returns:
-        Whether training has reached its end; False after SIGTERM or Ctrl-C, with a checkpoint of
+        Whether training has reached its end; False when it was interrupted, with a checkpoint of
         the last step.
 
     Raises:
         TrainingError: The loss is not finite, memory ran out, or the checkpoint is of other plans.
         IchsegError: Something that earlier commands make is missing or damaged.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    run = open_run(workspace, configuration, fold, config, peers)
-    with determinism(run), Signals() as signals:
-        with memory_advice(run):
-            state = _state_of(run, fold, restart=restart)
-            reason = _train(run, state, signals)
-        if reason is None:
-            _log.info("stopped by %s; the same command goes on from here", signals.name)
-            return False
+    if run.config.threads:
+        torch.set_num_threads(run.config.threads)
+    with determinism(run), memory_advice(run):
+        reason = _train(run, _state_of(run, restart=restart), interrupted)
+    if reason is not None:
         _log.info("training has ended: %s", reason)
-        if config.validation and fold != ALL_FOLD and peers.leads:
-            del state  # its memory is validation's now
-            return validate(workspace, run, interrupted=lambda: bool(signals.name))
-    return True
-
-
-def _state_of(run: FoldRun, fold: str, *, restart: bool) -> TrainingState:
-    """From the latest checkpoint, a bundle, or nothing."""
-    state = begin(run)
-    if (run.folder / LATEST_CHECKPOINT).exists() and not restart:
-        resume(run, state)
-    elif run.config.pretrained is not None:
-        bundle = Path(run.config.pretrained)
-        load_pretrained(state.network, bundle, run.configuration.name, fold)
-    if run.config.compile:
-        state.forward = compile_forward(run, state.network)
-    if run.peers.leads:
-        remove_unfinished(run.folder)
-        with replacing(run.folder / CONFIG_FILE) as temporary:
-            temporary.write_text(strict_json.dumps(run.config), encoding="utf-8")
-    return state
+    return reason is not None
 
 
 def batch_keys(config: TrainingConfig, epoch: int, step: int) -> Iterator[BatchKey]:
@@ -141,8 +88,25 @@ def batch_keys(config: TrainingConfig, epoch: int, step: int) -> Iterator[BatchK
         yield from _validation_keys(config, later)
 
 
-def _train(run: FoldRun, state: TrainingState, signals: Signals) -> str | None:
-    """Epoch after epoch; why training has ended, or None when a signal came."""
+def _state_of(run: FoldRun, *, restart: bool) -> TrainingState:
+    """The state to begin with: from the latest checkpoint, from a bundle, or from nothing."""
+    state = begin(run)
+    if (run.folder / LATEST_CHECKPOINT).exists() and not restart:
+        resume(run, state)
+    elif run.config.pretrained is not None:
+        bundle = Path(run.config.pretrained)
+        load_pretrained(state.network, bundle, run.configuration.name, run.fold)
+    if run.config.compile:
+        state.forward = compile_forward(run, state.network)
+    if run.group.leads:
+        files.remove_unfinished(run.folder)  # of a session that was killed
+        with files.replacing(run.folder / CONFIG_FILE) as temporary:
+            temporary.write_text(strict_json.dumps(run.config), encoding="utf-8")
+    return state
+
+
+def _train(run: FoldRun, state: TrainingState, interrupted: Interrupted) -> str | None:
+    """Train epoch after epoch; why training has ended, or None when it was interrupted."""
     config, rules = run.config, run.config.rules
     reason = schedule.end_reason(rules, state.schedule, state.elapsed_s)
     if reason is not None:
@@ -150,20 +114,21 @@ def _train(run: FoldRun, state: TrainingState, signals: Signals) -> str | None:
         return reason
     _log.info("training %s", _describe(run, state))
     keys = batch_keys(config, state.schedule.epoch, len(state.losses))
-    stream = open_batches(run.spec, keys, config, run.device, run.layout)
+    stream = open_batches(run.spec, keys, config.stream, run.device, run.layout)
     with stream, _watch(run, state) as watch:
         while reason is None:
             try:
-                whole = _train_batches(run, state, stream, signals, watch)
-                row = _finish_epoch(run, state, stream, signals, watch) if whole else None
+                whole = _train_batches(
+                    run, state, stream, interrupted, watch
+                ) and _validate_batches(run, state, stream, interrupted, watch)
             except BrokenProcessPool as error:
-                if not signals.name:  # a signal to the whole process group ends the workers, too
+                if not interrupted():  # a signal to all processes at once ends the workers, too
                     raise TrainingError(
                         "a worker process was killed, perhaps for want of memory; try fewer "
                         "--workers"
                     ) from error
-                row = None
-            if row is None:
+                whole = False
+            if not whole:
                 save(run, state, LATEST_CHECKPOINT)
                 return None
             began = time.perf_counter()
@@ -172,88 +137,89 @@ def _train(run: FoldRun, state: TrainingState, signals: Signals) -> str | None:
                 save(run, state, BEST_CHECKPOINT)
             if watch is not None:
                 watch.epoch(state.history, state.elapsed_s, last=reason is not None)
-            # last: what a kill before it leaves out is done again
-            save(run, state, LATEST_CHECKPOINT)
+            save(
+                run, state, LATEST_CHECKPOINT
+            )  # last: what a kill before it leaves out is done again
             state.elapsed_s += time.perf_counter() - began
     return reason
 
 
-@contextlib.contextmanager
-def _watch(run: FoldRun, state: TrainingState) -> Iterator[Watch | None]:
-    """What shows the training; None where another process does."""
-    if not run.peers.leads:
-        yield None
-        return
-    with Watch(
-        run.folder,
-        title=f"{run.configuration.name}, fold {run.folder.name.removeprefix('fold_')}",
-        config=run.config,
-        device=run.device,
-        labels=run.plans.labels[1:],
-        history=state.history,
-    ) as watch:
-        yield watch
-
-
 def _train_batches(
-    run: FoldRun, state: TrainingState, stream: BatchStream, signals: Signals, watch: Watch | None
+    run: FoldRun,
+    state: TrainingState,
+    stream: BatchStream,
+    interrupted: Interrupted,
+    watch: Watch | None,
 ) -> bool:
-    """The training batches left in this epoch, or in the time; False when a signal came."""
+    """Train on the batches left in this epoch, or in the time; False when interrupted."""
     config = run.config
     for group in state.optimiser.param_groups:
         group["lr"] = state.schedule.learning_rate
     while len(state.losses) < config.batches_per_epoch:
-        stopped, late = run.peers.any(bool(signals.name), _time_is_up(config, state))
+        stopped, late = run.group.any(interrupted(), _time_is_up(config, state))
         if stopped:
             return False
         if late:  # what is left of the epoch is dropped
             stream.restart(_validation_keys(config, state.schedule.epoch))
             break
-        began, waited = time.perf_counter(), stream.waited_s
-        loss = train_step(run, state, next(stream))
+        with _timed(state, stream):
+            loss = train_step(run, state, next(stream))
         if not math.isfinite(loss):
             step = f"epoch {state.schedule.epoch + 1}, step {len(state.losses) + 1}"
             raise diverged(run, f"the loss is {loss} in {step}")
         state.losses.append(loss)
-        _spend(state, time.perf_counter() - began, stream.waited_s - waited)
         if watch is not None:
             watch.step(_moment(state, len(state.losses), config.batches_per_epoch, loss))
     return True
 
 
-def _finish_epoch(
-    run: FoldRun, state: TrainingState, stream: BatchStream, signals: Signals, watch: Watch | None
-) -> EpochRow | None:
-    """Validate on patches and move the schedule on; None when a signal came."""
-    config = run.config
-    losses, counts = [], torch.zeros(len(run.plans.labels) - 1, 2, dtype=torch.int64)
+def _validate_batches(
+    run: FoldRun,
+    state: TrainingState,
+    stream: BatchStream,
+    interrupted: Interrupted,
+    watch: Watch | None,
+) -> bool:
+    """Validate on patches, which ends the epoch; False when interrupted."""
+    losses: list[float] = []
+    counts = torch.zeros(len(run.plans.labels) - 1, 2, dtype=torch.int64)
     state.network.eval()
-    for number in range(1, config.validation_batches + 1):
-        if any(run.peers.any(bool(signals.name))):
-            return None
-        began, waited = time.perf_counter(), stream.waited_s
-        loss, found = validation_step(run, state, next(stream))
+    steps = run.config.validation_batches
+    while len(losses) < steps:
+        if any(run.group.any(interrupted())):
+            return False
+        with _timed(state, stream):
+            loss, found = validation_step(run, state, next(stream))
         losses.append(loss)
         counts += found
-        _spend(state, time.perf_counter() - began, stream.waited_s - waited)
         if watch is not None:
-            watch.step(_moment(state, number, config.validation_batches, loss, validating=True))
+            watch.step(_moment(state, len(losses), steps, loss, validating=True))
     if not math.isfinite(sum(losses)):  # it would stay in the schedule's average for ever
         what = f"the validation loss is {np.mean(losses)} after epoch {state.schedule.epoch + 1}"
         raise diverged(run, what)
-    state.elapsed_s = run.peers.of_leader(state.elapsed_s)  # all take the same schedule
+    state.elapsed_s = run.group.of_leader(state.elapsed_s)  # all take the same schedule
+    _end_epoch(run.config, state, _row_of(state, losses, counts))
+    return True
+
+
+def _row_of(state: TrainingState, validation_losses: list[float], counts: Tensor) -> EpochRow:
+    """What the epoch in hand has come to; counts are sums of what ``validation_step`` gives."""
     class_dice = pseudo_dice(counts)
     known = [dice for dice in class_dice if dice is not None]
-    row = EpochRow(
+    return EpochRow(
         epoch=state.schedule.epoch + 1,
         train_loss=float(np.mean(state.losses)) if state.losses else math.nan,
-        validation_loss=float(np.mean(losses)),
+        validation_loss=float(np.mean(validation_losses)),
         pseudo_dice=sum(known) / len(known) if known else None,
         lr=state.schedule.learning_rate,
         seconds=state.seconds,
         data_wait_s=state.data_wait_s,
         class_dice=class_dice,
     )
+
+
+def _end_epoch(config: TrainingConfig, state: TrainingState, row: EpochRow) -> None:
+    """Move the schedule and the Dice average on by this epoch, and begin the next."""
     state.schedule = schedule.advance(
         config.rules,
         state.schedule,
@@ -267,21 +233,42 @@ def _finish_epoch(
         state.best_dice = max(state.average_dice, state.best_dice or 0.0)
     state.history.append(row)
     state.losses, state.seconds, state.data_wait_s = [], 0.0, 0.0
-    return row
 
 
 def _validation_keys(config: TrainingConfig, epoch: int) -> Iterator[BatchKey]:
     return (BatchKey(epoch, number, validation=True) for number in range(config.validation_batches))
 
 
-def _spend(state: TrainingState, seconds: float, waited: float) -> None:
+@contextlib.contextmanager
+def _timed(state: TrainingState, stream: BatchStream) -> Iterator[None]:
+    """Count the time of the block, and what of it was spent waiting for a batch."""
+    began, waited = time.perf_counter(), stream.waited_s
+    yield
+    seconds = time.perf_counter() - began
     state.elapsed_s += seconds
     state.seconds += seconds
-    state.data_wait_s += waited
+    state.data_wait_s += stream.waited_s - waited
 
 
 def _time_is_up(config: TrainingConfig, state: TrainingState) -> bool:
     return config.minutes is not None and state.elapsed_s >= 60 * config.minutes
+
+
+@contextlib.contextmanager
+def _watch(run: FoldRun, state: TrainingState) -> Iterator[Watch | None]:
+    """What shows the training; None where another process does."""
+    if not run.group.leads:
+        yield None
+        return
+    with Watch(
+        run.folder,
+        title=f"{run.configuration.name}, fold {run.fold}",
+        config=run.config,
+        device=run.device,
+        labels=run.plans.labels[1:],
+        history=state.history,
+    ) as watch:
+        yield watch
 
 
 def _moment(
@@ -301,6 +288,7 @@ def _moment(
 
 
 def _describe(run: FoldRun, state: TrainingState) -> str:
+    """What is trained, where and how, in one line."""
     c = run.configuration
     count = sum(p.numel() for p in state.network.parameters())
     where = torch_engine.describe(run.device)
@@ -309,81 +297,5 @@ def _describe(run: FoldRun, state: TrainingState) -> str:
         f"{len(run.spec.validation)} to validate; "
         f"patch {'x'.join(map(str, c.patch))}, batch {c.batch}, {count / 1e6:.2f} M parameters, "
         f"recipe {run.config.recipe}, {run.precision} on {where}"
-        + (f", {run.peers.count} processes" if run.peers.count > 1 else "")
+        + (f", {run.group.count} processes" if run.group.count > 1 else "")
     )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the ``train`` command: one flag for each field of ``TrainingConfig``."""
-    parser.usage = (
-        "python -m training train CONFIGURATION --workspace W --fold K|--folds K,K,... [options]"
-    )
-    parser.add_argument("configuration", metavar="CONFIGURATION", help="such as 3d_fullres")
-    dataset.add_workspace_argument(parser)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--fold", metavar="K", help=f"0, 1, ... or {ALL_FOLD}")
-    which.add_argument(
-        "--folds", type=queue.parse_folds, metavar="K,K,...", help="several, one after another"
-    )
-    parser.add_argument(
-        "--gpus",
-        metavar="N,N,...",
-        help="train folds side by side, each on one of these GPUs, whichever is free",
-    )
-    parser.add_argument(
-        "--recipe",
-        choices=RECIPES,
-        help="where the defaults below come from; default: the plans' recipe",
-    )
-    parser.add_argument(
-        "--restart", action="store_true", help="begin anew although there is a checkpoint"
-    )
-    add_settings(parser)
-
-
-def main(args: argparse.Namespace) -> int:
-    """Run the ``train`` command; 130 when a signal ended it."""
-    recipe = args.recipe or plans.load(plans_file(args.workspace)).recipe
-    config = config_from(args, recipe)
-    with joined(config.device) as peers:
-        if not peers.leads:
-            logging.getLogger().setLevel(logging.WARNING)  # the leading process tells it all
-        if peers.count > 1 and args.gpus is not None:
-            raise TrainingError(
-                "--gpus gives each fold a GPU, torchrun all GPUs to one fold; use one of them"
-            )
-        gpus = None if args.gpus is None else queue.find_gpus(args.gpus)
-        waiting = []
-        for fold in args.folds or (args.fold,):  # all are opened, so that they are refused now
-            run = open_run(args.workspace, args.configuration, fold, config, peers)
-            if not args.restart and queue.is_finished(args.workspace, run):
-                _log.info("%s, fold %s: finished already", args.configuration, fold)
-            else:
-                waiting.append(fold)
-        if gpus is None:
-            train = functools.partial(_train_one, args, config, peers)
-            done = queue.train_in_sequence(waiting, train)
-        else:
-            done = queue.train_on_gpus(waiting, gpus, functools.partial(_command, args))
-    return 0 if done else 130
-
-
-def _train_one(args: argparse.Namespace, config: TrainingConfig, peers: Peers, fold: str) -> bool:
-    """One fold in this process, which nobody else may train meanwhile."""
-    with contextlib.ExitStack() as stack:
-        if peers.leads:
-            folder = run_folder(args.workspace, args.configuration, fold)
-            stack.enter_context(queue.claimed(folder))
-            stack.enter_context(log.to_file(folder / TRAIN_LOG))
-        return train_fold(
-            args.workspace, args.configuration, fold, config, restart=args.restart, peers=peers
-        )
-
-
-def _command(args: argparse.Namespace, fold: str) -> list[str]:
-    """The command line that trains one fold in a process of its own."""
-    words = [sys.executable, "-m", "training", "train", args.configuration]
-    words += ["--workspace", str(args.workspace), "--fold", fold]
-    words += ["--recipe", args.recipe] if args.recipe else []
-    words += ["--restart"] if args.restart else []
-    return words + flags_from(args)

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from training.fit.process_group import ALONE, Peers
+from training.fit.process_group import ALONE, ProcessGroup
 
 SMOOTH = 1e-5
 
 
 def dice_cross_entropy(
-    logits: Tensor | Sequence[Tensor], target: Tensor, *, batch_dice: bool, peers: Peers = ALONE
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    *,
+    batch_dice: bool,
+    group: ProcessGroup = ALONE,
 ) -> Tensor:
     """Mean cross-entropy minus mean soft Dice of the foreground classes; the best is -1.
 
@@ -26,19 +30,19 @@ def dice_cross_entropy(
         logits: ``(B, K, *patch)``, or a list of such, finest first, under deep supervision.
         target: Labels ``(B, *patch)``, integer.
         batch_dice: Dice of the batch as one volume (True), or mean Dice of its samples.
-        peers: The processes that have the rest of the batch.
+        group: The processes that have the rest of the batch.
 
     Returns:
         A scalar, float32 (float64 for logits in float64), the same in every process. The sum of its
         gradients over the processes is the gradient of the whole batch.
     """
     if isinstance(logits, Tensor):
-        return _one_scale(logits, target, batch_dice, peers)
+        return _one_scale(logits, target, batch_dice, group)
     total = torch.zeros((), device=target.device)
     for weight, scale in zip(deep_supervision_weights(len(logits)), logits, strict=True):
         if weight > 0:
             total = total + weight * _one_scale(
-                scale, _shrink(target, tuple(scale.shape[2:])), batch_dice, peers
+                scale, _shrink(target, tuple(scale.shape[2:])), batch_dice, group
             )
     return total
 
@@ -51,23 +55,25 @@ def deep_supervision_weights(heads: int) -> tuple[float, ...]:
     return tuple(weight / sum(raw) for weight in raw)
 
 
-def cross_entropy(log_probabilities: Tensor, truth: Tensor, *, peers: Peers = ALONE) -> Tensor:
+def cross_entropy(
+    log_probabilities: Tensor, truth: Tensor, *, group: ProcessGroup = ALONE
+) -> Tensor:
     """Mean over all voxels, background included.
 
     Args:
         log_probabilities: ``(B, K, *patch)``.
         truth: From :func:`one_hot`.
-        peers: See :func:`dice_cross_entropy`.
+        group: See :func:`dice_cross_entropy`.
     """
     # Not nll_loss, which has no deterministic form on CUDA
     likelihood = (log_probabilities * truth).sum()
     voxels = likelihood.new_tensor(truth.numel() // truth.shape[1])
-    total = peers.total(torch.stack([likelihood, voxels]))
+    total = group.total(torch.stack([likelihood, voxels]))
     return -total[0] / total[1]
 
 
 def soft_dice(
-    probabilities: Tensor, truth: Tensor, *, batch_dice: bool, peers: Peers = ALONE
+    probabilities: Tensor, truth: Tensor, *, batch_dice: bool, group: ProcessGroup = ALONE
 ) -> Tensor:
     """Soft Dice averaged over the foreground classes (and over samples unless ``batch_dice``).
 
@@ -79,17 +85,17 @@ def soft_dice(
         probabilities: ``(B, K, *patch)``, summing to one over K.
         truth: From :func:`one_hot`.
         batch_dice: See :func:`dice_cross_entropy`.
-        peers: See :func:`dice_cross_entropy`.
+        group: See :func:`dice_cross_entropy`.
     """
     voxels = tuple(range(2, probabilities.ndim))
     hits = (probabilities * truth).sum(voxels)[:, 1:]  # (B, K - 1)
     masks = (probabilities.sum(voxels) + truth.sum(voxels))[:, 1:]  # 2 tp + fp + fn
     if batch_dice:
-        hits, masks = peers.total(torch.stack([hits.sum(0), masks.sum(0)]))  # (K - 1) each
+        hits, masks = group.total(torch.stack([hits.sum(0), masks.sum(0)]))  # (K - 1) each
     ratio = (2 * hits + SMOOTH) / (masks + SMOOTH)
     if batch_dice:
         return ratio.mean()
-    total = peers.total(torch.stack([ratio.sum(), ratio.new_tensor(ratio.numel())]))
+    total = group.total(torch.stack([ratio.sum(), ratio.new_tensor(ratio.numel())]))
     return total[0] / total[1]
 
 
@@ -99,12 +105,12 @@ def one_hot(target: Tensor, classes: int, dtype: torch.dtype = torch.float32) ->
     return (target[:, None] == labels.view(-1, *(1,) * (target.ndim - 1))).to(dtype)
 
 
-def _one_scale(logits: Tensor, target: Tensor, batch_dice: bool, peers: Peers) -> Tensor:
+def _one_scale(logits: Tensor, target: Tensor, batch_dice: bool, group: ProcessGroup) -> Tensor:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_probabilities = functional.log_softmax(logits, dim=1, dtype=dtype)
     truth = one_hot(target, logits.shape[1], dtype)
-    dice = soft_dice(log_probabilities.exp(), truth, batch_dice=batch_dice, peers=peers)
-    return cross_entropy(log_probabilities, truth, peers=peers) - dice
+    dice = soft_dice(log_probabilities.exp(), truth, batch_dice=batch_dice, group=group)
+    return cross_entropy(log_probabilities, truth, group=group) - dice
 
 
 def _shrink(target: Tensor, size: tuple[int, ...]) -> Tensor:

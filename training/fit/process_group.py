@@ -23,7 +23,7 @@ from ichseg.errors import TrainingError
 
 
 @dataclass(frozen=True, slots=True)
-class Peers:
+class ProcessGroup:
     """The processes that train one fold together. Alone, each sum is the value itself.
 
     Attributes:
@@ -75,7 +75,7 @@ class Peers:
         return float(shared)
 
 
-ALONE = Peers()
+ALONE = ProcessGroup()
 
 
 class _Total(torch.autograd.Function):
@@ -88,12 +88,12 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(_: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        """See ``Peers.total``."""
+        """See ``ProcessGroup.total``."""
         return gradient
 
 
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[Peers]:
+def joined(device: str) -> Iterator[ProcessGroup]:
     """Join the processes that ``torchrun`` started; alone when it did not start this one.
 
     Args:
@@ -114,7 +114,7 @@ def joined(device: str) -> Iterator[Peers]:
     # The others wait while the leading process validates a fold, and that may take hours
     distributed.init_process_group(backend, timeout=datetime.timedelta(days=2))
     try:
-        yield Peers(distributed.get_rank(), distributed.get_world_size())
+        yield ProcessGroup(distributed.get_rank(), distributed.get_world_size())
         distributed.barrier()  # none closes its connections while another still uses them
     finally:
         distributed.destroy_process_group()

@@ -159,7 +159,7 @@ class Watch:
 
 def advise(config: TrainingConfig, device: torch.device) -> str:
     """What to do about waiting for batches."""
-    if choose_engine(config, device) == "device":
+    if choose_engine(config.augmentation_engine, device) == "device":
         return f"try --resident yes, or --workers above {config.workers}"
     ahead = f"--workers above {config.workers}"
     if config.workers:

@@ -107,7 +107,7 @@ def train_step(run: FoldRun, state: TrainingState, batch: Batch) -> float:
     state.scaler.scale(loss).backward()
     value = loss.item()
     if math.isfinite(value):
-        run.peers.add_gradients(state.network.parameters())
+        run.group.add_gradients(state.network.parameters())
         state.scaler.unscale_(state.optimiser)
         if run.config.gradient_clip:
             nn.utils.clip_grad_norm_(state.network.parameters(), run.config.gradient_clip)
@@ -130,7 +130,7 @@ def validation_step(run: FoldRun, state: TrainingState, batch: Batch) -> tuple[f
     for label in range(1, logits.shape[1]):
         ours, theirs = found == label, target == label
         counts.append(torch.stack([2 * (ours & theirs).sum(), ours.sum() + theirs.sum()]))
-    return loss.item(), run.peers.total(torch.stack(counts).cpu())
+    return loss.item(), run.group.total(torch.stack(counts).cpu())
 
 
 def pseudo_dice(counts: Tensor) -> tuple[float | None, ...]:
@@ -148,7 +148,7 @@ def _forward(run: FoldRun, state: TrainingState, data: Tensor) -> Tensor | list[
 
 def _loss(run: FoldRun, logits: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
     return dice_cross_entropy(
-        logits, target, batch_dice=run.configuration.batch_dice, peers=run.peers
+        logits, target, batch_dice=run.configuration.batch_dice, group=run.group
     )
 
 
@@ -226,7 +226,7 @@ def memory_advice(run: FoldRun) -> Iterator[None]:
             advice.append("--resident no")
         if run.precision == "fp32" and run.device.type == "cuda":
             advice.append("--precision fp16")
-        if run.peers.count < c.batch:
+        if run.group.count < c.batch:
             advice.append(f"torchrun --nproc-per-node {c.batch} on as many GPUs")
         if c.batch > 2:
             advice.append(f"plan --batch {c.batch // 2}")

@@ -11,25 +11,21 @@ import contextlib
 import fcntl
 import logging
 import os
-import selectors
 import signal
 import subprocess
 import sys
-import types
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import TextIO
 
 import torch
 
 from ichseg.errors import IchsegError, TrainingError
-from training.crossval.validate import is_validated
-from training.data.workspace import ALL_FOLD, LATEST_CHECKPOINT, LOCK_FILE, fold_of
-from training.fit import schedule
-from training.fit.fold_run import FoldRun, load_checkpoint
-from training.fit.schedule import ScheduleState
+from training.data.workspace import ALL_FOLD, LOCK_FILE
+from training.jobs.signals import Signals
 
 _INTERRUPTED = 130  # exit status of a command that a signal ended
 
@@ -59,7 +55,7 @@ def find_gpus(text: str) -> tuple[str, ...]:
         text: Numbers separated by commas. If the variable is set, they count along its entries.
 
     Raises:
-        TrainingError: No numbers, one given twice, or no such GPU.
+        TrainingError: There are no numbers, one is given twice, or there is no such GPU.
     """
     numbers = [part.strip() for part in text.split(",")]
     if not all(number.isdecimal() for number in numbers):
@@ -75,26 +71,12 @@ def find_gpus(text: str) -> tuple[str, ...]:
     return tuple(str(number) if entries is None else entries[number] for number in chosen)
 
 
-def is_finished(workspace: Path, run: FoldRun) -> bool:
-    """Whether a fold has been trained to its end, as these settings define it, and validated."""
-    if not (run.folder / LATEST_CHECKPOINT).exists():
-        return False
-    raw = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration)
-    state = ScheduleState(**raw["schedule"])
-    if raw["finished"] is None or not schedule.end_reason(
-        run.config.rules, state, raw["elapsed_s"]
-    ):
-        return False
-    wanted = run.config.validation and fold_of(run.folder) != ALL_FOLD
-    return not wanted or is_validated(workspace, run, raw["network"])
-
-
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Keep other processes from training the same fold meanwhile.
 
     Raises:
-        TrainingError: One does already.
+        TrainingError: Another process trains it already.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("w") as stream:
@@ -112,7 +94,7 @@ def train_in_sequence(folds: Sequence[str], train: Callable[[str], bool]) -> boo
 
     Args:
         folds: Their names.
-        train: Trains one; False when a signal ended it.
+        train: Trains one fold; returns False when a signal ended it.
 
     Returns:
         Whether all were trained; False after a signal.
@@ -130,7 +112,7 @@ def train_in_sequence(folds: Sequence[str], train: Callable[[str], bool]) -> boo
                 raise
             _log.error("fold %s failed: %s", fold, error)
             failures[fold] = str(error)
-    _report(failures, len(folds))
+    _report(failures, folds)
     return True
 
 
@@ -155,127 +137,104 @@ def train_on_gpus(
     Raises:
         TrainingError: Some failed; it names them. The others are trained all the same.
     """
-    stream = sys.stderr if stream is None else stream
-    waiting, free = deque(folds), deque(gpus)
-    if 0 < len(waiting) < len(free):
-        _log.info("folds for %d of %d GPUs: the others stay idle", len(waiting), len(free))
+    out = sys.stderr if stream is None else stream
+    waiting = deque(folds)
+    if 0 < len(folds) < len(gpus):
+        _log.info("folds for %d of %d GPUs: the others stay idle", len(folds), len(gpus))
     failures: dict[str, str] = {}
-    with _Children() as children, selectors.DefaultSelector() as ready:
-        while children.running or (waiting and not children.stopping):
-            while waiting and free and not children.stopping:
-                child = children.start(waiting[0], free.popleft(), command(waiting.popleft()))
-                _log.info("fold %s: begins on GPU %s", child.fold, child.gpu)
-                ready.register(child.output, selectors.EVENT_READ, child)
-            for key, _ in ready.select():
-                child = key.data
-                for line in child.read():
-                    stream.write(f"fold {child.fold}: {line}\n")
-                stream.flush()
-                if child.ended:
-                    ready.unregister(child.output)
-                    if reason := children.bury(child):
-                        failures[child.fold] = reason
-                    free.append(child.gpu)
-        if children.stopping:
-            _log.info("stopped by %s; the same command goes on from here", children.stopping)
-            return False
-    _report(failures, len(folds))
+    children = _Children()
+
+    def serve(gpu: str) -> None:
+        """Train one fold after another on this GPU, in a thread of its own."""
+        while waiting:
+            try:
+                fold = waiting.popleft()
+            except IndexError:  # another GPU has taken the last one meanwhile
+                return
+            process = children.start(command(fold), gpu)
+            if process is None:
+                return
+            _log.info("fold %s: begins on GPU %s", fold, gpu)
+            if reason := children.follow(process, f"fold {fold}: ", out):
+                failures[fold] = reason
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with (
+        Signals(lambda _: children.stop(), numbers) as signals,
+        ThreadPoolExecutor(max(1, len(gpus))) as threads,
+    ):
+        served = [threads.submit(serve, gpu) for gpu in gpus[: len(folds)]]
+        try:
+            wait(served, return_when=FIRST_EXCEPTION)
+            for future in served:
+                if future.done():
+                    future.result()
+        except BaseException:  # whatever went wrong here, the processes end with this one
+            children.stop()
+            raise
+    if signals.name:
+        _log.info("stopped by %s; the same command goes on from here", signals.name)
+        return False
+    _report(failures, folds)
     return True
 
 
-def _report(failures: dict[str, str], count: int) -> None:
+def _report(failures: dict[str, str], folds: Sequence[str]) -> None:
     if failures:
-        reasons = "; ".join(f"fold {fold}: {reason}" for fold, reason in failures.items())
-        raise TrainingError(f"{len(failures)} of {count} folds failed: {reasons}")
-
-
-@dataclass(slots=True, eq=False)
-class _Child:
-    """A fold's process.
-
-    Attributes:
-        fold, gpu: What it trains, and where.
-        process: It.
-        rest: Of its output, the line that has not ended yet.
-        said: Its last line.
-        ended: Whether its output has ended.
-        told: Whether it has been told to end.
-    """
-
-    fold: str
-    gpu: str
-    process: subprocess.Popen[bytes]
-    rest: bytes = b""
-    said: str = ""
-    ended: bool = False
-    told: bool = False
-
-    @property
-    def output(self) -> IO[bytes]:
-        assert self.process.stdout is not None
-        return self.process.stdout
-
-    def read(self) -> list[str]:
-        """The whole lines that have come since."""
-        data = os.read(self.output.fileno(), 1 << 16)
-        self.ended = not data
-        *lines, self.rest = (self.rest + data).split(b"\n")
-        if self.ended and self.rest:
-            lines, self.rest = [*lines, self.rest], b""
-        texts = [line.decode(errors="replace") for line in lines]
-        self.said = next((text for text in reversed(texts) if text.strip()), self.said)
-        return texts
-
-    def stop(self) -> None:
-        self.told = True
-        self.process.terminate()
+        reasons = "; ".join(f"fold {fold}: {failures[fold]}" for fold in folds if fold in failures)
+        raise TrainingError(f"{len(failures)} of {len(folds)} folds failed: {reasons}")
 
 
 class _Children:
-    """The processes that run, each told to end when this one is; entered while there are any.
+    """The processes that run; all of them can be told to end, and then none begins any more.
 
     They are sessions of their own, so that Ctrl-C reaches them once, from here, and not from the
     terminal besides: a second signal ends a training without its checkpoint.
     """
 
     def __init__(self) -> None:
-        self.running: list[_Child] = []
-        self.stopping = ""  # the signal that came
-        self._before: dict[signal.Signals, Any] = {}
+        self._running: set[subprocess.Popen[str]] = set()
+        self._stopped = False
+        # held while a process begins, so that none is missed when all are told to end; a signal may
+        # come while its handler holds it already
+        self._lock = threading.RLock()
 
-    def __enter__(self) -> _Children:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._before[number] = signal.signal(number, self._note)
-        return self
+    def start(self, command: Sequence[str], gpu: str) -> subprocess.Popen[str] | None:
+        """Begin a process that sees this GPU alone; None when all were told to end."""
+        with self._lock:
+            if self._stopped:
+                return None
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,
+            )
+            self._running.add(process)
+        return process
 
-    def __exit__(self, *_: object) -> None:
-        for child in self.running:  # whatever went wrong here
-            child.stop()
-        for child in list(self.running):
-            self.bury(child)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def start(self, fold: str, gpu: str, command: Sequence[str]) -> _Child:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        child = _Child(fold, gpu, process)
-        self.running.append(child)
-        if self.stopping and not child.told:  # the signal came in between
-            child.stop()
-        return child
-
-    def bury(self, child: _Child) -> str:
-        """Wait for its end; why it failed, empty if it did not."""
-        status = child.process.wait()
-        child.output.close()
-        self.running.remove(child)
+    def follow(self, process: subprocess.Popen[str], prefix: str, stream: TextIO) -> str:
+        """Pass on each line that a process says; why it failed, empty if it did not."""
+        said = ""
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                text = line.rstrip("\n")
+                stream.write(f"{prefix}{text}\n")
+                stream.flush()
+                said = text if text.strip() else said
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            status = process.wait()
+            process.stdout.close()
+            with self._lock:
+                self._running.discard(process)
         if status == 0:
             return ""
         if status < 0:
@@ -283,11 +242,11 @@ class _Children:
             return f"was killed by {signal.Signals(-status).name}{hint}"
         if status == _INTERRUPTED:
             return "was interrupted"
-        return child.said.removeprefix("error: ") or f"ended with status {status}"
+        return said.removeprefix("error: ") or f"ended with status {status}"
 
-    def _note(self, number: int, _: types.FrameType | None) -> None:
-        if self.stopping:  # a second time: at once
-            signal.signal(number, self._before[signal.Signals(number)])
-        self.stopping = signal.Signals(number).name
-        for child in self.running:
-            child.stop()
+    def stop(self) -> None:
+        """Tell all processes to end."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()

@@ -39,7 +39,7 @@ from training.fit import configuration as config
 from training.fit import progress
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import open_run
-from training.jobs import queue
+from training.jobs import queue, train
 from training.planning import overrides as planner_overrides
 from training.planning import planner
 from training.planning.recipes import RECIPES as PLANNER_RECIPES
@@ -278,7 +278,7 @@ def _folds(args: argparse.Namespace) -> tuple[str, ...]:
 def _is_trained(args: argparse.Namespace, name: str, fold: str, chosen: TrainingConfig) -> bool:
     if not (run_folder(args.workspace, name, fold) / LATEST_CHECKPOINT).exists():
         return False
-    return queue.is_finished(args.workspace, open_run(args.workspace, name, fold, chosen))
+    return train.is_finished(args.workspace, open_run(args.workspace, name, fold, chosen))
 
 
 def _judged(args: argparse.Namespace) -> tuple[str, ...]:
@@ -381,7 +381,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--groups", type=Path, metavar="CSV", help="of `convert`")
     parser.add_argument(
         "--recipe",
-        choices=config.RECIPES,
+        choices=config.TRAINING_RECIPES,
         help="of `plan` and `train`; one that `plan` does not have is for `train` alone "
         "[msd2018, or what the plans have]",
     )

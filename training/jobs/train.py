@@ -1,0 +1,202 @@
+"""A fold as a job: train it, then segment its validation cases, in one process or one a GPU.
+
+The same command resumes whatever was cut off, and leaves alone what is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import logging
+import sys
+from pathlib import Path
+
+from ichseg.errors import TrainingError
+from ichseg.model import plans
+from training.crossval import cascade_labels
+from training.crossval.validate import is_validated, validate
+from training.data import dataset
+from training.data.workspace import (
+    ALL_FOLD,
+    LATEST_CHECKPOINT,
+    TRAIN_LOG,
+    plans_file,
+    run_folder,
+)
+from training.fit import log, schedule
+from training.fit.checkpoint import load_checkpoint
+from training.fit.configuration import (
+    TRAINING_RECIPES,
+    TrainingConfig,
+    add_settings,
+    config_from,
+    flags_from,
+)
+from training.fit.fold_run import FoldRun, open_run
+from training.fit.loop import train_fold
+from training.fit.process_group import ALONE, ProcessGroup, joined
+from training.fit.schedule import ScheduleState
+from training.fit.step import determinism
+from training.jobs import queue
+from training.jobs.signals import Signals
+
+_log = logging.getLogger(__name__)
+
+
+def run_fold(
+    workspace: Path,
+    configuration: str,
+    fold: str,
+    config: TrainingConfig,
+    *,
+    restart: bool = False,
+    group: ProcessGroup = ALONE,
+) -> bool:
+    """Train one fold to its end, or until a signal; then validate it at full volume.
+
+    Args:
+        workspace: With plans, splits and preprocessed cases.
+        configuration: Such as ``3d_fullres``.
+        fold: Index into the splits, or ``all`` to train on every case.
+        config: What the user chose.
+        restart: Begin anew although there is a checkpoint.
+        group: The processes that train this fold together; the leading one writes and validates.
+
+    Returns:
+        Whether all is done; False after SIGTERM or Ctrl-C, with a checkpoint of the last step.
+
+    Raises:
+        TrainingError: The loss is not finite, memory ran out, or the checkpoint is of other plans.
+        IchsegError: Something that earlier commands make is missing or damaged.
+    """
+    run = open_fold(workspace, configuration, fold, config, group)
+
+    def tell(name: str) -> None:
+        _log.info("%s: ending after this step with a checkpoint", name)
+
+    with Signals(tell) as signals:
+        if not train_fold(run, restart=restart, interrupted=signals.came):
+            _log.info("stopped by %s; the same command goes on from here", signals.name)
+            return False
+        if not wants_validation(run) or not group.leads:
+            return True
+        with determinism(run):
+            return validate(workspace, run, interrupted=signals.came)
+
+
+def open_fold(
+    workspace: Path,
+    configuration: str,
+    fold: str,
+    config: TrainingConfig,
+    group: ProcessGroup = ALONE,
+) -> FoldRun:
+    """Open a run for training: a cascade's second stage needs labels of the first.
+
+    Raises:
+        TrainingError: Cases lack those labels.
+        IchsegError: Something else is missing, see ``open_run``.
+    """
+    run = open_run(workspace, configuration, fold, config, group)
+    if run.configuration.previous_stage is not None:
+        names = [case.name for case in dataset.load_dataset(workspace).labelled]
+        needed = sorted({*run.spec.train, *run.spec.validation})
+        cascade_labels.require_labels(workspace, run.configuration, needed, names)
+    return run
+
+
+def wants_validation(run: FoldRun) -> bool:
+    """Whether the fold's validation cases are to be segmented once it is trained."""
+    return run.config.validation and run.fold != ALL_FOLD
+
+
+def is_finished(workspace: Path, run: FoldRun) -> bool:
+    """Whether a fold has been trained to its end, as these settings define it, and validated."""
+    if not (run.folder / LATEST_CHECKPOINT).exists():
+        return False
+    raw = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration)
+    state = ScheduleState(**raw["schedule"])
+    if raw["finished"] is None or not schedule.end_reason(
+        run.config.rules, state, raw["elapsed_s"]
+    ):
+        return False
+    return not wants_validation(run) or is_validated(workspace, run, raw["network"])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the ``train`` command: one flag for each field of ``TrainingConfig``."""
+    parser.usage = (
+        "python -m training train CONFIGURATION --workspace W --fold K|--folds K,K,... [options]"
+    )
+    parser.add_argument("configuration", metavar="CONFIGURATION", help="such as 3d_fullres")
+    dataset.add_workspace_argument(parser)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--fold", metavar="K", help=f"0, 1, ... or {ALL_FOLD}")
+    which.add_argument(
+        "--folds", type=queue.parse_folds, metavar="K,K,...", help="several, one after another"
+    )
+    parser.add_argument(
+        "--gpus",
+        metavar="N,N,...",
+        help="train folds side by side, each on one of these GPUs, whichever is free",
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=TRAINING_RECIPES,
+        help="where the defaults below come from; default: the plans' recipe",
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="begin anew although there is a checkpoint"
+    )
+    add_settings(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the ``train`` command; 130 when a signal ended it."""
+    recipe = args.recipe or plans.load(plans_file(args.workspace)).recipe
+    config = config_from(args, recipe)
+    with joined(config.device) as group:
+        if not group.leads:
+            logging.getLogger().setLevel(logging.WARNING)  # the leading process tells it all
+        if group.count > 1 and args.gpus is not None:
+            raise TrainingError(
+                "--gpus gives each fold a GPU, torchrun all GPUs to one fold; use one of them"
+            )
+        gpus = None if args.gpus is None else queue.find_gpus(args.gpus)
+        waiting = []
+        for fold in args.folds or (args.fold,):  # all are opened, so that they are refused now
+            run = open_fold(args.workspace, args.configuration, fold, config, group)
+            if not args.restart and is_finished(args.workspace, run):
+                _log.info("%s, fold %s: finished already", args.configuration, fold)
+            else:
+                waiting.append(fold)
+        if gpus is None:
+            train = functools.partial(_train_here, args, config, group)
+            done = queue.train_in_sequence(waiting, train)
+        else:
+            done = queue.train_on_gpus(waiting, gpus, functools.partial(_command, args))
+    return 0 if done else 130
+
+
+def _train_here(
+    args: argparse.Namespace, config: TrainingConfig, group: ProcessGroup, fold: str
+) -> bool:
+    """Train one fold in this process, which nobody else may train meanwhile."""
+    with contextlib.ExitStack() as stack:
+        if group.leads:
+            folder = run_folder(args.workspace, args.configuration, fold)
+            stack.enter_context(queue.claimed(folder))
+            stack.enter_context(log.to_file(folder / TRAIN_LOG))
+        return run_fold(
+            args.workspace, args.configuration, fold, config, restart=args.restart, group=group
+        )
+
+
+def _command(args: argparse.Namespace, fold: str) -> list[str]:
+    """The command line that trains one fold in a process of its own."""
+    words = [sys.executable, "-m", "training", "train", args.configuration]
+    words += ["--workspace", str(args.workspace), "--fold", fold]
+    words += ["--recipe", args.recipe] if args.recipe else []
+    words += ["--restart"] if args.restart else []
+    return words + flags_from(args)
