@@ -15,7 +15,7 @@ from ichseg.model import strict_json
 
 SCHEMA_VERSION = 1
 RECIPES = ("msd2018", "nnunetv2")
-PRESETS = ("plain", "resenc_m", "resenc_l", "resenc_xl")
+ARCHITECTURES = ("plain", "resenc_m", "resenc_l", "resenc_xl")
 BLOCKS = ("plain", "residual")
 ORIENTATIONS = ("LPS", "RAS", "as_stored")
 CROPS = ("nonzero", "head")
@@ -216,8 +216,9 @@ class Plans:
         normalisations: One per channel.
         resampling: Interpolation orders and the separate-z rule.
         configurations: One or more, by distinct name.
-        preset: Whose network and memory were planned for: ``plain``, or one of nnU-Net v2's
-            presets with a residual encoder.
+        architecture: The kind of network that was planned for, one of ``ARCHITECTURES``:
+            ``plain``, or nnU-Net v2's with a residual encoder, each for a GPU's memory. Files call
+            it ``preset``.
         overrides: What the user chose in place of the planner.
         regions: Empty where each label has a score and the largest wins. Else the scores are of
             regions, which may overlap: the label written where the first region's score is above
@@ -239,7 +240,7 @@ class Plans:
     normalisations: tuple[Normalisation, ...]
     resampling: Resampling
     configurations: tuple[Configuration, ...]
-    preset: str = strict_json.optional("plain")
+    architecture: str = strict_json.optional("plain", key="preset")
     overrides: tuple[Override, ...] = strict_json.optional(())
     regions: tuple[int, ...] = strict_json.optional(())
     crop: str = strict_json.optional("nonzero")
@@ -251,8 +252,8 @@ class Plans:
             )
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe {self.recipe!r}, expected one of {RECIPES}")
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset {self.preset!r}, expected one of {PRESETS}")
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture {self.architecture!r}, expected one of {ARCHITECTURES}")
         if len(self.normalisations) != len(self.channels):
             raise ValueError(
                 f"{len(self.channels)} channels, {len(self.normalisations)} normalisations"

@@ -21,16 +21,21 @@ from ichseg.errors import PlansError
 T = TypeVar("T")
 
 
-def optional(default: Any) -> Any:
-    """A dataclass field that came to a schema later and may be absent from its files."""
-    return dataclasses.field(default=default, metadata={"optional": True})
+def optional(default: Any, *, key: str = "") -> Any:
+    """A dataclass field that came to a schema later and may be absent from its files.
+
+    Args:
+        default: Its value where it is absent.
+        key: What files call it, where that is not the field's name.
+    """
+    return dataclasses.field(default=default, metadata={"optional": True, "key": key})
 
 
 def to_json(value: object) -> Any:
     """The value as JSON types: dataclasses become objects, tuples become lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            field.name: to_json(getattr(value, field.name))
+            _key(field): to_json(getattr(value, field.name))
             for field in dataclasses.fields(value)
             if not (_is_optional(field) and getattr(value, field.name) == field.default)
         }
@@ -59,14 +64,14 @@ def from_json(cls: type[T], raw: Any, *, where: str) -> T:
         )
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    names = {field.name for field in fields}
-    needed = {field.name for field in fields if not _is_optional(field)}
-    unknown, missing = sorted(raw.keys() - names), sorted(needed - raw.keys())
+    names = {_key(field): field.name for field in fields}
+    needed = {_key(field) for field in fields if not _is_optional(field)}
+    unknown, missing = sorted(raw.keys() - names.keys()), sorted(needed - raw.keys())
     if unknown or missing:
         raise PlansError(
             f"{where}: {cls.__name__} has unknown keys {unknown}, missing keys {missing}"
         )
-    values = {name: _decode(hints[name], raw[name], f"{where}: {name}") for name in raw}
+    values = {names[key]: _decode(hints[names[key]], raw[key], f"{where}: {key}") for key in raw}
     try:
         return cls(**values)
     except ValueError as error:
@@ -99,6 +104,11 @@ def load_object(path: Path) -> Any:
 def dumps(value: object) -> str:
     """Strict JSON text (no NaN), indented, with a final newline."""
     return json.dumps(to_json(value), indent=1, allow_nan=False) + "\n"
+
+
+def _key(field: dataclasses.Field[Any]) -> str:
+    """What files call a field."""
+    return field.metadata.get("key") or field.name
 
 
 def _is_optional(field: dataclasses.Field[Any]) -> bool:

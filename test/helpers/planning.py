@@ -43,7 +43,7 @@ def decide_alike(
     *,
     cases: int = 100,
     recipe: str = "msd2018",
-    preset: str = "plain",
+    architecture: str = "plain",
     **overrides: object,
 ) -> tuple[Plans, Reasons]:
     """For CT whose cases are all alike."""
@@ -51,7 +51,7 @@ def decide_alike(
         fingerprint_of([voxel_mm] * cases, [shape] * cases),
         dataset_of(cases),
         recipe=recipe,
-        preset=preset,
+        architecture=architecture,
         overrides=Overrides(**overrides),  # type: ignore[arg-type]
     )
 

@@ -25,6 +25,7 @@ from training.data.workspace import LATEST_CHECKPOINT, VERIFIED_FILE
 from training.fit.configuration import config_from
 from training.jobs import run, train
 from training.planning import planner
+from training.planning.overrides import overrides_from
 from training.scoring import summary
 
 TINY = shlex.split(
@@ -265,7 +266,7 @@ def test_every_command_takes_its_flags(step_by_step, monkeypatch):
         parser = argparse.ArgumentParser(allow_abbrev=False)
         module.add_arguments(parser)
         parsed[name] = parser.parse_args(lines[name][1:])
-    overrides = planner.overrides_from(parsed["plan"])
+    overrides = overrides_from(parsed["plan"])
     assert (overrides.spacing_mm, overrides.patch) == ((5.0, 1.0, 1.0), (4, 16, 16))
     assert (overrides.batch, overrides.features) == (2, (4, 8))
     assert (overrides.deep_supervision, overrides.batch_dice) == (False, None)

@@ -21,7 +21,7 @@ def test_what_came_later_survives_json(tmp_path):
     changed = dataclasses.replace(
         PLANS,
         recipe="nnunetv2",
-        preset="resenc_l",
+        architecture="resenc_l",
         overrides=(Override("patch", "16,320,320", "16,96,96"),),
         regions=(1,),
         crop="head",
@@ -30,6 +30,7 @@ def test_what_came_later_survives_json(tmp_path):
     path = tmp_path / "plans.json"
     path.write_text(strict_json.dumps(changed))
     assert plans.load(path) == changed
+    assert json.loads(path.read_text())["preset"] == "resenc_l"  # as files have always called it
 
 
 def test_what_came_later_may_be_absent():
@@ -54,7 +55,7 @@ def test_plans_of_the_default_weights_are_written_as_they_were():
         (lambda raw: raw.update(transpose=[0, 0, 1]), "not an order of three axes"),
         (lambda raw: raw.update(transpose=[0, 1]), "found 2 values, expected 3"),
         (lambda raw: raw.update(recipe="v3"), "recipe 'v3'"),
-        (lambda raw: raw.update(preset="resenc"), "preset 'resenc', expected one of"),
+        (lambda raw: raw.update(preset="resenc"), "architecture 'resenc', expected one of"),
         (lambda raw: raw.update(crop="body"), "crop 'body', expected one of"),
         (
             lambda raw: (raw.update(crop="head"), raw["normalisations"][0].update(scheme="zscore")),

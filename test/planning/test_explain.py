@@ -50,8 +50,8 @@ def test_the_cascade_of_msd2018():
     assert "Dice is taken over the batch as one volume" in text
 
 
-def test_nnunetv2_and_its_presets():
-    text = explained((5.0, 0.45, 0.45), (28, 512, 512), recipe="nnunetv2", preset="resenc_m")
+def test_nnunetv2_and_its_architectures():
+    text = explained((5.0, 0.45, 0.45), (28, 512, 512), recipe="nnunetv2", architecture="resenc_m")
     assert "11.1 times as long as the longer of the others (more than 3)" in text
     assert "the 10th percentile, 5 mm" in text
     assert "NO CASCADE: low resolution would not save a factor 2 of voxels" in text

@@ -16,7 +16,7 @@ from training.planning.planner import plan
 TASKS = json.loads((Path(__file__).parents[1] / "helpers" / "nnunetv2_plans.json").read_text())[
     "tasks"
 ]
-PRESETS = {
+ARCHITECTURES = {
     "ExperimentPlanner": "plain",
     "nnUNetPlannerResEncM": "resenc_m",
     "nnUNetPlannerResEncL": "resenc_l",
@@ -24,7 +24,7 @@ PRESETS = {
 }
 
 
-def plan_task(task, preset):
+def plan_task(task, architecture):
     cases, channels = task["cases"], task["channels"]
     spacings, shapes = (
         values if len(values) == cases else values * cases
@@ -34,16 +34,16 @@ def plan_task(task, preset):
         fingerprint_of(spacings, shapes, intensities=(HEAD,) * len(channels)),
         dataset_of(cases, channels, task["labels"]),
         recipe="nnunetv2",
-        preset=preset,
+        architecture=architecture,
         overrides=Overrides(),
     )
 
 
-@pytest.mark.parametrize("planner", PRESETS)
+@pytest.mark.parametrize("planner", ARCHITECTURES)
 @pytest.mark.parametrize("name", TASKS)
 def test_nnunetv2_decides_the_same(name, planner):
     expected = TASKS[name]["planners"][planner]
-    plans = plan_task(TASKS[name], PRESETS[planner])
+    plans = plan_task(TASKS[name], ARCHITECTURES[planner])
     assert list(plans.transpose) == expected["transpose"]
     assert {c.name for c in plans.configurations} == set(expected["configurations"])
     for ours in plans.configurations:

@@ -130,7 +130,7 @@ def test_choices_beyond_the_memory_are_warned_of(chosen, warning, caplog):
         ({"crop": "head"}, "the fingerprint does not say where heads are"),
         ({"ct_clip": (60.0, 90.0)}, "CT clip 60 to 90 HU leaves out .* CT, whose mean is 55.0 HU"),
         ({"recipe": "v3"}, "recipe 'v3', expected one of msd2018, nnunetv2"),
-        ({"preset": "resenc_m"}, "architecture resenc_m with recipe msd2018, expected plain"),
+        ({"architecture": "resenc_m"}, "architecture resenc_m with recipe msd2018, expected plain"),
     ],
 )
 def test_refusals(overrides, message):

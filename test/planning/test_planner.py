@@ -274,7 +274,7 @@ def test_slices_too_small_to_pool_have_no_2d_configuration(caplog):
 )
 def test_too_little_memory_is_refused(spacing, shape, reason):
     with pytest.raises(PlansError, match=f"no patch fits 0.01 GB of GPU memory: {reason}"):
-        decide_alike(spacing, shape, recipe="nnunetv2", preset="resenc_m", gpu_memory_gb=0.01)
+        decide_alike(spacing, shape, recipe="nnunetv2", architecture="resenc_m", gpu_memory_gb=0.01)
 
 
 def test_volumes_too_small_to_pool_are_refused():
@@ -314,7 +314,7 @@ def test_command(tmp_path, capsys):
     words = ["--recipe", "nnunetv2", "--architecture", "resenc_l", "--no-batch-dice", "--explain"]
     assert planner.main(parse(str(tmp_path), *words)) == 0
     plans = plans_module.load(tmp_path / "plans.json")
-    assert (plans.recipe, plans.preset) == ("nnunetv2", "resenc_l")
+    assert (plans.recipe, plans.architecture) == ("nnunetv2", "resenc_l")
     assert plans.configuration("3d_fullres").architecture.block == "residual"
     assert "3D_FULLRES patch 24x448x384, batch 2" in capsys.readouterr().out
 

@@ -208,7 +208,7 @@ def _together(parts: Sequence[_Part]) -> Plans:
     for part in parts:
         for field in dataclasses.fields(Plans):
             one, two = getattr(first, field.name), getattr(part.plans, field.name)
-            if field.name not in ("configurations", "preset") and one != two:
+            if field.name not in ("configurations", "architecture") and one != two:
                 raise WeightsError(
                     f"{part.folder}: {field.name} {two}, unlike {one} of {parts[0].folder}; a "
                     "bundle has one"
@@ -222,11 +222,11 @@ def _together(parts: Sequence[_Part]) -> Plans:
         previous = configuration.previous_stage
         if previous is not None and previous not in configurations:
             raise WeightsError(f"{name} needs its first stage: give {previous}'s folder as well")
-    presets = {part.plans.preset for part in parts}
+    architectures = {part.plans.architecture for part in parts}
     return dataclasses.replace(
         first,
         configurations=tuple(configurations.values()),
-        preset=presets.pop() if len(presets) == 1 else "plain",
+        architecture=architectures.pop() if len(architectures) == 1 else "plain",
     )
 
 

@@ -17,7 +17,7 @@ from ichseg.model.plans import Architecture, Configuration, Normalisation, Plans
 from training.planning.recipes import ANISOTROPY
 
 NETWORKS = {"PlainConvUNet": "plain", "ResidualEncoderUNet": "residual"}
-PRESETS = {
+ARCHITECTURES = {
     "nnUNetResEncUNetMPlans": "resenc_m",
     "nnUNetResEncUNetLPlans": "resenc_l",
     "nnUNetResEncUNetXLPlans": "resenc_xl",
@@ -73,7 +73,7 @@ def convert(plans: Json, dataset: Json, name: str) -> Plans:
             normalisations=_normalisations(plans, raw, len(channels)),
             resampling=_resampling(raw),
             configurations=(_configuration(plans, raw, name),),
-            preset=PRESETS.get(plans["plans_name"], "plain"),
+            architecture=ARCHITECTURES.get(plans["plans_name"], "plain"),
             regions=regions,
         )
     except KeyError as error:

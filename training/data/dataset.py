@@ -19,22 +19,7 @@ from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
-from training.data.parallel import default_workers, each_case
 from training.data.workspace import dataset_file
-
-__all__ = [
-    "Case",
-    "Dataset",
-    "add_workspace_argument",
-    "default_workers",
-    "describe_failure",
-    "each_case",
-    "is_ct",
-    "largest_image_voxels",
-    "load_dataset",
-    "read_case",
-    "save_dataset",
-]
 
 SCHEMA_VERSION = 1
 

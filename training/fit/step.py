@@ -230,7 +230,7 @@ def memory_advice(run: FoldRun) -> Iterator[None]:
             advice.append(f"torchrun --nproc-per-node {c.batch} on as many GPUs")
         if c.batch > 2:
             advice.append(f"plan --batch {c.batch // 2}")
-        planned = recipes.find_recipe(run.plans.recipe, run.plans.preset).gpu_memory_gb
+        planned = recipes.find_recipe(run.plans.recipe, run.plans.architecture).gpu_memory_gb
         chosen = [o.chosen for o in run.plans.overrides if o.name == "gpu-memory-gb"]
         budget = float(chosen[0]) if chosen else planned
         advice.append(f"plan --gpu-memory-gb {budget / 2:g} (now {budget:g})")

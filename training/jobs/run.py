@@ -41,7 +41,6 @@ from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import open_run
 from training.jobs import queue, train
 from training.planning import overrides as planner_overrides
-from training.planning import planner
 from training.planning.recipes import RECIPES as PLANNER_RECIPES
 from training.scoring import summary
 from training.store import preprocess
@@ -118,8 +117,8 @@ def _plan(args: argparse.Namespace) -> Iterator[Step]:
     words = ["plan", *_workspace(args)]
     if args.recipe in PLANNER_RECIPES:  # the others are the trainer's alone
         words += ["--recipe", args.recipe]
-    if args.preset is not None:
-        words += ["--architecture", args.preset]
+    if args.architecture is not None:
+        words += ["--architecture", args.architecture]
     for name, value in _overrides(args).items():
         flags = {"yes": f"--{name}", "no": f"--no-{name}"}
         words.append(flags.get(value, f"--{name}={value}"))
@@ -239,12 +238,12 @@ def _refuse_other_plans(args: argparse.Namespace, path: Path) -> None:
     """Flags of an earlier run may be left out, but none may say otherwise."""
     found = plans.load(path)
     there = {override.name: override.chosen for override in found.overrides}
-    there |= {"recipe": found.recipe, "architecture": found.preset}
+    there |= {"recipe": found.recipe, "architecture": found.architecture}
     wanted = _overrides(args)
     if args.recipe in PLANNER_RECIPES:
         wanted["recipe"] = args.recipe
-    if args.preset is not None:
-        wanted["architecture"] = args.preset
+    if args.architecture is not None:
+        wanted["architecture"] = args.architecture
     for name, value in wanted.items():
         if there.get(name) != value:
             raise PlansError(
@@ -255,7 +254,7 @@ def _refuse_other_plans(args: argparse.Namespace, path: Path) -> None:
 
 def _overrides(args: argparse.Namespace) -> dict[str, str]:
     """What replaces the planner's choice, as its command line takes it."""
-    given = planner_overrides.record(planner.overrides_from(args), None, 0.0)
+    given = planner_overrides.record(planner_overrides.overrides_from(args), None, 0.0)
     return {override.name: override.chosen for override in given}
 
 
@@ -385,10 +384,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of `plan` and `train`; one that `plan` does not have is for `train` alone "
         "[msd2018, or what the plans have]",
     )
-    parser.add_argument(
-        "--architecture", dest="preset", choices=plans.PRESETS, help="of `plan` [plain]"
-    )
-    planner.add_override_arguments(parser)
+    parser.add_argument("--architecture", choices=plans.ARCHITECTURES, help="of `plan` [plain]")
+    planner_overrides.add_override_arguments(parser)
     config.add_settings(parser)
 
 
@@ -398,7 +395,7 @@ def main(args: argparse.Namespace) -> int:
 
     # refuse now what would only be refused after hours
     chosen = config.config_from(args, args.recipe or "msd2018")
-    planner.overrides_from(args)
+    planner_overrides.overrides_from(args)
     if chosen.tensorboard:
         progress.require_tensorboard()
     if args.gpus is not None:

@@ -68,7 +68,7 @@ def explain(plans: Plans, reasons: Reasons) -> str:
     sections = [
         _paragraph(
             f"{plans.dataset}: {cases} cases, {', '.join(plans.channels)}, recipe {plans.recipe}, "
-            f"architecture {plans.preset}. Axes stand in the order z, y, x."
+            f"architecture {plans.architecture}. Axes stand in the order z, y, x."
         ),
         _explain_spacing(plans, reasons),
         _explain_intensities(plans, reasons.fingerprint),

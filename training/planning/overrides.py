@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ichseg.errors import PlansError
@@ -53,6 +54,70 @@ class Overrides:
             raise PlansError(f"CT clip {self.ct_clip} HU, expected a lower and a higher number")
         if self.crop is not None and self.crop not in CROPS:
             raise PlansError(f"crop {self.crop!r}, expected one of {CROPS}")
+
+
+def add_override_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of ``Overrides``."""
+    chosen = parser.add_argument_group(
+        "in place of what the planner finds", "Recorded in the plans, beside what it finds."
+    )
+    chosen.add_argument(
+        "--spacing", type=_numbers(float, 3), metavar="Z,Y,X", help="voxel size in mm"
+    )
+    chosen.add_argument(
+        "--patch", type=_numbers(int, 3), metavar="Z,Y,X", help="voxels of a 3D patch"
+    )
+    chosen.add_argument("--batch", type=int, metavar="N", help="3D patches per training step")
+    chosen.add_argument(
+        "--features",
+        type=_numbers(int, None),
+        metavar="A,B,...",
+        help="features of each level of the 3D network; as many levels as numbers",
+    )
+    chosen.add_argument(
+        "--gpu-memory-gb", type=float, metavar="GB", help="memory of the GPU to plan for"
+    )
+    chosen.add_argument(
+        "--ct-clip",
+        type=_numbers(float, 2),
+        metavar="LOW,HIGH",
+        help="limits in HU that CT is clipped to; write --ct-clip=-20,120 where one is negative",
+    )
+    chosen.add_argument(
+        "--batch-dice",
+        action=argparse.BooleanOptionalAction,
+        help="3D Dice loss over the batch, or over each patch",
+    )
+    chosen.add_argument(
+        "--deep-supervision",
+        action=argparse.BooleanOptionalAction,
+        help="train the 3D network with a head at every decoder level, or with one",
+    )
+    chosen.add_argument(
+        "--crop",
+        choices=CROPS,
+        help="what is cut away from each case, in training and in inference: borders of zeros, or "
+        "also the air around the head",
+    )
+
+
+def overrides_from(args: argparse.Namespace) -> Overrides:
+    """What those flags say.
+
+    Raises:
+        PlansError: A value is out of range.
+    """
+    return Overrides(
+        spacing_mm=args.spacing,
+        patch=args.patch,
+        batch=args.batch,
+        features=args.features,
+        gpu_memory_gb=args.gpu_memory_gb,
+        ct_clip=args.ct_clip,
+        batch_dice=args.batch_dice,
+        deep_supervision=args.deep_supervision,
+        crop=args.crop,
+    )
 
 
 def record(
@@ -120,3 +185,20 @@ def _text(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(_text(item) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _numbers(kind: Callable[[str], float], count: int | None) -> Callable[[str], tuple[float, ...]]:
+    """An argparse type: numbers separated by commas."""
+
+    def parse(text: str) -> tuple[float, ...]:
+        try:
+            values = tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            values = ()
+        if not values or (count is not None and len(values) != count):
+            what = "numbers" if kind is float else "whole numbers"
+            wanted = f"{count} {what}" if count else what
+            raise argparse.ArgumentTypeError(f"{text!r}, expected {wanted} separated by commas")
+        return values
+
+    return parse

@@ -2,8 +2,8 @@
 
 Recipes are tables of constants for one family of functions: ``msd2018`` is the paper as written
 (P18), with the constants of the first public nnU-Net code (C19) where the paper is silent;
-``nnunetv2`` is nnU-Net v2 (V2), with its presets of a residual encoder. ``plan --explain`` says why
-each number is what it is.
+``nnunetv2`` is nnU-Net v2 (V2), with its residual encoders. ``plan --explain`` says why each number
+is what it is.
 
 Here and in plans, sizes and spacings are ``(z, y, x)`` after LPS orientation and after the
 transpose that puts the axis of coarsest spacing first.
@@ -14,35 +14,38 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
-from ichseg.errors import DatasetError, IchsegError, PlansError
+from ichseg.errors import IchsegError, PlansError
 from ichseg.files import replacing
 from ichseg.model import plans as plans_module
 from ichseg.model import strict_json
-from ichseg.model.plans import Configuration, Normalisation, Plans
+from ichseg.model.plans import Configuration, Plans
 from ichseg.wording import times
 from training.data.dataset import (
     Dataset,
     add_workspace_argument,
-    default_workers,
     is_ct,
     load_dataset,
 )
+from training.data.parallel import default_workers
 from training.data.workspace import plans_file
 from training.planning import explain
 from training.planning.cascade import plan_cascade
 from training.planning.explain import Reasons
 from training.planning.fingerprint import Fingerprint, load_or_compute
-from training.planning.overrides import Overrides, record
+from training.planning.intensities import plan_normalisations
+from training.planning.overrides import (
+    Overrides,
+    add_override_arguments,
+    overrides_from,
+    record,
+)
 from training.planning.patch import Fit, Grid, fit_patch
-from training.planning.recipes import ANISOTROPY, RECIPES, find_recipe
-from training.planning.spacing import coarsest_first, target_spacing
-
-_MASKED_BELOW = 0.75  # relative size after the crop below which z-scores keep to the nonzero region
+from training.planning.recipes import ANISOTROPY, RECIPES, Recipe, find_recipe
+from training.planning.spacing import FloatArray, coarsest_first, target_spacing
 
 _log = logging.getLogger(__name__)
 
@@ -53,10 +56,12 @@ def plan(
     *,
     recipe: str,
     overrides: Overrides,
-    preset: str = "plain",
+    architecture: str = "plain",
 ) -> Plans:
     """Decide everything that the data decide; arguments and errors as for ``decide``."""
-    return decide(fingerprint, dataset, recipe=recipe, overrides=overrides, preset=preset)[0]
+    return decide(
+        fingerprint, dataset, recipe=recipe, overrides=overrides, architecture=architecture
+    )[0]
 
 
 def decide(
@@ -65,34 +70,30 @@ def decide(
     *,
     recipe: str,
     overrides: Overrides,
-    preset: str = "plain",
+    architecture: str = "plain",
 ) -> tuple[Plans, Reasons]:
     """Plans, and how they came about.
 
     Args:
-        fingerprint: Of the dataset.
-        dataset: Its name, channels and labels.
+        fingerprint: What the dataset looks like.
+        dataset: The dataset: its name, channels and labels.
         recipe: A key of ``RECIPES``.
-        overrides: What the user chose, in the data's order of axes.
-        preset: A key of that recipe.
+        overrides: What the user chose, with axes in the data's order.
+        architecture: A key of that recipe, such as ``plain``.
 
     Raises:
-        PlansError: Recipe or preset are unknown, overrides do not fit each other or the data, or
-            no patch fits the memory.
+        PlansError: Recipe or architecture is unknown, overrides do not fit each other or the data,
+            or no patch fits the memory.
         DatasetError: The foreground of a CT channel has no spread to normalise by.
     """
-    constants = find_recipe(recipe, preset, overrides.gpu_memory_gb)
+    constants = find_recipe(recipe, architecture, overrides.gpu_memory_gb)
     crop = overrides.crop or "nonzero"
     spacings = np.array(fingerprint.spacings_mm)  # (cases, 3)
     shapes = np.array(_shapes(fingerprint, dataset, crop))  # (cases, 3)
     target = target_spacing(spacings, shapes, constants)
     spacing = overrides.spacing_mm or target.spacing_mm
     transpose = coarsest_first(spacing)
-    resampled = spacings / np.array(spacing) * shapes
-    if constants.round_shapes:
-        median = np.median(np.round(resampled), axis=0)
-    else:
-        median = np.round(np.median(resampled, axis=0))
+    median = _median_shape(spacings / np.array(spacing) * shapes, constants)
     grid = Grid(
         recipe=constants,
         spacing_mm=tuple(spacing[axis] for axis in transpose),
@@ -119,17 +120,17 @@ def decide(
         orientation="LPS",
         transpose=transpose,
         normalise_first=constants.normalise_first,
-        normalisations=_normalisations(fingerprint, dataset, overrides.ct_clip),
+        normalisations=plan_normalisations(fingerprint, dataset, overrides.ct_clip),
         resampling=constants.resampling,
         configurations=_configurations(flat, full, cascade.lowres, overrides),
-        preset=preset,
+        architecture=architecture,
         crop=crop,
     )
     if overrides != Overrides():
         chosen = record(
             overrides,
-            _automatic(fingerprint, dataset, recipe, preset),
-            find_recipe(recipe, preset).gpu_memory_gb,
+            _automatic(fingerprint, dataset, recipe, architecture),
+            find_recipe(recipe, architecture).gpu_memory_gb,
         )
         plans = replace(plans, overrides=chosen)
     return plans, Reasons(fingerprint, target, flat, full, cascade)
@@ -141,8 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", choices=tuple(RECIPES), default="msd2018", help="[%(default)s]")
     parser.add_argument(
         "--architecture",
-        dest="preset",
-        choices=plans_module.PRESETS,
+        choices=plans_module.ARCHITECTURES,
         default="plain",
         help="network to plan for; the resenc ones (residual encoder, for GPUs of 8, 24 and 40 GB) "
         "belong to recipe nnunetv2 [%(default)s]",
@@ -159,82 +159,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_override_arguments(parser)
 
 
-def add_override_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag for each field of ``Overrides``."""
-    chosen = parser.add_argument_group(
-        "in place of what the planner finds", "Recorded in the plans, beside what it finds."
-    )
-    chosen.add_argument(
-        "--spacing", type=_numbers(float, 3), metavar="Z,Y,X", help="voxel size in mm"
-    )
-    chosen.add_argument(
-        "--patch", type=_numbers(int, 3), metavar="Z,Y,X", help="voxels of a 3D patch"
-    )
-    chosen.add_argument("--batch", type=int, metavar="N", help="3D patches per training step")
-    chosen.add_argument(
-        "--features",
-        type=_numbers(int, None),
-        metavar="A,B,...",
-        help="features of each level of the 3D network; as many levels as numbers",
-    )
-    chosen.add_argument(
-        "--gpu-memory-gb", type=float, metavar="GB", help="memory of the GPU to plan for"
-    )
-    chosen.add_argument(
-        "--ct-clip",
-        type=_numbers(float, 2),
-        metavar="LOW,HIGH",
-        help="limits in HU that CT is clipped to; write --ct-clip=-20,120 where one is negative",
-    )
-    chosen.add_argument(
-        "--batch-dice",
-        action=argparse.BooleanOptionalAction,
-        help="3D Dice loss over the batch, or over each patch",
-    )
-    chosen.add_argument(
-        "--deep-supervision",
-        action=argparse.BooleanOptionalAction,
-        help="train the 3D network with a head at every decoder level, or with one",
-    )
-    chosen.add_argument(
-        "--crop",
-        choices=plans_module.CROPS,
-        help="what is cut away from each case, in training and in inference: borders of zeros, or "
-        "also the air around the head",
-    )
-
-
-def overrides_from(args: argparse.Namespace) -> Overrides:
-    """What those flags say.
-
-    Raises:
-        PlansError: A value is out of range.
-    """
-    return Overrides(
-        spacing_mm=args.spacing,
-        patch=args.patch,
-        batch=args.batch,
-        features=args.features,
-        gpu_memory_gb=args.gpu_memory_gb,
-        ct_clip=args.ct_clip,
-        batch_dice=args.batch_dice,
-        deep_supervision=args.deep_supervision,
-        crop=args.crop,
-    )
-
-
 def main(args: argparse.Namespace) -> int:
     """Run the ``plan`` command."""
     dataset = load_dataset(args.workspace)
     overrides = overrides_from(args)
     # refuse before the fingerprint takes its minutes
-    find_recipe(args.recipe, args.preset)
+    find_recipe(args.recipe, args.architecture)
     heads = overrides.crop == "head"
     if heads:
         _require_ct(dataset)
     fingerprint = load_or_compute(args.workspace, dataset, args.workers, heads=heads)
     plans, reasons = decide(
-        fingerprint, dataset, recipe=args.recipe, overrides=overrides, preset=args.preset
+        fingerprint,
+        dataset,
+        recipe=args.recipe,
+        overrides=overrides,
+        architecture=args.architecture,
     )
     path = plans_file(args.workspace)
     with replacing(path) as temporary:
@@ -261,7 +201,7 @@ def _require_ct(dataset: Dataset) -> None:
 def _shapes(
     fingerprint: Fingerprint, dataset: Dataset, crop: str
 ) -> tuple[tuple[int, int, int], ...]:
-    """Of the cases after the crop; refuses one that loses foreground to the cut to the head."""
+    """Shapes of the cases after the crop; a cut to the head must not lose foreground."""
     if crop == "nonzero":
         return fingerprint.shapes
     _require_ct(dataset)
@@ -280,17 +220,27 @@ def _shapes(
     return fingerprint.head_shapes
 
 
+def _median_shape(shapes: FloatArray, recipe: Recipe) -> FloatArray:
+    """The median of the cases' shapes ``(cases, 3)``, in whole voxels."""
+    if recipe.round_shapes:
+        return np.asarray(np.median(np.round(shapes), axis=0))
+    return np.asarray(np.round(np.median(shapes, axis=0)))
+
+
 def _automatic(
-    fingerprint: Fingerprint, dataset: Dataset, recipe: str, preset: str
+    fingerprint: Fingerprint, dataset: Dataset, recipe: str, architecture: str
 ) -> Plans | None:
     """The plans without any override, if there are any."""
     try:
-        return plan(fingerprint, dataset, recipe=recipe, overrides=Overrides(), preset=preset)
+        return plan(
+            fingerprint, dataset, recipe=recipe, overrides=Overrides(), architecture=architecture
+        )
     except IchsegError:  # what was chosen may be what makes the data usable
         return None
 
 
 def _plan_2d(grid: Grid) -> Fit | None:
+    """The 2D configuration, if there is a patch for one."""
     try:
         return fit_patch(grid.in_plane, Overrides())
     except PlansError as error:
@@ -348,37 +298,6 @@ def _configuration(name: str, fit: Fit, grid: Grid, *, batch_dice: bool) -> Conf
     )
 
 
-def _normalisations(
-    fingerprint: Fingerprint, dataset: Dataset, ct_clip: tuple[float, float] | None
-) -> tuple[Normalisation, ...]:
-    """CT by the foreground of all cases, every other modality image by image."""
-    if ct_clip is not None and not any(is_ct(channel) for channel in dataset.channels):
-        raise PlansError(
-            f"CT clip {times(ct_clip)} HU, but no channel is CT: {', '.join(dataset.channels)}"
-        )
-    found = []
-    masked = fingerprint.relative_size < _MASKED_BELOW
-    for channel, foreground in zip(dataset.channels, fingerprint.intensities, strict=True):
-        low, high = ct_clip or (foreground.percentile_00_5, foreground.percentile_99_5)
-        if channel.strip().casefold() == "nonorm":
-            found.append(Normalisation("none"))
-        elif not is_ct(channel):
-            found.append(Normalisation("zscore", masked=masked))
-        elif not (foreground.deviation > 0 and low < high):
-            raise DatasetError(
-                f"channel {channel}: nearly all foreground voxels are {foreground.median:g}, "
-                "expected intensities with a spread"
-            )
-        elif ct_clip is not None and not low < foreground.mean < high:
-            raise PlansError(
-                f"CT clip {low:g} to {high:g} HU leaves out the foreground of channel {channel}, "
-                f"whose mean is {foreground.mean:.1f} HU"
-            )
-        else:
-            found.append(Normalisation("ct", low, high, foreground.mean, foreground.deviation))
-    return tuple(found)
-
-
 def _describe(configuration: Configuration) -> str:
     """A configuration in one line."""
     network = configuration.architecture
@@ -388,20 +307,3 @@ def _describe(configuration: Configuration) -> str:
         f"batch {configuration.batch}, {len(network.features)} levels by "
         f"{times(network.total_stride)}, features {','.join(map(str, network.features))}"
     )
-
-
-def _numbers(kind: Callable[[str], float], count: int | None) -> Callable[[str], tuple[float, ...]]:
-    """An argparse type: numbers separated by commas."""
-
-    def parse(text: str) -> tuple[float, ...]:
-        try:
-            values = tuple(kind(part) for part in text.split(","))
-        except ValueError:
-            values = ()
-        if not values or (count is not None and len(values) != count):
-            what = "numbers" if kind is float else "whole numbers"
-            wanted = f"{count} {what}" if count else what
-            raise argparse.ArgumentTypeError(f"{text!r}, expected {wanted} separated by commas")
-        return values
-
-    return parse

@@ -155,7 +155,7 @@ _NNUNETV2 = Recipe(
 
 
 def _residual(budget_2d: float, budget_3d: float, gpu_memory_gb: float) -> Recipe:
-    """A preset of V2 with a residual encoder."""
+    """nnU-Net v2 with a residual encoder, for a GPU of this memory."""
     return replace(
         _NNUNETV2,
         limits_2d=replace(_NNUNETV2.limits_2d, budget=budget_2d, room=12),
@@ -168,7 +168,7 @@ def _residual(budget_2d: float, budget_3d: float, gpu_memory_gb: float) -> Recip
     )
 
 
-# By recipe and preset, as in plans.
+# By recipe and architecture, as in plans.
 RECIPES = {
     "msd2018": {"plain": _MSD2018},
     "nnunetv2": {
@@ -180,24 +180,24 @@ RECIPES = {
 }
 
 
-def find_recipe(name: str, preset: str, gpu_memory_gb: float | None = None) -> Recipe:
-    """The constants of a recipe and a preset.
+def find_recipe(name: str, architecture: str, gpu_memory_gb: float | None = None) -> Recipe:
+    """The constants of a recipe and an architecture.
 
     Args:
-        name: Of the recipe.
-        preset: Of the network.
+        name: Name of the recipe.
+        architecture: Name of the kind of network, such as ``plain``.
         gpu_memory_gb: Memory that the budgets are scaled to, None for the recipe's own.
 
     Raises:
-        PlansError: There is no such recipe, or the recipe has no such preset.
+        PlansError: There is no such recipe, or it has no such architecture.
     """
     if name not in RECIPES:
         raise PlansError(f"recipe {name!r}, expected one of {', '.join(RECIPES)}")
-    if preset not in RECIPES[name]:
+    if architecture not in RECIPES[name]:
         raise PlansError(
-            f"architecture {preset} with recipe {name}, expected {' or '.join(RECIPES[name])}"
+            f"architecture {architecture} with recipe {name}, expected {' or '.join(RECIPES[name])}"
         )
-    recipe = RECIPES[name][preset]
+    recipe = RECIPES[name][architecture]
     if gpu_memory_gb is None:
         return recipe
     factor = gpu_memory_gb / recipe.gpu_memory_gb
