@@ -129,11 +129,7 @@ class Model:
     @property
     def in_order(self) -> tuple[str, ...]:
         """The configurations that have to run, first stages before the second ones."""
-        order: list[str] = []
-        for name in self.averaged:
-            first = self.plans.configuration(name).previous_stage
-            order += [stage for stage in (first, name) if stage is not None and stage not in order]
-        return tuple(order)
+        return self.plans.with_first_stages(self.averaged)
 
     def members_of(self, configuration: str) -> tuple[Member, ...]:
         """The networks of one configuration."""

@@ -7,6 +7,7 @@ spacings and strides are in (z, y, x) order *after* ``Plans.transpose``; a 2D co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -284,6 +285,18 @@ class Plans:
                 return configuration
         known = ", ".join(c.name for c in self.configurations)
         raise PlansError(f"no configuration {name!r} in the plans, which have {known}")
+
+    def with_first_stages(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Names of configurations, the first stage of a cascade before its second; each once.
+
+        Raises:
+            PlansError: A name is not that of a configuration.
+        """
+        found: list[str] = []
+        for name in names:
+            first = self.configuration(name).previous_stage
+            found += [name] if first is None else [first, name]
+        return tuple(dict.fromkeys(found))
 
     def input_channels(self, configuration: Configuration) -> int:
         """Of its network: the image's, and in a cascade's second stage one per foreground label."""

@@ -12,6 +12,7 @@ from ichseg.errors import TrainingError
 from ichseg.model import bundle
 from training.__main__ import main as command
 from training.bundle import export as exporter
+from training.bundle import rounding
 from training.bundle.export import export
 from training.data.workspace import BEST_CHECKPOINT, LATEST_CHECKPOINT, run_folder
 from training.fit.checkpoint import load_checkpoint
@@ -95,11 +96,11 @@ def test_refuses_weights_that_rounding_changes(workspace, tmp_path, monkeypatch)
     """As trained the mask is empty, from rounded weights it is full."""
     trained = weights(workspace, "0")
 
-    def segment(case, run, state, folder=None):
+    def segment(case, run, state):
         same = all(torch.equal(state[name], trained[name]) for name in trained)
         return np.full((6, 24, 24), 0 if same else 1, np.uint8)
 
-    monkeypatch.setattr(exporter, "segment_case", segment)
+    monkeypatch.setattr(rounding, "segment_case", segment)
     with pytest.raises(
         TrainingError, match=r"Dice of hemorrhage in \d cases is 0\.0000 as trained, 0\.\d+ in fp"
     ):
@@ -109,11 +110,11 @@ def test_refuses_weights_that_rounding_changes(workspace, tmp_path, monkeypatch)
 
 def test_each_fold_is_checked_once(workspace, tmp_path, monkeypatch):
     checked = []
-    monkeypatch.setattr(exporter, "check_rounding", lambda *args: checked.append(args[2]))
+    monkeypatch.setattr(exporter, "check_rounding", lambda *args: checked.append(args[1].spec.fold))
     export(workspace, ("3d_fullres",), ("0",), tmp_path)
     before = (tmp_path / "3d_fullres_fold_0.safetensors").read_bytes()
     export(workspace, ("3d_fullres",), ("0", "1"), tmp_path)
-    assert checked == ["0", "1"]
+    assert checked == [0, 1]
     assert (tmp_path / "3d_fullres_fold_0.safetensors").read_bytes() == before
 
 

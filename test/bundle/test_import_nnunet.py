@@ -20,6 +20,7 @@ from ichseg.predict import prepare, sliding_window
 from ichseg.predict.ensemble import Ensemble
 from ichseg.scan.volume import Volume
 from training.__main__ import main
+from training.bundle.identity import Identity
 from training.bundle.import_nnunet import import_folders
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -98,7 +99,9 @@ def test_the_plan_is_read_as_it_stands(tmp_path):
     planned = theirs.plans({"3d_fullres": theirs.configuration(VOLUME)})
     planned["transpose_forward"] = [2, 0, 1]
     folder = theirs.write(tmp_path, VOLUME, planned=planned)
-    model = import_folders([folder], tmp_path / "bundle", name="bleeds", input_slug="ct")
+    model = import_folders(
+        [folder], tmp_path / "bundle", identity=Identity(name="bleeds", input_slug="ct")
+    )
     assert (model.name, model.input_slug, model.average, model.cascade) == (
         "bleeds", "ct", "logits", "labels",
     )  # fmt: skip

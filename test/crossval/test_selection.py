@@ -14,7 +14,7 @@ from ichseg.errors import TrainingError
 from ichseg.predict import prepare
 from ichseg.predict.components import ComponentRule
 from ichseg.scan import volume
-from training.crossval import merge, probabilities, selection
+from training.crossval import merge, probabilities, selection, unseen
 from training.data import dataset
 from training.data.workspace import mask_file, probabilities_file, probabilities_folder, run_folder
 
@@ -98,8 +98,8 @@ def test_a_pair_decides_as_its_unrounded_mean_but_for_ties(workspace):
             put(workspace, c, case, image, rng.random(blood.shape)) for c in (CONFIGURATION, LOW)
         ]
         exact = prepare.restore([(s.numpy(), p) for s, p in parts], PLANNED)
-        task = selection.Task(case, "0", {})
-        kept = selection.found_labels(task, image, workspace, PLANNED, NAMES)
+        task = unseen.UnseenCase(case, "0", {})
+        kept = unseen.found_labels(task, image, workspace, PLANNED, NAMES)
         different = kept != exact
         assert 0.2 < exact.mean() < 0.8
         assert different.mean() < 0.01  # as the lead is off by at most 2 / 255 of a range of 2

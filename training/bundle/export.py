@@ -1,13 +1,12 @@
 """Write finished folds as a weights bundle: tensors in fp16 and ``model.json``, nothing pickled.
 
-May be run again whenever one more fold has finished: what is in the bundle already comes out byte
-for byte the same and is not checked again.
+``export`` may be run again whenever one more fold has finished: what is in the bundle already comes
+out byte for byte the same and is not checked again.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import logging
 import tempfile
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ichseg.errors import TrainingError, WeightsError
 from ichseg.files import UNFINISHED
@@ -25,11 +23,12 @@ from ichseg.model import bundle, plans, strict_json
 from ichseg.model.bundle import Member, Model
 from ichseg.model.plans import Plans
 from ichseg.predict.components import ComponentRule
-from ichseg.scan import volume
 from training.bundle import model_card
+from training.bundle.identity import BY_DEFAULT, Identity, add_identity_arguments, identity_from
+from training.bundle.rounding import check_rounding
 from training.crossval import selection
-from training.crossval.validate import score_labels, segment_case
 from training.data import dataset
+from training.data.dataset import Dataset
 from training.data.workspace import (
     BEST_CHECKPOINT,
     CONFIG_FILE,
@@ -42,16 +41,20 @@ from training.fit.checkpoint import load_checkpoint
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun, open_run
 
-INPUT_SLUG, OUTPUT_SLUG = "head-ct", "intracranial-hemorrhage-segmentation"
 CHECKPOINTS = {"latest": LATEST_CHECKPOINT, "best": BEST_CHECKPOINT}
-MAX_DICE_CHANGE = 1e-3  # that rounding the weights may cost or gain in any checked case
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A fold that has finished: its run and a checkpoint of it."""
+    """A fold that has finished training.
+
+    Attributes:
+        run: The fold's run.
+        fold: ``0``, ``1``, ... or ``all``.
+        checkpoint: The contents of the checkpoint whose weights are exported.
+    """
 
     run: FoldRun
     fold: str
@@ -67,60 +70,64 @@ def export(
     rules: Sequence[ComponentRule] = (),
     checkpoint: str = "latest",
     check_cases: int = 2,
-    name: str | None = None,
-    version: str = "1",
-    description: str | None = None,
-    input_slug: str = INPUT_SLUG,
-    output_slug: str = OUTPUT_SLUG,
+    identity: Identity = BY_DEFAULT,
 ) -> Model:
     """Write the bundle of those folds that have finished training, and its model card.
 
     Args:
-        workspace: With the runs.
-        configurations: Those whose mean decides; of a cascade the second stage, the first one
-            comes with it.
-        folds: Those wanted; unfinished ones are left out, with a line in the log.
+        workspace: The folder with the runs.
+        configurations: Names of the configurations whose mean decides. The first stage of a
+            cascade comes along with its second and is not named.
+        folds: The folds that are wanted; unfinished ones are left out, with a line in the log.
         out: The bundle's folder.
-        rules: What is dropped of the labels found.
-        checkpoint: ``latest`` or ``best``.
-        check_cases: Validation cases of each fold to score before and after rounding.
-        name: Of the bundle; None for that of the dataset and the configurations.
-        version: Of the bundle.
-        description: What it is and is not for; None for what the plans tell.
-        input_slug: Grand Challenge socket of the CT.
-        output_slug: And of the mask.
+        rules: Which components the bundle drops from the labels it finds.
+        checkpoint: Whose weights to take, ``latest`` or ``best``.
+        check_cases: How many validation cases of each fold to score before and after rounding.
+        identity: What the bundle is called; without a name or a description the dataset and the
+            plans give them.
+
+    Returns:
+        What was written to ``model.json``.
 
     Raises:
         TrainingError: No fold of a configuration has finished, or rounding changes a mean Dice by
             more than 0.001.
     """
+    planned = plans.load(plans_file(workspace))
     trained = [
         part
-        for configuration in _with_first_stages(workspace, configurations)
+        for configuration in planned.with_first_stages(configurations)
         for part in _finished(workspace, configuration, folds, checkpoint)
     ]
+    data = dataset.load_dataset(workspace)
+    cases = {case.name: case for case in data.labelled}
     known = _known_members(out)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=UNFINISHED) as beside:
         members = []
         for part in trained:
             weights = part.checkpoint["network"]
-            member = bundle.save_member(
-                Path(beside), part.run.configuration.name, part.fold, weights
-            )
+            name = part.run.configuration.name
+            member = bundle.save_member(Path(beside), name, part.fold, weights)
             if member not in known:
-                check_rounding(workspace, part.run, part.fold, weights, check_cases)
+                check_rounding(cases, part.run, weights, check_cases)
             members.append(member)
         for member in members:
             (Path(beside) / member.file).replace(out / member.file)
-    model = _describe(workspace, trained, members, checkpoint, version)
     stages = {part.run.configuration.previous_stage for part in trained}
-    model = dataclasses.replace(
-        model,
-        name=name or f"{model.plans.dataset}-{'+'.join(configurations)}",
-        description=description or describe_plans(model.plans),
-        input_slug=input_slug,
-        output_slug=output_slug,
+    planned = trained[0].run.plans
+    model = Model(
+        schema_version=bundle.SCHEMA_VERSION,
+        name=identity.name or f"{planned.dataset}-{'+'.join(configurations)}",
+        version=identity.version,
+        description=identity.description or describe_plans(planned),
+        input_slug=identity.input_slug,
+        output_slug=identity.output_slug,
+        average="probabilities",
+        mirror_axes=_mirror_axes(trained),
+        plans=planned,
+        members=tuple(members),
+        provenance=_provenance(data, trained, checkpoint),
         rules=tuple(rules),
         averages=tuple(configurations) if stages & set(configurations) else (),
     )
@@ -131,20 +138,11 @@ def export(
 
 
 def describe_plans(planned: Plans) -> str:
-    """What a bundle is and is not for, by its plans."""
+    """Say what a bundle is for and what not, by its plans."""
     return (
         f"Segments {', '.join(planned.labels[1:])}. Trained on {planned.dataset}. "
         "For research, not for diagnosis."
     )
-
-
-def _with_first_stages(workspace: Path, configurations: Sequence[str]) -> tuple[str, ...]:
-    planned = plans.load(plans_file(workspace))
-    names: list[str] = []
-    for name in configurations:
-        previous = planned.configuration(name).previous_stage
-        names += [previous, name] if previous is not None else [name]
-    return tuple(dict.fromkeys(names))
 
 
 def _finished(
@@ -173,56 +171,14 @@ def _finished(
     return finished
 
 
-def check_rounding(
-    workspace: Path, run: FoldRun, fold: str, weights: dict[str, Tensor], check_cases: int
-) -> None:
-    """Score the fold on some of its validation cases with the weights as trained and as stored.
-
-    Cases without any reference label are passed over: their Dice is 0 or undefined by one voxel.
-
-    Raises:
-        TrainingError: The mean Dice of a label changes by more than 0.001, or is undefined for one
-            of the two.
-    """
-    rounded = {key: value.half().float() for key, value in weights.items()}
-    cases = {case.name: case for case in dataset.load_dataset(workspace).labelled}
-    scores: dict[str, list[tuple[float, float]]] = {}
-    left = check_cases
-    for name in run.spec.validation:
-        reference = volume.read(cases[name].label or Path()).voxels
-        if left == 0 or not reference.any():
-            continue
-        left -= 1
-        before = score_labels(segment_case(cases[name], run, weights), reference, run.plans)
-        after = score_labels(segment_case(cases[name], run, rounded), reference, run.plans)
-        _log.info("fold %s, case %s: Dice %s as trained, %s in fp16", fold, name, before, after)
-        for label, old in before.items():
-            new = after[label]
-            if (old is None) != (new is None):
-                raise TrainingError(
-                    f"fold {fold}, case {name}: Dice of {label} is {old} as trained, {new} in fp16"
-                )
-            if old is not None and new is not None:
-                scores.setdefault(label, []).append((old, new))
-    for label, pairs in scores.items():
-        old, new = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
-        if abs(old - new) > MAX_DICE_CHANGE:
-            raise TrainingError(
-                f"fold {fold}: mean Dice of {label} in {len(pairs)} cases is {old:.4f} as trained, "
-                f"{new:.4f} in fp16; expected a change of at most {MAX_DICE_CHANGE}"
-            )
-
-
-def _describe(
-    workspace: Path,
-    trained: Sequence[Trained],
-    members: Sequence[Member],
-    checkpoint: str,
-    version: str,
-) -> Model:
-    run = trained[0].run
-    data = dataset.load_dataset(workspace)
+def _mirror_axes(trained: Sequence[Trained]) -> tuple[int, ...]:
+    """The axes that training mirrored; where all networks are 2D, that is not the first."""
     dimensions = max(part.run.configuration.architecture.dimensions for part in trained)
+    return tuple(range(3 - dimensions, 3))
+
+
+def _provenance(data: Dataset, trained: Sequence[Trained], checkpoint: str) -> dict[str, Any]:
+    """From what the bundle was made, for people and for the model card."""
     folds = {
         f"{part.run.configuration.name} fold {part.fold}": {
             "epochs": part.checkpoint["schedule"]["epoch"],
@@ -232,27 +188,15 @@ def _describe(
         }
         for part in trained
     }
-    return Model(
-        schema_version=bundle.SCHEMA_VERSION,
-        name=run.plans.dataset,
-        version=version,
-        description=describe_plans(run.plans),
-        input_slug=INPUT_SLUG,
-        output_slug=OUTPUT_SLUG,
-        average="probabilities",
-        mirror_axes=tuple(range(3 - dimensions, 3)),
-        plans=run.plans,
-        members=tuple(members),
-        provenance={
-            "dataset": data.name,
-            "cases": len(data.labelled),
-            "recipe": run.config.recipe,
-            "checkpoint": checkpoint,
-            "folds": folds,
-            "torch": torch.__version__,
-            "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        },
-    )
+    return {
+        "dataset": data.name,
+        "cases": len(data.labelled),
+        "recipe": trained[0].run.config.recipe,
+        "checkpoint": checkpoint,
+        "folds": folds,
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+    }
 
 
 def _known_members(out: Path) -> tuple[Member, ...]:
@@ -264,14 +208,14 @@ def _known_members(out: Path) -> tuple[Member, ...]:
 
 
 def _remove_others(out: Path, members: Sequence[Member]) -> None:
-    """Weights of an earlier bundle that ``model.json`` no longer names."""
+    """Remove weights of an earlier bundle that ``model.json`` no longer names."""
     for path in out.glob("*.safetensors"):
         if path.name not in {member.file for member in members}:
             path.unlink()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the ``export`` command."""
+    """Add the arguments of the ``export`` command."""
     dataset.add_workspace_argument(parser)
     parser.add_argument(
         "--configuration",
@@ -300,19 +244,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, default=0, metavar="N", help="of torch; 0 leaves it to torch [0]"
     )
-    parser.add_argument("--name", help="[the dataset's and the configurations']")
-    parser.add_argument("--model-version", default="1", help="[%(default)s]")
-    parser.add_argument(
-        "--description", help="what it is and is not for [the labels, the dataset, for research]"
-    )
-    parser.add_argument(
-        "--input-slug",
-        default=INPUT_SLUG,
-        metavar="SLUG",
-        help="Grand Challenge socket [%(default)s]",
-    )
-    parser.add_argument(
-        "--output-slug", default=OUTPUT_SLUG, metavar="SLUG", help="the mask's socket [%(default)s]"
+    add_identity_arguments(
+        parser,
+        name="the dataset's and the configurations'",
+        description="the labels, the dataset, for research",
     )
 
 
@@ -338,11 +273,7 @@ def main(args: argparse.Namespace) -> int:
         rules=rules,
         checkpoint=args.checkpoint,
         check_cases=args.check_cases,
-        name=args.name,
-        version=args.model_version,
-        description=args.description,
-        input_slug=args.input_slug,
-        output_slug=args.output_slug,
+        identity=identity_from(args),
     )
     names = ", ".join(f"{member.configuration} fold {member.fold}" for member in model.members)
     _log.info("%s: %s", args.out, names)

@@ -23,7 +23,12 @@ from ichseg.model import bundle, strict_json
 from ichseg.model.bundle import Member, Model
 from ichseg.model.plans import Configuration, Plans
 from training.bundle import nnunet_plans
-from training.bundle.export import INPUT_SLUG, OUTPUT_SLUG
+from training.bundle.identity import (
+    BY_DEFAULT,
+    Identity,
+    add_identity_arguments,
+    identity_from,
+)
 from training.bundle.nnunet_checkpoint import mirrored_axes, read_checkpoint, rename
 from training.data.workspace import DATASET_FILE, PLANS_FILE
 
@@ -38,11 +43,11 @@ class _Part:
     """What one model folder brings into the bundle.
 
     Attributes:
-        folder: Where it is.
-        plans: With one configuration.
-        members: Its folds, written already.
-        mirror_axes: Of (z, y, x).
-        source: For the provenance.
+        folder: The model folder.
+        plans: Its plans, with the one configuration that it trained.
+        members: Its folds, whose weights are written already.
+        mirror_axes: The axes that prediction may mirror, 0, 1, 2 for z, y, x.
+        source: What the bundle's provenance says about the folder.
     """
 
     folder: Path
@@ -53,7 +58,7 @@ class _Part:
 
     @property
     def configuration(self) -> Configuration:
-        """The only one of the plans."""
+        """The only configuration of the plans."""
         return self.plans.configurations[0]
 
 
@@ -63,26 +68,21 @@ def import_folders(
     *,
     folds: Sequence[str] | None = None,
     checkpoint: str = "final",
-    name: str | None = None,
-    version: str = "1",
-    description: str = DESCRIPTION,
-    input_slug: str = INPUT_SLUG,
-    output_slug: str = OUTPUT_SLUG,
+    identity: Identity = BY_DEFAULT,
 ) -> Model:
     """Write a bundle of the networks of one or several model folders.
 
     Args:
-        folders: As nnU-Net v2 leaves them, ``Trainer__Plans__configuration``. Of a cascade both
-            stages; of an ensemble all configurations.
-        out: The bundle's folder, which holds none yet.
-        folds: Those wanted, ``all`` for ``fold_all``; None for all numbered ones that have the
-            checkpoint, or without any ``fold_all``.
-        checkpoint: ``final`` or ``best``.
-        name: Of the bundle; None for the dataset's name.
-        version: Of the bundle.
-        description: What it is and is not for.
-        input_slug: Grand Challenge socket of the scan.
-        output_slug: Grand Challenge socket of the mask.
+        folders: The folders as nnU-Net v2 leaves them, ``Trainer__Plans__configuration``. A
+            cascade needs those of both stages, an ensemble those of all its configurations.
+        out: The bundle's folder, which must not hold a bundle yet.
+        folds: The folds to take, ``all`` for ``fold_all``. None takes all numbered ones that have
+            the checkpoint, or ``fold_all`` where there is no numbered one.
+        checkpoint: Whose weights to take, ``final`` or ``best``.
+        identity: What the bundle is called; without a name it takes the dataset's.
+
+    Returns:
+        What was written to ``model.json``.
 
     Raises:
         WeightsError: A checkpoint is missing, holds something else, or does not fit its plans; a
@@ -101,11 +101,11 @@ def import_folders(
         plans = _together(parts)
         model = Model(
             schema_version=bundle.SCHEMA_VERSION,
-            name=name or plans.dataset,
-            version=version,
-            description=description,
-            input_slug=input_slug,
-            output_slug=output_slug,
+            name=identity.name or plans.dataset,
+            version=identity.version,
+            description=identity.description or DESCRIPTION,
+            input_slug=identity.input_slug,
+            output_slug=identity.output_slug,
             average="logits",
             mirror_axes=_same_mirrors(parts),
             plans=plans,
@@ -124,10 +124,10 @@ def import_folders(
 
 
 def find_folds(folder: Path, wanted: Sequence[str] | None, checkpoint: str) -> dict[str, Path]:
-    """The checkpoints of a model folder by fold.
+    """Find the checkpoints of a model folder, by fold.
 
     Raises:
-        WeightsError: There is none, or not one of those wanted.
+        WeightsError: There is no checkpoint, or one of the wanted folds has none.
     """
     there = {path.parent.name[5:]: path for path in sorted(folder.glob(f"fold_*/{checkpoint}"))}
     if wanted is None:
@@ -144,7 +144,7 @@ def find_folds(folder: Path, wanted: Sequence[str] | None, checkpoint: str) -> d
 
 
 def read_plans(folder: Path, configuration: str) -> Plans:
-    """Our plans of a model folder.
+    """Read ``plans.json`` and ``dataset.json`` of a model folder as our plans.
 
     Raises:
         PlansError: A file is missing or damaged, or asks for something that this code cannot do.
@@ -157,10 +157,10 @@ def read_plans(folder: Path, configuration: str) -> Plans:
 
 
 def _import_folder(folder: Path, folds: Sequence[str] | None, checkpoint: str, out: Path) -> _Part:
-    """Write its folds' weights, one in memory at a time.
+    """Write the weights of a model folder's folds, with one fold in memory at a time.
 
     Raises:
-        WeightsError: See ``import_folders``; or its folds differ in more than their weights.
+        WeightsError: See ``import_folders``; or the folds differ in more than their weights.
         PlansError: See ``import_folders``.
     """
     members: list[Member] = []
@@ -197,10 +197,10 @@ def _import_folder(folder: Path, folds: Sequence[str] | None, checkpoint: str, o
 
 
 def _together(parts: Sequence[_Part]) -> Plans:
-    """The plans of all, with the configurations of all.
+    """Join the plans of all folders into one with all their configurations.
 
     Raises:
-        WeightsError: They differ in something that a bundle has once, two are of the same
+        WeightsError: The folders differ in something that a bundle has once, two are of the same
             configuration, or a stage of a cascade is missing.
     """
     first = parts[0].plans
@@ -231,10 +231,10 @@ def _together(parts: Sequence[_Part]) -> Plans:
 
 
 def _same_mirrors(parts: Sequence[_Part]) -> tuple[int, ...]:
-    """The axes of all configurations; those of 2D ones lack the first.
+    """The axes that all configurations mirror; 2D ones cannot mirror the first.
 
     Raises:
-        WeightsError: They differ otherwise.
+        WeightsError: The configurations mirror different axes.
     """
     every = tuple(sorted({axis for part in parts for axis in part.mirror_axes}))
     for part in parts:
@@ -248,7 +248,7 @@ def _same_mirrors(parts: Sequence[_Part]) -> tuple[int, ...]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the ``import-nnunet`` command."""
+    """Add the arguments of the ``import-nnunet`` command."""
     parser.add_argument(
         "folders",
         type=Path,
@@ -268,11 +268,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", choices=CHECKPOINTS, default="final", help="which weights [%(default)s]"
     )
-    parser.add_argument("--name", help="[the dataset's]")
-    parser.add_argument("--model-version", default="1", help="[%(default)s]")
-    parser.add_argument("--description", default=DESCRIPTION, help="what it is and is not for")
-    parser.add_argument("--input-slug", default=INPUT_SLUG, help="[%(default)s]")
-    parser.add_argument("--output-slug", default=OUTPUT_SLUG, help="[%(default)s]")
+    add_identity_arguments(
+        parser, name="the dataset's", description="imported, for research, not for clinical use"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -282,11 +280,7 @@ def main(args: argparse.Namespace) -> int:
         args.out,
         folds=args.folds and [fold.strip() for fold in args.folds.split(",")],
         checkpoint=args.checkpoint,
-        name=args.name,
-        version=args.model_version,
-        description=args.description,
-        input_slug=args.input_slug,
-        output_slug=args.output_slug,
+        identity=identity_from(args),
     )
     for name in model.configurations:
         folds = ", ".join(member.fold for member in model.members_of(name))

@@ -48,11 +48,11 @@ class Checkpoint:
     """What a checkpoint says.
 
     Attributes:
-        path: The file.
-        trainer: Name of nnU-Net's trainer class.
-        configuration: Which it trained.
-        mirror_axes: Axes of the network's input that prediction may mirror.
-        weights: Under nnU-Net's names.
+        path: The checkpoint's file.
+        trainer: The name of nnU-Net's trainer class.
+        configuration: The name of the configuration that it trained.
+        mirror_axes: The axes of the network's input that prediction may mirror.
+        weights: The tensors under nnU-Net's names.
     """
 
     path: Path
@@ -63,10 +63,11 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Tensors and plain values of a checkpoint; nothing in it is run.
+    """Read tensors and plain values of a checkpoint; nothing in it is run.
 
     Raises:
-        WeightsError: It cannot be read, or holds anything but tensors, plain values and numbers.
+        WeightsError: The file cannot be read, or holds anything but tensors, plain values and
+            numbers.
     """
     try:
         with torch.serialization.safe_globals(_NUMPY):
@@ -97,10 +98,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def rename(checkpoint: Checkpoint, plans: Plans) -> dict[str, Tensor]:
-    """The weights under our names: each of ours has exactly one of theirs, of the same shape.
+    """Bring the weights under our names; each of ours has one of theirs, of the same shape.
 
     Raises:
-        WeightsError: One is missing, left over or of another shape.
+        WeightsError: A tensor is missing, left over or of another shape.
     """
     configuration = plans.configuration(checkpoint.configuration)
     with torch.device("meta"):
@@ -131,7 +132,7 @@ def rename(checkpoint: Checkpoint, plans: Plans) -> dict[str, Tensor]:
 
 
 def their_names(architecture: Architecture) -> dict[str, str]:
-    """nnU-Net's name of each module with parameters, by ours."""
+    """nnU-Net's name of each module that has parameters, by our name of it."""
     a, last = architecture, len(architecture.features) - 2
     names = {}
 
@@ -161,10 +162,10 @@ def their_names(architecture: Architecture) -> dict[str, str]:
 
 
 def mirrored_axes(checkpoint: Checkpoint, configuration: Configuration) -> tuple[int, ...]:
-    """Of (z, y, x); a 2D network's axes are the last two.
+    """The axes that prediction may mirror, 0, 1, 2 for z, y, x; a 2D network has the last two.
 
     Raises:
-        WeightsError: The network has no such axis.
+        WeightsError: The checkpoint names an axis that the network does not have.
     """
     dimensions = configuration.architecture.dimensions
     if not set(checkpoint.mirror_axes) <= set(range(dimensions)):

@@ -1,8 +1,8 @@
-"""nnU-Net v2's ``plans.json`` and ``dataset.json``, read as our plans.
+"""Read nnU-Net v2's ``plans.json`` and ``dataset.json`` as our plans.
 
-Both formats: since version 2.2 a configuration describes its network under ``architecture``, before
-it did so by ``UNet_class_name`` and its like. What our inference would do otherwise than nnU-Net is
-refused by its name.
+Both formats are read: since version 2.2 a configuration describes its network under
+``architecture``, before that by ``UNet_class_name`` and its like. What our inference would do
+otherwise than nnU-Net is refused by its name.
 """
 
 from __future__ import annotations
@@ -11,9 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ichseg.errors import PlansError
-from ichseg.model import plans as plans_module
 from ichseg.model.network import LEAKY_SLOPE
-from ichseg.model.plans import Architecture, Configuration, Normalisation, Plans, Resampling
+from ichseg.model.plans import (
+    SCHEMA_VERSION,
+    Architecture,
+    Configuration,
+    Normalisation,
+    Plans,
+    Resampling,
+)
 from training.planning.recipes import ANISOTROPY
 
 NETWORKS = {"PlainConvUNet": "plain", "ResidualEncoderUNet": "residual"}
@@ -42,15 +48,15 @@ Json = Mapping[str, Any]
 
 
 def convert(plans: Json, dataset: Json, name: str) -> Plans:
-    """Our plans, with one configuration.
+    """Turn nnU-Net's plans into ours, with one configuration.
 
     Args:
-        plans: What ``plans.json`` holds.
-        dataset: What ``dataset.json`` holds.
-        name: Of the configuration.
+        plans: The contents of ``plans.json``.
+        dataset: The contents of ``dataset.json``.
+        name: The name of the configuration.
 
     Raises:
-        PlansError: Something is missing, or is not what this code can do; names it.
+        PlansError: Something is missing, or is not what this code can do; the text names it.
     """
     try:
         raw = _resolve(plans, name)
@@ -62,7 +68,7 @@ def convert(plans: Json, dataset: Json, name: str) -> Plans:
         _expect("image_reader_writer", reader, list(ORIENTATIONS))
         i, j, k = plans["transpose_forward"]
         return Plans(
-            schema_version=plans_module.SCHEMA_VERSION,
+            schema_version=SCHEMA_VERSION,
             recipe="nnunetv2",
             dataset=plans["dataset_name"],
             channels=channels,
@@ -153,7 +159,7 @@ def _architecture(raw: Json, dimensions: int) -> Architecture:
 
 
 def _old_architecture(raw: Json, dimensions: int) -> Architecture:
-    """Before version 2.2: features double up to a limit, and all else is as ever."""
+    """The network of plans before version 2.2, where features double up to a limit."""
     name = raw["UNet_class_name"]
     if name not in NETWORKS:
         raise PlansError(f"network class {name}, expected {' or '.join(NETWORKS)}")
@@ -179,7 +185,7 @@ def _numbers(
     encoder: Sequence[int],
     decoder: Sequence[int],
 ) -> Architecture:
-    """An architecture; the decoder is listed coarsest first, as nnU-Net has it."""
+    """An architecture by numbers; ``decoder`` is listed coarsest first, as nnU-Net has it."""
     if any(len(axes) != dimensions for axes in (*kernels, *strides)):
         raise PlansError(f"kernels {kernels} and strides {strides} of a {dimensions}D network")
     if any(size % 2 == 0 for kernel in kernels for size in kernel):
@@ -198,9 +204,9 @@ def _numbers(
 
 
 def _labels(dataset: Json) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names by value, and what the regions write, if there are any.
+    """The names of the labels by value, and the labels that the regions write, if there are any.
 
-    The ignore label is for training alone.
+    The ignore label is for training alone and is left out.
     """
     declared = {name: value for name, value in dataset["labels"].items() if name != "ignore"}
     values = {

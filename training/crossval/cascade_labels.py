@@ -24,7 +24,7 @@ from training.store import chunks
 
 
 def following(plans: Plans, name: str) -> tuple[Configuration, ...]:
-    """The configurations whose first stage has this name."""
+    """The second stages of the configuration of this name; without a cascade there are none."""
     return tuple(c for c in plans.configurations if c.previous_stage == name)
 
 
@@ -40,16 +40,16 @@ def store_labels(
     """Store what the first stage found in a case, for the second.
 
     Args:
-        workspace: Where the case has been preprocessed for the second stage.
-        plans: Of both.
+        workspace: The folder where the case has been preprocessed for the second stage.
+        plans: The plans that have both stages.
         configuration: The second stage.
-        name: Of the case.
-        channels: Its volumes.
-        scores: ``(K, Z, Y, X)`` of the first stage, in its grid.
-        placement: Of the case in that grid.
+        name: The case's name.
+        channels: The case's images, one volume each.
+        scores: The first stage's scores of each voxel, shape ``(K, Z, Y, X)``, in its own grid.
+        placement: Where that grid lies in the case.
 
     Raises:
-        DatasetError: The case has not been preprocessed for the second stage, or otherwise.
+        DatasetError: The case has not been preprocessed for the second stage, or on another grid.
     """
     wanted = prepare.place(channels, plans, configuration)
     labels = prepare.regrid(scores, placement, wanted, plans)
@@ -73,13 +73,13 @@ def require_labels(
     """Refuse the second stage while cases lack labels of the first, and say how to get them.
 
     Args:
-        workspace: With the store and the splits.
+        workspace: The folder with the store and the splits.
         configuration: The second stage.
-        needed: Names of the cases that must have labels.
-        names: Of all cases.
+        needed: The names of the cases that must have labels.
+        names: The names of all labelled cases.
 
     Raises:
-        TrainingError: Cases lack labels; names the folds and the commands.
+        TrainingError: Cases lack labels; names the folds and the commands that make them.
     """
     first, second = configuration.previous_stage, configuration.name
     unstored = [name for name in needed if not can_store(workspace, configuration, name)]

@@ -29,7 +29,7 @@ from training.data.workspace import (
     runs_folder,
 )
 from training.fit.checkpoint import load_checkpoint
-from training.scoring import evaluate, summary
+from training.scoring import evaluate, summary, tables
 from training.scoring.measures import EMPTY_POLICIES
 from training.scoring.summary import Evaluation
 
@@ -39,13 +39,14 @@ def cross_validate(
 ) -> Evaluation:
     """Score what the folds of a configuration found in their validation cases.
 
-    Writes ``metrics.json``, ``evaluation.json`` and ``cases.csv`` to its evaluation folder.
+    Writes ``metrics.json``, ``evaluation.json`` and ``cases.csv`` to the evaluation folder of the
+    configuration.
 
     Args:
-        workspace: With validated folds.
-        configuration: Such as ``3d_fullres``.
-        empty: Policy for empty masks, see ``training.scoring.measures``.
-        workers: Processes; None for as many as cores and memory allow.
+        workspace: The folder with the validated folds.
+        configuration: The name of the configuration, such as ``3d_fullres``.
+        empty: The policy for empty masks, see ``training.scoring.measures``.
+        workers: How many processes to use; None for as many as cores and memory allow.
 
     Raises:
         TrainingError: A fold has not segmented all of its cases with its latest weights.
@@ -72,10 +73,10 @@ def cross_validate(
 
 
 def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
-    """The mask of each training case, by the fold that had not seen it.
+    """The mask file of each labelled case, made by the fold that had not seen the case.
 
     Raises:
-        TrainingError: Some are missing; says of which fold, and the command that makes them.
+        TrainingError: Masks are missing; names their fold, and the command that makes them.
     """
     planned = plans.load(plans_file(workspace)).configuration(configuration)
     names = [case.name for case in dataset.load_dataset(workspace).labelled]
@@ -101,13 +102,13 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
 
 
 def trained_configurations(workspace: Path) -> tuple[str, ...]:
-    """Those that have runs, in the order of the plans."""
+    """The configurations that have runs, in the order of the plans."""
     planned = plans.load(plans_file(workspace)).configurations
     return tuple(c.name for c in planned if runs_folder(workspace, c.name).is_dir())
 
 
 def parse_names(text: str) -> tuple[str, ...]:
-    """An argparse type: names separated by commas."""
+    """Parse names that are separated by commas, as an argparse type."""
     names = tuple(part.strip() for part in text.split(","))
     if not all(names) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r}, expected different names between commas")
@@ -115,10 +116,10 @@ def parse_names(text: str) -> tuple[str, ...]:
 
 
 def chosen_configurations(workspace: Path, given: Sequence[str] | None) -> tuple[str, ...]:
-    """Those given, or all that have runs.
+    """The configurations that were given, or all that have runs.
 
     Raises:
-        TrainingError: There is none.
+        TrainingError: No configuration has been trained.
     """
     names = tuple(given) if given is not None else trained_configurations(workspace)
     if not names:
@@ -127,7 +128,7 @@ def chosen_configurations(workspace: Path, given: Sequence[str] | None) -> tuple
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the ``cross-validate`` command."""
+    """Add the arguments of the ``cross-validate`` command."""
     add_workspace_argument(parser)
     parser.add_argument(
         "--configurations",
@@ -147,7 +148,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the ``cross-validate`` command."""
     for name in chosen_configurations(args.workspace, args.configurations):
         found = cross_validate(args.workspace, name, empty=args.empty, workers=args.workers)
-        sys.stdout.write(f"{name}\n{evaluate.describe(found)}\n")
+        sys.stdout.write(f"{name}\n{tables.describe(found)}\n")
         sys.stdout.write(
             f"wrote {evaluate.METRICS_FILE}, {summary.EVALUATION_FILE} and {summary.CASES_FILE} "
             f"to {evaluation_folder(args.workspace, name)}\n\n"

@@ -1,4 +1,4 @@
-"""Probabilities of a validated case, kept until `select` has averaged configurations with them.
+"""Probabilities of a validated case, by which ``select`` judges means of configurations.
 
 One ``.npz`` a case, tensors only: uint8 steps of 1/255, without the background, which is what is
 left to 1, and cropped to where any of them is more than 0. They lie in the configuration's own
@@ -24,7 +24,7 @@ _STEPS = 255
 
 
 def save(path: Path, scores: Tensor) -> None:
-    """Write probabilities ``(K, Z, Y, X)``, the background first; whole or not at all."""
+    """Write probabilities of shape ``(K, Z, Y, X)``, the background first; whole or not at all."""
     found = np.stack([_quantised(label) for label in scores[1:]])
     where = bounding_box(np.asarray(found.any(axis=0), np.bool_))
     with replacing(path, suffix=".npz") as temporary:
@@ -37,10 +37,12 @@ def save(path: Path, scores: Tensor) -> None:
 
 
 def load(path: Path) -> npt.NDArray[np.float32]:
-    """Probabilities ``(K, Z, Y, X)``, the background first, in the configuration's grid.
+    """Read probabilities of shape ``(K, Z, Y, X)``, the background first.
+
+    They are in the grid of the configuration that made them.
 
     Raises:
-        TrainingError: Missing or damaged.
+        TrainingError: The file is missing or damaged.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:

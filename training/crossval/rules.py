@@ -1,6 +1,6 @@
-"""Which components to drop of what was found: rules to try, and whether they have earned it.
+"""Component rules to try on what was found, and whether they have earned their place.
 
-Bleeds often have several parts, so most rules are refused; why, is written down.
+Bleeds often have several parts, so most rules are refused; the reason is written down.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ LEAST_GAIN = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A rule on what the chosen candidate found.
+    """One component rule, tried on what the chosen candidate found.
 
     Attributes:
-        rule: What it drops.
-        dice: Of its label with the rule, over all cases; other labels stay as they are.
-        better, worse: In how many cases the label's Dice rises, and falls.
-        adopted: Whether the rule is used.
-        reason: Why, or why not.
+        rule: Which components of which label it drops.
+        dice: The mean Dice of that label with the rule; other labels stay as they are.
+        better: In how many cases the label's Dice rises.
+        worse: In how many cases it falls.
+        adopted: Whether the bundle gets the rule.
+        reason: Why it was adopted or not, for people.
     """
 
     rule: ComponentRule
@@ -39,7 +40,7 @@ class Trial:
 
 
 def to_try(labels: int) -> tuple[ComponentRule, ...]:
-    """For each of so many foreground labels: keep the largest part, drop small ones."""
+    """The rules to try: for each foreground label keep the largest part, or drop small ones."""
     return tuple(
         rule
         for label in range(1, labels + 1)
@@ -56,13 +57,16 @@ def judge(
     ruled: npt.NDArray[np.float64],
     labels: Sequence[str],
 ) -> tuple[Trial, ...]:
-    """Of each label the best rule is adopted, if it gains.
+    """Adopt the best rule of each label, if it gains at least ``LEAST_GAIN``.
 
     Args:
-        rules: Those tried.
-        before: Dice without rules, ``(case, label)``.
-        ruled: With each, ``(case, rule, label)``.
-        labels: Names of the foreground labels.
+        rules: The rules that were tried.
+        before: The Dice without any rule, shape ``(case, label)``.
+        ruled: The Dice with each rule by itself, shape ``(case, rule, label)``.
+        labels: The names of the foreground labels.
+
+    Returns:
+        One trial for each rule, in their order.
     """
     means = [float(ruled[:, i, rule.label - 1].mean()) for i, rule in enumerate(rules)]
     trials = []
@@ -91,7 +95,7 @@ def judge(
 
 
 def words(rule: ComponentRule) -> str:
-    """A rule for people."""
+    """A rule in words, for people."""
     if rule.keep_largest:
         return "keep the largest part"
     return f"drop parts under {rule.drop_below_ml:g} mL"

@@ -59,12 +59,13 @@ class Validation:
     """The layout of ``validation.json``.
 
     Attributes:
-        schema_version: Version of this layout.
-        weights: sha256 of the network's tensors.
+        schema_version: The version of this layout.
+        weights: The sha256 of the network's tensors.
         mirrored: Whether mirrorings were averaged.
-        complete: Whether all of the fold's cases are there.
-        mean_dice: By label, over the cases so far that have it; None where none has.
-        dice: By case and label; None where neither mask has it.
+        complete: Whether all of the fold's cases have been segmented.
+        mean_dice: The mean Dice of each label over the cases so far that have it; None where no
+            case has it.
+        dice: The Dice of each label in each case; None where neither mask has the label.
     """
 
     schema_version: int
@@ -91,14 +92,14 @@ def validate(
     """Segment the fold's validation cases with the latest weights, as inference does.
 
     Writes ``validation/<case>.nii.gz``, ``probabilities/<case>.npz`` and, after each case,
-    ``validation.json``. What these
-    weights have segmented already is not done again. If the configuration is the first stage of a
-    cascade, its labels go to the second stage's store, as far as that holds the cases.
+    ``validation.json``. What these weights have segmented already is not done again. If the
+    configuration is the first stage of a cascade, its labels go to the second stage's store, as far
+    as that holds the cases.
 
     Args:
-        workspace: Where the cases are listed.
+        workspace: The folder that lists the cases.
         run: A trained fold.
-        interrupted: Asked now and then whether to stop.
+        interrupted: Called before each batch of tiles; where it returns True, validation stops.
 
     Returns:
         Whether all cases were done.
@@ -159,7 +160,7 @@ def is_validated(workspace: Path, run: FoldRun, weights: Mapping[str, Tensor]) -
 
 
 def load_network(run: FoldRun, weights: Mapping[str, Tensor]) -> Network:
-    """The fold's network on its device, as a callable on tiles that gives probabilities."""
+    """The fold's network on its device, as a function from tiles to probabilities."""
     network = build_network(
         run.configuration.architecture,
         run.plans.input_channels(run.configuration),
@@ -172,7 +173,7 @@ def load_network(run: FoldRun, weights: Mapping[str, Tensor]) -> Network:
 def segment_case(
     case: dataset.Case, run: FoldRun, weights: Mapping[str, Tensor]
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Labels ``(z, y, x)`` of a case in its own grid."""
+    """Segment one case; the labels have the case's own grid, shape ``(z, y, x)``."""
     channels = [volume.read(path) for path in case.images]
     return prepare.restore(
         [predict_case(case.name, channels, run, load_network(run, weights))], run.plans
@@ -182,9 +183,19 @@ def segment_case(
 def predict_case(
     name: str, channels: Sequence[Volume], run: FoldRun, network: Network
 ) -> tuple[Tensor, Placement]:
-    """Scores ``(K, Z, Y, X)`` in the configuration's grid, and where that lies.
+    """Predict one case with one network.
 
-    In a cascade's second stage the first one's labels are taken from the store.
+    The second stage of a cascade takes the labels of the first from the store.
+
+    Args:
+        name: The case's name.
+        channels: The case's images, one volume each.
+        run: The fold.
+        network: The fold's network, see ``load_network``.
+
+    Returns:
+        Scores of each voxel, shape ``(K, Z, Y, X)``, in the configuration's grid; and where that
+        grid lies in the case.
     """
     prepared = prepare.prepare(channels, run.plans, run.configuration)
     data = prepared.data
@@ -208,7 +219,7 @@ def predict_case(
 def score_labels(
     labels: np.ndarray[Any, Any], reference: np.ndarray[Any, Any], planned: Plans
 ) -> dict[str, float | None]:
-    """Dice of each foreground label; None where neither mask has it."""
+    """The Dice of each foreground label, by its name; None where neither mask has the label."""
     scores = {
         name: dice(labels == value, reference == value)
         for value, name in enumerate(planned.labels)
@@ -218,7 +229,7 @@ def score_labels(
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """sha256 over the tensors, in the order of their names."""
+    """The sha256 over all tensors, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
@@ -244,11 +255,11 @@ def _validate_case(
             cascade_labels.store_labels(
                 workspace, run.plans, stage, case.name, channels, scores, placement
             )
-    return score_labels(labels, volume.read(case.label or Path()).voxels, run.plans)
+    return score_labels(labels, volume.read(case.reference).voxels, run.plans)
 
 
 def _continue_record(run: FoldRun, weights: str) -> Validation:
-    """What these weights have done so far; masks of others are removed."""
+    """The record of what these weights have done so far; masks of other weights are removed."""
     fresh = Validation(
         SCHEMA_VERSION,
         weights,

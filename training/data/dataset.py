@@ -38,6 +38,17 @@ class Case:
     images: tuple[Path, ...]
     label: Path | None
 
+    @property
+    def reference(self) -> Path:
+        """The file of the reference segmentation, of a case that must have one.
+
+        Raises:
+            DatasetError: It has none.
+        """
+        if self.label is None:
+            raise DatasetError(f"case {self.name} has no reference segmentation")
+        return self.label
+
 
 @dataclass(frozen=True, slots=True)
 class Dataset:

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, execute: Callable[[Sequence[str]], int]) -> in
             "selected were %s, their weights are in %s", names, _bundle_folder(args, SELECTED)
         )
         return 0
-    for name in _configurations(args, _plans(args)):
+    for name in _plans(args).with_first_stages(args.configurations):
         _log.info("the weights of %s are in %s", name, _bundle_folder(args, name))
     return 0
 
@@ -130,7 +130,7 @@ def _plan(args: argparse.Namespace) -> Iterator[Step]:
 
 def _preprocess(args: argparse.Namespace) -> Iterator[Step]:
     dataset, planned = load_dataset(args.workspace), _plans(args)
-    for name in _configurations(args, planned):
+    for name in planned.with_first_stages(args.configurations):
         done = preprocess.is_preprocessed(dataset, planned, name, args.workspace)
         folder = preprocessed_folder(args.workspace, name)
         yield Step(
@@ -147,7 +147,7 @@ def _train(args: argparse.Namespace) -> Iterator[Step]:
     if args.recipe is not None:
         words += ["--recipe", args.recipe]
     words += config.flags_from(args)
-    for name in _configurations(args, planned):
+    for name in planned.with_first_stages(args.configurations):
         done = all(_is_trained(args, name, fold, chosen) for fold in _folds(args))
         yield Step(
             ("train", name, *words), f"folds {', '.join(_folds(args))} of {name}" if done else ""
@@ -188,7 +188,7 @@ def _export(args: argparse.Namespace) -> Iterator[Step]:
             f"{out} holds what was selected" if done else "",
         )
         return
-    for name in _configurations(args, _plans(args)):
+    for name in _plans(args).with_first_stages(args.configurations):
         out = _bundle_folder(args, name)
         done = _is_exported(args, (name,), out, 0)
         yield Step(
@@ -256,15 +256,6 @@ def _overrides(args: argparse.Namespace) -> dict[str, str]:
     """What replaces the planner's choice, as its command line takes it."""
     given = planner_overrides.record(planner_overrides.overrides_from(args), None, 0.0)
     return {override.name: override.chosen for override in given}
-
-
-def _configurations(args: argparse.Namespace, planned: Plans) -> tuple[str, ...]:
-    """Those asked for; before a cascade's second stage comes its first."""
-    names: list[str] = []
-    for name in args.configurations:
-        previous = planned.configuration(name).previous_stage
-        names += [previous, name] if previous is not None else [name]
-    return tuple(dict.fromkeys(names))
 
 
 def _folds(args: argparse.Namespace) -> tuple[str, ...]:

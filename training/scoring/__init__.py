@@ -1,6 +1,6 @@
 """Masks and references become scores: measures, lesions, statistics, tables.
 
 In come two folders or files of labels; out come ``metrics.json``, ``evaluation.json`` and
-``cases.csv``. INSTANCE 2022's measures are in ``measures``, its surface Dice in ``surface``. Open
-``evaluate`` first.
+``cases.csv``. Open ``evaluate`` first; INSTANCE 2022's measures are in ``measures``, its surface
+Dice in ``surface``.
 """

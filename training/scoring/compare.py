@@ -1,4 +1,4 @@
-"""Two evaluations of the same cases: does one score better than the other, and where."""
+"""Whether one of two evaluations of the same cases is better than the other, and where."""
 
 from __future__ import annotations
 
@@ -25,17 +25,22 @@ _SAME_VOLUME = 1e-6  # relative, of a reference
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One measure of one label, B less A, over the cases in which both are finite.
+    """The difference of one measure of one label, B less A, over cases where both are finite.
 
     Attributes:
-        label, measure: Which.
-        pairs: How many cases.
-        left_out: Cases in which either is infinite or not defined.
-        mean_a, mean_b: Over the pairs.
-        mean: Of the differences; ``low`` and ``high`` are its bootstrap 95 % interval.
-        low, high: See ``mean``.
-        p: Of Wilcoxon's signed-rank test; None if no pair differs.
-        better, worse, equal: Pairs in which B is that.
+        label: The label's name.
+        measure: One of ``training.scoring.measures.MEASURES``.
+        pairs: In how many cases both are finite.
+        left_out: In how many cases either is infinite or not defined.
+        mean_a: The mean of A over the pairs.
+        mean_b: The mean of B over the pairs.
+        mean: The mean of the differences.
+        low: The lower end of the bootstrap 95 % interval of ``mean``.
+        high: The upper end of that interval.
+        p: The p of Wilcoxon's signed-rank test; None if no pair differs.
+        better: In how many pairs B is better.
+        worse: In how many pairs B is worse.
+        equal: In how many pairs they are equal.
     """
 
     label: str
@@ -54,10 +59,10 @@ class Difference:
 
 
 def compare(a: Evaluation, b: Evaluation) -> tuple[Difference, ...]:
-    """Paired differences of every label and measure.
+    """Compare every label and measure of two evaluations, case by case.
 
     Raises:
-        TrainingError: Cases, labels, references or the policy for empty masks are not the same.
+        TrainingError: The two differ in cases, labels, references or policy for empty masks.
     """
     _check_same(a, b)
     return tuple(
@@ -69,7 +74,7 @@ def compare(a: Evaluation, b: Evaluation) -> tuple[Difference, ...]:
 
 
 def describe(a: Evaluation, b: Evaluation, differences: Sequence[Difference]) -> str:
-    """What the terminal shows."""
+    """What the terminal shows of a comparison."""
     lines = []
     for i, label in enumerate(a.labels):
         lines += [
@@ -88,14 +93,14 @@ def describe(a: Evaluation, b: Evaluation, differences: Sequence[Difference]) ->
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the arguments of the ``compare`` command."""
     parser.add_argument("a", type=Path, metavar="A", help="folder that evaluate wrote")
     parser.add_argument("b", type=Path, metavar="B", help="another, of the same cases")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON too")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command."""
+    """Run the ``compare`` command."""
     a, b = summary.load(args.a), summary.load(args.b)
     differences = compare(a, b)
     sys.stdout.write(f"A: {args.a}\nB: {args.b}\n\n{describe(a, b, differences)}")

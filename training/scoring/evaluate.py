@@ -26,10 +26,10 @@ from ichseg.errors import DatasetError, IchsegError, InputError, TrainingError
 from ichseg.files import SCAN_SUFFIXES, is_named_as_scan, replacing, stem_of
 from ichseg.scan import volume
 from training.data import parallel
-from training.scoring import summary
-from training.scoring.measures import EMPTY_POLICIES, MEASURES, TITLES
-from training.scoring.scores import CaseScore, LabelScore, Pair, score_pair
-from training.scoring.summary import Evaluation, LabelSummary, MeasureSummary
+from training.scoring import summary, tables
+from training.scoring.measures import EMPTY_POLICIES, MEASURES
+from training.scoring.scores import CaseScore, Pair, score_pair
+from training.scoring.summary import Evaluation, LabelSummary
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -46,7 +46,6 @@ KEYS = dict(
 )  # fmt: skip
 # Peak of one worker: two label volumes, their box, and neighbour codes; and the libraries.
 _BYTES_PER_VOXEL, _BYTES_BESIDE = 24, 300_000_000
-_WORST = 5  # cases that the terminal lists
 
 
 class _CaseLoader(FileLoader):
@@ -59,7 +58,7 @@ class _CaseLoader(FileLoader):
 
 
 class _UniqueCasesValidator(DataFrameValidator):
-    """Each case once.
+    """Refuses a case that stands twice.
 
     evalutils' own validators go by the first number in a name, which need not tell cases apart, or
     refuse equal images, as two empty masks are.
@@ -76,11 +75,12 @@ class _Evaluation(ClassificationEvaluation):
     """evalutils' evaluation with our pairing, scores and strict JSON.
 
     Args:
-        predictions: Folder.
-        references: Folder.
-        output: File to write.
-        names, empty: As for ``evaluate``.
-        workers: Processes.
+        predictions: The folder of label volumes to score.
+        references: The folder of reference label volumes.
+        output: The ``metrics.json`` to write.
+        names: As for ``evaluate``.
+        empty: As for ``evaluate``.
+        workers: As for ``evaluate``.
     """
 
     def __init__(
@@ -162,15 +162,15 @@ def evaluate(
     without suffix; subfolders are searched too.
 
     Args:
-        predictions: Folder of label volumes, one for each reference.
-        references: Folder of label volumes.
-        out: Folder, made if need be.
-        names: Of the labels 1, 2, ...; None to take those that occur.
-        empty: Policy for empty masks, see ``training.scoring.measures``.
-        workers: Processes; None for as many as cores and memory allow.
+        predictions: The folder of label volumes to score, one for each reference.
+        references: The folder of reference label volumes.
+        out: The folder for the three files; it is made if need be.
+        names: The names of the labels 1, 2, ...; None to take those that occur.
+        empty: The policy for empty masks, see ``training.scoring.measures``.
+        workers: How many processes to use; None for as many as cores and memory allow.
 
     Raises:
-        DatasetError: Cases that have no partner, stand twice, or differ in size or place.
+        DatasetError: A case has no partner or stands twice, or its files differ in size or place.
         InputError: A file is not a volume of labels.
         OutputError: The folder cannot be written.
     """
@@ -186,10 +186,10 @@ def evaluate(
 
 
 def case_columns(case: CaseScore) -> dict[str, float | str]:
-    """A case's row in ``metrics.json``; NaN where a measure is not defined.
+    """The row of a case in ``metrics.json``; NaN where a measure is not defined.
 
-    With several labels the plain keys hold their mean, without those that are not defined, and each
-    label has its own keys besides.
+    With several labels the plain keys hold the mean over those labels for which the measure is
+    defined, and each label has keys of its own besides.
     """
     by_label = [
         {key: _number(getattr(score.scores, measure)) for measure, key in KEYS.items()}
@@ -205,7 +205,7 @@ def case_columns(case: CaseScore) -> dict[str, float | str]:
 
 
 def write_metrics(metrics: Mapping[str, Any], path: Path) -> None:
-    """Write evalutils' metrics as strict JSON: null for NaN and infinity.
+    """Write evalutils' metrics as strict JSON, with null for NaN and infinity.
 
     A column's aggregates stand in the order of the platform: short names first, then by alphabet.
 
@@ -223,14 +223,8 @@ def write_metrics(metrics: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def describe(evaluation: Evaluation) -> str:
-    """What the terminal shows: a table for each label, and the worst cases."""
-    blocks = [_describe_label(evaluation, i) for i in range(len(evaluation.labels))]
-    return "\n\n".join(blocks) + "\n"
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the arguments of the ``evaluate`` command."""
     parser.add_argument("--predictions", type=Path, required=True, metavar="DIR",
                         help="folder of masks, named as the references")  # fmt: skip
     parser.add_argument("--references", type=Path, required=True, metavar="DIR",
@@ -249,7 +243,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command."""
+    """Run the ``evaluate`` command."""
     names = None if args.labels is None else tuple(args.labels.split(","))
     if names is not None and (len(set(names)) < len(names) or not all(names)):
         raise TrainingError(f"--labels {args.labels}: expected different names with commas between")
@@ -257,7 +251,7 @@ def main(args: argparse.Namespace) -> int:
         args.predictions, args.references, args.out,
         names=names, empty=args.empty, workers=args.workers,
     )  # fmt: skip
-    sys.stdout.write(describe(found))
+    sys.stdout.write(tables.describe(found))
     sys.stdout.write(f"\nwrote {METRICS_FILE}, {summary.EVALUATION_FILE} and "
                      f"{summary.CASES_FILE} to {args.out}\n")  # fmt: skip
     return 0
@@ -266,7 +260,7 @@ def main(args: argparse.Namespace) -> int:
 def _score_pairs(
     pairs: Sequence[Pair], names: tuple[str, ...] | None, empty: str, workers: int | None
 ) -> list[CaseScore]:
-    """All cases' scores; what is wrong with the first bad case, by name, is raised."""
+    """Score all cases; what is wrong with the first bad one, by name, is raised."""
     results = parallel.each_case(
         score_pair, pairs, names, empty, workers=workers or _default_workers(pairs)
     )
@@ -304,69 +298,6 @@ def _count(found: LabelSummary) -> dict[str, object]:
         "missed": list(found.missed),
         "finite": {KEYS[measure.measure]: measure.finite for measure in found.measures},
     }
-
-
-def _describe_label(evaluation: Evaluation, index: int) -> str:
-    found = evaluation.summaries[index]
-    scored = [(case.name, case.labels[index]) for case in evaluation.cases]
-    present = found.cases - found.empty_references
-    lines = [
-        f"label {found.label}: {found.cases} cases, {present} with it; empty masks: "
-        f"references {found.empty_references}, predictions {found.empty_predictions}, "
-        f"both {found.both_empty} (--empty {evaluation.empty})",
-        "",
-        f"{'':14}  {'mean':>8}  {'95 % interval':>18}  {'median':>8}  {'min':>8}  {'max':>8}  "
-        f"finite",
-        *(_describe_measure(measure, found.cases) for measure in found.measures),
-        "",
-        f"missed completely: {len(found.missed)} of {present}"
-        + (f": {', '.join(found.missed)}" if found.missed else ""),
-        "",
-        f"{'lesions':10}  {'reference':>9}  {'found':>6}  {'sensitivity':>11}  "
-        f"{'false positives':>15}  {'F1':>6}",
-    ]
-    lines += [
-        f"{c.size:10}  {c.reference:9}  {c.found:6}  {_cell(c.sensitivity, 3):>11}  "
-        f"{c.false_positives:15}  {_cell(c.f1, 3):>6}"
-        for c in found.lesions
-    ]
-    volumes = found.volumes
-    lines += [
-        "",
-        f"volume, found less reference: bias {_cell(volumes.bias_ml, 2)} mL, 95 % limits "
-        f"{_cell(volumes.low_ml, 2)} to {_cell(volumes.high_ml, 2)} mL, "
-        f"ICC(2,1) {_cell(volumes.correlation, 3)}",
-    ]
-    return "\n".join(lines + _describe_worst(scored))
-
-
-def _describe_measure(found: MeasureSummary, cases: int) -> str:
-    places = 2 if found.measure.endswith("_mm") else 4
-    mean, low, high, median, least, most = (
-        _cell(value, places)
-        for value in (found.mean, found.low, found.high, found.median, found.minimum, found.maximum)
-    )
-    interval = "-" if found.low is None else f"{low} to {high}"
-    note = f", {found.infinite} infinite and not in the mean" if found.infinite else ""
-    return (
-        f"{TITLES[found.measure]:14}  {mean:>8}  {interval:>18}  {median:>8}  {least:>8}  "
-        f"{most:>8}  {found.finite} of {cases}{note}"
-    )
-
-
-def _describe_worst(scored: Sequence[tuple[str, LabelScore]]) -> list[str]:
-    known = [(name, s) for name, s in scored if s.scores.dice is not None]
-    worst = sorted(known, key=lambda item: (item[1].scores.dice or 0.0, item[0]))[:_WORST]
-    width = max([len(name) for name, _ in worst], default=0)
-    return ["", "lowest Dice"] + [
-        f"  {name:{width}}  {_cell(score.scores.dice, 4)}  reference {score.reference_ml:.2f} mL, "
-        f"found {score.predicted_ml:.2f} mL"
-        for name, score in worst
-    ]
-
-
-def _cell(value: float | None, places: int) -> str:
-    return "-" if value is None else f"{value:.{places}f}"
 
 
 def _number(value: float | None) -> float:

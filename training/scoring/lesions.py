@@ -28,8 +28,8 @@ class Lesion:
     """One connected piece of a mask.
 
     Attributes:
-        volume_ml: Of the whole piece.
-        overlap_ml: Of what it shares with the other mask.
+        volume_ml: The volume of the whole piece.
+        overlap_ml: The volume that it shares with the other mask.
     """
 
     volume_ml: float
@@ -38,14 +38,16 @@ class Lesion:
 
 @dataclass(frozen=True, slots=True)
 class LesionCounts:
-    """Lesions of one size, those of the reference by their own and false ones by theirs.
+    """How many lesions of one size there are, were found, and are false.
+
+    Lesions of the reference are sorted by their own volume, false ones by theirs.
 
     Attributes:
         size: One of ``SIZE_CLASSES``, or ``all``.
-        reference: How many there are to be found.
-        found: How many of these were.
-        false_positives: Lesions of the prediction that share nothing with the reference.
-        sensitivity: Found, of those in the reference; None if there are none.
+        reference: How many lesions the references have.
+        found: How many of these the predictions touch.
+        false_positives: How many lesions of the predictions share nothing with the reference.
+        sensitivity: ``found / reference``; None if the references have none.
         f1: 2 found / (2 found + not found + false positives); None if there is nothing at all.
     """
 
@@ -61,9 +63,9 @@ def find_lesions(mask: Mask, other: Mask, voxel_ml: float) -> tuple[Lesion, ...]
     """The lesions of ``mask``, largest first, and what each shares with ``other``.
 
     Args:
-        mask: Shape ``(z, y, x)``.
-        other: The same shape.
-        voxel_ml: Volume of a voxel in mL.
+        mask: The mask whose pieces are the lesions, shape ``(z, y, x)``.
+        other: The mask that they are held against, of the same shape.
+        voxel_ml: The volume of one voxel.
     """
     labels, count = ndimage.label(mask, structure=_TOUCHING)
     sizes = np.bincount(labels[mask], minlength=count + 1)[1:]
@@ -75,7 +77,7 @@ def find_lesions(mask: Mask, other: Mask, voxel_ml: float) -> tuple[Lesion, ...]
 
 
 def size_class(volume_ml: float) -> str:
-    """Which of ``SIZE_CLASSES`` a volume is of; 1 mL and 10 mL begin a class, 30 mL ends one."""
+    """The one of ``SIZE_CLASSES`` that a volume is of; 1 and 10 mL begin one, 30 mL ends one."""
     if volume_ml < 1:
         return SIZE_CLASSES[0]
     if volume_ml < 10:
@@ -86,10 +88,10 @@ def size_class(volume_ml: float) -> str:
 def count_lesions(
     cases: Iterable[tuple[Sequence[Lesion], Sequence[Lesion]]],
 ) -> tuple[LesionCounts, ...]:
-    """Counts over cases, for each size and, last, for all.
+    """Count lesions over all cases, for each size and, last, for all sizes together.
 
     Args:
-        cases: Lesions of the reference and of the prediction.
+        cases: For each case the lesions of its reference and those of its prediction.
     """
     sizes = (*SIZE_CLASSES, ALL_SIZES)
     present, found, false = (dict.fromkeys(sizes, 0) for _ in range(3))

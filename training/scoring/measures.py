@@ -88,14 +88,14 @@ def score_masks(
     empty: str,
     diagonal_mm: float,
 ) -> Scores:
-    """All measures of one pair of masks.
+    """Score one mask against its reference with all measures.
 
     Args:
-        prediction: Shape ``(z, y, x)``; what is not in the array is background.
-        reference: The same shape.
-        spacing_mm: Voxel size, ``(z, y, x)``.
-        empty: One of ``EMPTY_POLICIES``.
-        diagonal_mm: Of the whole volume, see ``diagonal_mm``; for the policy of that name.
+        prediction: The mask to score, shape ``(z, y, x)``; what is not in it is background.
+        reference: The reference mask, of the same shape.
+        spacing_mm: The voxel size, ``(z, y, x)``.
+        empty: The policy for empty masks, one of ``EMPTY_POLICIES``.
+        diagonal_mm: The diagonal of the whole volume, which the policy of that name writes.
 
     Raises:
         ValueError: The shapes differ, or there is no such policy.
@@ -126,7 +126,7 @@ def score_masks(
 
 
 def diagonal_mm(shape: tuple[int, ...], spacing_mm: tuple[float, float, float]) -> float:
-    """From corner to corner of a volume: the furthest that two surface elements can lie apart."""
+    """The length of a volume from corner to corner: no two surface elements lie further apart."""
     return math.hypot(*(size * spacing for size, spacing in zip(shape, spacing_mm, strict=True)))
 
 

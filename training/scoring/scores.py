@@ -1,4 +1,4 @@
-"""Two files of labels, a prediction and its reference, to one case's scores."""
+"""Two files of labels, a prediction and its reference, become the scores of one case."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ class Pair:
     """The files of one case.
 
     Attributes:
-        name: Of the case.
-        prediction, reference: Label volumes.
+        name: The case's name.
+        prediction: The file of the label volume to score.
+        reference: The file of the reference label volume.
     """
 
     name: str
@@ -40,14 +41,16 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class LabelScore:
-    """One label of one case.
+    """How one label of one case was found.
 
     Attributes:
-        label: Its name.
-        scores: Agreement of the two masks.
-        reference_ml, predicted_ml: Their volumes.
-        overlap_ml: What they share.
-        reference_lesions, predicted_lesions: Their connected pieces, largest first.
+        label: The label's name.
+        scores: How well the two masks agree.
+        reference_ml: The volume of the label in the reference.
+        predicted_ml: The volume of the label in the prediction.
+        overlap_ml: The volume that both share.
+        reference_lesions: The connected pieces of the reference, largest first.
+        predicted_lesions: The connected pieces of the prediction, largest first.
     """
 
     label: str
@@ -66,12 +69,13 @@ class LabelScore:
 
 @dataclass(frozen=True, slots=True)
 class CaseScore:
-    """All labels of one case.
+    """The scores of all labels of one case.
 
     Attributes:
-        name: Of the case.
-        prediction, reference: Names of the files.
-        labels: By value.
+        name: The case's name.
+        prediction: The name of the file that was scored.
+        reference: The name of the reference file.
+        labels: One score for each label, in the order of the label values.
     """
 
     name: str
@@ -84,14 +88,14 @@ def score_pair(pair: Pair, names: tuple[str, ...] | None, empty: str) -> CaseSco
     """Read a case's two files, see that they fit each other, and score each label.
 
     Args:
-        pair: The files.
-        names: Of the labels 1, 2, ...; or None to score, under their numbers, the labels that
-            either file has.
-        empty: Policy for empty masks, see ``training.scoring.measures``.
+        pair: The case's two files.
+        names: The names of the labels 1, 2, ...; or None to score, under their numbers, the labels
+            that either file has.
+        empty: The policy for empty masks, see ``training.scoring.measures``.
 
     Raises:
         InputError: A file is not a volume of labels.
-        DatasetError: Sizes or places differ.
+        DatasetError: The files differ in size or place.
     """
     reference, prediction = (read_labels(p, names) for p in (pair.reference, pair.prediction))
     for difference, _ in compare(grid_of(prediction), grid_of(reference)):
@@ -117,9 +121,9 @@ def score_labels(
     """Score each label of two label arrays.
 
     Args:
-        prediction: Shape ``(z, y, x)``.
-        reference: The same shape.
-        spacing_mm: Voxel size, ``(z, y, x)``.
+        prediction: The labels to score, shape ``(z, y, x)``.
+        reference: The reference labels, of the same shape.
+        spacing_mm: The voxel size, ``(z, y, x)``.
         names: As for ``score_pair``.
         empty: As for ``score_pair``.
     """
@@ -150,10 +154,10 @@ def read_labels(path: Path, names: Sequence[str] | None) -> Volume:
 
     Args:
         path: The file.
-        names: Of the labels 1, 2, ... that may occur; None for any up to 63.
+        names: The names of the labels 1, 2, ... that may occur; None for any label up to 63.
 
     Raises:
-        InputError: It cannot be read, or has other values.
+        InputError: The file cannot be read, or has other values.
     """
     found = volume.read(path)
     most = _MOST_LABELS - 1 if names is None else len(names)

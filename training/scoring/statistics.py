@@ -20,9 +20,10 @@ class Interval:
     """A mean and its 95 % interval.
 
     Attributes:
-        mean: None without values.
-        low, high: None with fewer than two values.
-        count: How many values.
+        mean: The mean; None without values.
+        low: The lower end of the interval; None with fewer than two values.
+        high: The upper end; None with fewer than two values.
+        count: How many values there are.
     """
 
     mean: float | None
@@ -33,14 +34,15 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class VolumeAgreement:
-    """Volumes found against those of the reference (Bland and Altman 1986).
+    """How found volumes agree with those of the reference (Bland and Altman 1986).
 
     Attributes:
-        bias_ml: Mean of found less reference.
-        low_ml, high_ml: Within these lie 95 % of the differences: the bias, 1.96 deviations down
-            and up. None with fewer than two cases.
-        correlation: Intraclass correlation, ICC(2,1): two-way random, absolute agreement, of single
-            measurements (Shrout and Fleiss 1979). None where it is not defined.
+        bias_ml: The mean of found less reference.
+        low_ml: The lower 95 % limit of the differences, the bias less 1.96 deviations; None with
+            fewer than two cases.
+        high_ml: The upper limit, the bias plus 1.96 deviations; None likewise.
+        correlation: The intraclass correlation ICC(2,1), two-way random, absolute agreement, of
+            single measurements (Shrout and Fleiss 1979). None where it is not defined.
     """
 
     bias_ml: float | None
@@ -50,9 +52,10 @@ class VolumeAgreement:
 
 
 def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> Interval:
-    """Mean of finite values and its 95 % interval: percentiles of 10,000 resampled means.
+    """The mean of finite values, and its 95 % interval by the bootstrap.
 
-    The same values and seed give the same interval.
+    The interval lies between percentiles of 10,000 resampled means; the same values and seed give
+    the same interval.
     """
     found = np.asarray(values, np.float64)
     if not len(found):
@@ -71,7 +74,7 @@ def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> Interval:
 
 
 def wilcoxon(differences: Sequence[float]) -> float | None:
-    """Two-sided p of Wilcoxon's signed-rank test that paired differences are centred on 0.
+    """The two-sided p of Wilcoxon's signed-rank test that paired differences are centred on 0.
 
     Differences of 0 are left out, as Wilcoxon did; None if no other is left.
     """
@@ -81,7 +84,7 @@ def wilcoxon(differences: Sequence[float]) -> float | None:
 
 
 def volume_agreement(found_ml: Sequence[float], reference_ml: Sequence[float]) -> VolumeAgreement:
-    """Agreement of paired volumes, one pair a case."""
+    """How paired volumes agree, one pair for each case."""
     pairs = np.column_stack([found_ml, reference_ml]).astype(np.float64)
     if not len(pairs):
         return VolumeAgreement(None, None, None, None)
@@ -97,10 +100,10 @@ def volume_agreement(found_ml: Sequence[float], reference_ml: Sequence[float]) -
 
 
 def intraclass_correlation(ratings: npt.NDArray[np.float64]) -> float:
-    """ICC(2,1) of ``n`` subjects that each of ``k`` raters measured once.
+    """The ICC(2,1) of ``n`` subjects that each of ``k`` raters measured once.
 
     Args:
-        ratings: Shape ``(n, k)``, both at least 2.
+        ratings: What was measured, shape ``(n, k)``, both at least 2.
 
     Returns:
         1 for perfect agreement; NaN when all ratings are equal.

@@ -1,4 +1,4 @@
-"""All cases' scores together: what the tables say, and the files they are kept in.
+"""The scores of all cases together: what the tables say, and the files that keep them.
 
 ``evaluation.json`` holds every case and the summary and is read back; ``cases.csv`` holds a line
 for each case and label, for a spreadsheet.
@@ -32,15 +32,20 @@ _LESIONS = ("reference_lesions", "found_lesions", "predicted_lesions", "false_le
 
 @dataclass(frozen=True, slots=True)
 class MeasureSummary:
-    """One measure over all cases in which it is finite; None where there is too little.
+    """One measure over all cases in which it is finite; a figure is None where too few are.
 
     Attributes:
         measure: One of ``training.scoring.measures.MEASURES``.
-        finite: In how many cases it is.
-        infinite: In how many it is infinite; the others are not defined.
-        mean: With ``low`` and ``high``, its bootstrap 95 % interval.
-        low, high: See ``mean``.
-        minimum, lower_quartile, median, upper_quartile, maximum: Of the values.
+        finite: In how many cases the measure is finite.
+        infinite: In how many cases it is infinite; in all others it is not defined.
+        mean: The mean of the finite values.
+        low: The lower end of the mean's bootstrap 95 % interval.
+        high: The upper end of that interval.
+        minimum: The smallest finite value.
+        lower_quartile: A quarter of the finite values lies below this.
+        median: Half of the finite values lies below this.
+        upper_quartile: Three quarters of the finite values lie below this.
+        maximum: The largest finite value.
     """
 
     measure: str
@@ -61,14 +66,16 @@ class LabelSummary:
     """One label over all cases.
 
     Attributes:
-        label: Its name.
-        cases: How many there are.
-        empty_references, empty_predictions, both_empty: In how many the label is not; those of
-            ``both_empty`` count in the two others too.
-        missed: Names of the cases that have the label and whose prediction shares no voxel with it.
-        measures: In the order of ``training.scoring.measures.MEASURES``.
-        lesions: By size, and last all.
-        volumes: Found against reference, over all cases.
+        label: The label's name.
+        cases: How many cases there are.
+        empty_references: How many references do not have the label.
+        empty_predictions: How many predictions do not have the label.
+        both_empty: In how many cases neither has it; they count in the two others too.
+        missed: The names of the cases whose reference has the label and whose prediction shares no
+            voxel with it.
+        measures: One summary for each of ``training.scoring.measures.MEASURES``.
+        lesions: The counts of lesions by size, and last of all sizes.
+        volumes: How found volumes agree with those of the references.
     """
 
     label: str
@@ -84,14 +91,14 @@ class LabelSummary:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Predictions of a set of cases, scored.
+    """The scores of a set of cases, and their summary; the layout of ``evaluation.json``.
 
     Attributes:
-        schema_version: Of the file.
-        empty: Policy for empty masks.
-        labels: Names of the foreground labels.
-        summaries: One for each label.
-        cases: By name, each with all labels.
+        schema_version: The version of this layout.
+        empty: The policy for empty masks that the cases were scored with.
+        labels: The names of the foreground labels.
+        summaries: One summary for each label.
+        cases: The cases, sorted by name, each with the scores of all labels.
     """
 
     schema_version: int
@@ -113,12 +120,12 @@ def make_evaluation(
     """Put cases together and summarise them.
 
     Args:
-        cases: In any order, each name once.
-        labels: Names of the labels; None for those that occur, which are then numbers.
-        empty: The policy that the cases were scored with.
+        cases: The scored cases in any order, each name once.
+        labels: The names of the labels; None for those that occur, which are then numbers.
+        empty: The policy for empty masks that the cases were scored with.
 
     Raises:
-        TrainingError: A case is given twice, or there is none.
+        TrainingError: A case is given twice, or no case is given.
     """
     ordered = sorted(cases, key=lambda case: case.name)
     names = [case.name for case in ordered]
@@ -139,7 +146,7 @@ def make_evaluation(
 
 
 def summarise(label: str, scored: Sequence[tuple[str, LabelScore]]) -> LabelSummary:
-    """One label's summary, from the name and the score of each case."""
+    """Summarise one label from the name and the score of each case."""
     scores = [score for _, score in scored]
     bare = [(s.reference_ml == 0, s.predicted_ml == 0) for s in scores]
     return LabelSummary(
@@ -182,8 +189,8 @@ def load(folder: Path) -> Evaluation:
     """Read ``evaluation.json`` of a folder; infinite measures come back as None.
 
     Raises:
-        TrainingError: There is none.
-        PlansError: It does not have the schema this code reads.
+        TrainingError: The folder has no such file.
+        PlansError: The file does not have the schema that this code reads.
     """
     path = folder / EVALUATION_FILE
     if not path.is_file():
@@ -192,7 +199,7 @@ def load(folder: Path) -> Evaluation:
 
 
 def strict(value: Any) -> Any:
-    """JSON types without NaN and infinity: null in their place."""
+    """Values of JSON with null in the place of NaN and infinity."""
     if isinstance(value, dict):
         return {key: strict(item) for key, item in value.items()}
     if isinstance(value, list):

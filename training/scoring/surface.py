@@ -69,15 +69,15 @@ class SurfaceDistances:
 def surface_distances(
     prediction: Mask, reference: Mask, spacing_mm: tuple[float, float, float]
 ) -> SurfaceDistances:
-    """Distance of each surface element of either mask to the nearest one of the other.
+    """The distance of each surface element of either mask to the nearest one of the other.
 
     All that is not in the arrays is background, so masks may be cropped to their common box, which
     is quicker.
 
     Args:
-        prediction: Shape ``(z, y, x)``.
-        reference: The same shape.
-        spacing_mm: Voxel size, ``(z, y, x)``.
+        prediction: One mask, shape ``(z, y, x)``.
+        reference: The other mask, of the same shape.
+        spacing_mm: The voxel size, ``(z, y, x)``.
 
     Raises:
         ValueError: The shapes differ.
@@ -96,7 +96,7 @@ def surface_distances(
 
 
 def surface_dice(distances: SurfaceDistances, tolerance_mm: float) -> float:
-    """Share of both surfaces, by area, that lies no further than the tolerance from the other.
+    """The share of both surfaces, by area, that lies within the tolerance of the other.
 
     Returns:
         0 to 1; NaN when both masks are empty, 0 when one is.
@@ -110,7 +110,7 @@ def surface_dice(distances: SurfaceDistances, tolerance_mm: float) -> float:
 
 
 def hausdorff_mm(distances: SurfaceDistances, percent: float) -> float:
-    """Robust Hausdorff distance: what ``percent`` of either surface, by area, does not exceed.
+    """The robust Hausdorff distance, which ``percent`` of either surface, by area, does not exceed.
 
     Of the two surfaces the further one counts. 100 is the Hausdorff distance itself.
 
@@ -124,7 +124,7 @@ def hausdorff_mm(distances: SurfaceDistances, percent: float) -> float:
 
 
 def bounding_box(mask: Mask) -> tuple[slice, slice, slice]:
-    """The smallest box ``(z, y, x)`` with all that is inside; of no voxels if nothing is."""
+    """The smallest box ``(z, y, x)`` around all voxels of a mask; empty for an empty mask."""
     shadow: Any = mask.any(axis=0)  # first, as this axis is the quickest to go along
     y, x = _extent(shadow.any(axis=1)), _extent(shadow.any(axis=0))
     return _extent(mask[:, y, x].any(axis=(1, 2))), y, x
@@ -134,11 +134,11 @@ def neighbour_codes(mask: Mask) -> npt.NDArray[np.uint8]:
     """Which of the eight voxels around each voxel corner are inside, one bit each.
 
     Args:
-        mask: Shape ``(z, y, x)``.
+        mask: The mask, shape ``(z, y, x)``.
 
     Returns:
-        One longer than the mask along each axis. Bit ``4 * dz + 2 * dy + dx`` of corner ``c`` is
-        voxel ``c - 1 + (dz, dy, dx)``.
+        One code for each voxel corner, so one more than voxels along each axis. Bit
+        ``4 * dz + 2 * dy + dx`` of corner ``c`` is voxel ``c - 1 + (dz, dy, dx)``.
     """
     codes = np.pad(mask.astype(np.uint8), 1)
     codes = codes[:, :, :-1] | codes[:, :, 1:] << np.uint8(1)
@@ -147,7 +147,7 @@ def neighbour_codes(mask: Mask) -> npt.NDArray[np.uint8]:
 
 
 def element_areas(spacing_mm: tuple[float, float, float]) -> npt.NDArray[np.float64]:
-    """Area in mm2 of the surface element of each neighbour code, shape ``(256,)``."""
+    """The area in mm2 of the surface element of each neighbour code, shape ``(256,)``."""
     z, y, x = spacing_mm
     faces = np.array([y * x, z * x, z * y])  # a normal's side goes with the face it stands on
     areas: npt.NDArray[np.float64] = _triangles() @ np.linalg.norm(_NORMALS * faces, axis=1)

@@ -1,0 +1,62 @@
+"""What a bundle is called, and the Grand Challenge sockets that it is bound to."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+INPUT_SLUG, OUTPUT_SLUG = "head-ct", "intracranial-hemorrhage-segmentation"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What people and the platform know a bundle by.
+
+    Attributes:
+        name: The bundle's name; None to take one from what it is made of.
+        version: The bundle's version, any text.
+        description: What the bundle is for and what not; None to take one from its plans.
+        input_slug: Grand Challenge socket of the scan.
+        output_slug: Grand Challenge socket of the mask.
+    """
+
+    name: str | None = None
+    version: str = "1"
+    description: str | None = None
+    input_slug: str = INPUT_SLUG
+    output_slug: str = OUTPUT_SLUG
+
+
+BY_DEFAULT = Identity()
+
+
+def add_identity_arguments(parser: argparse.ArgumentParser, *, name: str, description: str) -> None:
+    """Add one flag for each field of ``Identity``.
+
+    Args:
+        parser: Of a command that writes a bundle.
+        name: What the bundle is called without ``--name``, for the help text.
+        description: What describes the bundle without ``--description``, for the help text.
+    """
+    parser.add_argument("--name", help=f"[{name}]")
+    parser.add_argument("--model-version", default="1", help="[%(default)s]")
+    parser.add_argument("--description", help=f"what it is and is not for [{description}]")
+    parser.add_argument(
+        "--input-slug",
+        default=INPUT_SLUG,
+        metavar="SLUG",
+        help="Grand Challenge socket of the scan [%(default)s]",
+    )
+    parser.add_argument(
+        "--output-slug",
+        default=OUTPUT_SLUG,
+        metavar="SLUG",
+        help="Grand Challenge socket of the mask [%(default)s]",
+    )
+
+
+def identity_from(args: argparse.Namespace) -> Identity:
+    """The identity that the flags of ``add_identity_arguments`` gave."""
+    return Identity(
+        args.name, args.model_version, args.description, args.input_slug, args.output_slug
+    )

@@ -1,0 +1,81 @@
+"""Whether a network stored in fp16 still segments as the one that was trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ichseg.errors import TrainingError
+from ichseg.scan import volume
+from training.crossval.validate import score_labels, segment_case
+from training.data.dataset import Case
+from training.fit.fold_run import FoldRun
+
+MAX_DICE_CHANGE = 1e-3  # of a label's mean Dice over the checked cases, up or down
+
+_log = logging.getLogger(__name__)
+
+
+def check_rounding(
+    cases: Mapping[str, Case],
+    run: FoldRun,
+    weights: Mapping[str, Tensor],
+    most_cases: int,
+) -> int:
+    """Score a fold on some of its validation cases, with its weights as trained and in fp16.
+
+    Cases without any reference label are passed over: one voxel more or less takes their Dice from
+    undefined to 0.
+
+    Args:
+        cases: The labelled cases of the workspace by name.
+        run: The fold.
+        weights: Its network as trained, fp32.
+        most_cases: How many validation cases to score at most.
+
+    Returns:
+        How many cases were scored.
+
+    Raises:
+        TrainingError: The mean Dice of a label changes by more than 0.001, or is defined only
+            before or only after rounding.
+    """
+    rounded = {key: value.half().float() for key, value in weights.items()}
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    checked = 0
+    for name in run.spec.validation:
+        if checked == most_cases:
+            break
+        case = cases[name]
+        reference = volume.read(case.reference).voxels
+        if not reference.any():
+            continue
+        checked += 1
+        before = score_labels(segment_case(case, run, weights), reference, run.plans)
+        after = score_labels(segment_case(case, run, rounded), reference, run.plans)
+        _log.info(
+            "%s, case %s: Dice %s as trained, %s in fp16", run.folder.name, name, before, after
+        )
+        for label, old in before.items():
+            new = after[label]
+            if (old is None) != (new is None):
+                raise TrainingError(
+                    f"{run.folder}: Dice of {label} in case {name} is {old} as trained, {new} in "
+                    "fp16; expected a number from both or none from both"
+                )
+            if old is not None and new is not None:
+                pairs.setdefault(label, []).append((old, new))
+    for label, scores in pairs.items():
+        _require_same_mean(run, label, scores)
+    return checked
+
+
+def _require_same_mean(run: FoldRun, label: str, scores: list[tuple[float, float]]) -> None:
+    old, new = (sum(values) / len(scores) for values in zip(*scores, strict=True))
+    if abs(old - new) > MAX_DICE_CHANGE:
+        raise TrainingError(
+            f"{run.folder}: mean Dice of {label} in {len(scores)} cases is {old:.4f} as trained, "
+            f"{new:.4f} in fp16; expected a change of at most {MAX_DICE_CHANGE}"
+        )

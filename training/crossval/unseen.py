@@ -1,0 +1,155 @@
+"""What configurations, alone or together, found in the cases that their networks had not seen.
+
+The validation of each fold has left a mask and the probabilities of each of its cases. A mean of
+several configurations is decided from their probabilities as an ensemble decides, in the case's own
+grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ichseg.errors import TrainingError
+from ichseg.model.plans import Plans
+from ichseg.predict import components, prepare
+from ichseg.predict.components import ComponentRule
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
+from training.crossval import merge, probabilities
+from training.data import dataset
+from training.data.dataset import Case
+from training.data.workspace import (
+    VALIDATION_FILE,
+    fold_of,
+    probabilities_file,
+    probabilities_folder,
+    run_folder,
+)
+from training.scoring.measures import SMOOTHING, dice
+
+Labels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class UnseenCase:
+    """One case with what was found in it.
+
+    Attributes:
+        case: The case.
+        fold: The fold that validated it.
+        masks: The file of its mask for each configuration.
+    """
+
+    case: Case
+    fold: str
+    masks: dict[str, Path]
+
+
+def unseen_cases(workspace: Path, configurations: Sequence[str]) -> list[UnseenCase]:
+    """All labelled cases, with what each configuration found in them.
+
+    Raises:
+        TrainingError: A fold has not segmented all of its cases.
+    """
+    masks = {name: merge.validated_masks(workspace, name) for name in configurations}
+    first = masks[configurations[0]]
+    return [
+        UnseenCase(
+            case,
+            fold_of(first[case.name].parent.parent),
+            {name: found[case.name] for name, found in masks.items()},
+        )
+        for case in dataset.load_dataset(workspace).labelled
+    ]
+
+
+def require_probabilities(
+    workspace: Path, cases: Sequence[UnseenCase], configurations: Sequence[str]
+) -> None:
+    """See that the probabilities of all cases are there.
+
+    Raises:
+        TrainingError: Some are missing; names a fold that has to make them again, and how.
+    """
+    for name in configurations:
+        folds = {
+            unseen.fold
+            for unseen in cases
+            if not probabilities_file(
+                run_folder(workspace, name, unseen.fold), unseen.case.name
+            ).is_file()
+        }
+        if folds:
+            fold = min(folds)
+            folder = run_folder(workspace, name, fold)
+            raise TrainingError(
+                f"{probabilities_folder(folder)}: no probabilities of all its cases, which pairs "
+                f"are judged by (an earlier selection removes them); delete "
+                f"{folder / VALIDATION_FILE} and "
+                f"run `train {name} --fold {fold}`, which then only validates"
+            )
+
+
+def compare_case(
+    unseen: UnseenCase, workspace: Path, planned: Plans, combinations: Sequence[tuple[str, ...]]
+) -> tuple[tuple[float, ...], ...]:
+    """INSTANCE's Dice of each foreground label by each combination of configurations."""
+    reference = volume.read(unseen.case.reference)
+    image = volume.read(unseen.case.images[0])
+    return tuple(
+        _dice(
+            found_labels(unseen, image, workspace, planned, names),
+            reference.voxels,
+            len(planned.labels),
+        )
+        for names in combinations
+    )
+
+
+def try_rules(
+    unseen: UnseenCase,
+    workspace: Path,
+    planned: Plans,
+    names: tuple[str, ...],
+    tried: Sequence[ComponentRule],
+) -> tuple[tuple[float, ...], ...]:
+    """INSTANCE's Dice of each foreground label with each component rule by itself."""
+    reference = volume.read(unseen.case.reference)
+    image = volume.read(unseen.case.images[0])
+    labels = found_labels(unseen, image, workspace, planned, names)
+    return tuple(
+        _dice(
+            components.apply_rules(labels, [rule], image.voxel_ml),
+            reference.voxels,
+            len(planned.labels),
+        )
+        for rule in tried
+    )
+
+
+def found_labels(
+    unseen: UnseenCase, image: Volume, workspace: Path, planned: Plans, names: Sequence[str]
+) -> Labels:
+    """The labels ``(z, y, x)`` that these configurations found together in a case."""
+    if len(names) == 1:
+        return np.asarray(volume.read(unseen.masks[names[0]]).voxels, np.uint8)
+    parts = []
+    for name in names:
+        path = probabilities_file(run_folder(workspace, name, unseen.fold), unseen.case.name)
+        placement = prepare.place([image], planned, planned.configuration(name))
+        parts.append((probabilities.load(path), placement))
+    return prepare.restore(parts, planned)
+
+
+def _dice(
+    found: npt.NDArray[np.generic], reference: npt.NDArray[np.generic], labels: int
+) -> tuple[float, ...]:
+    """INSTANCE's Dice of each foreground label; 1 where neither mask has it."""
+    return tuple(
+        dice(found == label, reference == label, smoothing=SMOOTHING) for label in range(1, labels)
+    )
