@@ -64,11 +64,11 @@ TITLES = dict(
 )
 
 
-def dice(segmentation: Mask, reference: Mask) -> float:
+def dice(segmentation: Mask, reference: Mask, *, smoothing: float = 0.0) -> float:
     """Dice coefficient of two masks of one shape: 2 |A and B| / (|A| + |B|).
 
     Returns:
-        0 to 1; NaN when both masks are empty, 0 when one is.
+        0 to 1; without smoothing NaN when both masks are empty, 0 when one is.
 
     Raises:
         ValueError: The shapes differ.
@@ -77,7 +77,8 @@ def dice(segmentation: Mask, reference: Mask) -> float:
         raise ValueError(f"masks of shapes {segmentation.shape} and {reference.shape}")
     first, second = segmentation.astype(bool), reference.astype(bool)
     total = int(first.sum()) + int(second.sum())
-    return 2 * int((first & second).sum()) / total if total else math.nan
+    shared = 2 * int((first & second).sum()) + smoothing
+    return shared / (total + smoothing) if total + smoothing else math.nan
 
 
 def score_masks(
