@@ -49,7 +49,7 @@ bench: $(VENV)/.dev-installed ## measure against nnunetv2 (the first time instal
 	done; exit $$failed
 
 clean: ## remove what these made: .venv, out/, export/, caches
-	rm -rf $(VENV) out export .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) out export dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # pip is looked for too: a Python without ensurepip leaves half an environment behind.

@@ -19,6 +19,7 @@ from ichseg.engine.engine import Engine, LoadedNetwork, NetworkSpec
 from ichseg.errors import WeightsError
 from ichseg.model import bundle
 from ichseg.model.bundle import Member, Model
+from ichseg.model.default_weights import default_weights
 from ichseg.model.plans import Configuration
 from ichseg.predict import components, passes, sliding_window
 from ichseg.predict import prepare as preprocess
@@ -95,17 +96,19 @@ class Ensemble:
     _alive: dict[str, LoadedNetwork] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def load(cls, folder: Path, device: str = "auto") -> Ensemble:
+    def load(cls, folder: Path | None = None, device: str = "auto") -> Ensemble:
         """Open a weights bundle.
 
         Args:
-            folder: A folder with ``model.json``.
+            folder: A folder with ``model.json``; by default that of the weights that come with this
+                software.
             device: ``auto``, ``cpu``, ``cuda`` or ``torch-cpu``, see ``engine.choose``.
 
         Raises:
             WeightsError: The bundle is missing, incomplete or altered.
             DeviceError: CUDA was asked for and is not usable.
         """
+        folder = default_weights() if folder is None else folder
         return cls(bundle.load_model(folder), folder, engine.choose(device))
 
     def segment(
