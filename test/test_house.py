@@ -23,7 +23,6 @@ NOT_YET = {
     "ichseg.engine.engine -> ichseg.predict.resample",
     "ichseg.engine.torch_engine -> ichseg.predict.sliding_window",
     "ichseg.model.bundle -> ichseg.predict.components",
-    "ichseg.report.report -> ichseg.app.results",
 }
 CIRCLES_NOT_YET = {"ichseg.engine.engine"}
 

@@ -154,7 +154,7 @@ def _write_page(ended: Sequence[CaseResult], ensemble: Ensemble, options: Option
     model = ensemble.model
     page = report.write_index(
         options.output / REPORT,
-        ended,
+        [report.Entry(case.image, case.error, case.report) for case in ended],
         title=f"Segmentation of {counted(len(ended), 'scan')}",
         subtitle=f"{model.name} {model.version}, preset {options.preset}, {ensemble.engine.name}",
     )

@@ -6,12 +6,12 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ichseg.app.results import CaseResult
 from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.report import page, pictures, viewer
@@ -22,9 +22,24 @@ from ichseg.report.page import Section
 from ichseg.report.pictures import write_overlay
 from ichseg.scan.volume import Volume
 
-__all__ = ["read_case", "slug_of", "write_case", "write_index", "write_overlay"]
+__all__ = ["Entry", "read_case", "slug_of", "write_case", "write_index", "write_overlay"]
 
 _MOST_LESIONS = 12  # listed on the page; results.json has more
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the page says of one scan.
+
+    Attributes:
+        name: The scan's name, as ``write_case`` was given it.
+        error: Why the scan failed; an empty string if it did not.
+        facts: What was found in it, as ``report`` in ``results.json`` has it; empty if it failed.
+    """
+
+    name: str
+    error: str
+    facts: Mapping[str, Any]
 
 
 def write_case(
@@ -111,12 +126,12 @@ def slug_of(name: str) -> str:
     return f"{safe}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
-def write_index(folder: Path, results: Sequence[CaseResult], *, title: str, subtitle: str) -> Path:
+def write_index(folder: Path, entries: Sequence[Entry], *, title: str, subtitle: str) -> Path:
     """Write the page of an inference: the largest bleeds first, after what failed.
 
     Args:
-        folder: That ``write_case`` was given, with the names of the results' ``image``.
-        results: Of all cases, in any order; what is not known of one is left out.
+        folder: That ``write_case`` was given, with the names of the entries.
+        entries: Those of all cases, in any order; what is not known of one is left out.
         title: Heading.
         subtitle: One line: what ran.
 
@@ -127,7 +142,7 @@ def write_index(folder: Path, results: Sequence[CaseResult], *, title: str, subt
         OutputError: The folder cannot be written.
         PlansError: A file of ``write_case`` has been altered.
     """
-    ordered = sorted(results, key=lambda r: (not r.error, -_volume_ml(r), r.image))
+    ordered = sorted(entries, key=lambda entry: (not entry.error, -_volume_ml(entry), entry.name))
     return page.write(
         folder,
         title=title,
@@ -141,49 +156,47 @@ def write_index(folder: Path, results: Sequence[CaseResult], *, title: str, subt
             Column("seconds", "Seconds", 1),
             Column("note", "Notes"),
         ),
-        rows=[_row(result) for result in ordered],
-        cards=[_card(result, read_case(folder, result.image)) for result in ordered],
+        rows=[_row(entry) for entry in ordered],
+        cards=[_card(entry, read_case(folder, entry.name)) for entry in ordered],
         order="Failures first, then the largest volume.",
     )
 
 
-def _volume_ml(result: CaseResult) -> float:
-    return float(result.report.get("volume_ml") or 0.0)
+def _volume_ml(entry: Entry) -> float:
+    return float(entry.facts.get("volume_ml") or 0.0)
 
 
-def _warnings(result: CaseResult) -> list[str]:
-    return [str(warning) for warning in result.report.get("warnings") or ()]
+def _warnings(entry: Entry) -> list[str]:
+    return [str(warning) for warning in entry.facts.get("warnings") or ()]
 
 
-def _flags(result: CaseResult) -> tuple[str, ...]:
-    if result.error:
+def _flags(entry: Entry) -> tuple[str, ...]:
+    if entry.error:
         return ("failed",)
-    empty = ("nothing found",) if _volume_ml(result) == 0 else ()
-    return (*empty, *(("warnings",) if _warnings(result) else ()))
+    empty = ("nothing found",) if _volume_ml(entry) == 0 else ()
+    return (*empty, *(("warnings",) if _warnings(entry) else ()))
 
 
-def _seconds(result: CaseResult) -> float | None:
-    total = (result.report.get("seconds") or {}).get("total")
+def _seconds(entry: Entry) -> float | None:
+    total = (entry.facts.get("seconds") or {}).get("total")
     return None if total is None else float(total)
 
 
-def _summary(results: Sequence[CaseResult]) -> Html:
+def _summary(entries: Sequence[Entry]) -> Html:
     """How many, how large, how long, and what failed or was warned of."""
-    done = [result for result in results if not result.error]
-    with_bleed = [result for result in done if _volume_ml(result) > 0]
-    warned = sum(bool(_warnings(result)) for result in done)
-    volumes = sorted(_volume_ml(result) for result in with_bleed)
-    seconds = [s for result in done if (s := _seconds(result)) is not None]
+    done = [entry for entry in entries if not entry.error]
+    with_bleed = [entry for entry in done if _volume_ml(entry) > 0]
+    warned = sum(bool(_warnings(entry)) for entry in done)
+    volumes = sorted(_volume_ml(entry) for entry in with_bleed)
+    seconds = [s for entry in done if (s := _seconds(entry)) is not None]
     failures = [
-        tag("li", tag("strong", result.image), ": ", result.error)
-        for result in results
-        if result.error
+        tag("li", tag("strong", entry.name), ": ", entry.error) for entry in entries if entry.error
     ]
     largest = f"largest {number(volumes[-1], 1)} mL" if volumes else ""
     return join(
         [
             page.tiles(
-                page.tile("Scans", str(len(results)), f"{len(failures)} failed"),
+                page.tile("Scans", str(len(entries)), f"{len(failures)} failed"),
                 page.tile("With something found", str(len(with_bleed)), largest),
                 page.tile(
                     "Median volume found",
@@ -211,37 +224,37 @@ def _median(ordered: Sequence[float]) -> float | None:
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
-def _row(result: CaseResult) -> Row:
-    report = result.report
-    lesions = report.get("lesions")
+def _row(entry: Entry) -> Row:
+    facts = entry.facts
+    lesions = facts.get("lesions")
     return Row(
-        result.image,
+        entry.name,
         {
-            "volume": report.get("volume_ml"),
+            "volume": facts.get("volume_ml"),
             "lesions": None if lesions is None else len(lesions),
             "largest": lesions[0]["volume_ml"] if lesions else None,
-            "doubt": report.get("doubt"),
-            "seconds": _seconds(result),
-            "note": result.error or "; ".join(_warnings(result)),
+            "doubt": facts.get("doubt"),
+            "seconds": _seconds(entry),
+            "note": entry.error or "; ".join(_warnings(entry)),
         },
-        _flags(result),
+        _flags(entry),
     )
 
 
-def _card(result: CaseResult, shown: Shown | None) -> Card:
-    report = result.report
-    if result.error:
-        return Card(result.image, None, (), tag("p", result.error, class_="alert"), ("failed",))
-    lesions = report.get("lesions") or ()
+def _card(entry: Entry, shown: Shown | None) -> Card:
+    facts = entry.facts
+    if entry.error:
+        return Card(entry.name, None, (), tag("p", entry.error, class_="alert"), ("failed",))
+    lesions = facts.get("lesions") or ()
     figures = [
-        ("Volume", f"{number(_volume_ml(result), 2)} mL"),
+        ("Volume", f"{number(_volume_ml(entry), 2)} mL"),
         ("Lesions", str(len(lesions))),
     ]
-    if report.get("doubt") is not None:
-        figures.append(("Doubt", number(float(report["doubt"]), 3)))
-    if (seconds := _seconds(result)) is not None:
+    if facts.get("doubt") is not None:
+        figures.append(("Doubt", number(float(facts["doubt"]), 3)))
+    if (seconds := _seconds(entry)) is not None:
         figures.append(("Time", f"{number(seconds, 1)} s"))
-    warnings = [tag("li", warning) for warning in _warnings(result)]
+    warnings = [tag("li", warning) for warning in _warnings(entry)]
     body = join(
         [
             tag("ul", *warnings, class_="alert") if warnings else None,
@@ -249,11 +262,11 @@ def _card(result: CaseResult, shown: Shown | None) -> Card:
             tag(
                 "details",
                 tag("summary", "What ran, and how long it took"),
-                _listing({**(report.get("ran") or {}), "seconds": report.get("seconds") or {}}),
+                _listing({**(facts.get("ran") or {}), "seconds": facts.get("seconds") or {}}),
             ),
         ]
     )
-    return Card(result.image, shown, figures, body, _flags(result))
+    return Card(entry.name, shown, figures, body, _flags(entry))
 
 
 def _lesion_table(lesions: Sequence[Mapping[str, Any]]) -> Html:

@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 from conftest import PLANS
+from helpers.pages import Page
 from helpers.workspaces import make_workspace
-from report.test_report import Page
 
 from ichseg.errors import DatasetError, TrainingError
 from ichseg.files import replacing

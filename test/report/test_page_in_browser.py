@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from helpers.browser import Browser
 
-from ichseg.app.results import CaseResult
 from ichseg.report import report
 from ichseg.scan.volume import Volume
 from training.fit.log import EpochRow
@@ -66,13 +65,11 @@ def inferred(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("inference")
     image, _, prediction = scan()
     report.write_case(out, "one.mha", image, {"prediction": prediction})
-    results = [
-        CaseResult(
-            "one.mha", "one.mha", "", {"volume_ml": 24.0, "lesions": [], "warnings": [EVIL]}
-        ),
-        CaseResult(EVIL, None, EVIL, {}),
+    entries = [
+        report.Entry("one.mha", "", {"volume_ml": 24.0, "lesions": [], "warnings": [EVIL]}),
+        report.Entry(EVIL, EVIL, {}),
     ]
-    return report.write_index(out, results, title="Inference", subtitle=EVIL)
+    return report.write_index(out, entries, title="Inference", subtitle=EVIL)
 
 
 @pytest.fixture(scope="module")

@@ -5,49 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from helpers.pages import Page
 
-from ichseg.app.results import CaseResult
 from ichseg.report import page, report
 from ichseg.report.case_list import Column, Row
 from ichseg.scan.volume import Volume
 
 EVIL = '"><img src=x onerror=alert(1)>.mha'
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, and the text of the table's rows."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.elements, self.rows, self.cards, self._inside, self.text = [], [], [], False, ""
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
-        self.elements.append((tag, attributes))
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-            self._inside = True
-        if tag == "article":
-            self.cards.append(attributes)
-
-    def handle_endtag(self, tag):
-        if tag in ("td", "th"):
-            self._inside = False
-
-    def handle_data(self, data):
-        self.text += data
-        if self._inside:
-            self.rows[-1][-1] += data
-
-    def with_tag(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 def scan():
@@ -76,12 +43,12 @@ def facts(volume_ml, **changes):
     }
 
 
-def results():
+def entries():
     return [
-        CaseResult("small.mha", "small.mha", "", facts(1.5)),
-        CaseResult(EVIL, "x.mha", "", facts(20.0, warnings=["<script>alert(2)</script> & more"])),
-        CaseResult("none.mha", "none.mha", "", facts(0.0)),
-        CaseResult("</script>broken", None, "</script><b>cannot be read", {}),
+        report.Entry("small.mha", "", facts(1.5)),
+        report.Entry(EVIL, "", facts(20.0, warnings=["<script>alert(2)</script> & more"])),
+        report.Entry("none.mha", "", facts(0.0)),
+        report.Entry("</script>broken", "</script><b>cannot be read", {}),
     ]
 
 
@@ -90,10 +57,10 @@ def folder(tmp_path_factory):
     """A page of three cases and a failure."""
     out = tmp_path_factory.mktemp("report")
     image, mask = scan()
-    for result in results():
-        if not result.error:
-            report.write_case(out, result.image, image, {"prediction": mask})
-    report.write_index(out, results(), title="A <title>", subtitle="with & without")
+    for entry in entries():
+        if not entry.error:
+            report.write_case(out, entry.name, image, {"prediction": mask})
+    report.write_index(out, entries(), title="A <title>", subtitle="with & without")
     return out
 
 
@@ -170,7 +137,7 @@ def test_files_of_a_case_have_harmless_names(folder):
 
 
 def test_case_without_pictures_is_listed(tmp_path):
-    report.write_index(tmp_path, results()[:1], title="t", subtitle="s")
+    report.write_index(tmp_path, entries()[:1], title="t", subtitle="s")
     found = Page(tmp_path / "index.html")
     assert found.cards[0]["data-name"] == "small.mha"
     assert not found.with_tag("img")
