@@ -18,8 +18,8 @@ class Anatomy:
     """What a bleed must know of the head, on a coarse grid.
 
     Attributes:
-        spacing_mm: Of the grid, ``(z, y, x)``.
-        inside: Within the inner table.
+        spacing_mm: Voxel size of the grid, ``(z, y, x)``.
+        inside: True within the inner table of the skull.
         fluid: Fraction of cerebrospinal fluid in the voxel, 0 to 1.
         ventricles: Fraction of ventricle in the voxel, 0 to 1.
         middle_mm: Signed distance to the midsagittal plane, positive to the left.
@@ -32,13 +32,13 @@ class Anatomy:
     middle_mm: Array
 
     def depth_mm(self) -> Array:
-        """Distance to the inner table, 0 outside."""
+        """Distance to the inner table in mm, 0 outside."""
         return ndimage.distance_transform_edt(self.inside, sampling=self.spacing_mm).astype(
             np.float32
         )
 
     def axes_mm(self) -> tuple[Array, Array, Array]:
-        """Broadcastable coordinates from the first voxel."""
+        """Coordinates in mm from the first voxel, one array an axis, which broadcast."""
         return tuple(  # type: ignore[return-value]
             (np.arange(n, dtype=np.float32) * s).reshape([-1 if a == k else 1 for k in range(3)])
             for a, (n, s) in enumerate(zip(self.inside.shape, self.spacing_mm, strict=True))
@@ -63,6 +63,27 @@ def estimate_anatomy(hu: Array, spacing_mm: tuple[float, float, float]) -> Anato
         ndimage.maximum_filter(hu, (1, step, step))[:, step // 2 :: step, step // 2 :: step], shape
     )
     soft = (small > -15) & (small < 100) & (peak < 250)
+    inside = _find_inside(small, soft, grid_mm)
+    fluid = np.where(inside, np.clip((22 - small) / 14, 0, 1), 0).astype(np.float32)
+    ventricles = _find_ventricles(fluid, inside, grid_mm)
+    x = np.arange(shape[2]) * grid_mm[2]
+    columns = inside.sum(axis=(0, 1))
+    middle = float((columns * x).sum() / columns.sum())
+    return Anatomy(
+        spacing_mm=grid_mm,  # type: ignore[arg-type]
+        inside=inside,
+        fluid=fluid,
+        ventricles=ventricles.astype(np.float32),
+        middle_mm=np.broadcast_to((x - middle).astype(np.float32), shape),
+    )
+
+
+def _find_inside(small: Array, soft: Mask, grid_mm: tuple[float, ...]) -> Mask:
+    """The largest soft part that bone encloses, grown back to the inner table.
+
+    Raises:
+        ValueError: Nothing of the size of a brain lies within bone.
+    """
     core = ndimage.binary_erosion(soft, iterations=2)
     labels, count = ndimage.label(core)
     if count == 0:
@@ -74,24 +95,21 @@ def estimate_anatomy(hu: Array, spacing_mm: tuple[float, float, float]) -> Anato
     if sizes[largest] * np.prod(grid_mm) < 2e5:
         raise ValueError("no brain found within bone: less than 200 mL of soft tissue is enclosed")
     inside = ndimage.binary_dilation(labels == largest, iterations=2) & (small < 110) & enclosed
-    inside = ndimage.binary_closing(inside, iterations=2) & (small < 130)
-    fluid = np.where(inside, np.clip((22 - small) / 14, 0, 1), 0).astype(np.float32)
+    inside = ndimage.binary_closing(inside, iterations=2)
+    return inside & (small < 130)
+
+
+def _find_ventricles(fluid: Array, inside: Mask, grid_mm: tuple[float, ...]) -> Mask:
+    """Large spaces of fluid deep inside."""
     depth = ndimage.distance_transform_edt(inside, sampling=grid_mm)
     wet = ndimage.binary_opening((fluid > 0.55) & (depth > 22))
     wet_labels, wet_count = ndimage.label(wet)
     wet_sizes = np.bincount(wet_labels.ravel(), minlength=wet_count + 1) * float(np.prod(grid_mm))
     large = np.flatnonzero(wet_sizes > 600)
-    ventricles = ndimage.binary_dilation(np.isin(wet_labels, large[large > 0])) & (fluid > 0.35)
-    x = np.arange(shape[2]) * grid_mm[2]
-    columns = inside.sum(axis=(0, 1))
-    middle = float((columns * x).sum() / columns.sum())
-    return Anatomy(
-        spacing_mm=grid_mm,  # type: ignore[arg-type]
-        inside=inside,
-        fluid=fluid,
-        ventricles=ventricles.astype(np.float32),
-        middle_mm=np.broadcast_to((x - middle).astype(np.float32), shape),
+    ventricles: Mask = ndimage.binary_dilation(np.isin(wet_labels, large[large > 0])) & (
+        fluid > 0.35
     )
+    return ventricles
 
 
 def _enclosed(bone: Mask) -> Mask:

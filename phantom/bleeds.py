@@ -297,9 +297,9 @@ def rasterise(
     """Fraction of blood in each voxel of a finer grid, its level moved to meet the volume there.
 
     Args:
-        bleed: What to draw; its grid and the new one cover the same box.
-        shape: Of the finer grid.
-        voxel_ml: Volume of its voxels.
+        bleed: The bleed to draw; its grid and the finer one cover the same box.
+        shape: Shape of the finer grid.
+        voxel_ml: Volume of one of its voxels.
         room: Voxels that count for the volume, those free of bone.
         softness_mm: Width of the edge, over which the fraction rises from 0 to 1.
     """
@@ -352,10 +352,10 @@ def insert_bleed(
 
     Args:
         voxels: HU ``(z, y, x)``, first slice lowest, first row in front, as LPS volumes are.
-        spacing_mm: Of the voxels.
+        spacing_mm: Voxel size ``(z, y, x)``.
         kind: One of ``KINDS``.
         volume_ml: Wanted volume.
-        rng: Where everything drawn comes from.
+        rng: Draws place and shape.
 
     Returns:
         The scan with the bleed, int16, and its mask, uint8, of the same shape.

@@ -27,7 +27,7 @@ def brain_hu(
     """HU within the dura, with falx, tentorium, sinuses, vessels, calcifications and old damage.
 
     Args:
-        atlas: Where things are.
+        atlas: Says where each structure is.
         p: This person's densities.
         grey: Fraction of grey matter in each voxel.
         fluid: Fraction of cerebrospinal fluid in each voxel; what is neither is white matter.

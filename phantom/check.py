@@ -24,7 +24,7 @@ _HISTOGRAM_HU = np.arange(-10, 71, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class Appearance:
-    """What is measured on a scan; HU but for the correlation length."""
+    """What is measured on a scan; all in HU but the correlation length."""
 
     white_hu: float
     grey_hu: float
@@ -49,7 +49,7 @@ def check(scan_path: Path, *, seed: int, picture: Path | None = None) -> int:
 
     Args:
         scan_path: A head CT without a bleed.
-        seed: Of the phantoms, whose mean is compared.
+        seed: Seed of the phantoms, whose mean is compared.
         picture: Where the histograms go; ``synthesize-check.png`` here if not given.
     """
     scan = read(scan_path)

@@ -23,14 +23,17 @@ class Atlas:
     """The unbent anatomy; arrays ``(z, y, x)`` at 1 mm."""
 
     tissue: npt.NDArray[np.uint8]
+    """One of the nine labels above in each voxel."""
     grey: tuple[Array, Array]
-    """Fraction of grey matter in Colin 27 and in the ICBM152 average; likewise below."""
+    """Fraction of grey matter in Colin 27 and in the ICBM152 average."""
     fluid: tuple[Array, Array]
+    """Fraction of cerebrospinal fluid, likewise."""
     ventricles: tuple[Array, Array]
+    """Fraction of ventricle, likewise."""
     ventricle_distance_mm: Array
-    """Every second voxel."""
+    """Distance to the ventricles, at every second voxel."""
     depth_mm: Array
-    """Distance to the inner table, every second voxel."""
+    """Distance to the inner table, at every second voxel."""
     lens: Array
     """Share of each voxel that the lens of an eye takes."""
 

@@ -17,9 +17,9 @@ def outside_hu(atlas: Atlas, p: HeadParameters, rng: np.random.Generator) -> Arr
     """HU of everything but the brain, ``(z, y, x)`` on the atlas.
 
     Args:
-        atlas: Where each tissue is.
+        atlas: Says where each tissue is.
         p: This person's densities.
-        rng: Where muscles part, how bone is grained.
+        rng: Draws where muscles part and how bone is grained.
     """
     tissue = atlas.tissue
     # air, fat, muscle, bone, spongy bone, sinus, mastoid, fluid, inside

@@ -33,7 +33,7 @@ class ScanParameters:
     top_mm: float
     """Height of the last slice's middle in the head's frame."""
     centre_mm: tuple[float, float]
-    """Where the head's middle lies off the image's, y and x."""
+    """How far the head's middle lies off the image's, ``(y, x)``."""
     parts: int
     """Sub-slices to a slice."""
     noise_hu: float

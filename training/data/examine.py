@@ -34,9 +34,10 @@ class Tolerance:
     """How far two geometries may differ.
 
     Attributes:
-        spacing: Of the voxel size, relative.
-        origin: Of the first voxel's position, as a fraction of the finest spacing.
-        direction: Of each direction cosine.
+        spacing: Largest relative difference of the voxel size along any axis.
+        origin: Largest distance along any axis between the first voxels' positions, as a fraction
+            of the finest spacing.
+        direction: Largest difference of any direction cosine.
     """
 
     spacing: float
@@ -56,8 +57,8 @@ class Finding:
 
     Attributes:
         severity: ``error`` or ``warning``.
-        case: Name of the case; ``-`` for the dataset as a whole.
-        file: Relative to the workspace; ``-`` for none in particular.
+        case: Name of the case; ``-`` where the dataset as a whole is concerned.
+        file: The file, relative to the workspace; ``-`` where none in particular is concerned.
         text: What was found and what was expected.
         repairable: Whether a new header mends it.
     """
@@ -71,7 +72,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Size and place of a volume, as its fields of these names."""
+    """Size and place of a volume; the fields are those of ``Volume`` with these names."""
 
     shape: tuple[int, ...]
     spacing_mm: tuple[float, float, float]
@@ -84,7 +85,7 @@ class FileFacts:
     """What one readable file is like.
 
     Attributes:
-        file: Relative to the workspace.
+        file: The file, relative to the workspace.
         grid: Its size and place.
         digest: Equal for equal voxels in equal shape, whatever their type; None if all voxels are
             equal, for those tell nothing.
@@ -100,10 +101,10 @@ class CaseFacts:
     """What one case showed.
 
     Attributes:
-        name: Of the case.
-        findings: In the order of its files.
-        images, label: Those that could be read.
-        present: Declared labels that occur.
+        name: Name of the case.
+        findings: All that is wrong or odd, in the order of the case's files.
+        images, label: What the files are like that could be read.
+        present: Those of the declared labels that occur.
     """
 
     name: str
@@ -180,7 +181,7 @@ def compare(found: Grid, expected: Grid) -> Iterator[tuple[str, bool]]:
 
 
 def shown(path: Path, workspace: Path) -> str:
-    """A file's name in the table."""
+    """How the table names a file: relative to the workspace where it lies inside."""
     return str(path.relative_to(workspace) if path.is_relative_to(workspace) else path)
 
 
@@ -233,7 +234,7 @@ def _examine_label(
 
 
 def _read(path: Path) -> Volume:
-    """As ``volume.read``, but what is not finite is let through, to be counted."""
+    """Read as ``volume.read`` does, but let values that are not finite pass, to be counted."""
     channels = volume.read_channels(path)
     if len(channels) != 1:
         raise InputError(f"{path}: {len(channels)} channels in one file, expected one")
@@ -241,7 +242,7 @@ def _read(path: Path) -> Volume:
 
 
 def _place_findings(facts: FileFacts, case: str, first: FileFacts | None) -> list[Finding]:
-    """Of the first file whether its spacing can be, of the others whether they lie upon it."""
+    """Check the spacing of a case's first file, and that its other files lie upon the first."""
     if first is not None:
         return [
             Finding(ERROR, case, facts.file, f"{text} as {first.file}", repairable)
@@ -292,6 +293,6 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def _some(values: Sequence[float]) -> str:
-    """The first few."""
+    """The first few values, in words."""
     listed = ", ".join(f"{value:g}" for value in itertools.islice(values, 5))
     return f"{listed}, ..." if len(values) > 5 else listed

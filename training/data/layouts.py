@@ -41,8 +41,8 @@ class Source:
 
     Attributes:
         layout: What it was recognised as, in words.
-        name, channels, labels: As of a ``Dataset``.
-        cases: Sorted by name; the images of a case are one file a channel, or one 4D file.
+        name, channels, labels: The fields of ``Dataset`` with these names.
+        cases: The cases, sorted by name; each has one image file a channel, or one 4D file.
     """
 
     layout: str

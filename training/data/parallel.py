@@ -40,11 +40,11 @@ def each_case(
     everything runs in this process. Workers end at once on Ctrl-C, and when this process is killed.
 
     Args:
-        function: Of a module that the workers can import.
-        cases: One call each.
-        shared: Further arguments, the same for all.
-        workers: Processes.
-        initialize: Called once in each worker.
+        function: What to call; it must lie in a module that the workers can import.
+        cases: What to call it with, one call each.
+        shared: Further arguments, the same in all calls.
+        workers: How many processes to run.
+        initialize: Called once in each worker process.
 
     Raises:
         DatasetError: A worker process was killed, most often for want of memory.
@@ -96,7 +96,7 @@ def default_workers(bytes_per_worker: int | None = None) -> int:
     """How many processes to run: one a core, fewer where memory would not suffice.
 
     Args:
-        bytes_per_worker: What each holds at its peak; None leaves memory out of account.
+        bytes_per_worker: Memory that each holds at its peak; None leaves it out of account.
     """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -135,10 +135,10 @@ def with_progress(
     written stands on lines of its own. Elsewhere it is a plain line every ten seconds.
 
     Args:
-        results: One per case, as ``each_case`` yields them.
-        total: How many to expect.
-        doing: Such as ``verify``.
-        stream: To write on; stderr by default.
+        results: One result a case, as ``each_case`` yields them.
+        total: How many results to expect.
+        doing: What is being done, such as ``verify``.
+        stream: Where to write; stderr by default.
     """
     stream = sys.stderr if stream is None else stream
     terminal = stream.isatty()

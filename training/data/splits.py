@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Names of the cases of one fold."""
+    """One fold: the names of the cases that train, and of those that validate."""
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
@@ -64,8 +64,8 @@ def make_splits(
 
     Args:
         names: Names of all cases, in any order: they are sorted first.
-        groups: Group of each case; cases of one group go into the same fold.
-        folds: How many; each case validates in exactly one.
+        groups: The group of each case; cases of one group go into the same fold.
+        folds: How many folds to make; each case validates in exactly one of them.
         seed: Seed of the shuffle.
 
     Raises:
@@ -155,7 +155,7 @@ def load_or_make_splits(workspace: Path, names: Sequence[str]) -> tuple[Split, .
 
 
 def find_splits(workspace: Path, names: Sequence[str]) -> tuple[Split, ...]:
-    """As ``load_or_make_splits``, but nothing is written."""
+    """The folds as ``load_or_make_splits`` gives them, but nothing is written."""
     path, table = splits_file(workspace), groups_file(workspace)
     groups = read_groups(table, names) if table.exists() else None
     if not path.exists():

@@ -31,10 +31,10 @@ class Resolution:
     """A voxel size that was considered.
 
     Attributes:
-        spacing_mm: Voxel size.
-        shape: Median case at that size.
-        voxels: Of the median case.
-        capacity: Voxels of the patch that it is compared with.
+        spacing_mm: The voxel size.
+        shape: Shape of the median case in such voxels.
+        voxels: How many such voxels the median case has.
+        capacity: How many voxels the patch has that it is compared with.
     """
 
     spacing_mm: tuple[float, ...]

@@ -49,9 +49,9 @@ class Reasons:
 
     Attributes:
         fingerprint: What the data look like.
-        target: The voxel size.
-        flat: The 2D configuration; None if there is none.
-        full: ``3d_fullres``.
+        target: The voxel size, and what it was decided by.
+        flat: The search for the patch of ``2d``; None if there is no such configuration.
+        full: The search for the patch of ``3d_fullres``.
         cascade: Whether a stage at low resolution comes first.
     """
 
@@ -73,7 +73,7 @@ def explain(plans: Plans, reasons: Reasons) -> str:
         _explain_spacing(plans, reasons),
         _explain_intensities(plans, reasons.fingerprint),
         _explain_fit("3d_fullres", plans, reasons.full),
-        _explain_cascade(plans, reasons),
+        _explain_cascade(reasons),
     ]
     if reasons.cascade.lowres is not None:
         sections.append(_explain_fit("3d_lowres", plans, reasons.cascade.lowres))
@@ -169,23 +169,12 @@ def _normalisation(plans: Plans, normalisation: Normalisation, found: Intensitie
 
 
 def _explain_fit(name: str, plans: Plans, fit: Fit) -> str:
-    configuration = plans.configuration(name)
-    recipe, limits = fit.grid.recipe, fit.grid.limits
-    parts = [f"{name.upper()} patch {_times(fit.patch)}, batch {fit.batch}\n"]
-    if fit.first is None:
-        parts.append(_paragraph("The patch was chosen."))
-    else:
-        parts.append(
-            _paragraph(
-                f"Memory: feature maps take most of it. {limits.room} patches have to fit "
-                f"{recipe.gpu_memory_gb:g} GB, for which this recipe allows one patch "
-                f"{_count(fit.limit)} values in all its feature maps. The search starts with "
-                + _STARTS[limits.first_patch].format(first=_times(fit.first))
-                + ", padded to a multiple of what its network pools by."
-            )
-        )
     axes = [AXES[axis] for axis in plans.transpose][-len(fit.patch) :]
-    parts.append(_attempts(fit, axes))
+    parts = [
+        f"{name.upper()} patch {_times(fit.patch)}, batch {fit.batch}\n",
+        _paragraph(_search(fit)),
+        _attempts(fit, axes),
+    ]
     if len(fit.attempts) > 1:
         parts.append(
             _paragraph(
@@ -193,27 +182,50 @@ def _explain_fit(name: str, plans: Plans, fit: Fit) -> str:
                 "equals, by the least that the network of the smaller patch can pool."
             )
         )
+    pooling = _POOLINGS[fit.grid.limits.pooling]
     parts.append(_levels(fit, axes))
-    parts.append(_paragraph(_POOLINGS[limits.pooling] + " " + _features(name, plans, fit)))
-    share = f"{100 * recipe.dataset_share:g} % of the dataset"
-    batch = (
-        f"Batch {fit.batch}: the memory holds {_short(fit.affordable)} patches, {share} is "
-        f"{fit.covered}; the smaller counts, but two at least."
-    )
-    if _is_chosen("batch", plans) and name != "2d":
-        batch = f"Batch {fit.batch} was chosen; " + batch.partition(": ")[2]
-    over = "the batch as one volume" if configuration.batch_dice else "each patch"
-    parts.append(_paragraph(f"{batch} Dice is taken over {over}."))
+    parts.append(_paragraph(f"{pooling} {_features(name, plans, fit)}"))
+    parts.append(_paragraph(_batch(name, plans, fit)))
     if len(fit.patch) == 3:
-        ratio = max(fit.patch) / fit.patch[0]
-        turned = "in-plane only" if configuration.dummy_2d else "about all axes"
-        parts.append(
-            _paragraph(
-                f"Augmentation turns patches {turned}: their longest edge is {_short(ratio)} times "
-                f"the first, the limit is {ANISOTROPY:g}."
-            )
-        )
+        parts.append(_paragraph(_augmentation(name, plans, fit)))
     return "".join(parts)
+
+
+def _search(fit: Fit) -> str:
+    """Where the search for the patch starts, and the memory that it has to keep to."""
+    if fit.first is None:
+        return "The patch was chosen."
+    recipe, limits = fit.grid.recipe, fit.grid.limits
+    start = _STARTS[limits.first_patch].format(first=_times(fit.first))
+    return (
+        f"Memory: feature maps take most of it. {limits.room} patches have to fit "
+        f"{recipe.gpu_memory_gb:g} GB, for which this recipe allows one patch "
+        f"{_count(fit.limit)} values in all its feature maps. The search starts with "
+        f"{start}, padded to a multiple of what its network pools by."
+    )
+
+
+def _batch(name: str, plans: Plans, fit: Fit) -> str:
+    """Why the batch has as many patches, and what Dice is taken over."""
+    share = f"{100 * fit.grid.recipe.dataset_share:g} % of the dataset"
+    found = (
+        f"the memory holds {_short(fit.affordable)} patches, {share} is {fit.covered}; the smaller "
+        "counts, but two at least."
+    )
+    chosen = _is_chosen("batch", plans) and name != "2d"
+    batch = f"Batch {fit.batch} was chosen; " if chosen else f"Batch {fit.batch}: "
+    over = "the batch as one volume" if plans.configuration(name).batch_dice else "each patch"
+    return f"{batch}{found} Dice is taken over {over}."
+
+
+def _augmentation(name: str, plans: Plans, fit: Fit) -> str:
+    """About which axes augmentation turns patches."""
+    ratio = max(fit.patch) / fit.patch[0]
+    turned = "in-plane only" if plans.configuration(name).dummy_2d else "about all axes"
+    return (
+        f"Augmentation turns patches {turned}: their longest edge is {_short(ratio)} times the "
+        f"first, the limit is {ANISOTROPY:g}."
+    )
 
 
 def _attempts(fit: Fit, axes: Sequence[str]) -> str:
@@ -275,19 +287,15 @@ def _is_chosen(name: str, plans: Plans) -> bool:
     return any(override.name == name for override in plans.overrides)
 
 
-def _explain_cascade(plans: Plans, reasons: Reasons) -> str:
+def _explain_cascade(reasons: Reasons) -> str:
     cascade, recipe = reasons.cascade, reasons.full.grid.recipe
     fixed = recipe.cascade == "capacity"
-    rows = [
-        (
-            _times(one.spacing_mm),
-            _times(one.shape),
-            _count(one.voxels),
-            _count(one.capacity),
-            f"{one.voxels / one.capacity:.2f}",
-        )
-        for one in cascade.considered
-    ]
+    if len(cascade.considered) == 1:
+        verdict = f"NO CASCADE: the median case has not more than {TIMES} times a patch's voxels"
+    elif cascade.lowres is None:
+        verdict = f"NO CASCADE: low resolution would not save a factor {LEAST_SAVING:g} of voxels"
+    else:
+        verdict = f"CASCADE: the median case has more than {TIMES} times a patch's voxels"
     if fixed:
         rule = (
             f"{_count(cascade.considered[0].capacity)} voxels are what a patch could have on the "
@@ -297,17 +305,7 @@ def _explain_cascade(plans: Plans, reasons: Reasons) -> str:
         rule = "The patch was chosen."
     else:
         rule = "The patch is planned anew at each voxel size."
-    if len(rows) == 1:
-        verdict = f"NO CASCADE: the median case has not more than {TIMES} times a patch's voxels"
-    elif cascade.lowres is None:
-        verdict = f"NO CASCADE: low resolution would not save a factor {LEAST_SAVING:g} of voxels"
-    else:
-        verdict = f"CASCADE: the median case has more than {TIMES} times a patch's voxels"
-    parts = [verdict + "\n"]
-    if len(rows) > 8:  # nnunetv2 takes dozens of steps of 3 %
-        rows = [*rows[:3], ("...", "...", "...", "...", "..."), *rows[-3:]]
-    parts.append(_table(("mm", "median case", "voxels", "patch", "times"), rows))
-    parts.append(_paragraph(rule))
+    parts = [verdict + "\n", _resolutions(cascade), _paragraph(rule)]
     if len(cascade.considered) > 1:
         steps = "Voxel edges are doubled" if fixed else "Voxel edges grow by 3 % at a time"
         match = "as long as they stay no longer than" if fixed else "until within twice of"
@@ -327,6 +325,23 @@ def _explain_cascade(plans: Plans, reasons: Reasons) -> str:
             )
         )
     return "".join(parts)
+
+
+def _resolutions(cascade: Cascade) -> str:
+    """The voxel sizes that were considered."""
+    rows = [
+        (
+            _times(one.spacing_mm),
+            _times(one.shape),
+            _count(one.voxels),
+            _count(one.capacity),
+            f"{one.voxels / one.capacity:.2f}",
+        )
+        for one in cascade.considered
+    ]
+    if len(rows) > 8:  # nnunetv2 takes dozens of steps of 3 %
+        rows = [*rows[:3], ("...", "...", "...", "...", "..."), *rows[-3:]]
+    return _table(("mm", "median case", "voxels", "patch", "times"), rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -48,9 +48,10 @@ class Intensities:
     """Foreground statistics of one channel, in the image's unit, over all cases.
 
     Attributes:
-        voxels: How many there are.
-        mean, deviation: Of the population, in float64.
-        minimum, percentile_00_5, median, percentile_99_5, maximum: As ``np.percentile`` (linear).
+        voxels: How many foreground voxels there are.
+        mean, deviation: Mean and standard deviation of the population, in float64.
+        minimum, percentile_00_5, median, percentile_99_5, maximum: Percentiles as
+            ``np.percentile`` interpolates them linearly.
     """
 
     voxels: int
@@ -74,7 +75,8 @@ class Fingerprint:
         shapes: Voxels ``(z, y, x)`` after cropping to nonzero.
         relative_size: Median over cases of voxels after over voxels before the crop.
         intensities: One per channel.
-        sources: Of which files, see ``digest_sources``; empty if made by hand.
+        sources: Digest of the files that it was measured in, see ``digest_sources``; empty if it
+            was made by hand.
         head_shapes: Voxels ``(z, y, x)`` after cutting to the head, see ``Plans.crop``; empty
             unless every channel is CT.
         beyond_head: Foreground voxels that such a cut would lose; empty like ``head_shapes``.
@@ -104,7 +106,7 @@ class Fingerprint:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How often each value occurs; ``values`` ascending and distinct."""
+    """How often each value occurs; ``values`` are ascending and distinct."""
 
     values: npt.NDArray[np.float64]
     counts: npt.NDArray[np.int64]

@@ -102,7 +102,7 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def overrides_from(args: argparse.Namespace) -> Overrides:
-    """What those flags say.
+    """What the flags of ``add_override_arguments`` say.
 
     Raises:
         PlansError: A value is out of range.
@@ -126,7 +126,7 @@ def record(
     """What was chosen beside what the planner takes when nothing is.
 
     Args:
-        overrides: What was chosen.
+        overrides: What the user chose.
         automatic: Plans without any override; None if there are none that fit.
         automatic_gb: GPU memory that the recipe plans for.
     """
@@ -177,7 +177,7 @@ def _untransposed(values: Sequence[float], transpose: Sequence[int]) -> tuple[fl
 
 
 def _text(value: object) -> str:
-    """As the command line takes it."""
+    """A value as the command line takes it."""
     if value is None:
         return ""
     if isinstance(value, bool):

@@ -28,11 +28,11 @@ class Grid:
     """What is planned for; axes in plan order, two of them for a 2D configuration.
 
     Attributes:
-        recipe: Its constants.
+        recipe: The constants to plan by.
         spacing_mm: Target voxel size.
         shape: Median shape of the cases at that spacing.
         case_voxels: Voxels of the median case in 3D; not rounded, where ``shape`` is.
-        cases, channels, classes: How many; classes include the background.
+        cases, channels, classes: How many there are of each; classes include the background.
     """
 
     recipe: Recipe
@@ -45,12 +45,12 @@ class Grid:
 
     @property
     def limits(self) -> Limits:
-        """Of 2D or of 3D."""
+        """The constants for as many axes as the grid has."""
         return self.recipe.limits_2d if len(self.shape) == 2 else self.recipe.limits_3d
 
     @property
     def in_plane(self) -> Grid:
-        """Of one slice."""
+        """The grid of one slice."""
         return replace(self, spacing_mm=self.spacing_mm[1:], shape=self.shape[1:])
 
 
@@ -59,8 +59,8 @@ class Attempt:
     """A patch that was tried.
 
     Attributes:
-        patch: Voxels.
-        network: The network it gets.
+        patch: Size in voxels.
+        network: The network that such a patch gets.
         elements: Feature-map elements of one patch.
         shortened: The axis along which it is shorter than the one tried before.
     """
@@ -79,7 +79,7 @@ class Fit:
         grid: What it was planned for.
         first: Where the search started, before that was clipped to the median case; None if the
             patch was chosen.
-        attempts: What was tried; the last is taken.
+        attempts: The patches that were tried; the last is taken.
         limit: Elements that one patch may have; nothing is compared with it if it was chosen.
         affordable: Patches that the memory holds.
         covered: Patches that cover the recipe's share of the dataset.
@@ -96,7 +96,7 @@ class Fit:
 
     @property
     def patch(self) -> tuple[int, ...]:
-        """Voxels."""
+        """Size in voxels of the patch that was taken."""
         return self.attempts[-1].patch
 
     @property
@@ -109,8 +109,8 @@ def fit_patch(grid: Grid, overrides: Overrides) -> Fit:
     """Patch, network and batch of one configuration.
 
     Args:
-        grid: Of two axes or three.
-        overrides: What was chosen; the patch in plan order.
+        grid: What to plan for, with two axes or three.
+        overrides: What the user chose, the patch in plan order.
 
     Raises:
         PlansError: No patch fits the memory, or what was chosen does not fit together.

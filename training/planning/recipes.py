@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ichseg.errors import PlansError
 from ichseg.model.plans import Resampling
 
-ANISOTROPY = 3.0  # ratio of spacings, or of patch edges, beyond which an axis is treated apart
+ANISOTROPY = 3.0  # ratio of spacings, or of patch edges, beyond which the coarse axis is separate
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +38,15 @@ class Recipe:
     """The constants of one generation of nnU-Net.
 
     Attributes:
-        name: As in plans.
-        limits_2d, limits_3d: What differs between 2D and 3D.
+        name: What plans call the recipe.
+        limits_2d, limits_3d: The constants that differ between 2D and 3D.
         gpu_memory_gb: The memory that the budgets stand for.
-        base_features: Of the first level; they double with each level.
-        block: What the encoder is made of, as in ``Architecture``.
+        base_features: Features of the first level; they double with each level.
+        block: What the encoder is made of, see ``Architecture``.
         encoder_convs: Convolutions (or residual blocks) of the first encoder levels; deeper ones
             have as many as the last given.
         decoder_convs: Convolutions of each decoder level.
-        dataset_share: Of all voxels of the dataset, what one batch may cover.
+        dataset_share: The share of the dataset's voxels that one batch may cover.
         memory: How a patch is charged: ``approximate`` or ``exact``.
         shrinking: How a patch is made smaller: ``halve`` or ``replan``.
         cascade: Whose voxels the cases are compared with to decide about a cascade: a fixed

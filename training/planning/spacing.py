@@ -18,11 +18,11 @@ class Target:
     """Target voxel size and what it was decided by, in the data's order of axes.
 
     Attributes:
-        spacing_mm: What the planner takes.
+        spacing_mm: The voxel size that the planner takes.
         median_mm: Median of the cases along each axis.
         coarsest: Axis of the largest median.
         thickness: That median over the larger of the other two.
-        thick: Whether that is beyond the anisotropy at which the axis is treated apart.
+        thick: Whether that is beyond the anisotropy at which the axis is treated as separate.
         few: Whether the median case has so much fewer voxels along that axis, too.
         finer: Whether the 10th percentile was taken along that axis.
     """
@@ -43,9 +43,9 @@ def target_spacing(spacings_mm: FloatArray, shapes: npt.NDArray[np.int_], recipe
     percentile along the coarsest axis, but stay coarser than the other two.
 
     Args:
-        spacings_mm: Of the cases, ``(cases, 3)``.
-        shapes: Voxels after the crop, ``(cases, 3)``.
-        recipe: Whether that rule applies.
+        spacings_mm: Voxel size of each case, ``(cases, 3)``.
+        shapes: Shape of each case after the crop, ``(cases, 3)``.
+        recipe: Says whether that rule applies.
     """
     median = np.median(spacings_mm, axis=0)
     coarsest = int(np.argmax(median))

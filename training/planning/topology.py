@@ -40,9 +40,9 @@ def pool_late(size: Sequence[float], spacing_mm: Sequence[float], most: int) -> 
     others, until all axes have come that near; then 3 throughout.
 
     Args:
-        size: Patch; need not be a multiple of anything.
+        size: Size of the patch; it need not be a multiple of anything.
         spacing_mm: Voxel size.
-        most: Levels at most that pool.
+        most: How many levels may pool at most.
     """
     pools = [min(most, _halvings(s)) for s in size]
     depth = max(pools)
@@ -86,7 +86,7 @@ def pool_by_spacing(size: Sequence[float], spacing_mm: Sequence[float], most: in
 
 
 def pool_by_spacing_v2(size: Sequence[float], spacing_mm: Sequence[float], most: int) -> Topology:
-    """As ``pool_by_spacing``, but only among the axes that can still be pooled.
+    """Pool as ``pool_by_spacing`` does, but compare only axes that can still be pooled.
 
     A last single axis is pooled only from 12 voxels on. A kernel is 1 until its axis has come
     within a factor 2 of the finest spacing, and 3 from then on.
@@ -154,7 +154,7 @@ def _halvings(size: float) -> int:
 def _topology(
     strides: list[tuple[int, ...]], kernels: list[tuple[int, ...]], axes: int
 ) -> Topology:
-    """With the first level, which does not pool, and the bottleneck, whose kernel is 3."""
+    """Add the first level, which does not pool, and the bottleneck, whose kernels are 3."""
     return Topology(((1,) * axes, *strides), (*kernels, (3,) * axes))
 
 
@@ -169,5 +169,5 @@ def _level_maps(patch: Sequence[int], network: Architecture) -> list[float]:
 
 
 def padded(size: Sequence[float], divisor: Sequence[int]) -> tuple[int, ...]:
-    """The next multiples."""
+    """The smallest multiples of the divisor that are not below the size."""
     return tuple(math.ceil(s / d) * d for s, d in zip(size, divisor, strict=True))

@@ -51,7 +51,7 @@ class CaseMeta:
         shape: ``(C, Z, Y, X)``.
         steps: For each channel the intensity of which whole multiples are stored.
         labels: Foreground label values present, ascending.
-        voxels: How many voxels of each.
+        voxels: How many voxels each of these labels has.
     """
 
     schema_version: int
@@ -73,9 +73,9 @@ class StoredArray:
     """An array on disk; indexing reads what is indexed, and nothing stays open in between.
 
     Attributes:
-        path: A Blosc2 file.
-        shape: Of the array.
-        steps: The first axis is multiplied by these; None leaves the stored numbers as they are.
+        path: The Blosc2 file.
+        shape: Shape of the array.
+        steps: Factors along the first axis; None leaves the stored numbers as they are.
     """
 
     path: Path
@@ -260,7 +260,7 @@ def list_cases(folder: Path) -> tuple[str, ...]:
 
 
 def is_complete(folder: Path, name: str) -> bool:
-    """Whether the case is stored and whole."""
+    """Whether the case is stored and its files are all there."""
     return all(
         _file(folder, name, suffix).is_file() for suffix in (_DATA, _TARGET, _FOREGROUND, _META)
     )
