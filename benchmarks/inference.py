@@ -28,7 +28,8 @@ import numpy as np
 from benchmarks import inference_data, rivals
 from benchmarks.inference_data import COMPACT, ROOT, Cases, Network
 from benchmarks.rows import Row, at_most, faster, report, smaller
-from ichseg.engine import engine, openvino_graph
+from ichseg.engine import machine, openvino_graph
+from ichseg.engine.choose import choose_engine
 from ichseg.engine.engine import NetworkSpec
 from ichseg.model import plans as plans_module
 from ichseg.scan import volume
@@ -93,7 +94,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="bench-inference-") as scratch:
             rows += ROWS[name](Bench(Path(scratch), python, args.repeats))
         print(f"{name}: load {began:.1f} before, {os.getloadavg()[0]:.1f} after", flush=True)
-    print(f"\n{engine.choose('cpu').name}; {args.repeats} pair(s) of each command")
+    print(f"\n{choose_engine('cpu').name}; {args.repeats} pair(s) of each command")
     return report("inference", rows)
 
 
@@ -220,7 +221,7 @@ def measure_forward(bench: Bench) -> list[Row]:
     configuration = plans.configuration("3d_fullres")
     cost = inference_data.gflop(configuration, 1, plans.scores)
     spec = NetworkSpec(configuration.architecture, 1, plans.scores, configuration.tile, "logits")
-    chosen = engine.choose("cpu")
+    chosen = choose_engine("cpu")
     random = np.random.default_rng(0)
     network = chosen.load(spec, draw_state(spec, random))
     tile = random.normal(size=(1, 1, *configuration.tile)).astype(np.float32)
@@ -263,7 +264,7 @@ def openvino_product(right: np.ndarray) -> Callable[[np.ndarray], object]:
     op = openvino.opset13
     left = op.parameter(list(right.shape), np.float32)
     model = openvino.Model([op.matmul(left, op.constant(right), False, False)], [left], "product")
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": engine.cpu_threads()}
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": machine.cpu_threads()}
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
     return lambda value: request.infer([value], share_inputs=True, share_outputs=True)
 

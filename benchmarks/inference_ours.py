@@ -21,14 +21,15 @@ import numpy as np
 def predict(arguments: list[str]) -> dict[str, float]:
     """``process.py``, and the seconds that the network's forward took of it."""
     import process
-    from ichseg.engine import engine
+    from ichseg.engine.engine import Engine, LoadedNetwork
+    from ichseg.predict import ensemble
 
-    choose, spent = engine.choose, [0.0, 0]
+    choose, spent = ensemble.choose_engine, [0.0, 0]
 
-    def chosen(device: str) -> engine.Engine:
+    def chosen(device: str) -> Engine:
         real = choose(device)
 
-        def load(*of: Any) -> engine.LoadedNetwork:
+        def load(*of: Any) -> LoadedNetwork:
             network = real.load(*of)
 
             def timed(tiles: Any) -> Any:
@@ -42,7 +43,7 @@ def predict(arguments: list[str]) -> dict[str, float]:
 
         return dataclasses.replace(real, load=load)
 
-    engine.choose = chosen
+    ensemble.choose_engine = chosen
     if process.main(arguments) != 0:
         raise SystemExit("error: process.py has failed")
     return {"forward": spent[0], "passes": spent[1]}

@@ -19,12 +19,6 @@ ORDER = {
 # Which of the three may import which others.
 MAY_IMPORT = {"ichseg": (), "training": ("ichseg",), "phantom": ("ichseg",)}
 MOST_FILES = 13
-NOT_YET = {
-    "ichseg.engine.engine -> ichseg.predict.resample",
-    "ichseg.engine.torch_engine -> ichseg.predict.sliding_window",
-    "ichseg.model.bundle -> ichseg.predict.components",
-}
-CIRCLES_NOT_YET = {"ichseg.engine.engine"}
 
 
 def modules(root):
@@ -85,12 +79,12 @@ def circles(root):
 
 
 def test_imports_go_one_way():
-    assert wrong_directions(ROOT) - NOT_YET == set()
+    assert wrong_directions(ROOT) == set()
 
 
 def test_no_imports_in_circles():
     found = circles(ROOT)
-    assert found == [] or set(found) & CIRCLES_NOT_YET, " -> ".join(found)
+    assert found == [], " -> ".join(found)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+from ichseg.engine import machine
 from ichseg.errors import InputError
 from ichseg.predict import memory, prepare
 from ichseg.predict.ensemble import Ensemble
@@ -57,7 +58,7 @@ def of_scan(
     return estimate(on_host=True), True
 
 
-def refuse_beyond_memory(image: Path, needed: int, what: str) -> memory.Limit | None:
+def refuse_beyond_memory(image: Path, needed: int, what: str) -> machine.MemoryLimit | None:
     """Refuse a scan that needs more memory than is allowed.
 
     Args:
@@ -71,7 +72,7 @@ def refuse_beyond_memory(image: Path, needed: int, what: str) -> memory.Limit | 
     Raises:
         InputError: It does not suffice.
     """
-    allowed = memory.limit()
+    allowed = machine.memory_limit()
     if allowed is not None and needed > allowed.total:
         raise InputError(
             f"{image}: its {what} need at least {byte_size(needed)} of memory, "
@@ -88,7 +89,7 @@ def both_fit(need: memory.Need, factor: float, base: int) -> bool:
         factor: The size of the next one's files beside that of the one's.
         base: Bytes that everything else takes.
     """
-    allowed = memory.limit()
+    allowed = machine.memory_limit()
     if allowed is None:
         return True
     return base + need.network + need.predicting + factor * need.opening <= allowed.total

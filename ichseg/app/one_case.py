@@ -21,6 +21,7 @@ from ichseg.app import case_report, needs, results
 from ichseg.app.cases import InputCase
 from ichseg.app.console import Progress, say
 from ichseg.app.results import CaseResult, Stamp
+from ichseg.engine import machine
 from ichseg.errors import BudgetError, DeviceError, IchsegError, WeightsError
 from ichseg.files import stem_of
 from ichseg.predict import components, memory
@@ -140,7 +141,7 @@ def stage(
             if str(task.case.image) not in reason:
                 reason = f"{task.case.image}: {reason}"
         except MemoryError:
-            allowed = memory.limit()
+            allowed = machine.memory_limit()
             most = f"; {allowed.by} allows {byte_size(allowed.total)}" if allowed else ""
             reason = f"{task.case.image}: out of memory{most}"
         except Exception as error:  # a fault of ours; the other cases may well succeed

@@ -26,9 +26,9 @@ from ichseg.app.one_case import (
     write_case,
 )
 from ichseg.app.results import CaseResult
+from ichseg.engine import machine
 from ichseg.errors import InputError
 from ichseg.files import remove_unfinished
-from ichseg.predict import memory
 from ichseg.predict.ensemble import Ensemble
 from ichseg.scan.dicom.dicom_seg import seg_path
 from ichseg.wording import counted
@@ -107,7 +107,7 @@ def _overlapping(
         options: What the user chose.
         finish: Called in the thread that writes, for one case after the other.
     """
-    base = memory.resident()
+    base = machine.resident_bytes()
     folders = {options.output, *(task.case.output.parent for task in tasks)}
     with _two_threads(folders) as (reader, writer):
         ahead: list[Future[Opened | CaseResult]] = []

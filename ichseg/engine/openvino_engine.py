@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ichseg.engine.engine import Engine, FloatArray, LoadedNetwork, NetworkSpec
+from ichseg.engine.arrays import FloatArray
+from ichseg.engine.engine import Engine, LoadedNetwork, NetworkSpec
 from ichseg.engine.openvino_graph import build, import_openvino
 from ichseg.wording import counted
 

@@ -12,11 +12,10 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ichseg.engine.arrays import FloatArray
 from ichseg.engine.engine import NetworkSpec
 
-FloatArray = npt.NDArray[np.float32]
 LEAKY_SLOPE, EPSILON = 0.01, 1e-5
 POOLED_VOXELS = 64
 # Imported with the package, brings its telemetry along, and is not needed: without it, OpenVINO

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from ichseg.engine.engine import Engine, FloatArray, LoadedNetwork, NetworkSpec, cpu_threads
+from ichseg.engine.arrays import FloatArray
+from ichseg.engine.engine import Engine, LoadedNetwork, NetworkSpec, tiles_at_once
+from ichseg.engine.machine import cpu_threads
 from ichseg.errors import DeviceError
 from ichseg.model.network import build_network
-from ichseg.predict.sliding_window import tiles_at_once
 
 MOST_GPU_VOXELS = 16_000_000  # 10 tiles of 16x320x320: larger batches are no faster
 _GPU_SHARE = 0.7  # of the free memory for a batch; the volume's scores need some too

@@ -20,7 +20,7 @@ from ichseg.errors import PlansError, WeightsError
 from ichseg.files import replacing, sha256
 from ichseg.model import strict_json
 from ichseg.model.plans import Plans
-from ichseg.predict.components import ComponentRule
+from ichseg.model.rules import ComponentRule
 
 if TYPE_CHECKING:  # not imported: OpenVINO does without it
     from torch import Tensor
@@ -83,10 +83,7 @@ class Model:
     averages: tuple[str, ...] = strict_json.optional(())
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(
-                f"model schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
-            )
+        strict_json.check_schema("model", self.schema_version, SCHEMA_VERSION)
         if self.average not in ("probabilities", "logits"):
             raise ValueError(f"average {self.average!r}, expected probabilities or logits")
         if self.plans.regions and self.average != "logits":

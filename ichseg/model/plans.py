@@ -247,10 +247,7 @@ class Plans:
     crop: str = strict_json.optional("nonzero")
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(
-                f"plans schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
-            )
+        strict_json.check_schema("plans", self.schema_version, SCHEMA_VERSION)
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe {self.recipe!r}, expected one of {RECIPES}")
         if self.architecture not in ARCHITECTURES:

@@ -101,6 +101,21 @@ def load_object(path: Path) -> Any:
         raise PlansError(f"{path}: not JSON ({error})") from error
 
 
+def check_schema(kind: str, found: object, expected: int) -> None:
+    """Refuse a file of another version; for the ``__post_init__`` of what has a ``schema_version``.
+
+    Args:
+        kind: What the file holds, such as ``plans``.
+        found: The version that it says.
+        expected: The version that this code reads.
+
+    Raises:
+        ValueError: The two differ; in ``from_json`` it becomes a ``PlansError`` with the file.
+    """
+    if found != expected:
+        raise ValueError(f"{kind} schema {found!r}, this code reads {expected}")
+
+
 def dumps(value: object) -> str:
     """Strict JSON text (no NaN), indented, with a final newline."""
     return json.dumps(to_json(value), indent=1, allow_nan=False) + "\n"

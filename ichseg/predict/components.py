@@ -5,7 +5,6 @@ Components are 26-connected: voxels that share a face, an edge or a corner belon
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,33 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from ichseg.model.rules import ComponentRule
 from ichseg.scan.volume import Volume
 
 Labels = npt.NDArray[np.uint8]
 Point = tuple[float, float, float]
 _CONNECTED = np.ones((3, 3, 3), bool)
 _SLAB_VOXELS = 300_000  # looked at together
-
-
-@dataclass(frozen=True, slots=True)
-class ComponentRule:
-    """Which components of a label become background; both conditions hold if both are given.
-
-    Attributes:
-        label: Whose components.
-        keep_largest: All but the largest go; of equals the first in ``(z, y, x)`` order stays.
-        drop_below_ml: Those smaller than this go.
-    """
-
-    label: int
-    keep_largest: bool = False
-    drop_below_ml: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.label < 1:
-            raise ValueError(f"rule for label {self.label}, expected a foreground label")
-        if not 0 <= self.drop_below_ml < math.inf:
-            raise ValueError(f"drop_below_ml {self.drop_below_ml}, expected 0 or more")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ichseg.engine import engine
+from ichseg.engine.arrays import FloatArray, Grid, on_host
+from ichseg.engine.choose import choose_engine
 from ichseg.engine.engine import Engine, LoadedNetwork, NetworkSpec
 from ichseg.errors import WeightsError
 from ichseg.model import bundle
@@ -24,8 +25,7 @@ from ichseg.model.plans import Configuration
 from ichseg.predict import components, passes, sliding_window
 from ichseg.predict import prepare as preprocess
 from ichseg.predict.passes import Clock, Count
-from ichseg.predict.prepare import FloatArray, Placement
-from ichseg.predict.resample import Grid
+from ichseg.predict.prepare import Placement
 from ichseg.predict.work import Work, plan_works, record, units_record
 from ichseg.scan.volume import Volume
 
@@ -102,14 +102,14 @@ class Ensemble:
         Args:
             folder: A folder with ``model.json``; by default that of the weights that come with this
                 software.
-            device: ``auto``, ``cpu``, ``cuda`` or ``torch-cpu``, see ``engine.choose``.
+            device: ``auto``, ``cpu``, ``cuda`` or ``torch-cpu``, see ``choose_engine``.
 
         Raises:
             WeightsError: The bundle is missing, incomplete or altered.
             DeviceError: CUDA was asked for and is not usable.
         """
         folder = default_weights() if folder is None else folder
-        return cls(bundle.load_model(folder), folder, engine.choose(device))
+        return cls(bundle.load_model(folder), folder, choose_engine(device))
 
     def segment(
         self,
@@ -252,8 +252,8 @@ class Ensemble:
         plans, average = self.model.plans, self.model.average
         with contextlib.suppress(*self.engine.memory_full):
             return preprocess.restore(parts, plans, average=average)
-        on_host = [(scores.cpu(), placement) for scores, placement in parts]
-        return preprocess.restore(on_host, plans, average=average)
+        parts = [(on_host(scores), placement) for scores, placement in parts]
+        return preprocess.restore(parts, plans, average=average)
 
     def _previous(self, volume: Volume, found: tuple[Grid, Placement], work: Work) -> FloatArray:
         """What a cascade's first stage found, as channels ``(labels, Z, Y, X)`` of the second."""

@@ -1,4 +1,4 @@
-"""How much memory a case will take, and how much it may: said before the work, not by a kill.
+"""How much memory a case will take: said before the work, not by a kill.
 
 The platform limits a job by its cgroup and, per process, by ``RLIMIT_DATA``; the first kills with
 status 137 and no word. So what a case needs is added up from its shapes before it is prepared. The
@@ -7,14 +7,13 @@ constants are measured; ``benchmarks/large_volume.py`` compares sums with peaks.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ichseg.engine.engine import tiles_at_once
 from ichseg.model.plans import Configuration, Plans
 from ichseg.predict import sliding_window
 from ichseg.predict.prepare import Placement
@@ -22,7 +21,6 @@ from ichseg.predict.prepare import Placement
 GB = 1e9
 _MB = 2**20
 _FLOAT = 4  # bytes
-_NO_LIMIT = 1 << 60  # version 1 of cgroups writes 2**63 less a page
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +45,6 @@ class Need:
     def alone(self) -> int:
         """With no other case under way."""
         return max(self.opening, self.network + max(self.predicting, self.writing))
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """What the process's resident memory may become, in bytes, and what sets that."""
-
-    total: int
-    by: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +132,7 @@ def _network(kind: str, configuration: Configuration, weights: int) -> tuple[int
     activations = (8 * first + 10) * channel
     if kind == "cuda":
         return 2 * weights, int(1.5 * weights + activations)
-    batch = sliding_window.tiles_at_once(configuration.tile)
+    batch = tiles_at_once(configuration.tile)
     return weights + 70 * _MB + activations * batch, 0
 
 
@@ -152,86 +142,3 @@ def weights_bytes(path: Path) -> int:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     shapes = [tensor["shape"] for name, tensor in header.items() if name != "__metadata__"]
     return _FLOAT * sum(int(math.prod(shape)) for shape in shapes)
-
-
-def resident(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process holds; 0 where the system does not say."""
-    return _fields(root / "proc/self/status").get("VmRSS", 0)
-
-
-def peak(root: Path = Path("/")) -> int:
-    """The most that this process has held so far."""
-    return _fields(root / "proc/self/status").get("VmHWM", 0)
-
-
-def limit(root: Path = Path("/")) -> Limit | None:
-    """The tightest of all limits: cgroup (version 2 or 1), resource limits, free memory.
-
-    Args:
-        root: Where ``proc`` and ``sys`` are.
-
-    Returns:
-        None where none can be found out, as on another system than Linux.
-    """
-    status = _fields(root / "proc/self/status")
-    held = status.get("VmRSS", 0)
-    rooms = list(_cgroup_rooms(root))
-    for name, kind, used in (
-        ("RLIMIT_DATA", resource.RLIMIT_DATA, status.get("VmData", 0)),
-        ("RLIMIT_AS", resource.RLIMIT_AS, status.get("VmSize", 0)),
-    ):
-        soft = resource.getrlimit(kind)[0]
-        if soft != resource.RLIM_INFINITY:
-            rooms.append((soft - used, name))
-    free = _fields(root / "proc/meminfo").get("MemAvailable")
-    if free is not None:
-        rooms.append((free, "the free memory"))
-    if not rooms:
-        return None
-    room, by = min(rooms)
-    return Limit(held + max(room, 0), by)
-
-
-def _cgroup_rooms(root: Path) -> Iterator[tuple[int, str]]:
-    """What each cgroup that this process is in lets it add; caches of files do not count as used.
-
-    In a container the path that the kernel names may be the host's; then the mount's top is ours.
-    """
-    top = root / "sys/fs/cgroup"
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers == "":
-                base, names = top, ("memory.max", "memory.current", "")
-            elif "memory" in controllers.split(","):
-                base = top / "memory"
-                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-            else:
-                continue
-            folder = base / path.lstrip("/")
-            for place in dict.fromkeys((folder, *folder.parents)):
-                if place == base or base in place.parents:
-                    yield from _room_of(place, *names)
-
-
-def _room_of(place: Path, most: str, used: str, prefix: str) -> Iterator[tuple[int, str]]:
-    with contextlib.suppress(OSError, ValueError):  # no such file, or the word "max"
-        allowed = int((place / most).read_text())
-        if allowed >= _NO_LIMIT:
-            return
-        taken = int((place / used).read_text())
-        stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
-        caches = sum(int(stat.get(prefix + kind, 0)) for kind in ("inactive_file", "active_file"))
-        yield allowed - max(taken - caches, 0), "the cgroup"
-
-
-def _fields(path: Path) -> dict[str, int]:
-    """The sizes in a file of ``/proc``, in bytes; nothing where there is no such file."""
-    found = {}
-    with contextlib.suppress(OSError):
-        for line in path.read_text().splitlines():
-            key, _, value = line.partition(":")
-            parts = value.split()
-            if len(parts) == 2 and parts[1] == "kB":
-                found[key] = int(parts[0]) * 1024
-    return found

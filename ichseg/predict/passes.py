@@ -11,14 +11,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
-import numpy as np
-
+from ichseg.engine.arrays import Grid, Mask, stack, zeros_like
 from ichseg.engine.engine import LoadedNetwork
 from ichseg.errors import BudgetError
 from ichseg.model.bundle import Member
 from ichseg.predict import sliding_window
-from ichseg.predict.resample import Grid
+from ichseg.predict.dice import dice_of_masks
 from ichseg.predict.sliding_window import Tiles
 
 Count = Callable[[int, int], None]
@@ -131,7 +131,7 @@ def run(
     budget = clock.begin()
     total: Grid | None = None
     units: list[Unit] = []
-    found: dict[Member, Grid] = {}
+    found: dict[Member, Mask] = {}
     pace = _Pace()
     for member, axes in _groups(members, mirrors, together=budget is None):
         if budget is not None and units and not pace.fits(member, budget.until):
@@ -150,9 +150,9 @@ def run(
     doubts = []
     if len(found) > 1 and total is not None:
         together = _foreground(total, regions)
-        doubts = [1 - _dice(alone, together) for alone in found.values()]
+        doubts = [1 - dice_of_masks(alone, together, empty=1.0) for alone in found.values()]
     if total is None:
-        total = sliding_window.zeros_like(padded, (len(background), *tiles.padded))
+        total = zeros_like(padded, (len(background), *tiles.padded))
     scores = sliding_window.average(total, tiles, max(len(units), 1), background)
     return Done(scores, units, doubts)
 
@@ -210,7 +210,7 @@ def _run_group(
 
     def counted(batch: Grid) -> Grid:
         nonlocal calls, passes, warm_at, warm_passes
-        scores = network.run(batch)
+        scores: Grid = network.run(batch)
         calls, passes = calls + 1, passes + len(batch)
         clock.done += len(batch)
         if clock.progress is not None:
@@ -249,20 +249,10 @@ def _refuse_if_hopeless(load_s: float, unit_s: float, began: float, budget: _Bud
         )
 
 
-def _foreground(scores: Grid, regions: bool) -> Grid:
+def _foreground(scores: Grid, regions: bool) -> Mask:
     """Where any label beats the background, or any region is more likely than not: a bool array."""
     if regions:
         slices = [(scores[:, z] > 0).any(0) for z in range(scores.shape[1])]
     else:
         slices = [(scores[1:, z] > scores[0, z]).any(0) for z in range(scores.shape[1])]
-    if isinstance(scores, np.ndarray):
-        return np.stack(slices)
-    from torch import stack  # loaded already, or there were no tensor
-
-    return stack(slices)
-
-
-def _dice(a: Grid, b: Grid) -> float:
-    """Of two bool arrays; 1 where both are empty."""
-    size = int(a.sum()) + int(b.sum())
-    return 1.0 if size == 0 else 2 * int((a & b).sum()) / size
+    return stack(cast("list[Mask]", slices))

@@ -16,15 +16,14 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from ichseg.engine.arrays import FloatArray, Grid, as_kind_of, on_host
 from ichseg.errors import InputError
 from ichseg.model.plans import Configuration, Normalisation, Plans
 from ichseg.predict import resample
 from ichseg.predict.crop import crop_box
-from ichseg.predict.resample import Grid
 from ichseg.scan.orientation import Array, AxisOrder, Box, orient_axes
 from ichseg.scan.volume import Volume
 
-FloatArray = npt.NDArray[np.float32]
 _SLAB_VOXELS = 2_000_000  # of each label, restored at once
 
 
@@ -317,24 +316,24 @@ def _decide(
                 slab = _of_probabilities(slab, bool(plans.regions))
             leads = slab if leads is None else leads + slab
         assert leads is not None
-        if not isinstance(leads, np.ndarray):
-            leads = leads.cpu().numpy()
         if plans.regions:
-            labels[rows] = _written(leads, plans.regions)
+            labels[rows] = _written(on_host(leads), plans.regions)
         else:
-            labels[rows] = _largest(leads)
+            labels[rows] = _largest(on_host(leads))
 
 
 def _of_probabilities(leads: Grid, regions: bool) -> Grid:
     """Leads ``(K, ...)`` of probabilities from leads of logits: over label 0, or over a half."""
     if not isinstance(leads, np.ndarray):
-        return leads.new_tensor(_of_probabilities(leads.cpu().numpy(), regions))
+        return as_kind_of(leads, on_host(_of_probabilities(on_host(leads), regions)))
     if regions:
-        return np.tanh(leads / 2)
+        halves: FloatArray = np.tanh(leads / 2)
+        return halves
     shift = np.maximum(leads.max(0), 0)
     shares = np.exp(leads - shift)
     background = np.exp(-shift)
-    return (shares - background) / (shares.sum(0) + background)
+    probabilities: FloatArray = (shares - background) / (shares.sum(0) + background)
+    return probabilities
 
 
 def _largest(leads: FloatArray) -> npt.NDArray[np.uint8]:

@@ -21,7 +21,16 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-Grid = Any  # a numpy array, or a torch tensor on any device
+from ichseg.engine.arrays import (
+    FloatArray,
+    Grid,
+    as_float,
+    as_kind_of,
+    copy_into,
+    empty_like,
+    on_host,
+    take,
+)
 
 _SLAB_VOXELS = 4_000_000  # of the output, resized at once: 16 MB
 _VOTE_VOXELS = 500_000  # the same for labels, where several such arrays are needed at once
@@ -105,12 +114,12 @@ def resize_image(
 
 
 def resize(
-    image: Grid,
-    out: Grid,
+    image: npt.NDArray[np.generic],
+    out: FloatArray,
     *,
     order: int,
     apart: int | None,
-    convert: Callable[[Grid], Grid] | None = None,
+    convert: Callable[[FloatArray], FloatArray] | None = None,
 ) -> None:
     """Resize ``(z, y, x)`` intensities into ``out``.
 
@@ -118,8 +127,8 @@ def resize(
     volume, or each slice of the axis ``apart``. That axis itself takes nearest slices.
 
     Args:
-        image: A numpy array or a tensor, of any real type.
-        out: Of the same kind and device, float32, of the size wanted; overwritten.
+        image: Intensities of any real type.
+        out: Of the size wanted; overwritten.
         order: 0, 1 or 3.
         apart: The separate-z axis, or None.
         convert: What is resized is this of the image: a function that maps float32 values one by
@@ -134,11 +143,12 @@ def resize(
     plane = max(math.prod(out.shape[1:]), math.prod(image.shape) // out.shape[0])
     for rows in _slabs((out.shape[0], plane, 1), _SLAB_VOXELS):
         source = _source(image.shape[0], out.shape[0], 0 if apart == 0 else order, rows)
-        band = _as_float(image[source])
+        band = np.ascontiguousarray(image[source], np.float32)
         if convert is not None:
             band = convert(band)
-        band = band[None]
-        slab = _resize_band(band, source, image.shape, out.shape, rows, order=order, apart=apart)[0]
+        slab = on_host(
+            _resize_band(band[None], source, image.shape, out.shape, rows, order=order, apart=apart)
+        )[0]
         if limits is not None:
             low, high = (limit[rows] if apart == 0 else limit for limit in limits)
             slab = slab.clip(low, high)
@@ -197,7 +207,7 @@ def resize_leads(
     if isinstance(scores, np.ndarray) and order == 1 and apart in (None, 0):
         return _linear_leads(scores, shape, rows, order_z=order_z, regions=regions)
     source = _source(scores.shape[1], shape[0], order_z, rows)
-    band = _as_float(scores[:, source])
+    band = as_float(scores[:, source])
     leads = band if regions else band[1:] - band[:1]
     size = scores.shape[1:]
     if order != 1 or apart in (1, 2):
@@ -206,6 +216,7 @@ def resize_leads(
         leads = _resize_axis(leads, 1, size[0], shape[0], order_z, rows, source.start)
     from torch.nn.functional import interpolate  # loaded already, or there were no tensor
 
+    assert not isinstance(leads, np.ndarray)
     return interpolate(leads, tuple(shape[1:]), mode="bilinear")  # faster than two matrices
 
 
@@ -332,50 +343,31 @@ def _resize_axis(
 ) -> Grid:
     """Positions ``rows`` along an axis of contiguous data that begin at input voxel ``first``."""
     if order == 0:
-        return _take(data, nearest_indices(size_in, size_out)[rows] - first, axis)
+        return take(data, nearest_indices(size_in, size_out)[rows] - first, axis)
     count = rows.stop - rows.start
     before, after = math.prod(data.shape[:axis]), math.prod(data.shape[axis + 1 :])
     flat = data.reshape(before, data.shape[axis], after)
-    result = _empty(data, (before, count, after))
+    result = empty_like(data, (before, count, after))
     for block in _blocks(size_in, size_out, order, rows.start, rows.stop, first):
-        weights, columns = _as(data, block.weights), block.columns
+        weights, columns = as_kind_of(data, block.weights), block.columns
         if after == 1:
-            result[:, block.rows, 0] = flat[:, columns, 0] @ weights.T
+            copy_into(result[:, block.rows, 0], flat[:, columns, 0] @ weights.T)
         else:
-            result[:, block.rows] = weights @ flat[:, columns]
+            copy_into(result[:, block.rows], weights @ flat[:, columns])
     return result.reshape(*data.shape[:axis], count, *data.shape[axis + 1 :])
 
 
-def _limits(image: Grid, shape: Sequence[int], apart: int | None) -> tuple[Grid, Grid]:
+def _limits(
+    image: npt.NDArray[np.generic], shape: Sequence[int], apart: int | None
+) -> tuple[FloatArray, FloatArray]:
     """Lowest and highest value of the volume, or of each output slice of the axis ``apart``."""
     axes = tuple(axis for axis in range(3) if axis != apart)
-    if isinstance(image, np.ndarray):
-        low, high = image.min(axes, keepdims=True), image.max(axes, keepdims=True)
-    else:
-        low, high = image.amin(axes, keepdim=True), image.amax(axes, keepdim=True)
-    low, high = _as_float(low), _as_float(high)
+    low = image.min(axes, keepdims=True).astype(np.float32)
+    high = image.max(axes, keepdims=True).astype(np.float32)
     if apart is None:
         return low, high
     index = nearest_indices(image.shape[apart], shape[apart])
-    return _take(low, index, apart), _take(high, index, apart)
-
-
-def _as_float(part: Grid) -> Grid:
-    return np.ascontiguousarray(part, np.float32) if isinstance(part, np.ndarray) else part.float()
-
-
-def _as(data: Grid, weights: npt.NDArray[np.float32]) -> Grid:
-    return weights if isinstance(data, np.ndarray) else data.new_tensor(weights)
-
-
-def _empty(data: Grid, shape: Sequence[int]) -> Grid:
-    return np.empty(shape, np.float32) if isinstance(data, np.ndarray) else data.new_empty(shape)
-
-
-def _take(data: Grid, index: npt.NDArray[np.int64], axis: int) -> Grid:
-    if isinstance(data, np.ndarray):
-        return data.take(index, axis)
-    return data.index_select(axis, data.new_tensor(index).long())
+    return low.take(index, apart), high.take(index, apart)
 
 
 def _vote(
@@ -397,7 +389,7 @@ def _vote(
     best = np.full(nearest.shape, -1, np.float32)
     rest = np.ones(nearest.shape, np.float32)  # shares sum to 1
     for value in others:
-        indicator = _as_float(band == value)[None]
+        indicator = as_float(band == value)[None]
         share = _resize_band(
             indicator, source, labels.shape, shape, rows, order=order, apart=apart
         )[0]

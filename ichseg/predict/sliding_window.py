@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from ichseg.predict.resample import Grid
+from ichseg.engine.arrays import Grid, as_kind_of, copy_into, flip, stack, zeros_like
+from ichseg.engine.engine import Network, tiles_at_once
 
-Network = Callable[[Any], Any]  # a Grid to a Grid: tiles (B, C, *tile) to scores (B, K, *tile)
 Corner = tuple[int, int, int]  # a tile's first voxel
-BATCH_VOXELS = 1_200_000  # 8 tiles of 16x96x96: small tiles alone leave torch's convolutions idle
 STEP_FRACTION = 0.5  # "overlap by patch size / 2"
 
 
@@ -119,16 +117,6 @@ def padded_shape(shape: Sequence[int], tile: Sequence[int]) -> tuple[int, int, i
     return z, y, x
 
 
-def tile_count(shape: Sequence[int], tile: tuple[int, int, int]) -> int:
-    """Number of tiles that cover a volume of this ``(z, y, x)`` shape."""
-    return cover(shape, tile).total
-
-
-def tiles_at_once(tile: Sequence[int]) -> int:
-    """How many tiles torch on the CPU likes to take together."""
-    return max(1, BATCH_VOXELS // math.prod(tile))
-
-
 def predict_tiled(
     network: Network,
     data: Grid,
@@ -158,7 +146,7 @@ def pad(data: Grid, tiles: Tiles) -> Grid:
     if tiles.padded == tiles.shape:
         return data
     padded = zeros_like(data, (data.shape[0], *tiles.padded))
-    padded[(slice(None), *tiles.inner)] = data
+    copy_into(padded[(slice(None), *tiles.inner)], data)
     return padded
 
 
@@ -184,15 +172,16 @@ def add_tiles(
     Returns:
         ``total``.
     """
-    weights = [_as(padded, axis_importance(t)) for t in tiles.tile]
+    weights = [as_kind_of(padded, axis_importance(t)) for t in tiles.tile]
     importance = weights[0][:, None, None] * weights[1][:, None] * weights[2]
     jobs = itertools.product(tiles.corners(), [tuple(a + 1 for a in axes) for axes in mirrors])
     for group in _batches(jobs, batch):
-        views = [_flip(padded[tiles.where(corner)], axes) for corner, axes in group]
-        for (corner, axes), scores in zip(group, network(_stack(views)), strict=True):
+        views = [flip(padded[tiles.where(corner)], axes) for corner, axes in group]
+        for (corner, axes), scores in zip(group, network(stack(views)), strict=True):
             if total is None:
                 total = zeros_like(padded, (scores.shape[0], *tiles.padded))
-            total[tiles.where(corner)] += _flip(scores, axes) * importance
+            part = total[tiles.where(corner)]  # a view
+            part += flip(scores, axes) * importance
     if total is None:
         raise ValueError("every tile is skipped, and there are no scores to add to")
     return total
@@ -221,17 +210,13 @@ def average(
         by_axis.append(sums)
     plane = 1 / (by_axis[1][:, None] * by_axis[2] * passes)
     for z, sum_z in enumerate(by_axis[0]):  # slice by slice, each read and written once
-        total[:, z] *= _as(total, (plane / sum_z).astype(np.float32))
+        scores = total[:, z]  # a view
+        scores *= as_kind_of(total, (plane / sum_z).astype(np.float32))
     for corner in tiles.skipped:
         assert background is not None
-        for scores, score in zip(total[tiles.where(corner)], background, strict=True):
-            scores[...] = score
+        for channel, score in zip(total[tiles.where(corner)], background, strict=True):
+            channel[...] = score
     return total[(slice(None), *tiles.inner)]
-
-
-def zeros_like(data: Grid, shape: Sequence[int]) -> Grid:
-    """Zeros, float32, of the kind and on the device of ``data``."""
-    return np.zeros(shape, np.float32) if isinstance(data, np.ndarray) else data.new_zeros(shape)
 
 
 def _batches(
@@ -239,20 +224,3 @@ def _batches(
 ) -> Iterator[list[tuple[Corner, tuple[int, ...]]]]:
     while group := list(itertools.islice(jobs, batch)):
         yield group
-
-
-def _flip(data: Grid, axes: tuple[int, ...]) -> Grid:
-    return np.flip(data, axes) if isinstance(data, np.ndarray) else data.flip(axes)
-
-
-def _stack(views: Sequence[Grid]) -> Grid:
-    """``(B, C, *tile)``, contiguous."""
-    if isinstance(views[0], np.ndarray):
-        return np.stack(views)
-    from torch import stack  # loaded already, or there were no tensor
-
-    return stack(tuple(views))
-
-
-def _as(data: Grid, values: npt.NDArray[np.float32]) -> Grid:
-    return values if isinstance(data, np.ndarray) else data.new_tensor(values)

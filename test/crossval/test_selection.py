@@ -11,8 +11,8 @@ from conftest import CONFIGURATION, PLANS
 from helpers.workspaces import make_workspace
 
 from ichseg.errors import TrainingError
+from ichseg.model.rules import ComponentRule
 from ichseg.predict import prepare
-from ichseg.predict.components import ComponentRule
 from ichseg.scan import volume
 from training.crossval import merge, probabilities, selection, unseen
 from training.data import dataset

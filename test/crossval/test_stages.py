@@ -14,8 +14,8 @@ from ichseg.errors import WeightsError
 from ichseg.model import bundle
 from ichseg.model.bundle import Model
 from ichseg.model.network import build_network
+from ichseg.model.rules import ComponentRule
 from ichseg.predict import prepare, sliding_window
-from ichseg.predict.components import ComponentRule
 from ichseg.predict.ensemble import Ensemble
 
 LOW = dataclasses.replace(CONFIGURATION, name="3d_lowres", spacing_mm=(5.0, 1.7, 1.7))

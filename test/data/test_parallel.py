@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.work import die, triple_or_fail
 
+from ichseg.engine import machine
 from ichseg.errors import DatasetError
 from training.data import parallel
 from training.data.dataset import Case, describe_failure
@@ -107,30 +108,8 @@ def _wait_until(condition, seconds):
 )
 def test_default_workers(monkeypatch, free, needed, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(parallel, "free_memory_bytes", lambda: free)
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: free)
     assert default_workers(needed) == expected
-
-
-@pytest.mark.parametrize(
-    ("limits", "expected"),
-    [
-        ({}, 2048_000),
-        ({"memory.max": "max\n"}, 2048_000),
-        ({"memory.max": "1000000\n"}, 1_000_000),
-        ({"memory/memory.limit_in_bytes": "500000\n"}, 500_000),
-        ({"memory.max": "9000000\n"}, 2048_000),
-    ],
-)
-def test_free_memory_is_within_the_containers_limit(tmp_path, monkeypatch, limits, expected):
-    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 2000 kB\n")
-    for name, text in limits.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(parallel, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(parallel, "_CGROUP", tmp_path)
-    assert parallel.free_memory_bytes() == expected
-    monkeypatch.setattr(parallel, "_MEMINFO", tmp_path / "gone")
-    assert parallel.free_memory_bytes() is None
 
 
 class _Terminal(io.StringIO):

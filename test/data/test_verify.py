@@ -378,7 +378,7 @@ def test_nothing_in_the_table_without_findings():
 def test_memory_limits_the_workers(work, monkeypatch):
     used = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(verify.parallel, "free_memory_bytes", lambda: 1_000_000_000)
+    monkeypatch.setattr(verify.parallel.machine, "free_memory_bytes", lambda: 1_000_000_000)
     monkeypatch.setattr(verify, "verify_dataset", lambda *args: used.append(args[2]) or [])
     assert main(["verify", "--workspace", str(work)]) == 0
     assert used == [3]  # 200 MB each, and 20 % kept free

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import ARCHITECTURE
 
-from ichseg.engine import engine, openvino_engine, openvino_graph, torch_engine
+from ichseg.engine import choose, openvino_engine, openvino_graph, torch_engine
+from ichseg.engine.choose import choose_engine
 from ichseg.engine.engine import NetworkSpec
 from ichseg.errors import DeviceError
 from ichseg.model.network import build_network
@@ -93,7 +94,7 @@ def test_normalisation_is_exact_where_most_of_a_tile_is_air(device):
     network.load_state_dict(torch_engine.tensors(state))
     with torch.inference_mode():
         expected = network(torch.from_numpy(tiles).double()).softmax(1).numpy()
-    chosen = engine.choose(device)
+    chosen = choose_engine(device)
     found = chosen.load(spec, state).run(chosen.place(tiles))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
 
@@ -145,55 +146,35 @@ def test_tensors_that_do_not_fit_are_named(change, message, device):
     change(state)
     state = {name: np.asarray(array, np.float32) for name, array in state.items()}
     with pytest.raises(ValueError, match=message):
-        engine.choose(device).load(spec, state)
+        choose_engine(device).load(spec, state)
 
 
 def test_choices_on_a_machine_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(engine, "gpu_is_there", lambda: False)
-    monkeypatch.setattr(engine, "cpu_threads", lambda: 1)
-    assert engine.choose("auto").name == engine.choose("cpu").name
-    assert engine.choose("cpu").name.startswith("OpenVINO ")
-    assert engine.choose("cpu").name.endswith(" on the CPU, 1 thread, float32")
-    assert engine.choose("torch-cpu").name.startswith("torch ")
+    monkeypatch.setattr(choose, "gpu_is_there", lambda: False)
+    monkeypatch.setattr(choose, "cpu_threads", lambda: 1)
+    assert choose_engine("auto").name == choose_engine("cpu").name
+    assert choose_engine("cpu").name.startswith("OpenVINO ")
+    assert choose_engine("cpu").name.endswith(" on the CPU, 1 thread, float32")
+    assert choose_engine("torch-cpu").name.startswith("torch ")
     with pytest.raises(DeviceError, match="'gpu', expected one of auto, cpu, cuda, torch-cpu"):
-        engine.choose("gpu")
+        choose_engine("gpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_torch_cannot_use_leaves_the_cpu(monkeypatch):
-    monkeypatch.setattr(engine, "gpu_is_there", lambda: True)
-    name = engine.choose("auto").name
+    monkeypatch.setattr(choose, "gpu_is_there", lambda: True)
+    name = choose_engine("auto").name
     assert name.startswith("OpenVINO ")
     assert name.endswith("; there is a GPU, but torch cannot use it, see --device cuda")
     with pytest.raises(DeviceError, match="no usable GPU"):
-        engine.choose("cuda")
+        choose_engine("cuda")
 
 
 def test_without_openvino_torch_stands_in(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    name = engine.choose("cpu").name
+    name = choose_engine("cpu").name
     assert name.startswith("torch ")
     assert "; not by OpenVINO, which cannot be loaded (" in name
-
-
-def test_cgroup_quota_limits_threads(tmp_path):
-    assert engine.cgroup_cpus(tmp_path) > 1000
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert engine.cgroup_cpus(tmp_path) > 1000
-    (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert engine.cgroup_cpus(tmp_path) == 2
-    (tmp_path / "cpu.max").unlink()
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("300000")
-    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000")
-    assert engine.cgroup_cpus(tmp_path) == 3
-
-
-def test_threads_are_those_allowed_and_at_most_32(monkeypatch):
-    for allowed, quota, expected in ((64, 1_000_000, 32), (64, 3, 3), (2, 8, 2)):
-        monkeypatch.setattr(engine.os, "sched_getaffinity", lambda _, n=allowed: range(n))
-        monkeypatch.setattr(engine, "cgroup_cpus", lambda n=quota: n)
-        assert engine.cpu_threads() == expected
 
 
 class _Overflowing(torch.nn.Module):
@@ -249,7 +230,7 @@ def test_a_network_that_does_not_fit_the_gpu_is_said(monkeypatch):
     monkeypatch.setattr(torch_engine, "on_tiles", full)
     spec = SPECS["2d"]
     with pytest.raises(DeviceError, match="does not hold the network; use --device cpu"):
-        engine.choose("torch-cpu").load(spec, state_of(spec))
+        choose_engine("torch-cpu").load(spec, state_of(spec))
 
 
 @pytest.mark.gpu
@@ -258,7 +239,7 @@ def test_cuda_equals_torch_on_the_cpu(spec):
     state, tiles = state_of(spec), tiles_of(spec)
     expected, found = (
         chosen.load(spec, state).run(chosen.place(tiles)).cpu()
-        for chosen in (engine.choose("torch-cpu"), engine.choose("cuda"))
+        for chosen in (choose_engine("torch-cpu"), choose_engine("cuda"))
     )
     tolerance = 0.02 * (1 if spec.average == "probabilities" else expected.std())
     torch.testing.assert_close(found, expected, rtol=0, atol=float(tolerance))
@@ -267,7 +248,7 @@ def test_cuda_equals_torch_on_the_cpu(spec):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_scores_kept_on_the_host_are_the_same(spec):
-    chosen = engine.choose("cuda")
+    chosen = choose_engine("cuda")
     network, tiles = chosen.load(spec, state_of(spec)), tiles_of(spec)
     found = network.run(chosen.keep(tiles))
     assert found.device.type == "cpu"

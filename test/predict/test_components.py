@@ -7,8 +7,9 @@ import pytest
 
 from ichseg.errors import PlansError
 from ichseg.model import strict_json
+from ichseg.model.rules import ComponentRule
 from ichseg.predict import components
-from ichseg.predict.components import ComponentRule, apply_rules, lesions
+from ichseg.predict.components import apply_rules, lesions
 from ichseg.scan.volume import Volume
 
 

@@ -44,7 +44,7 @@ def test_full_is_the_mean_softmax_over_folds_and_mirrors(tmp_path, scan):
 def test_presets_run_what_they_say(tmp_path, scan):
     make_bundle(tmp_path, folds=3)
     ensemble = Ensemble.load(tmp_path, "cpu")
-    tiles = sliding_window.tile_count((7, 17, 27), CONFIGURATION.tile)
+    tiles = sliding_window.cover((7, 17, 27), CONFIGURATION.tile).total
     for preset, passes in (("full", 3 * 8), ("balanced", 3), ("fast", 1)):
         seen = []
         result = ensemble.segment(

@@ -47,19 +47,12 @@ def test_any_type_and_any_view_is_resized_as_its_float_copy(apart, dtype):
     expected = resample.resize_image(copy, (12, 31, 15), order=3, apart=apart)
     found = resample.resize_image(view, (12, 31, 15), order=3, apart=apart)
     np.testing.assert_array_equal(found, expected)
-    out = torch.empty(12, 31, 15)
-    resample.resize(torch.from_numpy(copy), out, order=3, apart=apart)
-    np.testing.assert_allclose(out.numpy(), expected, rtol=0, atol=1e-6 * np.ptp(copy))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("apart", [None, 0])
 def test_cuda_equals_the_processor(apart):
     image = np.random.default_rng(4).normal(size=(9, 70, 66)).astype(np.float32)
-    expected = resample.resize_image(image, (14, 99, 51), order=3, apart=apart)
-    out = torch.empty(14, 99, 51, device="cuda")
-    resample.resize(torch.from_numpy(image).cuda(), out, order=3, apart=apart)
-    np.testing.assert_allclose(out.cpu().numpy(), expected, atol=1e-5 * np.ptp(image))
     scores = torch.from_numpy(np.stack([image, image[::-1] ** 2]))
     for order in (0, 1, 3):
         here, there = (

@@ -165,10 +165,10 @@ def test_skipped_tiles_are_not_predicted_and_are_background():
         add_tiles(lambda x: x, data, none, None, mirrors=[()], batch=1)
 
 
-def test_tile_count_is_the_number_of_tiles_predicted():
+def test_the_total_is_the_number_of_tiles_predicted():
     calls = []
     predict_tiled(lambda x: calls.append(len(x)) or x, torch.zeros(1, 9, 30, 3), (4, 8, 8))
-    assert sum(calls) == sliding_window.tile_count((9, 30, 3), (4, 8, 8)) == 4 * 7
+    assert sum(calls) == sliding_window.cover((9, 30, 3), (4, 8, 8)).total == 4 * 7
 
 
 def test_the_batch_size_changes_nothing(monkeypatch):

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from helpers.heads import BOX, SPACING_MM, head_in_air
 
+from ichseg.engine import machine
 from ichseg.errors import DatasetError, PlansError
 from ichseg.model import strict_json
 from ichseg.predict import prepare as inference
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
-from training.data import parallel
 from training.data.dataset import Case, Dataset, save_dataset
 from training.data.workspace import preprocessed_folder
 from training.planning import planner
@@ -241,8 +241,8 @@ def test_a_store_of_another_version_is_refused(work):
 def test_workers_are_limited_by_memory(work, monkeypatch):
     """Of 10 GB free four fifths are used; 500 million voxels take 9.4 GB, 100 million 2.2."""
     _, dataset, _ = work
-    monkeypatch.setattr(parallel, "free_memory_bytes", lambda: 10 * 10**9)
-    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: range(16))
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 10 * 10**9)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(16))
     for voxels, workers in ((500_000_000, 1), (100_000_000, 3), (1_000_000, 16)):
         monkeypatch.setattr(preprocess, "largest_image_voxels", lambda _, found=voxels: found)
         assert preprocess.workers_for(dataset) == workers

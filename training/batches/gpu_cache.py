@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ichseg.engine import machine
 from ichseg.errors import TrainingError
 from ichseg.wording import byte_size
 from training.batches.augmentation import OUTSIDE
 from training.batches.sampling import Shape, overlap
-from training.data import parallel
 from training.store.chunks import open_case
 
 _RESERVE_BYTES = 8 * 2**30  # for the training itself: about what the reference's plans are made for
@@ -129,4 +129,4 @@ def cut_regions(
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return parallel.free_memory_bytes() or 0
+    return machine.free_memory_bytes() or 0

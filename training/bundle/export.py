@@ -22,7 +22,7 @@ from ichseg.files import UNFINISHED
 from ichseg.model import bundle, plans, strict_json
 from ichseg.model.bundle import Member, Model
 from ichseg.model.plans import Plans
-from ichseg.predict.components import ComponentRule
+from ichseg.model.rules import ComponentRule
 from training.bundle import model_card
 from training.bundle.identity import BY_DEFAULT, Identity, add_identity_arguments, identity_from
 from training.bundle.rounding import check_rounding

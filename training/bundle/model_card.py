@@ -8,7 +8,7 @@ from typing import Any
 from ichseg.errors import IchsegError
 from ichseg.files import replacing
 from ichseg.model.bundle import Model
-from ichseg.predict.components import ComponentRule
+from ichseg.model.rules import ComponentRule
 from training.crossval import rules, selection
 from training.crossval.selection import Selection
 from training.data.workspace import evaluation_folder

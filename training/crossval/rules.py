@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ichseg.predict.components import ComponentRule
+from ichseg.model.rules import ComponentRule
 
 DROP_BELOW_ML = (0.05, 0.1, 0.2, 0.5, 1.0)
 # A smaller gain is not a reason: the simpler ensemble is taken, or no rule.

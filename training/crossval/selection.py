@@ -22,7 +22,7 @@ from ichseg.errors import PlansError, TrainingError
 from ichseg.files import replacing
 from ichseg.model import plans, strict_json
 from ichseg.model.plans import Plans
-from ichseg.predict.components import ComponentRule
+from ichseg.model.rules import ComponentRule
 from ichseg.scan import volume
 from training.crossval import merge, rules, unseen
 from training.crossval.rules import Trial
@@ -82,10 +82,7 @@ class Selection:
     trials: tuple[Trial, ...]
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(
-                f"selection schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
-            )
+        strict_json.check_schema("selection", self.schema_version, SCHEMA_VERSION)
 
 
 def select(

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from ichseg.errors import TrainingError
 from ichseg.model.plans import Plans
+from ichseg.model.rules import ComponentRule
 from ichseg.predict import components, prepare
-from ichseg.predict.components import ComponentRule
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.crossval import merge, probabilities

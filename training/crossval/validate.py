@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ichseg.engine import torch_engine
+from ichseg.engine.engine import Network
 from ichseg.errors import PlansError, TrainingError
 from ichseg.files import replacing
 from ichseg.model import strict_json
@@ -29,7 +30,6 @@ from ichseg.model.network import build_network
 from ichseg.model.plans import Configuration, Plans
 from ichseg.predict import prepare, sliding_window
 from ichseg.predict.prepare import Placement
-from ichseg.predict.sliding_window import Network
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from ichseg.wording import clock
@@ -76,10 +76,7 @@ class Validation:
     dice: Mapping[str, Mapping[str, float | None]]
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(
-                f"validation schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
-            )
+        strict_json.check_schema("validation", self.schema_version, SCHEMA_VERSION)
 
 
 class _InterruptedError(Exception):
@@ -213,6 +210,7 @@ def predict_case(
         run.configuration.tile,
         mirror_axes=tuple(range(3 - dimensions, 3)) if run.config.validation_mirrors else (),
     )
+    assert isinstance(scores, Tensor)  # as the data are
     return scores, prepared.placement
 
 

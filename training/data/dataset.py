@@ -112,10 +112,7 @@ class _DatasetFile:
     cases: tuple[_CaseEntry, ...]
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(
-                f"dataset schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
-            )
+        strict_json.check_schema("dataset", self.schema_version, SCHEMA_VERSION)
 
 
 def is_ct(channel: str) -> bool:

@@ -12,16 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import TextIO, TypeVar
 
+from ichseg.engine import machine
 from ichseg.errors import DatasetError
 from ichseg.wording import duration
 
 _PLAIN_LINE_S = 10.0  # between two lines of progress in a log file
 _MEMORY_SHARE = 0.8  # of what is free; the rest is for the parent process and the file cache
-_CGROUP = Path("/sys/fs/cgroup")
-_MEMINFO = Path("/proc/meminfo")
 
 Item = TypeVar("Item")
 T = TypeVar("T")
@@ -98,32 +96,10 @@ def default_workers(bytes_per_worker: int | None = None) -> int:
     Args:
         bytes_per_worker: Memory that each holds at its peak; None leaves it out of account.
     """
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    free = free_memory_bytes()
+    cores, free = machine.cpus(), machine.free_memory_bytes()
     if bytes_per_worker is None or free is None:
         return cores
     return max(1, min(cores, int(_MEMORY_SHARE * free) // max(1, bytes_per_worker)))
-
-
-def free_memory_bytes() -> int | None:
-    """Memory that can be had without swapping, within a container's limit; None if unknown."""
-    found = []
-    try:
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-    except OSError:  # not Linux
-        return None
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # version 2, version 1
-        try:
-            limit = (_CGROUP / name).read_text().strip()
-        except OSError:
-            continue
-        if limit.isdecimal():  # else "max": none
-            found.append(int(limit))
-    return min(found, default=None)
 
 
 def with_progress(

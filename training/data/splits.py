@@ -43,10 +43,7 @@ class _SplitsFile:
     folds: tuple[Split, ...]
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(
-                f"splits schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
-            )
+        strict_json.check_schema("splits", self.schema_version, SCHEMA_VERSION)
 
 
 def make_splits(

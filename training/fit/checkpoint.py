@@ -129,10 +129,10 @@ def load_checkpoint(
     except Exception as error:  # torch raises a dozen types on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrainingError(f"{path}: damaged or not a checkpoint ({reason})") from error
-    if version != SCHEMA_VERSION:
-        raise TrainingError(
-            f"{path}: checkpoint schema {version!r}, this code reads {SCHEMA_VERSION}"
-        )
+    try:
+        strict_json.check_schema("checkpoint", version, SCHEMA_VERSION)
+    except ValueError as error:
+        raise TrainingError(f"{path}: {error}") from error
     if found != strict_json.dumps(configuration):
         raise TrainingError(
             f"{path}: of other plans than {configuration.name} has now; begin anew with --restart"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ichseg.errors import TrainingError
+from ichseg.model import strict_json
 from training.batches.augmentation import MSD2018, NNUNETV2, AugmentationConfig
 from training.batches.stream import StreamOptions
 from training.fit import schedule
@@ -99,10 +100,7 @@ class TrainingConfig:
     tensorboard: bool = _option(False, "also write for TensorBoard, to the run's tensorboard/")
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(
-                f"config schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
-            )
+        strict_json.check_schema("config", self.schema_version, SCHEMA_VERSION)
         for name in ("epochs", "batches_per_epoch", "validation_batches", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")

@@ -93,10 +93,7 @@ class Fingerprint:
     beyond_head: tuple[int, ...] = strict_json.optional(())
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(
-                f"fingerprint schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
-            )
+        strict_json.check_schema("fingerprint", self.schema_version, SCHEMA_VERSION)
         if not len(self.names) == len(self.spacings_mm) == len(self.shapes):
             raise ValueError(
                 f"{len(self.names)} names, {len(self.spacings_mm)} spacings, "

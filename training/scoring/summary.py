@@ -108,10 +108,7 @@ class Evaluation:
     cases: tuple[CaseScore, ...]
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(
-                f"evaluation schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
-            )
+        strict_json.check_schema("evaluation", self.schema_version, SCHEMA_VERSION)
 
 
 def make_evaluation(

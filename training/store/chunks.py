@@ -62,10 +62,7 @@ class CaseMeta:
     voxels: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(
-                f"store schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
-            )
+        strict_json.check_schema("store", self.schema_version, SCHEMA_VERSION)
 
 
 @dataclass(frozen=True, slots=True)
