@@ -5,7 +5,7 @@ import pytest
 from ichseg.errors import TrainingError
 from ichseg.model import strict_json
 from training.batches.augmentation import NNUNETV2
-from training.fit.configuration import TRAINING_RECIPES, TrainingConfig, config_from
+from training.fit.configuration import TRAINING_RECIPES, TrainingConfig, settings_from
 from training.jobs import train
 
 
@@ -37,18 +37,19 @@ def test_every_field_is_a_flag():
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
     line = "3d_fullres --workspace w --fold 0"
-    assert config_from(parser.parse_args(line.split()), "msd2018") == TRAINING_RECIPES["msd2018"]
-    assert config_from(parser.parse_args(line.split()), "compact") == TRAINING_RECIPES["compact"]
+    nothing = settings_from(parser.parse_args(line.split()))
+    for recipe in ("msd2018", "compact"):
+        assert nothing.over(recipe) == TRAINING_RECIPES[recipe]
     line += " --epochs 5 --minutes 1.5 --no-amsgrad --gamma 0.8 1.2 --image-order 1 --no-validation"
-    config = config_from(parser.parse_args(line.split()), "msd2018")
+    config = settings_from(parser.parse_args(line.split())).over("msd2018")
     assert (config.epochs, config.minutes, config.amsgrad) == (5, 1.5, False)
     assert (config.augmentation.gamma, config.augmentation.image_order) == ((0.8, 1.2), 1)
     assert strict_json.from_json(TrainingConfig, strict_json.to_json(config), where="") == config
     bad = parser.parse_args([*line.split(), "--epochs", "0"])
     with pytest.raises(TrainingError, match="epochs is 0"):
-        config_from(bad, "msd2018")
+        settings_from(bad).over("msd2018")
     with pytest.raises(TrainingError, match="no training recipe 'nnunetv1' yet"):
-        config_from(bad, "nnunetv1")
+        settings_from(bad).over("nnunetv1")
 
 
 def test_help_shows_where_recipes_differ():

@@ -19,11 +19,13 @@ from ichseg.predict.ensemble import Ensemble
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.__main__ import main as command
-from training.bundle import export
+from training.bundle import rounding
 from training.crossval import merge, selection
 from training.data.workspace import LATEST_CHECKPOINT, VERIFIED_FILE
-from training.fit.configuration import config_from
+from training.fit.configuration import settings_from
 from training.jobs import run, train
+from training.jobs.choices import Choices, choices_from
+from training.jobs.stages import STAGES
 from training.planning import planner
 from training.planning.overrides import overrides_from
 from training.scoring import summary
@@ -60,7 +62,8 @@ def dataset(tmp_path_factory):
 def arguments(dataset, workspace, *more):
     parser = argparse.ArgumentParser(allow_abbrev=False)
     run.add_arguments(parser)
-    return parser.parse_args([str(dataset), "--workspace", str(workspace), *TINY, *more])
+    line = [str(dataset), "--workspace", str(workspace), *TINY, *more]
+    return choices_from(parser.parse_args(line))
 
 
 def stages(lines):
@@ -270,28 +273,30 @@ def test_every_command_takes_its_flags(step_by_step, monkeypatch):
     assert (overrides.spacing_mm, overrides.patch) == ((5.0, 1.0, 1.0), (4, 16, 16))
     assert (overrides.batch, overrides.features) == (2, (4, 8))
     assert (overrides.deep_supervision, overrides.batch_dice) == (False, None)
-    config = config_from(parsed["train"], "msd2018")
+    config = settings_from(parsed["train"]).over("msd2018")
     assert (config.epochs, config.batches_per_epoch, config.validation_mirrors) == (1, 2, False)
     assert parsed["train"].folds == ("0", "1")
 
 
-def first_words(args, stage, monkeypatch, planned=PLANS):
-    monkeypatch.setattr(run, "_plans", lambda _: planned)
-    monkeypatch.setattr(run, "_is_trained", lambda *_: False)
-    return [list(step.words) for step in run.STAGES[stage](args)]
+def lines_of(command, choices, monkeypatch, planned=PLANS):
+    """The lines of a stage, given these plans."""
+    monkeypatch.setattr(Choices, "plans", lambda _: planned)
+    (stage,) = (stage for stage in STAGES if stage.command == command)
+    targets = stage.targets(choices)
+    return [[stage.command, *stage.words(choices, target)] for target in targets]
 
 
 def test_recipes_go_to_whom_they_are_for(dataset, tmp_path, monkeypatch):
     args = arguments(dataset, tmp_path, "--recipe", "compact", "--gamma", "0.8", "1.2")
-    (planning,) = first_words(args, "plan", monkeypatch)
+    (planning,) = lines_of("plan", args, monkeypatch)
     assert "--recipe" not in planning
-    (training,) = first_words(args, "train", monkeypatch)
+    (training,) = lines_of("train", args, monkeypatch)
     assert training[training.index("--recipe") + 1] == "compact"
     assert training[training.index("--gamma") :][:3] == ["--gamma", "0.8", "1.2"]
     args = arguments(
         dataset, tmp_path, "--recipe", "nnunetv2", "--architecture", "resenc_m", "--ct-clip=-20,90"
     )
-    (planning,) = first_words(args, "plan", monkeypatch)
+    (planning,) = lines_of("plan", args, monkeypatch)
     assert planning[3:7] == ["--recipe", "nnunetv2", "--architecture", "resenc_m"]
     assert "--ct-clip=-20,90" in planning
 
@@ -303,14 +308,14 @@ def test_the_first_stage_of_a_cascade_comes_first(dataset, tmp_path, monkeypatch
     )
     planned = dataclasses.replace(PLANS, configurations=(CONFIGURATION, low, second))
     args = arguments(dataset, tmp_path, "--configurations", "3d_cascade_fullres,3d_fullres")
-    trained = [words[1] for words in first_words(args, "train", monkeypatch, planned)]
+    trained = [words[1] for words in lines_of("train", args, monkeypatch, planned)]
     assert trained == ["3d_lowres", "3d_cascade_fullres", "3d_fullres"]
     args = arguments(dataset, tmp_path, "--configurations", "3d_cascade_fullres,3d_lowres")
-    trained = [words[1] for words in first_words(args, "train", monkeypatch, planned)]
+    trained = [words[1] for words in lines_of("train", args, monkeypatch, planned)]
     assert trained == ["3d_lowres", "3d_cascade_fullres"]
     args = arguments(dataset, tmp_path, "--configurations", "2d")
     with pytest.raises(PlansError, match="2d"):
-        first_words(args, "train", monkeypatch, planned)
+        lines_of("train", args, monkeypatch, planned)
 
 
 def test_refuses_a_workspace_of_another_dataset(copy, dataset, tmp_path):
@@ -367,7 +372,7 @@ def whole(dataset, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "sched_getaffinity", lambda _: {0})
-        patch.setattr(export, "MAX_DICE_CHANGE", 1)  # networks of two batches are all ties
+        patch.setattr(rounding, "MAX_DICE_CHANGE", 1)  # networks of two batches are all ties
         assert run.run(whole_arguments(dataset, workspace), execute) == 0
     return workspace, done
 
@@ -377,7 +382,8 @@ def whole_arguments(dataset, workspace):
     parser = argparse.ArgumentParser(allow_abbrev=False)
     run.add_arguments(parser)
     more = ["--configurations", "3d_fullres,2d"]
-    return parser.parse_args([str(dataset), "--workspace", str(workspace), *words, *more])
+    line = [str(dataset), "--workspace", str(workspace), *words, *more]
+    return choices_from(parser.parse_args(line))
 
 
 def test_all_folds_are_cross_validated_selected_from_and_exported(whole):

@@ -126,3 +126,14 @@ def test_a_2d_patch_is_a_tile_of_one_slice():
     assert dataclasses.replace(CONFIGURATION, patch=(16, 8), architecture=flat).tile == (1, 16, 8)
     with pytest.raises(ValueError, match="for a 3D network"):
         dataclasses.replace(CONFIGURATION, patch=(16, 8))
+
+
+def test_first_stages_come_before_their_second_and_once():
+    low = dataclasses.replace(CONFIGURATION, name="low")
+    second = dataclasses.replace(CONFIGURATION, name="second", previous_stage="low")
+    planned = dataclasses.replace(PLANS, configurations=(CONFIGURATION, low, second))
+    full = CONFIGURATION.name
+    assert planned.with_first_stages(["second", full]) == ("low", "second", full)
+    assert planned.with_first_stages([full, "low", "second"]) == (full, "low", "second")
+    with pytest.raises(PlansError, match="no configuration 'other'"):
+        planned.with_first_stages(["other"])

@@ -195,22 +195,52 @@ TRAINING_RECIPES = {
 }
 
 
-def config_from(args: argparse.Namespace, recipe: str) -> TrainingConfig:
-    """The recipe with the flags that were given.
+@dataclass(frozen=True, slots=True)
+class GivenSettings:
+    """The settings that the user gave as flags; all others are a recipe's.
 
-    Raises:
-        TrainingError: A value is out of range, or there is no such recipe.
+    Attributes:
+        training: Values of fields of ``TrainingConfig``, by name.
+        augmentation: Values of fields of ``AugmentationConfig``, by name.
     """
-    if recipe not in TRAINING_RECIPES:
-        raise TrainingError(
-            f"no training recipe {recipe!r} yet, expected one of {', '.join(TRAINING_RECIPES)}"
-        )
-    base = TRAINING_RECIPES[recipe]
-    try:
-        augmentation = dataclasses.replace(base.augmentation, **_given(args, AugmentationConfig))
-        return dataclasses.replace(base, augmentation=augmentation, **_given(args, TrainingConfig))
-    except ValueError as error:
-        raise TrainingError(str(error)) from error
+
+    training: Mapping[str, Any]
+    augmentation: Mapping[str, Any]
+
+    def over(self, recipe: str) -> TrainingConfig:
+        """The recipe with these settings in place of its own.
+
+        Raises:
+            TrainingError: A value is out of range, or there is no such recipe.
+        """
+        if recipe not in TRAINING_RECIPES:
+            raise TrainingError(
+                f"no training recipe {recipe!r} yet, expected one of {', '.join(TRAINING_RECIPES)}"
+            )
+        base = TRAINING_RECIPES[recipe]
+        try:
+            augmentation = dataclasses.replace(base.augmentation, **self.augmentation)
+            return dataclasses.replace(base, augmentation=augmentation, **self.training)
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
+
+    def flags(self) -> tuple[str, ...]:
+        """The same as words of a command line."""
+        words: list[str] = []
+        for name, value in {**self.training, **self.augmentation}.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            elif isinstance(value, tuple):
+                words += [f"--{flag}", *map(str, value)]
+            else:
+                words += [f"--{flag}", str(value)]
+        return tuple(words)
+
+
+def settings_from(args: argparse.Namespace) -> GivenSettings:
+    """The flags of ``add_settings`` that were given."""
+    return GivenSettings(_given(args, TrainingConfig), _given(args, AugmentationConfig))
 
 
 def _flag_fields(cls: type[Any]) -> Iterator[tuple[str, Any, str]]:
@@ -265,20 +295,6 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         AugmentationConfig,
         {name: recipe.augmentation for name, recipe in TRAINING_RECIPES.items()},
     )
-
-
-def flags_from(args: argparse.Namespace) -> list[str]:
-    """The flags that were given, as words of a command line."""
-    words = []
-    for name, value in (_given(args, TrainingConfig) | _given(args, AugmentationConfig)).items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, tuple):
-            words += [f"--{flag}", *map(str, value)]
-        else:
-            words += [f"--{flag}", str(value)]
-    return words
 
 
 def _given(args: argparse.Namespace, cls: type[Any]) -> dict[str, Any]:

@@ -30,8 +30,7 @@ from training.fit.configuration import (
     TRAINING_RECIPES,
     TrainingConfig,
     add_settings,
-    config_from,
-    flags_from,
+    settings_from,
 )
 from training.fit.fold_run import FoldRun, open_run
 from training.fit.loop import train_fold
@@ -155,7 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the ``train`` command; 130 when a signal ended it."""
     recipe = args.recipe or plans.load(plans_file(args.workspace)).recipe
-    config = config_from(args, recipe)
+    config = settings_from(args).over(recipe)
     with joined(config.device) as group:
         if not group.leads:
             logging.getLogger().setLevel(logging.WARNING)  # the leading process tells it all
@@ -199,4 +198,4 @@ def _command(args: argparse.Namespace, fold: str) -> list[str]:
     words += ["--workspace", str(args.workspace), "--fold", fold]
     words += ["--recipe", args.recipe] if args.recipe else []
     words += ["--restart"] if args.restart else []
-    return words + flags_from(args)
+    return [*words, *settings_from(args).flags()]

@@ -1,0 +1,106 @@
+"""What the user of ``run`` chose, and what follows from it and the workspace."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ichseg.model import plans
+from ichseg.model.plans import Plans
+from training.data import splits
+from training.data.dataset import load_dataset
+from training.data.workspace import bundles_folder, plans_file
+from training.fit.configuration import GivenSettings, TrainingConfig, settings_from
+from training.planning import overrides
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the user of ``run`` chose.
+
+    Attributes:
+        dataset: The folder that ``convert`` reads.
+        workspace: Where everything is made.
+        configurations: Those asked for, such as ``3d_fullres``.
+        folds: The folds to train; None for all of them.
+        gpus: The GPUs to train folds on side by side, as ``--gpus`` takes them, or None.
+        out: The folder for bundles; None for the workspace's own.
+        groups: A table of cases that stay together in a fold, or None.
+        recipe: Of ``plan`` and ``train``; None for the planner's default and the plans' recipe.
+        architecture: Of ``plan``; None for its default.
+        overrides: What replaces the planner's choice: values by flag, as its command line takes
+            them.
+        settings: The settings of the training that were given.
+    """
+
+    dataset: Path
+    workspace: Path
+    configurations: tuple[str, ...]
+    folds: tuple[str, ...] | None
+    gpus: str | None
+    out: Path | None
+    groups: Path | None
+    recipe: str | None
+    architecture: str | None
+    overrides: Mapping[str, str]
+    settings: GivenSettings
+
+    def plans(self) -> Plans:
+        """The workspace's plans."""
+        return plans.load(plans_file(self.workspace))
+
+    def config(self) -> TrainingConfig:
+        """The settings of the training, with the plans' recipe if no other was chosen."""
+        return self.settings.over(self.recipe or self.plans().recipe)
+
+    def trained(self) -> tuple[str, ...]:
+        """The configurations to train: those asked for, and first stages of cascades."""
+        return self.plans().with_first_stages(self.configurations)
+
+    def all_folds(self) -> tuple[str, ...]:
+        """All folds of the workspace's splits."""
+        names = [case.name for case in load_dataset(self.workspace).labelled]
+        return tuple(str(fold) for fold in range(len(splits.find_splits(self.workspace, names))))
+
+    def chosen_folds(self) -> tuple[str, ...]:
+        """The folds to train."""
+        return self.all_folds() if self.folds is None else self.folds
+
+    def compared(self) -> tuple[str, ...]:
+        """The configurations to choose from, in the order of the plans.
+
+        There are none where not all folds are trained and validated: then each configuration is
+        exported by itself. A cascade's first stage is one of them only where it was asked for.
+        """
+        if not self.config().validation or set(self.chosen_folds()) != set(self.all_folds()):
+            return ()
+        order = [configuration.name for configuration in self.plans().configurations]
+        return tuple(sorted(self.configurations, key=order.index))
+
+    def bundle_folder(self, name: str) -> Path:
+        """The folder of a bundle."""
+        return (bundles_folder(self.workspace) if self.out is None else self.out) / name
+
+
+def choices_from(args: argparse.Namespace) -> Choices:
+    """What the flags of ``run`` say.
+
+    Raises:
+        PlansError: A value for the planner is out of range.
+    """
+    replaced = overrides.record(overrides.overrides_from(args), None, 0.0)
+    return Choices(
+        dataset=args.dataset,
+        workspace=args.workspace,
+        configurations=tuple(args.configurations),
+        folds=args.folds,
+        gpus=args.gpus,
+        out=args.out,
+        groups=args.groups,
+        recipe=args.recipe,
+        architecture=args.architecture,
+        overrides={override.name: override.chosen for override in replaced},
+        settings=settings_from(args),
+    )
