@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import SimpleITK as sitk
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from ichseg.errors import OutputError
 from ichseg.files import replacing
 from ichseg.report.framing import Framed, frame
 from ichseg.scan.volume import Volume
@@ -31,6 +28,8 @@ OUTLINE_RGB = COLOURS["prediction"][0]
 OUTLINE_PX = 2
 DASH_PX = 14  # a dash and the gap after it
 TEXT_RGB = (200, 200, 200)
+TEXT_PX = 20  # size of the font; its capitals are CAPITAL_PX high
+CAPITAL_PX = 15
 PANEL_PX = 256  # longer side of one slice
 TITLE_PX = 28
 COLUMNS = 5
@@ -39,15 +38,6 @@ MOST_MASK_SLICES = 15  # the rest shows the head around it
 STRIP_PANEL_PX = 400
 STRIP_SLICES = 8
 JPEG_QUALITY = 88
-
-# 3 x 5 pixels each: five rows from the top, three bits a row
-_FONT = """
-0 75557 1 26227 2 71747 3 71717 4 55711 5 74717 6 74757 7 71122 8 75757 9 75717 A 25755 B 65656
-C 34443 D 65556 E 74647 F 74644 G 34553 H 55755 I 72227 J 11152 K 55655 L 44447 M 57755 N 65555
-O 25552 P 65644 Q 25573 R 65655 S 34216 T 72222 U 55557 V 55552 W 55775 X 55255 Y 55222 Z 71247
-. 00002 , 00024 - 00700 _ 00007 : 02020 / 11244 % 51245 ( 12221 ) 42224 + 02720
-"""
-_GLYPHS = {glyph: int(rows, 8) for glyph, rows in re.findall(r"(\S) (\d{5})", _FONT)}
 
 
 def write_overlay(
@@ -64,7 +54,7 @@ def write_overlay(
         image: The scan.
         mask: Same shape; everything but 0 is outlined.
         path: Ends in ``.png``; replaced whole or not at all.
-        title: One line of ASCII above the slices.
+        title: One line above the slices.
         is_ct: Whether it is in HU; else it is shown whole, in a window that fits it.
 
     Raises:
@@ -75,11 +65,11 @@ def write_overlay(
     window = BRAIN if is_ct else fitting_window(framed)
     panels = []
     for index in _choose_slices(_with_mask(framed), len(framed.image)):
-        panel = draw_slice(framed, index, window, PANEL_PX)
-        _draw_text(panel, str(index + framed.first_slice), 4, 4)
-        _draw_text(panel, "R", 24, 4)
+        panel = Image.fromarray(draw_slice(framed, index, window, PANEL_PX))
+        _draw_text(panel, str(index + framed.first_slice), top=4)
+        _draw_text(panel, "R", top=24)
         panels.append(panel)
-    _write(_arrange(panels, title), path)
+    _write(_arrange(panels, title), path, "PNG")
 
 
 def write_strip(
@@ -102,7 +92,8 @@ def write_strip(
         _with_mask(framed), len(framed.image), most=STRIP_SLICES, most_with_mask=STRIP_SLICES
     )
     panels = [draw_slice(framed, index, window, STRIP_PANEL_PX) for index in chosen]
-    _write(np.concatenate(panels), path)
+    strip = Image.fromarray(np.concatenate(panels))
+    _write(strip, path, "JPEG", quality=JPEG_QUALITY, progressive=True)
     height, width, _ = panels[0].shape
     return chosen, (width, height)
 
@@ -211,48 +202,28 @@ def _dashed(outline: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     return kept
 
 
-def _draw_text(picture: Picture, text: str, top: int, left: int) -> None:
-    """Write into a picture; what does not fit is cut off, unknown characters are blank."""
-    scale = 3
-    for position, character in enumerate(text.upper()):
-        glyph = _GLYPHS.get(character, 0)
-        bits = [[glyph >> 3 * row + column & 1 for column in (2, 1, 0)] for row in (4, 3, 2, 1, 0)]
-        ink = np.array(bits, dtype=bool).repeat(scale, axis=0).repeat(scale, axis=1)
-        place = picture[top:, left + 4 * scale * position :][: 5 * scale, : 3 * scale]
-        place[ink[: place.shape[0], : place.shape[1]]] = TEXT_RGB
+def _draw_text(picture: Image.Image, text: str, *, top: int) -> None:
+    """Write a line of text at the left of a picture, so many pixels below its top."""
+    font = ImageFont.load_default(TEXT_PX)
+    ImageDraw.Draw(picture).text((4, top + CAPITAL_PX), text, TEXT_RGB, font, anchor="ls")
 
 
-def _arrange(panels: list[Picture], title: str) -> Picture:
+def _arrange(panels: list[Image.Image], title: str) -> Image.Image:
     """Panels of one size, row by row under the title."""
-    height, width, _ = panels[0].shape
+    width, height = panels[0].size
     columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
-    picture = np.zeros((TITLE_PX + rows * height, columns * width, 3), dtype=np.uint8)
+    picture = Image.new("RGB", (columns * width, TITLE_PX + rows * height))
     for position, panel in enumerate(panels):
-        top, left = TITLE_PX + position // columns * height, position % columns * width
-        picture[top : top + height, left : left + width] = panel
-    _draw_text(picture, title, (TITLE_PX - 15) // 2, 4)
+        row, column = divmod(position, columns)
+        picture.paste(panel, (column * width, TITLE_PX + row * height))
+    _draw_text(picture, title, top=(TITLE_PX - CAPITAL_PX) // 2)
     return picture
 
 
-def _write(picture: Picture, path: Path) -> None:
-    """As the kind of file that its name ends in, which is made in memory.
-
-    Where a disk is full libpng says nothing, and libjpeg ends the process.
-    """
-    content = sitk.GetImageFromArray(picture, isVector=True)
-    with replacing(path, suffix=path.suffix) as temporary, _memory_file() as memory:
-        os.posix_fallocate(memory.fileno(), 0, picture.nbytes)  # RLIMIT_FSIZE holds here too
-        name = f"/proc/self/fd/{memory.fileno()}"
-        try:
-            if path.suffix == ".jpg":
-                sitk.WriteImage(content, name, True, JPEG_QUALITY, imageIO="JPEGImageIO")
-            else:
-                sitk.WriteImage(content, name, imageIO="PNGImageIO")
-        except RuntimeError as error:
-            raise OutputError(f"{path}: cannot write the picture") from error
-        temporary.write_bytes(memory.read())
-
-
-def _memory_file() -> BinaryIO:
-    return os.fdopen(os.memfd_create("picture"), "rb")
+def _write(picture: Image.Image, path: Path, kind: str, **options: int) -> None:
+    """Write a picture as this kind of file, with options that the kind has."""
+    with replacing(path, suffix=path.suffix) as temporary:
+        encoded = io.BytesIO()  # a full disk has a clear error outside the encoder only
+        picture.save(encoded, kind, **options)
+        temporary.write_bytes(encoded.getvalue())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import fcntl
+import io
 import json
 import os
 import select
@@ -23,7 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import SimpleITK as sitk
+from PIL import Image
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 # WebGL in software; a page from file:// may read nothing but what any user's browser lets it.
@@ -165,10 +166,9 @@ class Browser:
             f"(r => [r.x, r.y, r.width, r.height])(document.querySelector({selector!r})"
             ".getBoundingClientRect())"
         )
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "seen.png"
-            self.screenshot(path)
-            picture = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[..., :3]
+        found = self.call("Page.captureScreenshot", format="png")
+        png = io.BytesIO(base64.b64decode(found["data"]))
+        picture = np.asarray(Image.open(png).convert("RGB"))
         x, y, width, height = (round(value) for value in box)
         part: npt.NDArray[np.uint8] = picture[max(0, y) : y + height, max(0, x) : x + width]
         return part

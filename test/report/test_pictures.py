@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-import SimpleITK as sitk
+from PIL import Image
 
 from ichseg.errors import OutputError
 from ichseg.report.framing import Framed, frame
@@ -29,7 +29,7 @@ from ichseg.scan.volume import Volume
 def picture_of(folder: Path, image: Volume, mask: Volume, title: str = "") -> npt.NDArray[np.uint8]:
     path = folder / "overlay.png"
     write_overlay(image, mask, path, title=title)
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    return np.asarray(Image.open(path))
 
 
 def outline_in(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
@@ -180,15 +180,25 @@ def test_unwritable_folder_is_refused(tmp_path: Path) -> None:
         write_overlay(image, some_mask(image), tmp_path / "file" / "overlay.png")
 
 
-def test_failure_to_encode_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_to_encode_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("PNG")
+        raise OSError("encoder error -2")
 
-    monkeypatch.setattr(sitk, "WriteImage", fail)
+    monkeypatch.setattr(Image.Image, "save", fail)
     image = ramp()
-    with pytest.raises(OutputError, match=r"overlay\.png: cannot write the picture"):
+    with pytest.raises(OutputError, match=r"overlay\.png: cannot write \(encoder error -2\)"):
         write_overlay(image, some_mask(image), tmp_path / "overlay.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_title_of_any_letters_is_drawn(tmp_path: Path) -> None:
+    image = ramp()
+    empty = image.with_voxels(np.zeros((8, 8, 8), np.uint8))
+    titles = ("", "scan", "skän", "頭")
+    drawn = [picture_of(tmp_path, image, empty, title)[:TITLE_PX] for title in titles]
+    assert not drawn[0].any()
+    for shown in drawn[1:]:
+        assert (shown == TEXT_RGB).all(axis=-1).any()
 
 
 def framed_of(masks: dict[str, npt.NDArray[np.uint8]]) -> Framed:
@@ -238,7 +248,7 @@ def test_strip_has_the_slices_one_below_another(tmp_path: Path) -> None:
     mask[[3, 9], 15:25, 5:15] = 1
     framed = framed_of({"prediction": mask})
     slices, (width, height) = write_strip(framed, tmp_path / "strip.jpg", window=BRAIN)
-    picture = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "strip.jpg"))).astype(int)
+    picture = np.asarray(Image.open(tmp_path / "strip.jpg")).astype(int)
     assert (height, width) == (STRIP_PANEL_PX, STRIP_PANEL_PX // 2)
     assert picture.shape == (8 * height, width, 3)
     assert len(slices) == 8
@@ -261,5 +271,5 @@ def test_what_is_no_ct_is_shown_whole_in_a_window_that_fits(tmp_path: Path) -> N
     image = Volume(np.broadcast_to(steps, (3, 16, 16)).copy(), (5.0, 1.0, 1.0))
     mask = image.with_voxels(np.zeros((3, 16, 16), np.uint8))
     write_overlay(image, mask, tmp_path / "mr.png", is_ct=False)
-    picture = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "mr.png")))
+    picture = np.asarray(Image.open(tmp_path / "mr.png"))
     assert len(np.unique(picture[..., 0])) > 12

@@ -199,7 +199,7 @@ def test_a_picture_on_a_full_disk_is_refused_before_libjpeg_ends_the_process(
 
     scan = volume.read(scene.folder / "input" / "scan5.mha")
     mask = volume.read(scene.folder / "output" / "scan5.mha")
-    monkeypatch.setattr("os.posix_fallocate", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OutputError, match=r"scan5\.mha\.jpg: cannot write \(No space"):
         report.write_case(tmp_path, "scan5.mha", scan, {"prediction": mask})
     with pytest.raises(OutputError, match=r"overlay\.png: cannot write \(No space"):
