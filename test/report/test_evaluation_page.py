@@ -18,8 +18,8 @@ from training import __main__ as command
 from training.crossval import merge
 from training.data import dataset
 from training.data.workspace import evaluation_folder, mask_file, run_folder
-from training.fit import log
-from training.fit.log import EpochRow
+from training.fit import history
+from training.fit.history import EpochRow
 from training.report import charts, page, report
 from training.report.charts import Point
 from training.scoring import evaluate
@@ -45,7 +45,7 @@ def workspace(tmp_path, monkeypatch):
     rows = [
         EpochRow(e, -0.1 * e, 0.2, 0.1 * e if e > 1 else None, 1e-3, 2.0, 0.5) for e in (1, 2, 3)
     ]
-    log.write_csv(
+    history.write_csv(
         rows,
         folder / "progress.csv",
     )

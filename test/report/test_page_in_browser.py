@@ -12,7 +12,7 @@ from helpers.browser import Browser
 
 from ichseg.report import report
 from ichseg.scan.volume import Volume
-from training.fit.log import EpochRow
+from training.fit.history import EpochRow
 from training.report import page as report_page
 from training.scoring import summary
 from training.scoring.scores import CaseScore, score_labels

@@ -43,7 +43,7 @@ from training.data.workspace import (
     probabilities_file,
     probabilities_folder,
 )
-from training.fit import log
+from training.fit import history
 from training.fit.checkpoint import load_checkpoint
 from training.fit.fold_run import FoldRun
 from training.scoring.measures import dice
@@ -325,7 +325,7 @@ def _write(record: Validation, path: Path) -> None:
 
 
 def _text(scores: Mapping[str, float | None]) -> str:
-    return ", ".join(f"{label} {log.number(score).strip()}" for label, score in scores.items())
+    return ", ".join(f"{label} {history.number(score).strip()}" for label, score in scores.items())
 
 
 def _mean(values: list[float | None]) -> float | None:

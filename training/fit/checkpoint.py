@@ -18,7 +18,7 @@ from training.data.workspace import CONFIG_FILE, LATEST_CHECKPOINT
 from training.fit import schedule
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun
-from training.fit.log import EpochRow
+from training.fit.history import EpochRow
 from training.fit.schedule import ScheduleState
 from training.fit.step import TrainingState
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ichseg.files import replacing
-from training.fit.log import EpochRow
+from training.fit.history import EpochRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

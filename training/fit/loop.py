@@ -32,7 +32,7 @@ from training.fit import schedule
 from training.fit.checkpoint import diverged, resume, save
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun
-from training.fit.log import EpochRow
+from training.fit.history import EpochRow
 from training.fit.pretrained import load_pretrained
 from training.fit.progress import Moment, Watch
 from training.fit.step import (

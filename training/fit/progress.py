@@ -7,15 +7,17 @@ TensorBoard.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
+import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
@@ -23,9 +25,13 @@ from ichseg.errors import TrainingError
 from ichseg.wording import clock
 from training.batches.stream import choose_engine
 from training.data.workspace import PROGRESS_PICTURE, PROGRESS_TABLE
-from training.fit import curves, log
+from training.fit import curves
 from training.fit.configuration import TrainingConfig
-from training.fit.log import EpochRow
+from training.fit.history import EpochRow, describe, left_s, number, waiting, write_csv
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
 
 WAIT_SHARE = 0.10  # of an epoch; whoever waits longer for batches is told so
 _WAIT_NEWS = 0.10  # by how much the share has grown before it is told again
@@ -40,12 +46,14 @@ class Moment:
     """Where a training stands after a step.
 
     Attributes:
-        epoch: From 1.
-        step, steps: Steps of this epoch done, and in all; of its validation when ``validating``.
-        loss: Of the step, None if it is not known yet.
+        epoch: Number of the epoch, from 1.
+        step: Steps of this epoch done; of its validation when ``validating``.
+        steps: Steps of this epoch, or of its validation, in all.
+        loss: Loss of the step, None if it is not known yet.
         lr: Learning rate.
-        seconds, data_wait_s: Spent in this epoch so far.
-        elapsed_s: Spent in all.
+        seconds: Seconds spent in this epoch so far.
+        data_wait_s: Seconds of them spent waiting for batches.
+        elapsed_s: Seconds spent in the training so far.
         validating: Whether these are validation steps.
     """
 
@@ -61,20 +69,7 @@ class Moment:
 
 
 class Watch:
-    """Tells how a fold's training goes; entered while its epochs go on.
-
-    Args:
-        folder: Of the run.
-        title: Such as ``3d_fullres, fold 0``.
-        config: What the user chose.
-        device: Where the network trains.
-        labels: Names of the foreground classes.
-        history: Epochs of earlier sessions.
-        stream: Where the live lines go; stderr by default.
-
-    Raises:
-        TrainingError: TensorBoard is asked for and not installed.
-    """
+    """Tells how a fold's training goes; entered while its epochs go on."""
 
     def __init__(
         self,
@@ -87,49 +82,70 @@ class Watch:
         history: Sequence[EpochRow] = (),
         stream: TextIO | None = None,
     ) -> None:
+        """Prepare to tell.
+
+        Args:
+            folder: The run's folder.
+            title: What is trained, such as ``3d_fullres, fold 0``.
+            config: What the user chose.
+            device: Where the network trains.
+            labels: Names of the foreground classes.
+            history: Epochs of earlier sessions.
+            stream: Where the live lines go; stderr by default.
+
+        Raises:
+            TrainingError: TensorBoard is asked for and not installed.
+        """
         self._folder, self._title, self._config = folder, title, config
-        self._device, self._labels, self._history = device, labels, tuple(history)
-        self._lines = LiveLines(sys.stderr if stream is None else stream)
-        self._startup_s: float | None = None  # what the first batch of this session took
-        self._wait_told = WAIT_SHARE - _WAIT_NEWS
-        self._drawn: float | None = None
-        self._board = open_tensorboard(folder / "tensorboard") if config.tensorboard else None
-        for row in history if self._board is not None else ():
-            write_tensorboard(self._board, row, labels)
+        self._labels, self._history = labels, tuple(history)
+        self._stream = sys.stderr if stream is None else stream
+        self._live: Live | None = None
+        self._shown, self._drawn = -math.inf, -math.inf
+        self._waits = _Waits(advise(config, device))
+        self._end = contextlib.ExitStack()
+        self._board: Any = None
+        if config.tensorboard:
+            self._board = open_tensorboard(folder / "tensorboard")
+            self._end.callback(self._board.close)
+            for row in history:
+                write_tensorboard(self._board, row, labels)
 
     def __enter__(self) -> Watch:
-        self._lines.start()
+        """Show the live lines, if the stream is a terminal."""
+        self._live = self._end.enter_context(live_lines(self._stream))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lines.stop()
-        if self._board is not None:
-            self._board.close()
+        """Take the live lines away."""
+        self._end.close()
 
     def step(self, now: Moment) -> None:
         """Show a step at a terminal, a few times a second at most."""
-        if self._startup_s is None:
-            self._startup_s = now.data_wait_s
-        if self._lines.due() or now.step == now.steps:
-            left = self._left_s(now.elapsed_s, self._epoch_s(now), now.seconds)
-            dice = self._history[-1].pseudo_dice if self._history else None
-            self._lines.show(now, self._title, self._config.epochs, dice, left)
+        self._waits.begin(now.data_wait_s)
+        due = time.monotonic() - self._shown >= _REFRESH_EVERY_S
+        if self._live is None or not (due or now.step == now.steps):
+            return
+        left = self._left_s(now.elapsed_s, self._epoch_s(now), now.seconds)
+        dice = self._history[-1].pseudo_dice if self._history else None
+        title = f"{self._title}  epoch {now.epoch}/{self._config.epochs}"
+        self._live.update(two_lines(title, now, dice, left), refresh=True)
+        self._shown = time.monotonic()
 
     def epoch(self, history: Sequence[EpochRow], elapsed_s: float, *, last: bool) -> None:
         """Tell of the epoch that has just ended and bring the files up to date."""
         self._history, row = tuple(history), history[-1]
-        log.write_csv(history, self._folder / PROGRESS_TABLE, self._labels)
-        if last or self._drawn is None or time.monotonic() - self._drawn > _DRAW_EVERY_S:
+        write_csv(history, self._folder / PROGRESS_TABLE, self._labels)
+        if last or time.monotonic() - self._drawn > _DRAW_EVERY_S:
             curves.draw(history, self._folder / PROGRESS_PICTURE, title=self._title)
             self._drawn = time.monotonic()
         if self._board is not None:
             write_tensorboard(self._board, row, self._labels)
-        _log.info(log.describe(row, self._config.epochs, self._left_s(elapsed_s)))
-        self._warn_of_waiting(row)
+        _log.info(describe(row, self._config.epochs, self._left_s(elapsed_s)))
+        self._waits.judge(row)
 
     def _left_s(self, elapsed_s: float, epoch_s: float = 0.0, spent_s: float = 0.0) -> float:
         minutes = self._config.minutes
-        return log.left_s(
+        return left_s(
             self._history,
             epochs=self._config.epochs,
             epoch_s=epoch_s,
@@ -138,22 +154,33 @@ class Watch:
         )
 
     def _epoch_s(self, now: Moment) -> float:
-        """What a whole epoch takes, going by this one's first steps."""
+        """Seconds that a whole epoch takes, going by this one's first steps."""
         config = self._config
         done = now.step + (config.batches_per_epoch if now.validating else 0)
         return now.seconds / max(1, done) * (config.batches_per_epoch + config.validation_batches)
 
-    def _warn_of_waiting(self, row: EpochRow) -> None:
-        """Once, and again when it has become much worse."""
-        share = log.waiting(row, startup_s=self._startup_s or 0.0)
+
+class _Waits:
+    """Warns of waiting for batches: once, and again when it has become much worse."""
+
+    def __init__(self, advice: str) -> None:
+        self._advice, self._told = advice, WAIT_SHARE - _WAIT_NEWS
+        self._startup_s: float | None = None  # what the first batch of this session took
+
+    def begin(self, data_wait_s: float) -> None:
+        if self._startup_s is None:
+            self._startup_s = data_wait_s
+
+    def judge(self, row: EpochRow) -> None:
+        share = waiting(row, startup_s=self._startup_s or 0.0)
         self._startup_s = 0.0
-        if share > self._wait_told + _WAIT_NEWS:
-            self._wait_told = share
+        if share > self._told + _WAIT_NEWS:
+            self._told = share
             _log.warning(
                 "warning: %.0f %% of epoch %d went into waiting for batches; %s",
                 100 * share,
                 row.epoch,
-                advise(self._config, self._device),
+                self._advice,
             )
 
 
@@ -167,72 +194,38 @@ def advise(config: TrainingConfig, device: torch.device) -> str:
     return f"try {'--augmentation-engine device, or ' if device.type == 'cuda' else ''}{ahead}"
 
 
-class LiveLines:
-    """Two lines at the bottom of a terminal, rewritten in place; nothing where there is none.
+@contextlib.contextmanager
+def live_lines(stream: TextIO) -> Iterator[Live | None]:
+    """Lines at the bottom of a terminal, rewritten in place, with log lines going above them.
 
-    While they are shown, log lines go above them.
+    Gives None where the stream is no terminal that can move its cursor.
     """
+    if not stream.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+        yield None
+        return
+    from rich.console import Console  # a tenth of a second, and only a terminal needs it
+    from rich.live import Live
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._live: Any = None
-        self._handlers: list[tuple[logging.StreamHandler[TextIO], TextIO]] = []
-        self._shown = 0.0
-
-    def start(self) -> None:
-        """Begin, if the stream is a terminal that can move its cursor."""
-        if not self._stream.isatty() or os.environ.get("TERM", "dumb") == "dumb":
-            return
-        from rich.console import Console  # a tenth of a second, and only a terminal needs it
-        from rich.live import Live
-
-        console = Console(file=self._stream, highlight=False)
-        self._live = Live(
-            console=console, auto_refresh=False, transient=True, redirect_stdout=False
-        )
-        self._live.start()
-        for handler in logging.getLogger().handlers:
-            if isinstance(handler, logging.StreamHandler) and handler.stream is self._stream:
-                self._handlers.append((handler, handler.stream))
-                handler.setStream(_Above(console))
-
-    def stop(self) -> None:
-        """Take the lines away."""
-        for handler, stream in self._handlers:
-            handler.setStream(stream)
-        self._handlers = []
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-
-    def due(self) -> bool:
-        """Whether it is time to show something new."""
-        return self._live is not None and time.monotonic() - self._shown >= _REFRESH_EVERY_S
-
-    def show(self, now: Moment, title: str, epochs: int, dice: float | None, left_s: float) -> None:
-        """Rewrite the lines."""
-        if self._live is None:
-            return
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
-        above = Table.grid(padding=(0, 1))
-        above.add_row(
-            Text(f"{title}  epoch {now.epoch}/{epochs}", no_wrap=True),
-            ProgressBar(total=now.steps, completed=now.step, width=20, complete_style="green"),
-            Text(f"{'validating' if now.validating else 'step'} {now.step}/{now.steps}"),
-        )
-        below = Text(details(now, dice, left_s), no_wrap=True, overflow="ellipsis")
-        self._live.update(Group(above, below), refresh=True)
-        self._shown = time.monotonic()
+    console = Console(file=stream, highlight=False)
+    handlers = [
+        handler
+        for handler in logging.getLogger().handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream is stream
+    ]
+    with Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False) as lines:
+        for handler in handlers:
+            handler.setStream(_Above(console))
+        try:
+            yield lines
+        finally:
+            for handler in handlers:
+                handler.setStream(stream)
 
 
 class _Above:
     """A stream whose lines go above those that are shown, unbroken however long they are."""
 
-    def __init__(self, console: Any) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
 
     def write(self, text: str) -> None:
@@ -242,21 +235,33 @@ class _Above:
         """Each line is written at once."""
 
 
-def details(now: Moment, dice: float | None, left_s: float) -> str:
-    """The second live line: loss, the last epoch's Dice, learning rate, pace, data wait, ETA."""
+def two_lines(title: str, now: Moment, dice: float | None, left_s: float) -> RenderableType:
+    """The live lines: how far the epoch is; loss, last epoch's Dice, learning rate, wait, ETA."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    above = Table.grid(padding=(0, 1))
+    above.add_row(
+        Text(title, no_wrap=True),
+        ProgressBar(total=now.steps, completed=now.step, width=20, complete_style="green"),
+        Text(f"{'validating' if now.validating else 'step'} {now.step}/{now.steps}"),
+    )
     loss = "   -   " if now.loss is None else f"{now.loss:+.4f}"
     wait = 100 * now.data_wait_s / max(now.seconds, 1e-9)
-    return (
-        f"loss {loss}  dice {log.number(dice)}  lr {now.lr:.2e}  data wait {wait:.0f} %  "
+    below = (
+        f"loss {loss}  dice {number(dice)}  lr {now.lr:.2e}  data wait {wait:.0f} %  "
         f"ETA {clock(left_s)}"
     )
+    return Group(above, Text(below, no_wrap=True, overflow="ellipsis"))
 
 
 def require_tensorboard() -> None:
     """Refuse when TensorBoard is not installed.
 
     Raises:
-        TrainingError: It is not.
+        TrainingError: It is not installed.
     """
     if importlib.util.find_spec("tensorboard") is None:
         raise TrainingError(
@@ -278,7 +283,7 @@ def open_tensorboard(folder: Path) -> Any:
 
 
 def write_tensorboard(board: Any, row: EpochRow, labels: Sequence[str]) -> None:
-    """One epoch's numbers."""
+    """Write the numbers of one epoch."""
     values = {
         "loss/training": row.train_loss,
         "loss/validation": row.validation_loss,

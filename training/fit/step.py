@@ -20,7 +20,7 @@ from training.batches.stream import Batch
 from training.fit import schedule
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun
-from training.fit.log import EpochRow
+from training.fit.history import EpochRow
 from training.fit.losses import dice_cross_entropy
 from training.fit.schedule import ScheduleState
 from training.planning import recipes

@@ -24,7 +24,7 @@ from training.data.workspace import (
     plans_file,
     run_folder,
 )
-from training.fit import log, schedule
+from training.fit import schedule
 from training.fit.checkpoint import load_checkpoint
 from training.fit.configuration import (
     TRAINING_RECIPES,
@@ -37,7 +37,7 @@ from training.fit.loop import train_fold
 from training.fit.process_group import ALONE, ProcessGroup, joined
 from training.fit.schedule import ScheduleState
 from training.fit.step import determinism
-from training.jobs import queue
+from training.jobs import job_log, queue
 from training.jobs.signals import Signals
 
 _log = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def _train_here(
         if group.leads:
             folder = run_folder(args.workspace, args.configuration, fold)
             stack.enter_context(queue.claimed(folder))
-            stack.enter_context(log.to_file(folder / TRAIN_LOG))
+            stack.enter_context(job_log.logged_to(folder / TRAIN_LOG))
         return run_fold(
             args.workspace, args.configuration, fold, config, restart=args.restart, group=group
         )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ichseg.report.html import Html, tag
-from training.fit.log import EpochRow
+from training.fit.history import EpochRow
 from training.scoring.lesions import ALL_SIZES, LesionCounts
 from training.scoring.statistics import VolumeAgreement
 from training.scoring.summary import MeasureSummary

@@ -13,7 +13,7 @@ from ichseg.report.html import Html, join, tag
 from ichseg.report.page import Section
 from training.crossval import rules
 from training.crossval.selection import Selection
-from training.fit.log import EpochRow
+from training.fit.history import EpochRow
 from training.report import charts
 from training.report.charts import Point
 from training.scoring.lesions import ALL_SIZES

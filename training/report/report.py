@@ -29,7 +29,7 @@ from training.data.workspace import (
     run_folders,
     selection_file,
 )
-from training.fit.log import EpochRow
+from training.fit.history import EpochRow
 from training.report import page as report_page
 from training.report.page import Context
 from training.scoring import summary

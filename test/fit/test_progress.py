@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ichseg.errors import TrainingError
-from training.fit import curves, log, progress
+from training.fit import curves, history, progress
 from training.fit.configuration import TrainingConfig
-from training.fit.log import EpochRow
+from training.fit.history import EpochRow
 from training.fit.progress import Moment, Watch
 
 CPU = torch.device("cpu")
@@ -75,14 +75,14 @@ def plain(text):
 
 
 def test_the_table_by_hand(tmp_path):
-    log.write_csv(ROWS, tmp_path / "progress.csv", ("edema", "tumour"))
+    history.write_csv(ROWS, tmp_path / "progress.csv", ("edema", "tumour"))
     assert (tmp_path / "progress.csv").read_text() == (
         "epoch,train_loss,validation_loss,pseudo_dice,lr,seconds,compute_s,data_wait_s,"
         "dice_edema,dice_tumour\n"
         "1,0.5,0.25,,0.0003,12.5,12,0.5,,\n"
         "2,0.25,0.125,0.75,0.0003,12,12,0,0.5,1\n"
     )
-    log.write_csv(ROWS[1:], tmp_path / "progress.csv", ("bleed",))
+    history.write_csv(ROWS[1:], tmp_path / "progress.csv", ("bleed",))
     assert (tmp_path / "progress.csv").read_text() == (
         "epoch,train_loss,validation_loss,pseudo_dice,lr,seconds,compute_s,data_wait_s\n"
         "2,0.25,0.125,0.75,0.0003,12,12,0\n"
@@ -91,38 +91,38 @@ def test_the_table_by_hand(tmp_path):
 
 def test_rows_of_an_older_checkpoint_have_no_dice_a_class(tmp_path):
     row = EpochRow(1, 0.5, 0.25, 0.5, 3e-4, 12.5, 0.5)
-    log.write_csv([row], tmp_path / "progress.csv", ("edema", "tumour"))
+    history.write_csv([row], tmp_path / "progress.csv", ("edema", "tumour"))
     assert (tmp_path / "progress.csv").read_text().endswith("0.5,0.0003,12.5,12,0.5,,\n")
 
 
 def test_the_line_of_an_epoch():
-    assert log.describe(ROWS[1], 1000, 3725.2) == (
+    assert history.describe(ROWS[1], 1000, 3725.2) == (
         "epoch 2/1000  train +0.2500  validation +0.1250  dice 0.750 (0.500, 1.000)  lr 3.00e-04  "
         "12.0 s (data wait 0.0 s)  ETA 1:02:06"
     )
     one = dataclasses.replace(ROWS[0], class_dice=(None,))
-    assert "  dice   -    lr" in log.describe(one, 1000, 0)
+    assert "  dice   -    lr" in history.describe(one, 1000, 0)
     many = dataclasses.replace(ROWS[1], class_dice=(0.75,) * 5)
-    assert "  dice 0.750  lr" in log.describe(many, 1000, 0)
+    assert "  dice 0.750  lr" in history.describe(many, 1000, 0)
 
 
 def test_time_left_by_hand():
     rows = [dataclasses.replace(ROWS[0], seconds=float(s)) for s in (1000, *range(1, 11))]
     # the last ten took 5.5 s on average, and 20 - 11 are to come
-    assert log.left_s(rows, epochs=20) == pytest.approx(9 * 5.5)
-    assert log.left_s(rows, epochs=20, budget_s=30.0) == 30.0
-    assert log.left_s(rows, epochs=20, budget_s=-1.0) == 0
-    assert log.left_s(rows, epochs=5) == 0  # the length was lowered
-    assert log.left_s([], epochs=5, epoch_s=2.0) == 10
-    assert log.left_s([], epochs=5, epoch_s=2.0, spent_s=1.5, budget_s=9.0) == 8.5
+    assert history.left_s(rows, epochs=20) == pytest.approx(9 * 5.5)
+    assert history.left_s(rows, epochs=20, budget_s=30.0) == 30.0
+    assert history.left_s(rows, epochs=20, budget_s=-1.0) == 0
+    assert history.left_s(rows, epochs=5) == 0  # the length was lowered
+    assert history.left_s([], epochs=5, epoch_s=2.0) == 10
+    assert history.left_s([], epochs=5, epoch_s=2.0, spent_s=1.5, budget_s=9.0) == 8.5
 
 
 def test_share_of_waiting_by_hand():
     row = dataclasses.replace(ROWS[0], seconds=10.0, data_wait_s=4.0)
-    assert log.waiting(row) == pytest.approx(0.4)
-    assert log.waiting(row, startup_s=3.0) == pytest.approx(1 / 7)
-    assert log.waiting(row, startup_s=5.0) == 0
-    assert log.waiting(dataclasses.replace(row, seconds=0, data_wait_s=0)) == 0
+    assert history.waiting(row) == pytest.approx(0.4)
+    assert history.waiting(row, startup_s=3.0) == pytest.approx(1 / 7)
+    assert history.waiting(row, startup_s=5.0) == 0
+    assert history.waiting(dataclasses.replace(row, seconds=0, data_wait_s=0)) == 0
 
 
 def test_waiting_is_warned_of_once_and_when_it_grows(tmp_path, caplog):
@@ -167,7 +167,7 @@ def test_elsewhere_than_at_a_terminal_there_are_plain_lines(tmp_path, capfd, mon
         logging.getLogger().removeHandler(handler)
     out, err = capfd.readouterr()
     assert out == ""
-    assert err == log.describe(ROWS[1], 4, 2 * 12.25) + "\n"
+    assert err == history.describe(ROWS[1], 4, 2 * 12.25) + "\n"
 
 
 def caplog_at_info():
@@ -287,24 +287,6 @@ def test_one_slow_epoch_does_not_hide_the_others():
     seconds = [10.0, 11.0, 500.0, 10.0, 12.0]
     rows = [EpochRow(e, 0, 0, None, 1e-3, s, 0.0) for e, s in enumerate(seconds, start=1)]
     assert curves.plot(rows, "").axes[2].get_ylim()[1] == pytest.approx(1.35 * 33)
-
-
-def test_the_log_file_has_the_time_of_each_line_and_how_it_ended(tmp_path):
-    path = tmp_path / "run" / "train.log"
-    with caplog_at_info():
-        with log.to_file(path):
-            logging.getLogger("training").info("one")
-        logging.getLogger("training").info("of nobody")
-        with pytest.raises(TrainingError), log.to_file(path):
-            raise TrainingError("the loss is nan")
-        with pytest.raises(ZeroDivisionError), log.to_file(path):
-            raise ZeroDivisionError
-    lines = path.read_text().splitlines()
-    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d one$", lines[0])
-    assert lines[1].endswith(" error: the loss is nan")
-    assert lines[2].endswith(" ended by ZeroDivisionError")
-    assert lines[3] == "Traceback (most recent call last):"
-    assert "of nobody" not in path.read_text()
 
 
 def test_tensorboard_that_is_not_there_is_said_in_one_line(tmp_path, monkeypatch):

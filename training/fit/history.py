@@ -1,16 +1,12 @@
-"""What a training run tells: a line an epoch, ``progress.csv``, ``train.log``."""
+"""What the epochs of a run have come to: a line of the log each, and ``progress.csv``."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import logging
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ichseg.errors import IchsegError, OutputError
 from ichseg.files import replacing
 from ichseg.wording import clock
 
@@ -33,13 +29,14 @@ class EpochRow:
     """One line of ``progress.csv``.
 
     Attributes:
-        epoch: From 1.
-        train_loss, validation_loss: Means over the epoch's batches.
+        epoch: Number of the epoch, from 1.
+        train_loss: Mean loss of the epoch's training batches.
+        validation_loss: Mean loss of its validation batches.
         pseudo_dice: Dice of the validation patches taken as one volume, averaged over classes; None
             when neither they nor the prediction had any foreground.
         lr: Learning rate of the epoch.
-        seconds: Wall time, validation included.
-        data_wait_s: Of which spent waiting for batches.
+        seconds: Wall time of the epoch in seconds, validation included.
+        data_wait_s: Seconds of it spent waiting for batches.
         class_dice: The same Dice for each foreground class.
     """
 
@@ -54,7 +51,7 @@ class EpochRow:
 
     @property
     def compute_s(self) -> float:
-        """Wall time but for the wait."""
+        """Wall time of the epoch in seconds, without the wait for batches."""
         return self.seconds - self.data_wait_s
 
 
@@ -72,7 +69,7 @@ def describe(row: EpochRow, epochs: int, left_s: float) -> str:
 
 
 def number(dice: float | None) -> str:
-    """A Dice, in five columns."""
+    """A Dice score as text, five characters wide; a dash where there is none."""
     return "  -  " if dice is None else f"{dice:.3f}"
 
 
@@ -88,10 +85,10 @@ def left_s(
 
     Args:
         history: The whole epochs so far.
-        epochs: Of the whole training.
-        epoch_s: What one epoch takes, for when there is no history yet.
-        spent_s: What the current epoch has taken so far.
-        budget_s: What is left of the time that the training may take, if that is limited.
+        epochs: Number of epochs of the whole training.
+        epoch_s: Seconds that one epoch takes, for when there is no history yet.
+        spent_s: Seconds that the current epoch has taken so far.
+        budget_s: Seconds left of the time that the training may take, if that is limited.
     """
     recent = [row.seconds for row in history[-_RECENT_EPOCHS:]] or [epoch_s]
     left = max(0, epochs - len(history)) * sum(recent) / len(recent) - spent_s
@@ -103,7 +100,7 @@ def write_csv(rows: Sequence[EpochRow], path: Path, labels: Sequence[str] = ()) 
 
     Args:
         rows: The epochs.
-        path: Of the table.
+        path: Where to write the table.
         labels: Names of the foreground classes; with two or more, each has a column for its Dice.
     """
     classes = [f"dice_{label}" for label in labels] if len(labels) > 1 else []
@@ -119,35 +116,3 @@ def write_csv(rows: Sequence[EpochRow], path: Path, labels: Sequence[str] = ()) 
 def waiting(row: EpochRow, *, startup_s: float = 0.0) -> float:
     """The share of an epoch that went into waiting for batches, the workers' start left out."""
     return max(0.0, row.data_wait_s - startup_s) / max(row.seconds - startup_s, 1e-9)
-
-
-@contextlib.contextmanager
-def to_file(path: Path) -> Iterator[None]:
-    """Append everything that is logged meanwhile to a file, each line with its time.
-
-    What ends the block is noted too: an error of ours as its line, any other with its traceback.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write ({error.strerror})") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    try:
-        yield
-    except BaseException as error:
-        ours = isinstance(error, IchsegError)
-        text = f"error: {error}" if ours else f"ended by {type(error).__name__}"
-        record = root.makeRecord(
-            __name__, logging.ERROR, "", 0, text, (), None if ours else sys.exc_info()
-        )
-        handler.handle(record)  # to the file alone: who catches it tells the rest of the world
-        raise
-    finally:
-        root.removeHandler(handler)
-        handler.close()
