@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import shutil
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from ichseg.errors import TrainingError
 from ichseg.model import bundle
 from training.__main__ import main as command
 from training.bundle import export as exporter
-from training.bundle import rounding
+from training.bundle import model_card, rounding
 from training.bundle.export import export
 from training.data.workspace import BEST_CHECKPOINT, LATEST_CHECKPOINT, run_folder
 from training.fit.checkpoint import load_checkpoint
 from training.jobs.train import run_fold
+from training.scoring import summary
+from training.scoring.scores import CaseScore, score_labels
 
 SHORT = dataclasses.replace(QUICK, epochs=1)
 
@@ -110,11 +113,16 @@ def test_refuses_weights_that_rounding_changes(workspace, tmp_path, monkeypatch)
 
 def test_each_fold_is_checked_once(workspace, tmp_path, monkeypatch):
     checked = []
-    monkeypatch.setattr(exporter, "check_rounding", lambda *args: checked.append(args[1].spec.fold))
+
+    def check(cases, run, state, most_cases):
+        checked.append(run.fold)
+        return most_cases
+
+    monkeypatch.setattr(exporter, "check_rounding", check)
     export(workspace, ("3d_fullres",), ("0",), tmp_path)
     before = (tmp_path / "3d_fullres_fold_0.safetensors").read_bytes()
     export(workspace, ("3d_fullres",), ("0", "1"), tmp_path)
-    assert checked == [0, 1]
+    assert checked == ["0", "1"]
     assert (tmp_path / "3d_fullres_fold_0.safetensors").read_bytes() == before
 
 
@@ -140,3 +148,46 @@ def test_the_real_check_passes_and_is_told(workspace, tmp_path, caplog):
     card = (tmp_path / "MODEL_CARD.md").read_text()
     assert card.startswith("# tiny-3d_fullres, version 1\n\nSegments hemorrhage.")
     assert "Not measured: `cross-validate` this workspace first." in card
+
+
+def test_a_check_that_was_left_out_is_not_claimed_and_is_made_up_for(
+    workspace, tmp_path, monkeypatch
+):
+    """Without cases nothing is checked, and an export that wants the check later does it."""
+    export(workspace, ("3d_fullres",), ("0",), tmp_path, check_cases=0)
+    assert "not checked against the weights as trained" in card(tmp_path)
+    checked = []
+    monkeypatch.setattr(
+        exporter, "check_rounding", lambda cases, run, state, most: checked.append(run.fold) or most
+    )
+    export(workspace, ("3d_fullres",), ("0", "1"), tmp_path, check_cases=1)
+    assert checked == ["0", "1"]
+    assert "checked on 1 validation case of each fold" in card(tmp_path)
+
+
+def test_the_card_of_the_best_checkpoint_has_no_scores_of_the_latest(
+    workspace, tmp_path, monkeypatch
+):
+    """Only the latest weights have been validated."""
+    scored = evaluation_of(workspace)
+    monkeypatch.setattr(model_card.summary, "load", lambda folder: scored)
+    path = run_folder(workspace, "3d_fullres", "1")
+    shutil.copy(path / LATEST_CHECKPOINT, path / BEST_CHECKPOINT)
+    for checkpoint, claimed in (("latest", True), ("best", False)):
+        out = tmp_path / checkpoint
+        export(workspace, ("3d_fullres",), ("1",), out, checkpoint=checkpoint, check_cases=0)
+        assert ("sensitivity" in card(out)) == claimed
+        assert ("this bundle holds the best" in card(out)) != claimed
+
+
+def card(folder):
+    return (folder / "MODEL_CARD.md").read_text()
+
+
+def evaluation_of(workspace):
+    """An evaluation of one case that was found exactly."""
+    mask = np.zeros((2, 4, 4), np.uint8)
+    mask[0, 0] = 1
+    labels = score_labels(mask, mask, (5.0, 1.0, 1.0), names=["hemorrhage"], empty="instance")
+    case = CaseScore("case_0", "case_0.nii.gz", "case_0.nii.gz", labels)
+    return summary.make_evaluation([case], ["hemorrhage"], "instance")

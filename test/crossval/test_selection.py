@@ -144,14 +144,15 @@ def test_a_false_alarm_in_a_case_without_blood_costs_a_whole_case(workspace):
     assert chosen.mean_dice == pytest.approx(1, abs=1e-6)
 
 
-def test_probabilities_go_unless_asked_and_are_then_missed(workspace):
+def test_probabilities_stay_unless_dropped_and_are_then_missed(workspace):
     for case, image, blood in references(workspace):
         for configuration in (CONFIGURATION, LOW):
             put(workspace, configuration, case, image, 1.0 * blood)
     folders = [probabilities_folder(run_folder(workspace, n, "0")) for n in NAMES]
-    selection.select(workspace, NAMES, keep_probabilities=True, workers=1)
+    selection.select(workspace, NAMES[:1], workers=1)
+    assert len(selection.select(workspace, NAMES, workers=1).candidates) == 3
     assert all(folder.is_dir() for folder in folders)
-    selection.select(workspace, NAMES, workers=1)
+    selection.select(workspace, NAMES, drop_probabilities=True, workers=1)
     assert not any(folder.exists() for folder in folders)
     with pytest.raises(TrainingError, match=r"run `train 3d_fullres --fold 0`"):
         selection.select(workspace, NAMES, workers=1)

@@ -101,7 +101,8 @@ def export(
     ]
     data = dataset.load_dataset(workspace)
     cases = {case.name: case for case in data.labelled}
-    known = _known_members(out)
+    known = _checked_cases(out)
+    checked: list[int] = []
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=UNFINISHED) as beside:
         members = []
@@ -109,8 +110,11 @@ def export(
             weights = part.checkpoint["network"]
             name = part.run.configuration.name
             member = bundle.save_member(Path(beside), name, part.fold, weights)
-            if member not in known:
-                check_rounding(cases, part.run, weights, check_cases)
+            enough = min(check_cases, len(part.run.spec.validation))
+            if known.get(member, -1) < enough:
+                checked.append(check_rounding(cases, part.run, weights, check_cases))
+            else:
+                checked.append(known[member])
             members.append(member)
         for member in members:
             (Path(beside) / member.file).replace(out / member.file)
@@ -127,7 +131,7 @@ def export(
         mirror_axes=_mirror_axes(trained),
         plans=planned,
         members=tuple(members),
-        provenance=_provenance(data, trained, checkpoint),
+        provenance=_provenance(data, trained, checked, checkpoint),
         rules=tuple(rules),
         averages=tuple(configurations) if stages & set(configurations) else (),
     )
@@ -177,16 +181,19 @@ def _mirror_axes(trained: Sequence[Trained]) -> tuple[int, ...]:
     return tuple(range(3 - dimensions, 3))
 
 
-def _provenance(data: Dataset, trained: Sequence[Trained], checkpoint: str) -> dict[str, Any]:
+def _provenance(
+    data: Dataset, trained: Sequence[Trained], checked: Sequence[int], checkpoint: str
+) -> dict[str, Any]:
     """From what the bundle was made, for people and for the model card."""
     folds = {
-        f"{part.run.configuration.name} fold {part.fold}": {
+        _fold_key(part.run.configuration.name, part.fold): {
             "epochs": part.checkpoint["schedule"]["epoch"],
             "minutes": round(part.checkpoint["elapsed_s"] / 60, 1),
             "ended": part.checkpoint["finished"] or "best checkpoint",
+            "checked_cases": count,
             "config": strict_json.to_json(part.run.config),
         }
-        for part in trained
+        for part, count in zip(trained, checked, strict=True)
     }
     return {
         "dataset": data.name,
@@ -199,12 +206,22 @@ def _provenance(data: Dataset, trained: Sequence[Trained], checkpoint: str) -> d
     }
 
 
-def _known_members(out: Path) -> tuple[Member, ...]:
-    """What an earlier export has written and checked."""
+def _fold_key(configuration: str, fold: str) -> str:
+    """Where the provenance says of a fold how it was trained and checked."""
+    return f"{configuration} fold {fold}"
+
+
+def _checked_cases(out: Path) -> dict[Member, int]:
+    """What an earlier export has written, and on how many cases it has checked the rounding."""
     try:
-        return bundle.load_model(out).members
+        model = bundle.load_model(out)
     except WeightsError:
-        return ()
+        return {}
+    folds = model.provenance.get("folds", {})
+    return {
+        member: folds.get(_fold_key(member.configuration, member.fold), {}).get("checked_cases", 0)
+        for member in model.members
+    }
 
 
 def _remove_others(out: Path, members: Sequence[Member]) -> None:

@@ -9,6 +9,7 @@ from ichseg.errors import IchsegError
 from ichseg.files import replacing
 from ichseg.model.bundle import Model
 from ichseg.model.rules import ComponentRule
+from ichseg.wording import counted
 from training.crossval import rules, selection
 from training.crossval.selection import Selection
 from training.data.workspace import evaluation_folder
@@ -18,6 +19,10 @@ from training.scoring.summary import Evaluation, LabelSummary
 
 FILE = "MODEL_CARD.md"
 _NOT_MEASURED = "Not measured: `cross-validate` this workspace first."
+_OTHER_WEIGHTS = (
+    "Not measured: the cross-validation scores the latest checkpoint of each fold, and this bundle "
+    "holds the best."
+)
 
 
 def write(model: Model, workspace: Path, out: Path) -> None:
@@ -31,8 +36,11 @@ def write(model: Model, workspace: Path, out: Path) -> None:
     Raises:
         OutputError: The folder cannot be written.
     """
-    evaluations = {name: _evaluation(workspace, name) for name in model.averaged}
-    selected = _selection(workspace, model)
+    evaluations: dict[str, Evaluation | None] = dict.fromkeys(model.averaged)
+    selected = None
+    if _is_validated(model):
+        evaluations = {name: _evaluation(workspace, name) for name in model.averaged}
+        selected = _selection(workspace, model)
     sections = [
         f"# {model.name}, version {model.version}",
         model.description,
@@ -40,7 +48,7 @@ def write(model: Model, workspace: Path, out: Path) -> None:
         "user has shown that it is fit for that.",
         _facts(model),
         "## What it scores",
-        *_scores(evaluations, selected),
+        *_scores(evaluations, selected, _NOT_MEASURED if _is_validated(model) else _OTHER_WEIGHTS),
         "## Post-processing",
         _rules(model.rules, model.plans.labels, selected),
         "## What is not known",
@@ -79,7 +87,7 @@ def _facts(model: Model) -> str:
     rows += [
         ("trained on", f"{provenance['dataset']}, {provenance['cases']} cases"),
         ("training", _training(provenance)),
-        ("storage", "fp16; checked on validation cases to change no mean Dice by over 0.001"),
+        ("storage", f"fp16; {_rounding(provenance)}"),
         ("made", f"{provenance['date']} with torch {provenance['torch']}"),
     ]
     return _table(("", ""), rows)
@@ -95,7 +103,24 @@ def _training(provenance: dict[str, Any] | Any) -> str:
     )
 
 
-def _scores(evaluations: dict[str, Evaluation | None], selected: Selection | None) -> list[str]:
+def _is_validated(model: Model) -> bool:
+    """Whether the cross-validation has scored the weights of the bundle."""
+    return bool(model.provenance["checkpoint"] == "latest")
+
+
+def _rounding(provenance: dict[str, Any] | Any) -> str:
+    """On how many cases the stored weights were held against those that were trained."""
+    checked = sorted({fold["checked_cases"] for fold in provenance["folds"].values()})
+    if checked[-1] == 0:
+        return "not checked against the weights as trained"
+    cases = counted(checked[-1], "validation case")
+    cases = cases if len(checked) == 1 else f"{checked[0]} to {cases}"
+    return f"checked on {cases} of each fold to change no mean Dice by over 0.001"
+
+
+def _scores(
+    evaluations: dict[str, Evaluation | None], selected: Selection | None, otherwise: str
+) -> list[str]:
     blocks = []
     if selected is not None:
         blocks.append(
@@ -105,7 +130,7 @@ def _scores(evaluations: dict[str, Evaluation | None], selected: Selection | Non
     for name, evaluation in evaluations.items():
         blocks.append(f"### {name}, one network, without rules")
         if evaluation is None:
-            blocks.append(_NOT_MEASURED)
+            blocks.append(otherwise)
             continue
         for found in evaluation.summaries:
             blocks += [_measures(found), _lesions(found), _volumes(found)]

@@ -89,7 +89,7 @@ def select(
     workspace: Path,
     configurations: Sequence[str],
     *,
-    keep_probabilities: bool = False,
+    drop_probabilities: bool = False,
     workers: int | None = None,
 ) -> Selection:
     """Choose configurations and rules by the cross-validation, and write ``selection.json``.
@@ -103,7 +103,8 @@ def select(
     Args:
         workspace: The folder with the validations of all folds.
         configurations: The names to choose from, the simplest first.
-        keep_probabilities: Whether the stored probabilities stay when all is done.
+        drop_probabilities: Whether to remove the stored probabilities when all is done. Without
+            them a configuration that is trained later cannot be paired with these.
         workers: How many processes to use; None for as many as cores and memory allow.
 
     Raises:
@@ -139,7 +140,7 @@ def select(
     )
     with replacing(selection_file(workspace)) as temporary:
         temporary.write_text(strict_json.dumps(selection), encoding="utf-8")
-    if not keep_probabilities:
+    if drop_probabilities:
         _remove_probabilities(workspace)
     return selection
 
@@ -253,9 +254,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="to choose from, the simplest first [all that have been trained]",
     )
     parser.add_argument(
-        "--keep-probabilities",
+        "--drop-probabilities",
         action="store_true",
-        help="leave what validation stored for pairs, to select again with more configurations",
+        help="remove what validation stored for pairs; a configuration that is trained later "
+        "cannot be paired with these then",
     )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes [as many as cores and memory allow]"
@@ -268,7 +270,7 @@ def main(args: argparse.Namespace) -> int:
     selection = select(
         args.workspace,
         names,
-        keep_probabilities=args.keep_probabilities,
+        drop_probabilities=args.drop_probabilities,
         workers=args.workers,
     )
     for line in describe(selection).splitlines():

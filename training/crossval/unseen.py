@@ -89,7 +89,7 @@ def require_probabilities(
             folder = run_folder(workspace, name, fold)
             raise TrainingError(
                 f"{probabilities_folder(folder)}: no probabilities of all its cases, which pairs "
-                f"are judged by (an earlier selection removes them); delete "
+                f"are judged by (`select --drop-probabilities` removes them); delete "
                 f"{folder / VALIDATION_FILE} and "
                 f"run `train {name} --fold {fold}`, which then only validates"
             )

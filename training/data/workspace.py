@@ -127,7 +127,7 @@ def mask_file(run_folder: Path, case: str) -> Path:
 
 
 def probabilities_folder(run_folder: Path) -> Path:
-    """The probabilities of a fold's validation cases, kept until ``select`` has used them."""
+    """The probabilities of a fold's validation cases, by which ``select`` judges pairs."""
     return run_folder / "probabilities"
 
 
