@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ichseg.predict.dice import dice_of_masks
 from ichseg.predict.ensemble import Ensemble
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
-from training.scoring.measures import dice
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "test" / "sample"
@@ -68,7 +68,7 @@ def score_heldout(ensemble: Ensemble, preset: str, folder: Path) -> list[dict[st
         image = volume.read(data / "imagesTr" / f"{case['case']}.nii.gz")
         reference = volume.read(data / "labelsTr" / f"{case['case']}.nii.gz").voxels != 0
         mask, took = segment(ensemble, image, preset, folder / preset / f"{case['case']}.nii.gz")
-        score = dice(mask.voxels != 0, reference)
+        score = dice_of_masks(mask.voxels != 0, reference)
         size_ml = float(reference.sum() * image.voxel_ml)
         seconds.append(took)
         for group in ("all", case["kinds"], "under 1 mL" if size_ml < 1 else "1 mL and more"):
@@ -93,7 +93,7 @@ def score_samples(ensemble: Ensemble, preset: str) -> list[dict[str, object]]:
     for name, bar in SAMPLE_BARS.items():
         found = ensemble.segment(volume.read(SAMPLES / "input" / name), preset)
         reference = volume.read(SAMPLES / "reference" / name).voxels != 0
-        score = dice(found.mask.voxels != 0, reference)
+        score = dice_of_masks(found.mask.voxels != 0, reference)
         rows.append(make_row(f"sample {name}, Dice", score, "", bar, at_least=True))
         rows.append(make_row(f"sample {name}, time", found.seconds["total"], "s", None))
     found = ensemble.segment(volume.read(SAMPLES / "input" / NEGATIVE), preset)

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from ichseg.model import plans as plans_module
+from ichseg.predict.dice import dice_of_masks
 from ichseg.scan import volume
 from training.data import dataset, splits
-from training.scoring.measures import dice
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -217,7 +217,9 @@ class FoldPair:
         for name in self.fold(seed).validation:
             predicted = volume.read(Path(kept["predictions"]) / f"{name}.nii.gz").voxels
             reference = volume.read(cases[name].label or Path()).voxels
-            found.append([dice(predicted == label, reference == label) for label in labels])
+            found.append(
+                [dice_of_masks(predicted == label, reference == label) for label in labels]
+            )
         return np.array(found)
 
     def call_ours(self, *arguments: object) -> None:

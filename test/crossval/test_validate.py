@@ -9,13 +9,13 @@ from helpers.workspaces import QUICK, make_workspace
 
 from ichseg.model import strict_json
 from ichseg.model.network import build_network
+from ichseg.predict.dice import dice_of_masks
 from ichseg.scan import volume
 from training.crossval import validate as module
 from training.crossval.validate import is_validated, validate, weights_digest
 from training.data.workspace import LATEST_CHECKPOINT
 from training.fit.checkpoint import SCHEMA_VERSION
 from training.fit.fold_run import open_run
-from training.scoring.measures import dice
 
 CONFIG = dataclasses.replace(QUICK, validation_mirrors=False)
 
@@ -167,7 +167,7 @@ def test_what_is_recorded_is_the_dice_of_the_mask(workspace):
         mask = volume.read(run.folder / "validation" / f"{name}.nii.gz").voxels
         reference = volume.read(workspace / "raw" / f"{name}_l.nii.gz").voxels
         assert 0 < mask.sum() < mask.size
-        assert scores[name]["hemorrhage"] == pytest.approx(dice(mask == 1, reference == 1))
+        assert scores[name]["hemorrhage"] == pytest.approx(dice_of_masks(mask == 1, reference == 1))
     mean = np.mean([score["hemorrhage"] for score in scores.values()])
     assert record(run)["mean_dice"]["hemorrhage"] == pytest.approx(mean, abs=5e-5)
 

@@ -12,7 +12,6 @@ from training.scoring.measures import (
     MEASURES,
     Scores,
     diagonal_mm,
-    dice,
     score_masks,
 )
 
@@ -103,18 +102,9 @@ def test_policy_does_not_touch_what_is_not_empty(empty):
     assert score(*squares(), empty=empty) == score(*squares())
 
 
-def test_plain_dice():
-    first, second = squares()
-    assert dice(first, second) == 24 / 32
-    assert dice(first, np.zeros_like(first)) == 0.0
-    assert math.isnan(dice(np.zeros_like(first), np.zeros_like(first)))
-
-
 def test_refusals():
     first, second = squares()
     with pytest.raises(ValueError, match="policy 'zero' for empty masks, expected one of"):
         score(first, second, empty="zero")
     with pytest.raises(ValueError, match="masks of shapes"):
         score(first[:, 1:], second)
-    with pytest.raises(ValueError, match="masks of shapes"):
-        dice(first[:, 1:], second)

@@ -18,6 +18,7 @@ from ichseg.errors import TrainingError
 from ichseg.model.plans import Plans
 from ichseg.model.rules import ComponentRule
 from ichseg.predict import components, prepare
+from ichseg.predict.dice import dice_of_masks
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.crossval import merge, probabilities
@@ -30,7 +31,7 @@ from training.data.workspace import (
     probabilities_folder,
     run_folder,
 )
-from training.scoring.measures import SMOOTHING, dice
+from training.scoring.measures import SMOOTHING
 
 Labels = npt.NDArray[np.uint8]
 
@@ -151,5 +152,6 @@ def _dice(
 ) -> tuple[float, ...]:
     """INSTANCE's Dice of each foreground label; 1 where neither mask has it."""
     return tuple(
-        dice(found == label, reference == label, smoothing=SMOOTHING) for label in range(1, labels)
+        dice_of_masks(found == label, reference == label, smoothing=SMOOTHING)
+        for label in range(1, labels)
     )

@@ -29,6 +29,7 @@ from ichseg.model import strict_json
 from ichseg.model.network import build_network
 from ichseg.model.plans import Configuration, Plans
 from ichseg.predict import prepare, sliding_window
+from ichseg.predict.dice import dice_of_masks
 from ichseg.predict.prepare import Placement
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
@@ -46,7 +47,6 @@ from training.data.workspace import (
 from training.fit import history
 from training.fit.checkpoint import load_checkpoint
 from training.fit.fold_run import FoldRun
-from training.scoring.measures import dice
 from training.store import chunks
 
 SCHEMA_VERSION = 1
@@ -219,7 +219,7 @@ def score_labels(
 ) -> dict[str, float | None]:
     """The Dice of each foreground label, by its name; None where neither mask has the label."""
     scores = {
-        name: dice(labels == value, reference == value)
+        name: dice_of_masks(labels == value, reference == value)
         for value, name in enumerate(planned.labels)
         if value
     }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ichseg.errors import TrainingError
 from ichseg.model.network import build_network
+from ichseg.predict.dice import dice_of_counts
 from training.batches.stream import Batch
 from training.fit import schedule
 from training.fit.configuration import TrainingConfig
@@ -118,7 +119,7 @@ def train_step(run: FoldRun, state: TrainingState, batch: Batch) -> float:
 
 @torch.no_grad()
 def validation_step(run: FoldRun, state: TrainingState, batch: Batch) -> tuple[float, Tensor]:
-    """Loss, and per foreground class twice the hits and both masks' voxels, int64 ``(K - 1, 2)``.
+    """Loss, and per foreground class the hits and both masks' voxels, int64 ``(K - 1, 2)``.
 
     Both are of the whole batch, whichever process has which samples.
     """
@@ -129,7 +130,7 @@ def validation_step(run: FoldRun, state: TrainingState, batch: Batch) -> tuple[f
     counts = []
     for label in range(1, logits.shape[1]):
         ours, theirs = found == label, target == label
-        counts.append(torch.stack([2 * (ours & theirs).sum(), ours.sum() + theirs.sum()]))
+        counts.append(torch.stack([(ours & theirs).sum(), ours.sum() + theirs.sum()]))
     return loss.item(), run.group.total(torch.stack(counts).cpu())
 
 
@@ -138,7 +139,7 @@ def pseudo_dice(counts: Tensor) -> tuple[float | None, ...]:
 
     Validation patches are taken as one volume, so it is no mean over cases (P18, V2).
     """
-    return tuple(hits / both if both else None for hits, both in counts.tolist())
+    return tuple(dice_of_counts(shared, both) if both else None for shared, both in counts.tolist())
 
 
 def _forward(run: FoldRun, state: TrainingState, data: Tensor) -> Tensor | list[Tensor]:

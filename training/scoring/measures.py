@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ichseg.predict.dice import dice_of_counts
 from training.scoring.surface import bounding_box, hausdorff_mm, surface_dice, surface_distances
 
 Mask = npt.NDArray[np.bool_]
@@ -64,23 +65,6 @@ TITLES = dict(
 )
 
 
-def dice(segmentation: Mask, reference: Mask, *, smoothing: float = 0.0) -> float:
-    """Dice coefficient of two masks of one shape: 2 |A and B| / (|A| + |B|).
-
-    Returns:
-        0 to 1; without smoothing NaN when both masks are empty, 0 when one is.
-
-    Raises:
-        ValueError: The shapes differ.
-    """
-    if segmentation.shape != reference.shape:
-        raise ValueError(f"masks of shapes {segmentation.shape} and {reference.shape}")
-    first, second = segmentation.astype(bool), reference.astype(bool)
-    total = int(first.sum()) + int(second.sum())
-    shared = 2 * int((first & second).sum()) + smoothing
-    return shared / (total + smoothing) if total + smoothing else math.nan
-
-
 def score_masks(
     prediction: Mask,
     reference: Mask,
@@ -109,7 +93,7 @@ def score_masks(
     prediction, reference = prediction[box], reference[box]
     predicted, present = int(np.count_nonzero(prediction)), int(np.count_nonzero(reference))
     shared = int(np.count_nonzero(prediction & reference))
-    overlap = (2 * shared + SMOOTHING) / (predicted + present + SMOOTHING)
+    overlap = dice_of_counts(shared, predicted + present, smoothing=SMOOTHING)
     volume = abs(predicted - present) / present if present else None
     if predicted and present:
         distances = surface_distances(prediction, reference, spacing_mm)
