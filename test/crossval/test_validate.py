@@ -117,7 +117,7 @@ def test_interrupted_between_cases_it_goes_on_and_ends_the_same(workspace, segme
 
 def test_interrupted_within_a_case_leaves_nothing_of_it(workspace, segmented, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr("ichseg.predict.sliding_window.BATCH_VOXELS", 1)  # tiles one by one
+    monkeypatch.setattr("ichseg.engine.engine.BATCH_VOXELS", 1)  # tiles one by one
     asked = iter([False, True])
     run = run_of(workspace)
     assert not validate(workspace, run, interrupted=lambda: next(asked))

@@ -180,7 +180,7 @@ def test_the_batch_size_changes_nothing(monkeypatch):
 
     masks = []
     for voxels in (1, 3 * 256, 10**9):
-        monkeypatch.setattr(sliding_window, "BATCH_VOXELS", voxels)
+        monkeypatch.setattr("ichseg.engine.engine.BATCH_VOXELS", voxels)
         masks.append(predict_tiled(ranked, data, (4, 8, 8), mirror_axes=(0, 2)))
     torch.testing.assert_close(masks[0], masks[1])
     torch.testing.assert_close(masks[0], masks[2])
