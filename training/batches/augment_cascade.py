@@ -36,7 +36,8 @@ def corrupt(
         classes: Foreground labels are 1 to ``classes``.
         rng: Source of all draws.
         config: Probabilities and ranges.
-        patch_voxels: Of the network's patch: what the largest component to remove is measured by.
+        patch_voxels: Voxels of the network's patch, by which the largest component to remove is
+            measured.
     """
     result = previous.copy()
     if rng.random() < config.morphology_probability:

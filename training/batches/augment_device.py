@@ -45,10 +45,11 @@ def augment_batch(
             warps of the batch reach. Not changed.
         labels: int8 ``(B, L, Z, Y, X)``, label maps that are warped alike; -1 is outside the image
             or its nonzero region.
-        warps: From ``draw_warp``; all in-plane, or all not.
+        warps: The spatial change that ``draw_warp`` has drawn for each sample, or None; all
+            in-plane, or all not.
         patch: Size of the result ``(z, y, x)``.
         config: Probabilities and ranges.
-        rngs: Of each sample: source of all further draws.
+        rngs: The source of all further draws of each sample.
         classes: Labels are -1 to ``classes - 1``.
         in_plane: Leave the resolution between slices alone.
 

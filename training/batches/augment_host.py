@@ -51,7 +51,7 @@ def augment(
         data: ``(C, Z, Y, X)``, of the size ``warp.reach(patch)`` or, without a warp, ``patch``.
         labels: ``(L, Z, Y, X)``, label maps that are warped alike; -1 is outside the image or its
             nonzero region.
-        warp: From ``draw_warp``.
+        warp: The spatial change that ``draw_warp`` has drawn, or None.
         patch: Size of the result ``(z, y, x)``.
         config: Probabilities and ranges.
         rng: Source of all further draws.

@@ -188,7 +188,7 @@ class Changes:
         gamma: Exponent.
         zoomed: First axis whose resolution is lowered: 0, or 1 (slices are left alone).
         mirrored: Axes to mirror, of 0 to 2.
-        seed: Of the random fields that the engine fills itself.
+        seed: Seed of the random fields that the engine fills itself.
     """
 
     noise: tuple[float | None, ...]
@@ -244,7 +244,7 @@ def draw_changes(
     Args:
         rng: Source of the draw.
         config: Probabilities and ranges.
-        channels: Of the image.
+        channels: Number of channels of the image.
         patch: Three axes; a 2D patch is one slice thick.
         in_plane: Leave the resolution between slices alone (dummy-2D).
     """

@@ -54,9 +54,9 @@ def fill_cache(
     """Bring all cases to the device if they are to be there; says in the log what was done.
 
     Args:
-        folder: Preprocessed cases of one configuration.
-        names: Of the cases.
-        device: That trains.
+        folder: The preprocessed cases of one configuration.
+        names: Names of the cases.
+        device: The device that trains.
         mode: ``yes``, ``no``, or ``auto``, which keeps them on CUDA only, and only where they leave
             enough memory for the training.
 
@@ -105,10 +105,10 @@ def cut_regions(
     """Regions of cases; beyond a case the image is 0 and the target -1.
 
     Args:
-        cases: From ``fill_cache``.
-        names: Case of each region.
+        cases: What ``fill_cache`` has brought to the device.
+        names: The case of each region.
         lowers: First voxel ``(z, y, x)`` of each region.
-        size: Of all regions.
+        size: Voxels ``(z, y, x)`` of all regions.
 
     Returns:
         Whole numbers ``(B, C, *size)``, their steps ``(B, C)``, and targets int8 ``(B, *size)``.

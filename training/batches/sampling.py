@@ -54,7 +54,7 @@ class BatchSpec:
         masked: For each channel whether it is zero outside the nonzero region.
         foreground_fraction: Share of a batch that is centred on foreground (foreground
             oversampling).
-        augmentation: Of training batches; validation batches have none.
+        augmentation: How training batches are augmented; validation batches never are.
         seed, fold: First words of every batch's seed.
         centre_jitter: How far the chosen foreground may lie from a patch's centre, see
             ``draw_lower``.
@@ -93,12 +93,12 @@ class BatchSpec:
         return z, y, x
 
     def augmentation_of(self, key: BatchKey) -> AugmentationConfig:
-        """Of this batch: none if it is for validation."""
+        """How samples of this batch are augmented: not at all if it is for validation."""
         return NO_AUGMENTATION if key.validation else self.augmentation
 
     @property
     def mine(self) -> slice:
-        """This process' samples of a batch."""
+        """The samples of a batch that this process makes."""
         rank, world = self.share
         count = self.batch // world
         return slice(rank * count, (rank + 1) * count)
@@ -108,9 +108,9 @@ class Draw(NamedTuple):
     """One sample as drawn, before anything is read.
 
     Attributes:
-        name: Of the case.
-        lower: First voxel of the patch, were it not warped.
-        warp: Its spatial change, or None.
+        name: The case's name.
+        lower: First voxel ``(z, y, x)`` of the patch, were it not warped.
+        warp: The sample's spatial change, or None.
         rng: Source of all further draws.
     """
 
@@ -150,13 +150,13 @@ class Regions(NamedTuple):
     """This process' share of a batch, for the device to augment: alike in size, nothing applied.
 
     Attributes:
-        names: Cases of the samples.
+        names: The case of each sample.
         lowers: First voxel of each region.
-        size: Of the regions ``(z, y, x)``: what the furthest reaching warp of the batch reads.
-        augmentation: What else may happen to them.
+        size: Voxels ``(z, y, x)`` of each region: what the furthest reaching warp reads.
+        augmentation: What else may be done to the samples.
         classes: Labels are below this.
-        warps: Spatial change of each, or None.
-        rngs: Sources of each sample's further draws.
+        warps: The spatial change of each sample, or None.
+        rngs: The source of each sample's further draws.
         voxels: None if they lie on the device.
         previous: Labels of the first stage, int8 ``(B, *size)``; None without a cascade.
     """
@@ -210,7 +210,7 @@ def read_regions(spec: BatchSpec, key: BatchKey, *, cached: bool = False) -> Reg
 
     Args:
         spec: What batches have in common.
-        key: Which batch.
+        key: The batch to make.
         cached: Images and targets lie on the device (``gpu_cache``) and need not be read.
 
     Raises:
@@ -300,7 +300,7 @@ def draw_lower(
 
     Args:
         rng: Source of the draw.
-        shape: Of the case ``(z, y, x)``.
+        shape: Voxels of the case ``(z, y, x)``.
         foreground: Voxels ``(n, 3)`` of each class.
         patch: Size ``(z, y, x)``.
         on_foreground: Whether to centre the patch on foreground (foreground oversampling).
@@ -333,9 +333,9 @@ def overlap(shape: Shape, lower: Shape, size: Shape) -> tuple[tuple[slice, ...],
     """Which part of a case a region covers, and where in the region that lies; empty if nowhere.
 
     Args:
-        shape: Of the case ``(z, y, x)``.
+        shape: Voxels of the case ``(z, y, x)``.
         lower: First voxel of the region, maybe outside.
-        size: Of the region.
+        size: Voxels of the region ``(z, y, x)``.
     """
     source: list[slice] = []
     sink: list[slice] = []
@@ -358,9 +358,9 @@ def read_region(
     """Copy a region of an array ``(..., Z, Y, X)``.
 
     Args:
-        array: Of a stored case.
+        array: An array of a stored case.
         lower: First voxel of the region, maybe outside.
-        size: Of the region.
+        size: Voxels of the region ``(z, y, x)``.
         outside: Value beyond the array.
         multiples: Copy the whole numbers on disk instead of what they mean.
 

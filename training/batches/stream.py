@@ -78,10 +78,10 @@ def open_batches(
     """Batches in the order of their keys, on the device.
 
     Args:
-        spec: What they have in common.
-        keys: Which ones; may be endless.
-        options: Who makes them.
-        device: Where they are wanted.
+        spec: What the batches have in common.
+        keys: The batches to make, in this order; may be endless.
+        options: Who makes the batches, and how far ahead.
+        device: Where the batches are wanted.
         layout: Memory format of the data.
 
     Raises:
@@ -134,7 +134,16 @@ class BatchStream:
         workers: int,
         prefetch: int,
     ) -> None:
-        """Args: ``make`` runs in the workers, ``finish`` here with what it returned."""
+        """Prepare to make batches.
+
+        Args:
+            make: Draws and reads a batch; runs in the workers.
+            finish: Makes a batch on the device of what ``make`` returned; runs in this process.
+            keys: The batches to make, in this order; may be endless.
+            device: Where the batches are wanted.
+            workers: Processes that run ``make``; with 0 it runs in this one.
+            prefetch: Batches made ahead.
+        """
         self.waited_s = 0.0
         self._make, self._finish, self._keys = make, finish, keys
         self._ahead: deque[tuple[Future[Any], Future[Batch]]] = deque()
@@ -156,11 +165,11 @@ class BatchStream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """See ``close``."""
+        """End the workers, see ``close``."""
         self.close()
 
     def __iter__(self) -> Iterator[Batch]:
-        """Itself: batches are used once."""
+        """The stream itself: batches are used once."""
         return self
 
     def __next__(self) -> Batch:
@@ -257,7 +266,7 @@ def _finish(spec: BatchSpec, layout: torch.memory_format, data: Tensor, labels: 
     """Masked channels, channels of the first stage, and the patch's own axes.
 
     Args:
-        spec: Of the batches.
+        spec: What the batches have in common.
         layout: Memory format of the result.
         data: ``(B, C, *tile)``; altered.
         labels: int8 ``(B, L, *tile)``.

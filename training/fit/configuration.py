@@ -255,9 +255,10 @@ def add_flags(group: Any, cls: type[Any], recipes: Mapping[str, Any]) -> None:
     """One flag for each field of a config class; left out, it is the recipe's value.
 
     Args:
-        group: To add them to.
+        group: The parser, or the group of a parser, to add them to.
         cls: The config class.
-        recipes: Its value in each recipe; help shows the first's, and others' where they differ.
+        recipes: The class's object in each recipe; the help shows the first's values, and others'
+            where they differ.
     """
     for name, hint, text in _flag_fields(cls):
         shown = {recipe: _shown(getattr(values, name)) for recipe, values in recipes.items()}

@@ -62,8 +62,8 @@ def cross_entropy(
 
     Args:
         log_probabilities: ``(B, K, *patch)``.
-        truth: From :func:`one_hot`.
-        group: See :func:`dice_cross_entropy`.
+        truth: Target of the same shape, 0 or 1, as :func:`one_hot` gives it.
+        group: The processes that have the rest of the batch.
     """
     # Not nll_loss, which has no deterministic form on CUDA
     likelihood = (log_probabilities * truth).sum()
@@ -83,9 +83,9 @@ def soft_dice(
 
     Args:
         probabilities: ``(B, K, *patch)``, summing to one over K.
-        truth: From :func:`one_hot`.
-        batch_dice: See :func:`dice_cross_entropy`.
-        group: See :func:`dice_cross_entropy`.
+        truth: Target of the same shape, 0 or 1, as :func:`one_hot` gives it.
+        batch_dice: Dice of the batch as one volume (True), or mean Dice of its samples.
+        group: The processes that have the rest of the batch.
     """
     voxels = tuple(range(2, probabilities.ndim))
     hits = (probabilities * truth).sum(voxels)[:, 1:]  # (B, K - 1)

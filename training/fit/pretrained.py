@@ -27,10 +27,10 @@ def load_pretrained(network: nn.Module, folder: Path, configuration: str, fold: 
     that configuration, else the first of all. The log says which, and what stays as it is.
 
     Args:
-        network: As initialised; altered.
+        network: The network as initialised; its tensors are altered.
         folder: A weights bundle.
-        configuration: That is to be trained.
-        fold: That is to be trained.
+        configuration: The configuration that is to be trained.
+        fold: The fold that is to be trained.
 
     Raises:
         TrainingError: No tensor fits.

@@ -27,8 +27,8 @@ class ProcessGroup:
     """The processes that train one fold together. Alone, each sum is the value itself.
 
     Attributes:
-        rank: Of this process, from 0.
-        count: How many there are.
+        rank: Number of this process, from 0.
+        count: Number of processes.
     """
 
     rank: int = 0
@@ -88,7 +88,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(_: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        """See ``ProcessGroup.total``."""
+        """Pass the gradient straight through, see ``ProcessGroup.total``."""
         return gradient
 
 

@@ -17,16 +17,16 @@ class ScheduleRules:
 
     Attributes:
         kind: ``plateau`` or ``poly``.
-        learning_rate: At the start.
-        epochs: At most so many.
-        minutes: At most so many of training, or None.
+        learning_rate: Learning rate of the first epoch.
+        epochs: Most epochs of a training.
+        minutes: Most minutes of a training, or None.
         momentum: Weight of the old value in a loss average.
         threshold: A smaller change of a loss average is no improvement.
         drop_patience: Epochs without improvement of the training average before the rate drops.
-        drop_factor: What it is multiplied by then.
+        drop_factor: What the learning rate is multiplied by then.
         stop_patience: Epochs without improvement of the validation average before training ends.
         lowest_rate: Training ends below this rate.
-        exponent: Of the poly decay.
+        exponent: Exponent of the poly decay.
     """
 
     kind: str
@@ -47,12 +47,14 @@ class ScheduleState:
     """Where a schedule stands after ``epoch`` epochs.
 
     Attributes:
-        epoch: Epochs completed.
-        learning_rate: Of the next epoch.
-        train_average, validation_average: Moving averages of the losses; None before any epoch.
-        train_best, validation_best: Their values when they last improved.
-        train_best_epoch: Epoch of that improvement, or of the last drop of the rate.
-        validation_best_epoch: Epoch of that improvement.
+        epoch: Number of epochs completed.
+        learning_rate: Learning rate of the next epoch.
+        train_average: Moving average of the training loss; None before any epoch.
+        train_best: The value of that average when it last improved.
+        train_best_epoch: The epoch of that improvement, or of the last drop of the rate.
+        validation_average: Moving average of the validation loss; None before any epoch.
+        validation_best: The value of that average when it last improved.
+        validation_best_epoch: The epoch of that improvement.
     """
 
     epoch: int
@@ -82,7 +84,7 @@ def advance(
 
     Args:
         rules: The schedule's numbers.
-        state: Before the epoch.
+        state: Where the schedule stands before the epoch.
         train_loss: Mean training loss of the epoch.
         validation_loss: Mean validation loss after it.
         elapsed_s: Seconds trained so far; counts when the rules limit the minutes.
@@ -127,8 +129,8 @@ def adopt(
 
     Args:
         rules: The schedule's numbers from now on.
-        state: Under the rules so far.
-        old_rate: Learning rate at the start under those.
+        state: Where the schedule stands under the rules so far.
+        old_rate: Learning rate of the first epoch under the rules so far.
         elapsed_s: Seconds trained so far.
     """
     if rules.kind == "poly":

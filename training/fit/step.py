@@ -36,15 +36,18 @@ class TrainingState:
     """What changes, and what a checkpoint holds.
 
     Attributes:
-        network, optimiser: With their tensors.
+        network: The network in training.
         forward: The network, or its compiled form.
-        scaler: Of the loss under fp16; does nothing otherwise.
-        schedule: After the last whole epoch.
+        optimiser: The optimiser, with its moments.
+        scaler: Scales the loss under fp16; does nothing otherwise.
+        schedule: Where the schedule stands after the last whole epoch.
         losses: Training losses of the current epoch so far, one for each step.
-        seconds, data_wait_s: Spent in the current epoch so far.
-        elapsed_s: Spent in all, by all sessions of this run.
+        seconds: Seconds spent in the current epoch so far.
+        data_wait_s: Seconds of them spent waiting for batches.
+        elapsed_s: Seconds spent in all, by all sessions of this run.
         history: One row for each whole epoch.
-        average_dice, best_dice: Moving average of the pseudo-Dice, and its best value.
+        average_dice: Moving average of the pseudo-Dice; None before there is any.
+        best_dice: The best value that the average has had.
     """
 
     network: nn.Module
@@ -191,10 +194,10 @@ def compile_forward(run: FoldRun, network: nn.Module) -> Forward:
 
 @contextlib.contextmanager
 def determinism(run: FoldRun) -> Iterator[None]:
-    """With ``deterministic``: CUDA repeats every sum in the same order, at some cost in speed.
+    """Have CUDA repeat every sum in the same order if the run is to be deterministic.
 
-    The CPU always does. Where torch has no such algorithm (average pooling's gradient, in residual
-    encoders) it says so once and takes another.
+    This costs some speed. The CPU always does so. Where torch has no such algorithm (average
+    pooling's gradient, in residual encoders) it says so once and takes another.
     """
     cudnn, before = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
     settings = cudnn.benchmark, cudnn.deterministic

@@ -28,8 +28,9 @@ class Choices:
         gpus: The GPUs to train folds on side by side, as ``--gpus`` takes them, or None.
         out: The folder for bundles; None for the workspace's own.
         groups: A table of cases that stay together in a fold, or None.
-        recipe: Of ``plan`` and ``train``; None for the planner's default and the plans' recipe.
-        architecture: Of ``plan``; None for its default.
+        recipe: The recipe of ``plan`` and ``train``; None for the planner's default, and then the
+            plans' recipe.
+        architecture: The architecture to plan for; None for the planner's default.
         overrides: What replaces the planner's choice: values by flag, as its command line takes
             them.
         settings: The settings of the training that were given.

@@ -93,7 +93,7 @@ def train_in_sequence(folds: Sequence[str], train: Callable[[str], bool]) -> boo
     """Train folds one after another in this process.
 
     Args:
-        folds: Their names.
+        folds: Names of the folds.
         train: Trains one fold; returns False when a signal ended it.
 
     Returns:
@@ -125,8 +125,8 @@ def train_on_gpus(
     """Train folds side by side, one a GPU; whichever GPU is free takes the next.
 
     Args:
-        folds: Their names.
-        gpus: As ``CUDA_VISIBLE_DEVICES`` takes them, one a process.
+        folds: Names of the folds.
+        gpus: The GPUs, one a process, named as ``CUDA_VISIBLE_DEVICES`` takes them.
         command: The command line that trains a fold.
         stream: Where all that the processes say goes, each line after its fold; stderr by default.
 
