@@ -83,8 +83,11 @@ def make_bundle(folder: Path, *, folds: int = 2, plans: Plans = PLANS) -> Model:
 
 @pytest.fixture
 def scan() -> Volume:
-    """Noise with an odd size, an oblique-free flipped direction and a coarse first axis."""
-    voxels = np.random.default_rng(0).integers(-1000, 1000, (7, 21, 30)).astype(np.int16)
+    """Noise, a third of it like brain, of odd size and flipped direction, the first axis coarse."""
+    rng = np.random.default_rng(0)
+    voxels = rng.integers(-1000, 1000, (7, 21, 30)).astype(np.int16)
+    voxels[rng.random(voxels.shape) < 0.3] = 31
+    voxels += rng.integers(-9, 10, voxels.shape, np.int16)
     return dataclasses.replace(
         Volume(voxels, (5.0, 0.8, 0.9), (-12.5, 3.25, 40.0)),
         direction=(1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, -1.0),

@@ -27,6 +27,7 @@ from ichseg.predict import prepare as preprocess
 from ichseg.predict.passes import Clock, Count
 from ichseg.predict.prepare import Placement
 from ichseg.predict.work import Work, plan_works, record, units_record
+from ichseg.scan import plausibility
 from ichseg.scan.volume import Volume
 
 # What a voxel that no network saw scores as background, above every label: for certain.
@@ -120,6 +121,9 @@ class Ensemble:
     ) -> Segmentation:
         """Segment one volume.
 
+        What a model of CT is given is held against what HU look like, as ``process.py`` does: HU
+        with an offset are mended, and what else cannot be a head CT in HU is refused.
+
         Args:
             volume: A CT in HU, any orientation and spacing.
             preset: ``full``, ``balanced`` or ``fast``.
@@ -127,14 +131,18 @@ class Ensemble:
             budget_s: Seconds that all of it may take, see ``predict``.
 
         Raises:
-            InputError: The volume does not fit the model.
+            InputError: The volume does not fit the model, or is no head CT in HU.
             WeightsError: A network's file does not fit its plan.
             BudgetError: The time does not suffice for one network without mirroring.
             DeviceError: A GPU's memory does not even hold one tile, or the GPU is lost.
         """
+        warnings: tuple[str, ...] = ()
+        if self.model.expects_hu:
+            volume, warnings = plausibility.check(volume, "the volume")
         prepared = self.prepare(volume, preset)
         left_s = None if budget_s is None else budget_s - prepared.seconds
-        return self.finish(self.predict(prepared, progress, left_s))
+        found = self.finish(self.predict(prepared, progress, left_s))
+        return dataclasses.replace(found, warnings=(*warnings, *found.warnings))
 
     def prepare(self, volume: Volume, preset: str = "full") -> Prepared:
         """Bring a volume into the configurations' grids; may run in any thread.

@@ -237,9 +237,9 @@ def test_one_network_is_compiled_once_for_many_volumes(tmp_path, scan):
 
 def test_a_volume_of_air_needs_no_network(tmp_path, scan):
     make_bundle(tmp_path)
-    result = Ensemble.load(tmp_path, "cpu").segment(
-        scan.with_voxels(np.full_like(scan.voxels, -1000)), "full"
-    )
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    air = scan.with_voxels(np.full_like(scan.voxels, -1000))
+    result = ensemble.finish(ensemble.predict(ensemble.prepare(air, "full")))
     assert not result.mask.voxels.any()
     assert result.ran["forward_passes"] == 0
     assert result.ran["tiles_skipped"] == result.ran["tiles"] > 0

@@ -74,6 +74,7 @@ def test_the_estimate_of_a_run_is_near_its_peak(tmp_path):
     """30 MB of scan, in a process of its own; smooth, lest there be a lesion for each voxel."""
     make_bundle(tmp_path / "weights")
     voxels = np.random.default_rng(0).integers(-1000, 1000, (6, 5, 5)).astype(np.int16)
+    voxels[2:4] //= 50  # as dense as tissue
     voxels = voxels.repeat(10, 0).repeat(100, 1).repeat(100, 2)
     volume.write(Volume(voxels, (5.0, 0.2, 0.2)), tmp_path / "input" / "scan.mha")
     flags = ["--preset", "fast", "--device", "cpu"]

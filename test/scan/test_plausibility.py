@@ -36,6 +36,46 @@ def test_an_offset_is_taken_off_and_told(head, dtype):
     assert warnings == ("stored with 1024 added to HU, which was taken off",)
 
 
+def padded(voxels, value):
+    voxels = voxels.copy()
+    voxels[:, :60] = voxels[:, -60:] = value
+    return voxels
+
+
+def one_below(voxels):
+    voxels = voxels.copy()
+    voxels[3, 4, 5] = -1
+    return voxels
+
+
+def brain_alone(voxels, beside):
+    return np.where((voxels > 0) & (voxels < 90), voxels, beside)
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "raised",
+    [
+        lambda v: padded(v + 1024, -2000),
+        lambda v: padded(v + 1024, -1000),
+        lambda v: padded(v + 1024, -3024),
+        lambda v: one_below(v + 1024),
+        lambda v: np.maximum(v, -1000) + 1024,
+        lambda v: brain_alone(v, 0) + 1024,
+        lambda v: np.where((v > 0) & (v < 90), v + 1024, 0),
+        lambda v: np.clip(v, -20, 100) + 1024,
+        lambda v: (v + 1024.25).astype(np.float32),
+    ],
+)
+def test_an_offset_is_taken_off_whatever_pads_the_scan(path, raised):
+    """One voxel below 0, or padding, does not make HU of what was never rescaled."""
+    scan = volume.read(path)
+    stored = raised(scan.voxels.astype(np.int32))
+    found, warnings = plausibility.check(scan.with_voxels(stored), PATH)
+    np.testing.assert_array_equal(found.voxels, stored - 1024)
+    assert "stored with 1024 added to HU, which was taken off" in warnings
+
+
 def test_padding_far_below_air_is_nothing_special(head):
     padded = head.voxels.astype(np.int16)
     padded[:, :60], padded[:, -60:] = -2000, -3024
@@ -72,10 +112,75 @@ def test_what_is_not_in_hu_is_refused(head, change, reason):
         plausibility.check(head.with_voxels(change(head.voxels.astype(np.int16))), PATH)
 
 
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda v: v * 10, "most of what could be tissue lies near|have the density of tissue"),
+        (lambda v: v * 2, "lie below -1200, where air is -1000|air lies near -2000"),
+        (lambda v: -v, "most of what could be tissue lies near -"),
+        (lambda v: -np.clip(v, -20, 100), "most of what could be tissue lies near -"),
+        (lambda v: (v - v.min()) / np.ptp(v), "values from 0 to (1|0.9[0-9]*), expected HU"),
+        (lambda v: 0.2 * (v / 1000 + 1), "values from 0 to 0.57"),  # attenuation per cm
+        (lambda v: 20.0 * (v / 1000 + 1), "tissue lies within 2 of 2"),  # per m
+        (lambda v: (v - v.mean()) / v.std(), "values from .* expected HU"),  # z-scores
+        (lambda v: (v - 35) / 15.0, "lies near|within 2 of"),  # of the brain alone
+        (lambda v: v + 1000, "as if about 1000 had been added to HU; expected HU, or HU . 1024"),
+        (lambda v: padded(v + 1000, -2000), "as if about 1000 had been added"),
+        (lambda v: v + 500, "expected a head CT in HU"),
+        (lambda v: v - 100, "most of what could be tissue lies near -5"),
+        (lambda v: (v + 1024) * 0.5, "values gather near .*, and none are air's"),
+        (lambda v: v.astype(np.int16).view(np.uint16), "% of it lie above 5000"),
+    ],
+)
+def test_values_of_another_scale_are_refused(path, change, reason):
+    scan = volume.read(path)
+    with pytest.raises(InputError, match=f"{PATH}: .*({reason})"):
+        plausibility.check(scan.with_voxels(change(scan.voxels.astype(np.int32))), PATH)
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: np.clip(v, -20, 100),
+        lambda v: np.clip(v, 0, 80),
+        lambda v: brain_alone(v, -20),
+        lambda v: brain_alone(v, -1000),
+        lambda v: v + np.random.default_rng(0).normal(0, 20, v.shape),
+        lambda v: np.clip(v, -1000, 1000).astype(np.float32),
+        lambda v: np.where(v > 300, 3071, v),
+    ],
+)
+def test_windows_noise_and_backgrounds_of_one_value_are_let_through(path, change):
+    scan = volume.read(path)
+    given = scan.with_voxels(change(scan.voxels.astype(np.int32)))
+    found, warnings = plausibility.check(given, PATH)
+    assert found is given
+    assert all(warning.startswith("no air around the head") for warning in warnings)
+
+
+def test_unusual_tissue_is_told(head):
+    """Multiplied by 0.4, in a window that hides the air."""
+    found = np.clip(head.voxels * 0.4, -20, 100)
+    _, warnings = plausibility.check(head.with_voxels(found), PATH)
+    (warning,) = [w for w in warnings if "tissue" in w]
+    assert warning.startswith("most tissue lies near 12 HU, where brain is 20 to 45")
+
+
 def test_a_small_field_of_view_is_told():
-    voxels = np.random.default_rng(0).integers(-900, 100, (10, 40, 40)).astype(np.int16)
+    rng = np.random.default_rng(0)
+    voxels = rng.integers(-900, 100, (10, 40, 40)).astype(np.int16)
+    voxels[5:] = rng.integers(20, 40, (5, 40, 40))
     _, (warning,) = plausibility.check(Volume(voxels, (5.0, 1.0, 1.0)), PATH)
     assert warning == "a field of view of 50x40x40 mm, less than a head"
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e-3, 1e3])
+def test_sizes_in_another_unit_are_refused(head, factor):
+    odd = Volume(head.voxels, tuple(factor * mm for mm in head.spacing_mm))
+    with pytest.raises(InputError, match="expected a head in millimetres, are the sizes in anothe"):
+        plausibility.check(odd, PATH)
 
 
 def test_a_head_of_metres_is_told(head):
