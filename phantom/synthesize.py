@@ -20,6 +20,7 @@ from pathlib import Path
 import SimpleITK as sitk
 import torch
 
+from ichseg.engine import machine
 from ichseg.errors import DatasetError
 from ichseg.scan.volume import Volume
 from phantom import check
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=machine.cpus())
     parser.add_argument(
         "--negatives", type=float, default=0.1, help="fraction of scans without a bleed"
     )

@@ -228,6 +228,8 @@ class Plans:
         crop: What is cut away before anything else, in training as in inference: ``nonzero``, the
             borders where all channels are 0 (nnU-Net); or ``head``, also the air and the headrest
             around the head, as far as one is found. Outside the crop all is background.
+        sources: Digest of the files of the cases that were planned for, in the plans of a
+            workspace; bundles leave it out.
     """
 
     schema_version: int
@@ -245,6 +247,7 @@ class Plans:
     overrides: tuple[Override, ...] = strict_json.optional(())
     regions: tuple[int, ...] = strict_json.optional(())
     crop: str = strict_json.optional("nonzero")
+    sources: str = strict_json.optional("")
 
     def __post_init__(self) -> None:
         strict_json.check_schema("plans", self.schema_version, SCHEMA_VERSION)

@@ -21,6 +21,7 @@ from training.batches.sampling import BatchKey, make_patches
 from training.crossval import cascade_labels
 from training.crossval.validate import is_validated, load_network, predict_case, validate
 from training.data import dataset, splits
+from training.data.sources import digest_cases
 from training.data.workspace import LATEST_CHECKPOINT, preprocessed_folder
 from training.fit.checkpoint import load_checkpoint
 from training.fit.fold_run import open_run
@@ -244,7 +245,8 @@ def test_a_tiny_network_overfits_one_case_by_what_the_first_stage_found(tmp_path
     folder = preprocessed_folder(tmp_path, SECOND.name)
     target = chunks.open_case(folder, "case_0").target[:]
     data = prepare.prepare([volume.read(image)], both, second).data
-    chunks.write_case(folder, "case_0", data, target, both.normalisations)
+    source = digest_cases(tmp_path, dataset.load_dataset(tmp_path).cases)["case_0"]
+    chunks.write_case(folder, "case_0", data, target, both.normalisations, source=source)
     grown = dilate(target > 0, 1.0)  # the first stage found too much
     chunks.write_previous(folder, "case_0", grown.astype(np.int8))
     config = dataclasses.replace(

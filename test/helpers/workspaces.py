@@ -17,6 +17,7 @@ from ichseg.scan.volume import Volume
 from training.batches.augmentation import AugmentationConfig
 from training.data import dataset
 from training.data.dataset import Case, Dataset
+from training.data.sources import digest_cases
 from training.fit.configuration import TrainingConfig
 from training.store import chunks
 
@@ -68,7 +69,8 @@ def make_workspace(
         prepared = prepare.prepare([image], plans, configuration)
         target = prepare.prepare_labels(label, prepared.placement, plans)
         stored = folder / "preprocessed" / configuration.name
-        chunks.write_case(stored, name, prepared.data, target, plans.normalisations)
+        source = digest_cases(folder, [case], remember=False)[name]
+        chunks.write_case(stored, name, prepared.data, target, plans.normalisations, source=source)
         listed.append(case)
     dataset.save_dataset(Dataset("tiny", plans.channels, plans.labels, tuple(listed)), folder)
     (folder / "plans.json").write_text(strict_json.dumps(plans))

@@ -167,9 +167,25 @@ def test_what_has_changed_is_done_again(copy, dataset):
     later = (copy / "bundles" / "3d_fullres" / "model.json").stat().st_mtime + 10
     os.utime(checkpoint, (later, later))
     assert what_is_left(dataset, copy) == ["export"]
-    image = copy / "raw" / "images" / "case_2_0000.nii.gz"
-    os.utime(image, (later, later))
+
+
+def test_a_corrected_label_goes_all_the_way(copy, dataset, capsys):
+    path = copy / "raw" / "labels" / "case_2.nii.gz"
+    os.utime(path, (1, 1))  # the content decides
+    assert what_is_left(dataset, copy) == []
+    label = volume.read(path)
+    volume.write(label.with_voxels(np.roll(label.voxels, 1, axis=1)), path)
     assert what_is_left(dataset, copy) == ["verify"]
+    workspace = ["--workspace", str(copy)]
+    assert command(["verify", *workspace]) == 0
+    assert what_is_left(dataset, copy) == ["preprocess"]
+    train_again = ["train", "3d_fullres", *workspace, "--fold", "0", "--epochs", "2"]
+    assert command(train_again) == 1
+    assert "case_2, which has changed since it was stored; run `preprocess" in (
+        capsys.readouterr().err
+    )
+    assert command(["preprocess", *workspace]) == 0
+    assert "1 cases preprocessed" in capsys.readouterr().out
 
 
 def test_a_fold_that_fails_stops_the_run_and_the_others_are_kept(

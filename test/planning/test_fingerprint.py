@@ -17,6 +17,7 @@ from ichseg.model import strict_json
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.data.dataset import Case, Dataset, save_dataset
+from training.data.sources import digest_sources
 from training.planning import fingerprint
 from training.planning.fingerprint import (
     Counts,
@@ -215,7 +216,9 @@ def test_computed_again_for_changed_files(tmp_path, caplog, file):
         volume.write(labels[1].with_voxels(1 - labels[1].voxels), case.label)
     new = load_or_compute(tmp_path, dataset, 1)
     assert new.intensities != old.intensities
-    assert new == compute_fingerprint(dataset, 1) == fingerprint.load_fingerprint(tmp_path)
+    sources = digest_sources(tmp_path, dataset)
+    expected = compute_fingerprint(dataset, 1, sources)
+    assert new == expected == fingerprint.load_fingerprint(tmp_path)
     assert "the cases have changed since; computed again" in caplog.text
     case.label.unlink()
     with pytest.raises(DatasetError, match="1 of 3 cases failed, the first: case case_1"):
@@ -234,7 +237,8 @@ def test_one_of_an_earlier_version_is_replaced(tmp_path, caplog):
     raw = strict_json.to_json(compute_fingerprint(dataset, 1))
     del raw["sources"]
     (tmp_path / "fingerprint.json").write_text(strict_json.dumps(raw))
-    assert load_or_compute(tmp_path, dataset, 1) == compute_fingerprint(dataset, 1)
+    expected = compute_fingerprint(dataset, 1, digest_sources(tmp_path, dataset))
+    assert load_or_compute(tmp_path, dataset, 1) == expected
     assert "missing keys ['sources']; computed again" in caplog.text
 
 
@@ -258,7 +262,7 @@ def test_shapes_of_heads_and_what_a_cut_to_them_loses(tmp_path):
 
 def test_one_that_does_not_know_heads_stands_until_they_are_asked_for(tmp_path, caplog):
     dataset, *_ = random_dataset(tmp_path, np.int16)
-    made = compute_fingerprint(dataset, 1)
+    made = compute_fingerprint(dataset, 1, digest_sources(tmp_path, dataset))
     raw = strict_json.to_json(made)
     assert raw.pop("head_shapes") == raw["shapes"]  # nothing in them is a head
     del raw["beyond_head"]

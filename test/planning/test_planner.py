@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.datasets import contents
 from helpers.planning import HEAD, dataset_of, decide_alike, fingerprint_of, plan_heads
 
 from ichseg.errors import DatasetError, PlansError
@@ -311,12 +312,49 @@ def test_command(tmp_path, capsys):
     assert planner.main(parse(str(tmp_path))) == 0
     plans = plans_module.load(tmp_path / "plans.json")
     assert (plans.recipe, plans.configuration("3d_fullres").patch) == ("msd2018", (16, 320, 320))
-    words = ["--recipe", "nnunetv2", "--architecture", "resenc_l", "--no-batch-dice", "--explain"]
+    words = ["--recipe", "nnunetv2", "--architecture", "resenc_l", "--no-batch-dice"]
     assert planner.main(parse(str(tmp_path), *words)) == 0
     plans = plans_module.load(tmp_path / "plans.json")
     assert (plans.recipe, plans.architecture) == ("nnunetv2", "resenc_l")
     assert plans.configuration("3d_fullres").architecture.block == "residual"
-    assert "3D_FULLRES patch 24x448x384, batch 2" in capsys.readouterr().out
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A workspace with plans, by which a fold has been trained."""
+    save_dataset(dataset_of(100), tmp_path)
+    fingerprint = fingerprint_of([(5.0, 0.45, 0.45)] * 100, [(29, 512, 512)] * 100)
+    (tmp_path / "fingerprint.json").write_text(strict_json.dumps(fingerprint))
+    assert planner.main(parse(str(tmp_path), "--batch", "3")) == 0
+    (tmp_path / "runs" / "3d_fullres" / "fold_0").mkdir(parents=True)
+    return tmp_path
+
+
+def test_explain_writes_nothing(trained, capsys):
+    before = contents(trained)
+    words = ["--recipe", "nnunetv2", "--architecture", "resenc_l", "--explain"]
+    assert planner.main(parse(str(trained), *words)) == 0
+    assert contents(trained) == before
+    printed = capsys.readouterr().out
+    assert "3D_FULLRES patch 24x448x384, batch 2" in printed
+    assert "nothing was written" in printed
+    (trained / "plans.json").unlink()
+    (trained / "fingerprint.json").unlink()
+    before = contents(trained)
+    with pytest.raises(DatasetError, match="100 of 100 cases failed"):  # they are asked for
+        planner.main(parse(str(trained), "--explain", "--workers", "1"))
+    assert contents(trained) == before
+
+
+def test_plans_of_trained_networks_are_not_replaced(trained):
+    before = (trained / "plans.json").read_bytes()
+    assert planner.main(parse(str(trained), "--batch", "3")) == 0  # they come out the same
+    assert (trained / "plans.json").read_bytes() == before
+    with pytest.raises(PlansError, match=r"fold_0 was trained by these plans.*--restart"):
+        planner.main(parse(str(trained)))
+    assert (trained / "plans.json").read_bytes() == before
+    assert planner.main(parse(str(trained), "--restart")) == 0
+    assert plans_module.load(trained / "plans.json").configuration("3d_fullres").batch == 2
 
 
 def test_command_refuses_an_architecture_before_anything_long(tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from ichseg.predict import prepare as inference
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.data.dataset import Case, Dataset, save_dataset
+from training.data.sources import digest_sources
 from training.data.workspace import preprocessed_folder
 from training.planning import planner
 from training.planning.fingerprint import compute_fingerprint
@@ -102,6 +104,63 @@ def test_finished_cases_are_not_done_again(work):
         case.images[0].unlink()  # reading any would fail
     assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1) == 0
     assert contents(preprocessed_folder(workspace, "3d_fullres")) == before
+
+
+def test_a_corrected_label_arrives(work, caplog):
+    workspace, dataset, plans = work
+    folder = preprocessed_folder(workspace, "3d_fullres")
+    preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+    assert preprocess.is_preprocessed(dataset, plans, "3d_fullres", workspace)
+    before = contents(folder)
+    corrected = dataset.cases[1].label
+    label = volume.read(corrected)
+    voxels = np.zeros_like(label.voxels)
+    voxels[5:7, 6:12, 8:15] = 1
+    volume.write(label.with_voxels(voxels), corrected)
+    assert not preprocess.is_preprocessed(dataset, plans, "3d_fullres", workspace)
+    with pytest.raises(DatasetError, match=r"1 of 3 .* such as case_1, which has changed since"):
+        preprocess.require_current(workspace, dataset.cases, "3d_fullres")
+    assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1) == 1
+    assert "case case_1 has changed since it was stored; it is done again" in caplog.text
+    np.testing.assert_array_equal(chunks.open_case(folder, "case_1").target[:], voxels[:, 3:])
+    changed = {name for name, content in contents(folder).items() if content != before[name]}
+    assert changed == {"case_1.target.b2nd", "case_1.foreground.npz", "case_1.json"}
+    preprocess.require_current(workspace, dataset.cases, "3d_fullres")
+
+
+def test_a_touched_file_is_not_done_again(work):
+    workspace, dataset, plans = work
+    preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+    os.utime(dataset.cases[1].label, ns=(1, 1))
+    assert preprocess.is_preprocessed(dataset, plans, "3d_fullres", workspace)
+    assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1) == 0
+
+
+def test_a_store_without_digests_is_made_again(work, caplog):
+    workspace, dataset, plans = work
+    folder = preprocessed_folder(workspace, "3d_fullres")
+    preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+    before = contents(folder)
+    path = folder / "case_2.json"
+    raw = json.loads(path.read_text())
+    del raw["source"]
+    path.write_text(json.dumps(raw))
+    with pytest.raises(DatasetError, match="a version that did not note what it was made from"):
+        preprocess.require_current(workspace, dataset.cases, "3d_fullres")
+    assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1) == 1
+    assert "case case_2 was stored by a version that did not note" in caplog.text
+    assert contents(folder) == before
+
+
+def test_plans_of_changed_cases_are_remarked_upon(work, caplog):
+    workspace, dataset, plans = work
+    plans = replace(plans, sources=digest_sources(workspace, dataset))
+    preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+    assert "since they were planned for" not in caplog.text
+    label = volume.read(dataset.cases[0].label)
+    volume.write(label.with_voxels(1 - label.voxels), dataset.cases[0].label)
+    preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+    assert "plans.json: cases have changed since they were planned for" in caplog.text
 
 
 def test_a_killed_run_is_finished_by_the_next(work):

@@ -7,6 +7,7 @@ out byte for byte the same and is not checked again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import logging
 import tempfile
@@ -129,7 +130,7 @@ def export(
         output_slug=identity.output_slug,
         average="probabilities",
         mirror_axes=_mirror_axes(trained),
-        plans=planned,
+        plans=dataclasses.replace(planned, sources=""),
         members=tuple(members),
         provenance=_provenance(data, trained, checked, checkpoint),
         rules=tuple(rules),

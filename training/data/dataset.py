@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -186,20 +185,6 @@ def read_case(case: Case, labels: Sequence[str]) -> tuple[tuple[Volume, ...], Vo
             f"0..{len(labels) - 1}"
         )
     return images, reference
-
-
-def digest_sources(dataset: Dataset) -> str:
-    """A digest of name, size and time of last change of every file of the labelled cases."""
-    digest = hashlib.sha256()
-    for case in dataset.labelled:
-        for path in (*case.images, case.label or Path()):
-            try:
-                found = path.stat()
-                state = f"{found.st_size} {found.st_mtime_ns}"
-            except OSError:  # whoever reads it will say so
-                state = "missing"
-            digest.update(f"{case.name} {path.name} {state}\n".encode())
-    return digest.hexdigest()
 
 
 def describe_failure(case: Case, error: Exception) -> str:

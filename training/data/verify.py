@@ -25,12 +25,12 @@ from training.data.dataset import (
     Dataset,
     add_workspace_argument,
     describe_failure,
-    digest_sources,
     largest_image_voxels,
     load_dataset,
     save_dataset,
 )
 from training.data.examine import ERROR, WARNING, CaseFacts, Finding, examine_case, shown
+from training.data.sources import digest_sources
 from training.data.workspace import (
     DATASET_FILE,
     GROUPS_FILE,
@@ -93,7 +93,7 @@ def is_verified(workspace: Path, dataset: Dataset) -> bool:
         found = strict_json.load(_Verified, verified_file(workspace))
     except PlansError:
         return False
-    return found == _Verified(SCHEMA_VERSION, digest_sources(dataset))
+    return found == _Verified(SCHEMA_VERSION, digest_sources(workspace, dataset))
 
 
 def fix_headers(
@@ -209,7 +209,7 @@ def _note_verified(workspace: Path, dataset: Dataset, *, verified: bool) -> None
         path.unlink(missing_ok=True)
         return
     with replacing(path) as temporary:
-        content = strict_json.dumps(_Verified(SCHEMA_VERSION, digest_sources(dataset)))
+        content = strict_json.dumps(_Verified(SCHEMA_VERSION, digest_sources(workspace, dataset)))
         temporary.write_text(content, encoding="utf-8")
 
 

@@ -3,7 +3,8 @@
 ::
 
     WORKSPACE/
-      dataset.json groups.csv verified.json fingerprint.json plans.json splits.json selection.json
+      dataset.json groups.csv sources.json verified.json fingerprint.json plans.json splits.json
+      selection.json
       raw/images/  raw/labels/
       preprocessed/<configuration>/<case>...
       runs/<configuration>/fold_<fold>/       config.json, checkpoints, progress, validation/ ...
@@ -18,6 +19,7 @@ from pathlib import Path
 
 DATASET_FILE = "dataset.json"
 GROUPS_FILE = "groups.csv"
+SOURCES_FILE = "sources.json"
 VERIFIED_FILE = "verified.json"
 FINGERPRINT_FILE = "fingerprint.json"
 PLANS_FILE = "plans.json"
@@ -44,6 +46,11 @@ def dataset_file(workspace: Path) -> Path:
 def groups_file(workspace: Path) -> Path:
     """The table of cases that stay together in a fold; it need not exist."""
     return workspace / GROUPS_FILE
+
+
+def sources_file(workspace: Path) -> Path:
+    """What is remembered of the content of the cases' files."""
+    return workspace / SOURCES_FILE
 
 
 def verified_file(workspace: Path) -> Path:

@@ -39,6 +39,7 @@ from training.fit.schedule import ScheduleState
 from training.fit.step import determinism
 from training.jobs import job_log, queue
 from training.jobs.signals import Signals
+from training.store.preprocess import require_current
 
 _log = logging.getLogger(__name__)
 
@@ -91,16 +92,19 @@ def open_fold(
     config: TrainingConfig,
     group: ProcessGroup = ALONE,
 ) -> FoldRun:
-    """Open a run for training: a cascade's second stage needs labels of the first.
+    """Open a run for training, whose cases must be stored as their files are now.
 
     Raises:
-        TrainingError: Cases lack those labels.
+        DatasetError: Cases are not stored, or have changed since.
+        TrainingError: Cases lack the labels of a cascade's first stage, which its second needs.
         IchsegError: Something else is missing, see ``open_run``.
     """
     run = open_run(workspace, configuration, fold, config, group)
+    cases = dataset.load_dataset(workspace).labelled
+    needed = sorted({*run.spec.train, *run.spec.validation})
+    require_current(workspace, [case for case in cases if case.name in needed], configuration)
     if run.configuration.previous_stage is not None:
-        names = [case.name for case in dataset.load_dataset(workspace).labelled]
-        needed = sorted({*run.spec.train, *run.spec.validation})
+        names = [case.name for case in cases]
         cascade_labels.require_labels(workspace, run.configuration, needed, names)
     return run
 

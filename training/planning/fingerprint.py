@@ -28,12 +28,12 @@ from training.data.dataset import (
     Dataset,
     add_workspace_argument,
     describe_failure,
-    digest_sources,
     is_ct,
     load_dataset,
     read_case,
 )
 from training.data.parallel import default_workers, each_case, with_progress
+from training.data.sources import digest_sources
 from training.data.workspace import fingerprint_file
 
 SCHEMA_VERSION = 1
@@ -119,8 +119,13 @@ class _CaseFacts:
     foreground: tuple[Counts | npt.NDArray[np.float64], ...]  # of each channel
 
 
-def compute_fingerprint(dataset: Dataset, workers: int) -> Fingerprint:
+def compute_fingerprint(dataset: Dataset, workers: int, sources: str = "") -> Fingerprint:
     """Read every labelled case once, in parallel.
+
+    Args:
+        dataset: The cases.
+        workers: How many processes to run.
+        sources: Digest of the cases' files, to be kept with the result.
 
     Raises:
         DatasetError: Cases cannot be read (each is logged), or none has foreground.
@@ -131,7 +136,6 @@ def compute_fingerprint(dataset: Dataset, workers: int) -> Fingerprint:
     in_hu = all(is_ct(channel) for channel in dataset.channels)
     facts: dict[str, _CaseFacts] = {}
     failures = []
-    sources = digest_sources(dataset)  # before the files are read: a change meanwhile is noticed
     results = each_case(_examine, cases, dataset.labels, in_hu, workers=workers)
     for case, found in with_progress(results, len(cases), "fingerprint"):
         if isinstance(found, Exception):
@@ -170,36 +174,44 @@ def load_fingerprint(workspace: Path) -> Fingerprint:
 
 
 def load_or_compute(
-    workspace: Path, dataset: Dataset, workers: int, *, heads: bool = False
+    workspace: Path, dataset: Dataset, workers: int, *, heads: bool = False, keep: bool = True
 ) -> Fingerprint:
-    """The stored fingerprint if the files are those it was made of; otherwise a new one, stored.
+    """The stored fingerprint if the files are those it was made of; otherwise a new one.
 
-    With ``heads`` also if the stored one is from a version that did not look for heads.
+    Args:
+        workspace: Where the fingerprint is stored.
+        dataset: The cases.
+        workers: How many processes read them, if need be.
+        heads: Whether one from a version that did not look for heads will not do.
+        keep: Store a new fingerprint; otherwise nothing is written.
     """
     path = fingerprint_file(workspace)
+    # before the files are read: a change meanwhile is noticed
+    sources = digest_sources(workspace, dataset, remember=keep)
     if path.exists():
         try:
             fingerprint = load_fingerprint(workspace)
         except PlansError as error:
             _log.warning("%s; computed again", error)
         else:
-            if not _is_of(fingerprint, dataset):
+            if not _is_of(fingerprint, dataset, sources):
                 _log.warning("%s: the cases have changed since; computed again", path)
             elif heads and not fingerprint.head_shapes:
                 _log.warning("%s: does not say where heads are; computed again", path)
             else:
                 return fingerprint
-    fingerprint = compute_fingerprint(dataset, workers)
-    with replacing(path) as temporary:
-        temporary.write_text(strict_json.dumps(fingerprint), encoding="utf-8")
+    fingerprint = compute_fingerprint(dataset, workers, sources)
+    if keep:
+        with replacing(path) as temporary:
+            temporary.write_text(strict_json.dumps(fingerprint), encoding="utf-8")
     return fingerprint
 
 
-def _is_of(fingerprint: Fingerprint, dataset: Dataset) -> bool:
+def _is_of(fingerprint: Fingerprint, dataset: Dataset, sources: str) -> bool:
     names = tuple(case.name for case in dataset.labelled)
     if (fingerprint.names, len(fingerprint.intensities)) != (names, len(dataset.channels)):
         return False
-    return fingerprint.sources in ("", digest_sources(dataset))
+    return fingerprint.sources in ("", sources)
 
 
 def count_values(values: npt.NDArray[np.generic]) -> Counts | npt.NDArray[np.float64]:

@@ -15,6 +15,7 @@ import argparse
 import logging
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -31,7 +32,7 @@ from training.data.dataset import (
     load_dataset,
 )
 from training.data.parallel import default_workers
-from training.data.workspace import plans_file
+from training.data.workspace import plans_file, runs_root
 from training.planning import explain
 from training.planning.cascade import plan_cascade
 from training.planning.explain import Reasons
@@ -125,6 +126,7 @@ def decide(
         configurations=_configurations(flat, full, cascade.lowres, overrides),
         architecture=architecture,
         crop=crop,
+        sources=fingerprint.sources,
     )
     if overrides != Overrides():
         chosen = record(
@@ -148,7 +150,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "belong to recipe nnunetv2 [%(default)s]",
     )
     parser.add_argument(
-        "--explain", action="store_true", help="print why each number is what it is"
+        "--explain",
+        action="store_true",
+        help="print what would be planned, and why each number is what it is; nothing is written",
+    )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="replace the plans although networks have been trained by them",
     )
     parser.add_argument(
         "--workers",
@@ -168,7 +177,9 @@ def main(args: argparse.Namespace) -> int:
     heads = overrides.crop == "head"
     if heads:
         _require_ct(dataset)
-    fingerprint = load_or_compute(args.workspace, dataset, args.workers, heads=heads)
+    fingerprint = load_or_compute(
+        args.workspace, dataset, args.workers, heads=heads, keep=not args.explain
+    )
     plans, reasons = decide(
         fingerprint,
         dataset,
@@ -177,8 +188,11 @@ def main(args: argparse.Namespace) -> int:
         architecture=args.architecture,
     )
     path = plans_file(args.workspace)
-    with replacing(path) as temporary:
-        temporary.write_text(strict_json.dumps(plans), encoding="utf-8")
+    if not args.explain:
+        if not args.restart:
+            refuse_trained(args.workspace, plans)
+        with replacing(path) as temporary:
+            temporary.write_text(strict_json.dumps(plans), encoding="utf-8")
     for configuration in plans.configurations:
         sys.stdout.write(_describe(configuration) + "\n")
     for override in plans.overrides:
@@ -186,8 +200,27 @@ def main(args: argparse.Namespace) -> int:
         sys.stdout.write(f"chosen: {override.name} {override.chosen} (automatic: {automatic})\n")
     if args.explain:
         sys.stdout.write("\n" + explain.explain(plans, reasons))
-    sys.stdout.write(f"-> {path}\n")
+        sys.stdout.write("\nnothing was written; without --explain, these become the plans\n")
+    else:
+        sys.stdout.write(f"-> {path}\n")
     return 0
+
+
+def refuse_trained(workspace: Path, plans: Plans) -> None:
+    """Refuse to replace plans by others while there are networks that were trained by them.
+
+    Raises:
+        PlansError: The workspace has runs, and its plans are not these.
+    """
+    path = plans_file(workspace)
+    trained = sorted(folder for folder in runs_root(workspace).glob("*/*") if folder.is_dir())
+    if not trained or not path.exists():
+        return
+    if replace(plans_module.load(path), sources=plans.sources) != plans:
+        raise PlansError(
+            f"{path}: {trained[0]} was trained by these plans, and the new ones are different; "
+            "plan in another workspace, or give --restart to replace them"
+        )
 
 
 def _require_ct(dataset: Dataset) -> None:

@@ -5,7 +5,8 @@ One folder per configuration, four files per case:
     <case>.data.b2nd        intensities (C, Z, Y, X) as whole multiples of a small step
     <case>.target.b2nd      labels int8 (Z, Y, X); -1 is background outside the nonzero mask
     <case>.foreground.npz   voxel coordinates (n, 3) of each label, for foreground sampling
-    <case>.json             shape, steps and voxel counts; written last: it marks a finished case
+    <case>.json             shape, steps, voxel counts and a digest of the files it was made from;
+                            written last: it marks a finished case
 
 and a fifth for a cascade's second stage, written when the first stage has been trained:
 
@@ -52,6 +53,8 @@ class CaseMeta:
         steps: For each channel the intensity of which whole multiples are stored.
         labels: Foreground label values present, ascending.
         voxels: How many voxels each of these labels has.
+        source: Digest of the files that the case was made from, see ``training.data.sources``;
+            empty if it is not known.
     """
 
     schema_version: int
@@ -60,6 +63,7 @@ class CaseMeta:
     steps: tuple[float, ...]
     labels: tuple[int, ...]
     voxels: tuple[int, ...]
+    source: str = strict_json.optional("")
 
     def __post_init__(self) -> None:
         strict_json.check_schema("store", self.schema_version, SCHEMA_VERSION)
@@ -134,6 +138,8 @@ def write_case(
     data: npt.NDArray[np.float32],
     target: npt.NDArray[np.int8],
     normalisations: Sequence[Normalisation],
+    *,
+    source: str = "",
 ) -> None:
     """Store a case; until it is whole it does not count as there.
 
@@ -143,6 +149,7 @@ def write_case(
         data: float32, ``(C, Z, Y, X)``.
         target: int8, ``(Z, Y, X)``.
         normalisations: How each channel was normalised; decides how finely it is stored.
+        source: Digest of the files that it was made from; empty if it is not known.
 
     Raises:
         DatasetError: The arrays are of other types or do not fit each other.
@@ -161,7 +168,7 @@ def write_case(
     steps = tuple(choose_step(image, how) for image, how in zip(data, normalisations, strict=True))
     c, z, y, x = data.shape
     meta = CaseMeta(
-        SCHEMA_VERSION, name, (c, z, y, x), steps, tuple(counts), tuple(counts.values())
+        SCHEMA_VERSION, name, (c, z, y, x), steps, tuple(counts), tuple(counts.values()), source
     )
     for suffix in (_META, _PREVIOUS):  # from here on the old case is no more
         _file(folder, name, suffix).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from training.data.dataset import (
     read_case,
 )
 from training.data.parallel import default_workers, each_case, with_progress
+from training.data.sources import digest_cases, digest_sources
 from training.data.workspace import plans_file, preprocessed_folder
 from training.store import chunks
 
@@ -40,6 +41,8 @@ _RECORD_FILE = ".preprocessing.json"
 # and in float32, and the result, which may have some more voxels. Labels and masks come on top.
 _BYTES_OF_A_WORKER = 400_000_000
 _BYTES_PER_CHANNEL_VOXEL, _BYTES_PER_VOXEL = 14, 4
+
+_ABSENT = "has not been preprocessed"
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +65,7 @@ class _Record:
 def preprocess_dataset(
     dataset: Dataset, plans: Plans, configuration_name: str, workspace: Path, workers: int
 ) -> int:
-    """Preprocess all labelled cases that the store does not hold yet.
+    """Preprocess all labelled cases that the store does not hold yet, or whose files have changed.
 
     Args:
         dataset: The cases.
@@ -72,7 +75,8 @@ def preprocess_dataset(
         workers: Parallel processes.
 
     Returns:
-        How many cases were preprocessed; those found finished are not done again.
+        How many cases were preprocessed; those that are stored as their files are now are not
+        done again.
 
     Raises:
         DatasetError: The folder was made with other plans, or cases failed: each failure is
@@ -83,11 +87,18 @@ def preprocess_dataset(
     folder = preprocessed_folder(workspace, configuration_name)
     _claim(folder, plans, configuration)
     cases = dataset.labelled
-    waiting = [case for case in cases if not chunks.is_complete(folder, case.name)]
+    digests = digest_cases(workspace, cases)  # before files are read: a later change is noticed
+    waiting = _waiting(folder, cases, digests)
     if len(waiting) < len(cases):
         _log.info("%d of %d cases are finished already", len(cases) - len(waiting), len(cases))
+    if plans.sources not in ("", digest_sources(workspace, dataset)):
+        _log.warning(
+            "%s: cases have changed since they were planned for; `plan` takes their intensities "
+            "and sizes anew",
+            plans_file(workspace),
+        )
     failures = []
-    shared = (dataset.labels, plans, configuration, folder)
+    shared = (dataset.labels, plans, configuration, folder, digests)
     results = each_case(_preprocess_case, waiting, *shared, workers=workers)
     for case, failure in with_progress(results, len(waiting), f"preprocess {configuration_name}"):
         if failure is not None:
@@ -103,12 +114,34 @@ def preprocess_dataset(
 def is_preprocessed(
     dataset: Dataset, plans: Plans, configuration_name: str, workspace: Path
 ) -> bool:
-    """Whether the store holds all labelled cases, made with these plans."""
+    """Whether the store holds all labelled cases as they are now, made with these plans."""
     folder = preprocessed_folder(workspace, configuration_name)
     wanted = _record_of(plans, plans.configuration(configuration_name))
-    return _recorded(folder / _RECORD_FILE) == wanted and all(
-        chunks.is_complete(folder, case.name) for case in dataset.labelled
-    )
+    if _recorded(folder / _RECORD_FILE) != wanted:
+        return False
+    cases = dataset.labelled
+    return not _stale(folder, cases, digest_cases(workspace, cases))
+
+
+def require_current(workspace: Path, cases: Sequence[Case], configuration_name: str) -> None:
+    """Refuse a store in which cases are missing, or were made from files that have changed since.
+
+    Args:
+        workspace: The workspace with the store.
+        cases: The cases that are needed.
+        configuration_name: Whose store it is.
+
+    Raises:
+        DatasetError: Some are missing or no longer fit; names the command that makes them.
+    """
+    folder = preprocessed_folder(workspace, configuration_name)
+    stale = _stale(folder, cases, digest_cases(workspace, cases))
+    if stale:
+        name, reason = next(iter(stale.items()))
+        raise DatasetError(
+            f"{folder}: {len(stale)} of {len(cases)} cases cannot be used, such as {name}, which "
+            f"{reason}; run `preprocess {configuration_name}` first"
+        )
 
 
 def workers_for(dataset: Dataset) -> int:
@@ -147,6 +180,34 @@ def main(args: argparse.Namespace) -> int:
         f"-> {preprocessed_folder(args.workspace, args.configuration)}\n"
     )
     return 0
+
+
+def _waiting(folder: Path, cases: Sequence[Case], digests: Mapping[str, str]) -> list[Case]:
+    """The cases to preprocess; says of those that are stored why they are done again."""
+    stale = _stale(folder, cases, digests)
+    for name, reason in stale.items():
+        if reason != _ABSENT:
+            _log.warning("case %s %s; it is done again", name, reason)
+    return [case for case in cases if case.name in stale]
+
+
+def _stale(folder: Path, cases: Sequence[Case], digests: Mapping[str, str]) -> dict[str, str]:
+    """Why stored cases cannot be used, by name; those that can are left out."""
+    found = {}
+    for case in cases:
+        if not chunks.is_complete(folder, case.name):
+            found[case.name] = _ABSENT
+            continue
+        try:
+            source = chunks.load_meta(folder, case.name).source
+        except PlansError:
+            found[case.name] = "is damaged, or of another version"
+            continue
+        if not source:
+            found[case.name] = "was stored by a version that did not note what it was made from"
+        elif digests[case.name] not in ("", source):  # empty: its files are gone, the store stays
+            found[case.name] = "has changed since it was stored"
+    return found
 
 
 def _claim(folder: Path, plans: Plans, configuration: Configuration) -> None:
@@ -201,7 +262,12 @@ def _recorded(path: Path) -> _Record | None:
 
 
 def _preprocess_case(
-    case: Case, labels: Sequence[str], plans: Plans, configuration: Configuration, folder: Path
+    case: Case,
+    labels: Sequence[str],
+    plans: Plans,
+    configuration: Configuration,
+    folder: Path,
+    digests: Mapping[str, str],
 ) -> None:
     """Read, prepare and store one case."""
     images, reference = read_case(case, labels)
@@ -213,4 +279,6 @@ def _preprocess_case(
     del reference, outside  # memory, before what needs most of it
     data = prepare.prepare(images, plans, configuration).data
     del images
-    chunks.write_case(folder, case.name, data, target, plans.normalisations)
+    chunks.write_case(
+        folder, case.name, data, target, plans.normalisations, source=digests[case.name]
+    )
