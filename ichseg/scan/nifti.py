@@ -13,11 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ichseg.scan.stored import DamagedError, Header, OtherKindError, checked_shape
+from ichseg.wording import times
 
 HEADER_BYTES = 348
 VOXELS_AT = 352  # at the earliest: four bytes speak of extensions
 _MOST_EXTENSIONS = 1 << 20  # bytes before the voxels
 _FARTHEST_MM = 1e5
+_MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # metres and micrometres; all other codes are taken for mm
+_SAME_LENGTH = 0.01  # a share; writers round
 _UINT8 = 2
 TYPES = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",
@@ -91,9 +94,36 @@ def _check_place(raw: bytes, end: str) -> None:
         used += struct.unpack_from(end + "6f", raw, 256)
     if scode > 0:
         used += struct.unpack_from(end + "12f", raw, 280)
-    odd = [value for value in used if not abs(value) <= _FARTHEST_MM]  # NaN is not, either
+    used_mm = [value * mm_per_unit(raw) for value in used]
+    odd = [value for value in used_mm if not abs(value) <= _FARTHEST_MM]  # NaN is not, either
     if odd:
         raise DamagedError(f"{odd[0]:g} mm as a size or place, expected up to {_FARTHEST_MM:g}")
+    if scode > 0:
+        _check_lengths(raw, end)
+
+
+def _check_lengths(raw: bytes, end: str) -> None:
+    """Refuse a header whose sform speaks of other voxels than its pixdim.
+
+    ITK takes pixdim, others take the sform; nothing says which of them is right.
+    """
+    lengths = np.sqrt((_sform(raw, end)[0] ** 2).sum(0)) * mm_per_unit(raw)
+    pixdim = np.abs(struct.unpack_from(end + "3f", raw, 80)) * mm_per_unit(raw)
+    if np.any(abs(lengths - pixdim) > _SAME_LENGTH * pixdim):
+        raise OtherKindError(
+            f"voxels of {times(lengths[::-1], 4)} mm by its sform, of {times(pixdim[::-1], 4)} mm "
+            "by its pixdim; expected one size"
+        )
+
+
+def mm_per_unit(raw: bytes) -> float:
+    """The factor that turns a header's sizes and places into millimetres, by ``xyzt_units``."""
+    return _MM_PER_UNIT.get(raw[123] & 7, 1.0)
+
+
+def has_frame(raw: bytes) -> bool:
+    """Whether a header says where in the patient the volume lies, by qform or sform."""
+    return max(_codes(raw, _endian(raw))) > 0
 
 
 def _codes(raw: bytes, end: str) -> tuple[int, int]:
@@ -125,7 +155,7 @@ def frames_differ(raw: bytes) -> float:
     corners = np.array(np.meshgrid(*([0, 1],) * 3)).reshape(3, -1) * size[:, None]
     (first, start), (second, other_start) = _qform(raw, end), _sform(raw, end)
     apart = first @ corners + start[:, None] - second @ corners - other_start[:, None]
-    distance = np.sqrt((apart**2).sum(0)).max()
+    distance = np.sqrt((apart**2).sum(0)).max() * mm_per_unit(raw)
     return float(distance) if np.isfinite(distance) else math.inf
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,12 +45,21 @@ def read_scan(path: Path, check_size: Callable[[int], object] = lambda _: None) 
         return Scan(read_series(series), series.warnings, series)
     check_size(math.prod(volume.stored_shape(path)))
     found = volume.read(path)
-    warnings = []
-    if found.nifti_header is not None:
-        apart_mm = nifti.frames_differ(found.nifti_header)
-        if apart_mm > _SAME_FRAME_MM:
-            warnings.append(
-                f"its sform and qform put a corner {apart_mm:.1f} mm apart; sizes and places are "
-                "as ITK reads them, and the mask has the same header"
-            )
-    return Scan(found, tuple(warnings))
+    return Scan(found, tuple(_about_nifti(found.nifti_header) if found.nifti_header else ()))
+
+
+def _about_nifti(header: bytes) -> Iterator[str]:
+    """What is odd about where a NIfTI header puts the volume."""
+    apart_mm = nifti.frames_differ(header)
+    if apart_mm > _SAME_FRAME_MM:
+        yield (
+            f"its sform and qform put a corner {apart_mm:.1f} mm apart; sizes and places are "
+            "as ITK reads them, and the mask has the same header"
+        )
+    if not nifti.has_frame(header):
+        yield (
+            "neither sform nor qform says how the head lies; taken was the first axis from right "
+            "to left, the second from front to back, the third from below to above"
+        )
+    if (factor := nifti.mm_per_unit(header)) != 1:
+        yield f"its header says sizes in {'metres' if factor > 1 else 'micrometres'}, read so"

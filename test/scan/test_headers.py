@@ -187,6 +187,62 @@ def test_frames_that_disagree_are_told(tmp_path):
         assert told == bool(code)
 
 
+def framed(folder: Path, *, pixdim=None, units=2, codes=(1, 1), factor=1.0) -> Path:
+    """A file of 0.5 x 0.6 x 5 mm, whose first voxel lies at 250, 20, 30."""
+    affine = np.diag([0.5 * factor, 0.6 * factor, 5 * factor, 1])
+    affine[:3, 3] = np.array([250, 20, 30]) * factor
+    image = nib.Nifti1Image(VOXELS.T, affine)
+    image.set_sform(affine, codes[0])
+    image.set_qform(affine, codes[1])
+    image.header["xyzt_units"] = units
+    path = folder / "case.nii"
+    image.to_filename(path)
+    if pixdim:
+        content = bytearray(path.read_bytes())
+        struct.pack_into("<3f", content, 80, *pixdim)
+        path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("codes", [(1, 1), (3, 0)])
+@pytest.mark.parametrize("pixdim", [(0.4, 0.6, 5), (0.5, 0.6, 1), (0.49, 0.6, 5), (1, 1, 1)])
+def test_a_sform_of_other_voxels_than_pixdim_is_refused(tmp_path, codes, pixdim):
+    """A pixdim of 0.9 mm for a true 1.2 mm halves each volume in mL."""
+    path = framed(tmp_path, codes=codes, pixdim=pixdim)
+    with pytest.raises(
+        InputError, match=r"voxels of 5x0\.6x0\.5 mm by its sform, of .* expected one"
+    ):
+        volume.read(path)
+
+
+def test_lengths_that_are_rounded_or_not_in_use_are_let_through(tmp_path):
+    assert reader.read_scan(framed(tmp_path, pixdim=(0.502, 0.598, 5))).warnings == ()
+    found = reader.read_scan(framed(tmp_path, pixdim=(0.4, 0.6, 5), codes=(0, 1))).volume
+    assert found.spacing_mm == pytest.approx((5, 0.6, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("units", "factor", "word"),
+    [(1, 1e-3, "in metres"), (3, 1e3, "in micrometres"), (2, 1, ""), (0, 1, "")],
+)
+def test_units_of_a_nifti_header_count(tmp_path, units, factor, word):
+    path = framed(tmp_path, units=units, factor=factor)
+    found = reader.read_scan(path)
+    assert found.volume.spacing_mm == pytest.approx((5, 0.6, 0.5))
+    assert found.volume.origin_mm == pytest.approx((30, -20, -250))
+    assert len(found.warnings) == bool(word)
+    assert word in " ".join(found.warnings)
+    moved = bytearray(path.read_bytes())
+    (x,) = struct.unpack_from("<f", moved, 292)
+    struct.pack_into("<f", moved, 292, x + 10 * factor)  # the sform, 10 mm aside
+    assert frames_differ(bytes(moved[:348])) == pytest.approx(10, abs=1e-3)
+
+
+def test_a_nifti_without_a_frame_is_told(tmp_path):
+    (warning,) = reader.read_scan(framed(tmp_path, codes=(0, 0))).warnings
+    assert warning.startswith("neither sform nor qform says how the head lies")
+
+
 def test_frames_that_agree_when_turned_are_equal(tmp_path):
     rng = np.random.default_rng(4)
     turn, _ = np.linalg.qr(rng.normal(size=(3, 3)))
