@@ -30,8 +30,9 @@ from benchmarks.rows import Row, report, smaller
 from ichseg.errors import PlansError
 from ichseg.model import plans, strict_json
 from ichseg.model.plans import Configuration, Plans
-from ichseg.predict import air, prepare, sliding_window
+from ichseg.predict import air, sliding_window
 from ichseg.predict.ensemble import Ensemble
+from ichseg.predict.prepare import place
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.scoring import compare, evaluate
@@ -152,7 +153,7 @@ def tiles(row: str, scan: Volume, planned: Plans) -> list[Row]:
     counts = []
     for crop in ARMS:
         cut = dataclasses.replace(planned, crop=crop)
-        placement = prepare.place([scan], cut, configuration)
+        placement = place([scan], cut, configuration)
         cover = sliding_window.cover(placement.grid_shape, configuration.tile)
         cover = air.skip_air(cover, [scan], placement, cut)
         counts.append(cover.total - len(cover.skipped))

@@ -52,7 +52,8 @@ def predict(arguments: list[str]) -> dict[str, float]:
 def restore(request: dict[str, Any]) -> dict[str, float]:
     """Scores to a mask file."""
     from ichseg.model import plans
-    from ichseg.predict import prepare
+    from ichseg.predict.prepare import Placement
+    from ichseg.predict.restore import restore
     from ichseg.scan import volume
     from ichseg.scan.orientation import AxisOrder
     from ichseg.scan.volume import Volume
@@ -60,7 +61,7 @@ def restore(request: dict[str, Any]) -> dict[str, float]:
     template = volume.read(Path(request["header"]))
     shape, spacing = tuple(request["shape"]), tuple(request["spacing_mm"])
     grid = tuple(request["grid_shape"])
-    placement = prepare.Placement(
+    placement = Placement(
         axes=AxisOrder((0, 1, 2), (False, False, False)),
         full_shape=shape,
         box=((0, shape[0]), (0, shape[1]), (0, shape[2])),
@@ -71,7 +72,7 @@ def restore(request: dict[str, Any]) -> dict[str, float]:
     planned = plans.load(Path(request["ours"]))
     scores = np.load(request["scores"])
     began = time.perf_counter()
-    labels = prepare.restore([(scores, placement)], planned)
+    labels = restore([(scores, placement)], planned)
     mask = Volume(labels, spacing, nifti_header=template.nifti_header)
     volume.write(mask, Path(request["output"] + ".nii.gz"))
     return {"seconds": time.perf_counter() - began}

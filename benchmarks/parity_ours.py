@@ -16,26 +16,27 @@ from ichseg.model.bundle import Model
 from ichseg.predict import resample
 from ichseg.predict.ensemble import Ensemble
 from ichseg.predict.prepare import Placement
+from ichseg.predict.restore import resize_margins
 from ichseg.scan.volume import Volume
 
 
 def probabilities_of(weights: Path, scan: Volume, device: str = "cpu") -> npt.NDArray[np.float32]:
     """Of labels or regions, ``(K, z, y, x)`` in the volume's grid, by all folds and mirrorings."""
     model, scores, placement = scores_of(weights, scan, device)
-    apart = None
+    separate_axis = None
     if "score" in model.plans.resampling.separate_z:
-        apart = resample.coarse_axis(
+        separate_axis = resample.coarse_axis(
             placement.grid_spacing_mm, placement.spacing_mm, model.plans.resampling.anisotropy
         )
-    leads = resample.resize_leads(
+    found = resize_margins(
         scores,
         placement.crop_shape,
         slice(0, placement.crop_shape[0]),
         order=model.plans.resampling.score_order,
-        apart=apart,
+        separate_axis=separate_axis,
         regions=bool(model.plans.regions),
     )
-    inside = np.asarray(leads, np.float64)
+    inside = np.asarray(found, np.float64)
     full = np.zeros((model.plans.scores, *placement.full_shape), np.float32)
     if model.plans.regions:
         inside = 1 / (1 + np.exp(-inside))
@@ -51,9 +52,10 @@ def probabilities_of(weights: Path, scan: Volume, device: str = "cpu") -> npt.ND
 def scores_of(weights: Path, scan: Volume, device: str) -> tuple[Model, Any, Placement]:
     """The bundle, its mean logits in the network's grid, and where that lies."""
     ensemble = Ensemble.load(weights, device)
-    prepared = ensemble.prepare(scan)
-    works = tuple(
-        replace(work, tiles=replace(work.tiles, skipped=frozenset())) for work in prepared.works
-    )
-    ((scores, placement),) = ensemble.predict(replace(prepared, works=works)).parts
+    plan = ensemble.plan(scan)
+    (part,) = plan.parts
+    tiles = replace(part.passes.tiles, skipped=frozenset())
+    part = replace(part, passes=replace(part.passes, tiles=tiles))
+    prepared = ensemble.prepare(replace(plan, parts=(part,)))
+    ((scores, placement),) = ensemble.predict(prepared).parts
     return ensemble.model, scores, placement

@@ -32,7 +32,9 @@ from benchmarks import memory, preprocessing_data, rivals
 from benchmarks.preprocessing_data import RIVAL_DATASET, Pair
 from benchmarks.rows import Row, at_most, faster, report, smaller
 from ichseg.model import plans as plans_module
-from ichseg.predict import prepare, resample
+from ichseg.predict import resample
+from ichseg.predict.prepare import place
+from ichseg.predict.restore import restore
 from ichseg.scan.volume import Volume
 from training.store import chunks
 
@@ -199,7 +201,7 @@ def _compare_spline(
 
     def ours() -> float:
         began = time.perf_counter()
-        found["ours"] = resample.resize_image(image, shape, order=3, apart=0)
+        found["ours"] = resample.resize_image(image, shape, order=3, separate_axis=0)
         return time.perf_counter() - began
 
     def rival() -> float:
@@ -228,14 +230,14 @@ def _compare_logits(
     plans = plans_module.load(sides.pair.workspace / "plans.json")
     configuration = dataclasses.replace(plans.configuration("3d_fullres"), spacing_mm=grid_mm)
     scan = Volume(np.ones((28, 512, 512), np.int16), (5.0, 0.4825, 0.4825))
-    placement = prepare.place([scan], plans, configuration)
+    placement = place([scan], plans, configuration)
     assert placement.grid_shape == logits.shape[1:], placement
     scores = torch.from_numpy(logits)
     torch.set_num_threads(os.cpu_count() or 1)
 
     def ours() -> float:
         began = time.perf_counter()
-        found["ours"] = prepare.restore([(scores, placement)], plans)
+        found["ours"] = restore([(scores, placement)], plans)
         return time.perf_counter() - began
 
     def rival() -> float:

@@ -26,7 +26,7 @@ def facts(
     said = [*warnings, *segmentation.warnings]
     if len(lesions) > MOST_LESIONS:
         said.append(f"{len(lesions)} lesions, the {MOST_LESIONS} largest are listed")
-    doubt = segmentation.doubt
+    doubt = segmentation.disagreement
     return {
         "volume_ml": round(segmentation.volume_ml, 3),
         "lesions": [_rounded(dataclasses.asdict(lesion)) for lesion in lesions[:MOST_LESIONS]],

@@ -7,50 +7,45 @@ from pathlib import Path
 
 from ichseg.engine import machine
 from ichseg.errors import InputError
-from ichseg.predict import memory, prepare
-from ichseg.predict.ensemble import Ensemble
-from ichseg.predict.work import PRESETS
-from ichseg.scan.volume import Volume
+from ichseg.predict import memory
+from ichseg.predict.ensemble import Ensemble, Plan
 from ichseg.wording import byte_size
 
 
 def of_scan(
-    scan: Volume, file_bytes: int, ensemble: Ensemble, preset: str, *, singly: bool
+    plan: Plan, file_bytes: int, ensemble: Ensemble, *, singly: bool
 ) -> tuple[memory.Need, bool]:
     """Bytes that a scan takes with an ensemble.
 
     Args:
-        scan: The volume, not prepared yet.
-        file_bytes: Of the scan on disk.
+        plan: What the ensemble will do for the scan.
+        file_bytes: The size of the scan on disk.
         ensemble: The networks.
-        preset: How much of them runs, one of ``work.PRESETS``.
-        singly: Whether mirrorings run one by one, as under a time budget.
+        singly: Whether passes run one by one, as under a time budget.
 
     Returns:
         The bytes, and whether the scores are added up on the host, since the GPU's memory does not
         hold them.
     """
-    model, chosen = ensemble.model, PRESETS[preset]
     parts = []
-    for name in model.in_order:
-        configuration = model.plans.configuration(name)
-        members = model.members_of(name)[: chosen.folds]
+    for part in plan.parts:
+        members, mirrors = part.passes.members, part.passes.mirrors
         parts.append(
             memory.Part(
-                configuration=configuration,
-                placement=prepare.place([scan], model.plans, configuration),
+                configuration=part.configuration,
+                placement=part.placement,
                 weights=memory.weights_bytes(ensemble.folder / members[0].file),
-                sums=2 if (singly and chosen.mirror) or len(members) > 1 else 1,
+                sums=2 if (singly and len(mirrors) > 1) or len(members) > 1 else 1,
                 networks=len(members),
             )
         )
     estimate = functools.partial(
         memory.estimate,
         ensemble.engine.kind,
-        model.plans,
+        ensemble.model.plans,
         parts,
         file_bytes=file_bytes,
-        scan_bytes=scan.voxels.nbytes,
+        scan_bytes=plan.volume.voxels.nbytes,
     )
     need, free = estimate(), ensemble.engine.free_bytes()
     if free is None or need.device <= free:

@@ -46,7 +46,7 @@ class Options:
 
     Attributes:
         output: The folder for the masks and ``results.json``.
-        preset: How much of the ensemble runs, one of ``work.PRESETS``.
+        preset: How much of the ensemble runs, one of ``presets.PRESETS``.
         report: Whether pictures are made.
         resume: Whether cases that are finished are left as they are.
         deadline: When the whole run has to end, by ``time.monotonic()``; None for no time budget.
@@ -173,8 +173,9 @@ def open_case(task: Task, _: Task, ensemble: Ensemble, options: Options, base: i
         checked, more = plausibility.check(scan.volume, image)
         scan = dataclasses.replace(scan, volume=checked, warnings=scan.warnings + more)
     read_s = time.perf_counter() - began
+    plan = ensemble.plan(scan.volume, options.preset)
     need, on_host = needs.of_scan(
-        scan.volume, stamp["bytes"], ensemble, options.preset, singly=options.deadline is not None
+        plan, stamp["bytes"], ensemble, singly=options.deadline is not None
     )
     grid = (
         f"{times(scan.volume.voxels.shape)} voxels of {times(scan.volume.spacing_mm, digits=3)} mm"
@@ -186,7 +187,7 @@ def open_case(task: Task, _: Task, ensemble: Ensemble, options: Options, base: i
         + (f"; {byte_size(need.device)} of the GPU's" if need.device else "")
         + (", which does not hold the scores: they stay on the host" if on_host else "")
     )
-    prepared = ensemble.prepare(scan.volume, options.preset)
+    prepared = ensemble.prepare(plan)
     return Opened(scan, read_s, need, on_host, prepared)
 
 

@@ -1,8 +1,7 @@
-"""From a volume in the scanner's grid to the network's grid and back.
+"""From a volume in the scanner's grid to a network's: axes, crop, resampling, normalisation.
 
-Forth: bring the axes into the plan's order, crop, resample, normalise. Back,
-``restore``: resample the scores slab by slab, take the best label at once, paste into the crop,
-undo the axes. Between the stages of a cascade, ``regrid``: from one network's grid to another's.
+The axes and the crop are the same for all configurations of a plan, and are found once a case.
+``restore`` is the way back.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from ichseg.engine.arrays import FloatArray, Grid, as_kind_of, on_host
+from ichseg.engine.arrays import FloatArray
 from ichseg.errors import InputError
 from ichseg.model.plans import Configuration, Normalisation, Plans
 from ichseg.predict import resample
@@ -24,7 +23,22 @@ from ichseg.predict.crop import crop_box
 from ichseg.scan.orientation import Array, AxisOrder, Box, orient_axes
 from ichseg.scan.volume import Volume
 
-_SLAB_VOXELS = 2_000_000  # of each label, restored at once
+
+@dataclass(frozen=True, slots=True)
+class Crop:
+    """The part of a case that networks see; all in the plan's axis order.
+
+    Attributes:
+        axes: How the volume's axes became the plan's.
+        full_shape: The whole volume's size in voxels.
+        box: Where the part lies in the volume, ``(start, stop)`` per axis.
+        spacing_mm: The volume's voxel size.
+    """
+
+    axes: AxisOrder
+    full_shape: tuple[int, int, int]
+    box: Box
+    spacing_mm: tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +47,10 @@ class Placement:
 
     Attributes:
         axes: How the volume's axes became the plan's.
-        full_shape: The whole volume's size.
-        box: Crop, ``(start, stop)`` per axis.
+        full_shape: The whole volume's size in voxels.
+        box: Where the crop lies in the volume, ``(start, stop)`` per axis.
         spacing_mm: The volume's voxel size.
-        grid_shape: Size after resampling the crop.
+        grid_shape: Size in voxels after resampling the crop.
         grid_spacing_mm: Voxel size of that grid.
     """
 
@@ -49,40 +63,90 @@ class Placement:
 
     @property
     def slices(self) -> tuple[slice, slice, slice]:
-        """The crop as an index."""
+        """The crop as an index into the volume in the plan's axis order."""
         z, y, x = (slice(*bounds) for bounds in self.box)
         return z, y, x
 
     @property
     def crop_shape(self) -> tuple[int, int, int]:
-        """Size of the crop before resampling."""
+        """Size of the crop in voxels before resampling."""
         z, y, x = (stop - start for start, stop in self.box)
         return z, y, x
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedCase:
-    """What the network sees: ``data`` float32 ``(C, Z, Y, X)``, and how to get back."""
+    """What a network sees of a case.
+
+    Attributes:
+        data: Normalised intensities in the network's grid, float32 ``(C, Z, Y, X)``.
+        placement: Where that grid lies in the case's volume.
+    """
 
     data: FloatArray
     placement: Placement
 
 
-def plan_axes(volume: Volume, plans: Plans) -> AxisOrder:
-    """The change of axes that the plan asks for: its orientation, then its transpose."""
-    axes = AxisOrder((0, 1, 2), (False, False, False))
-    if plans.orientation != "as_stored":
-        axes = orient_axes(volume)
-    if plans.orientation == "RAS":
-        z, y, x = axes.flips
-        axes = AxisOrder(axes.permutation, (z, not y, not x))
-    a, b, c = plans.transpose
-    p, f = axes.permutation, axes.flips
-    return AxisOrder((p[a], p[b], p[c]), (f[a], f[b], f[c]))
+def prepare(channels: Sequence[Volume], plans: Plans, configuration: Configuration) -> PreparedCase:
+    """Bring a case's volumes (one per channel) into the network's grid and intensities.
+
+    Raises:
+        InputError: The number of channels or their geometry is not as planned.
+    """
+    placement = place(channels, plans, configuration)
+    return PreparedCase(to_grid(channels, plans, placement), placement)
+
+
+def to_grid(channels: Sequence[Volume], plans: Plans, placement: Placement) -> FloatArray:
+    """A case's volumes in the network's grid and intensities, float32 ``(C, Z, Y, X)``.
+
+    Beside the result no copy of a volume is made, but one in float32 where a z-score is taken
+    before the volume is resampled.
+
+    Args:
+        channels: The case's volumes, one per channel.
+        plans: How to resample and to normalise.
+        placement: Where the case lies in the grid, see ``place``.
+    """
+    cropped = [placement.axes.apply(channel.voxels)[placement.slices] for channel in channels]
+    outside = None
+    if any(normalisation.masked for normalisation in plans.normalisations):
+        outside = _outside(cropped)
+    resampled = placement.grid_shape != placement.crop_shape
+    normalise_first = plans.normalise_first and resampled  # else the order changes nothing
+    if outside is not None and resampled and not normalise_first:
+        outside = resample.resize_labels(
+            outside.view(np.uint8),
+            placement.grid_shape,
+            order=plans.resampling.label_order,
+            separate_axis=_separate_axis(placement, plans, "label"),
+        ).view(np.bool_)
+    separate_axis = _separate_axis(placement, plans, "image")
+    data = np.empty((len(channels), *placement.grid_shape), np.float32)
+    for image, scheme, result in zip(cropped, plans.normalisations, data, strict=True):
+        convert = None
+        if normalise_first and scheme.scheme == "ct":  # voxel by voxel, so a slab at a time
+            convert = functools.partial(_normalised, scheme=scheme)
+        elif normalise_first:
+            image = normalise(image.astype(np.float32), scheme, outside)
+        order = plans.resampling.image_order
+        resample.resize(image, result, order=order, separate_axis=separate_axis, convert=convert)
+        if not normalise_first:
+            normalise(result, scheme, outside)
+    return data
 
 
 def place(channels: Sequence[Volume], plans: Plans, configuration: Configuration) -> Placement:
-    """Where the case will lie in the configuration's grid.
+    """Where a case will lie in one configuration's grid.
+
+    Raises:
+        InputError: The number of channels or their geometry is not as planned.
+    """
+    return place_crop(find_crop(channels, plans), configuration)
+
+
+def find_crop(channels: Sequence[Volume], plans: Plans) -> Crop:
+    """Turn a case's axes into the plan's order and find the part of it that networks see.
 
     Raises:
         InputError: The number of channels or their geometry is not as planned.
@@ -96,58 +160,39 @@ def place(channels: Sequence[Volume], plans: Plans, configuration: Configuration
         raise InputError(f"channels differ in shape: {[c.voxels.shape for c in channels]}")
     axes = plan_axes(first, plans)
     stack = [axes.apply(channel.voxels) for channel in channels]
-    spacing = tuple(first.spacing_mm[axis] for axis in axes.permutation)
-    box = crop_box(stack, spacing, plans.crop)
+    full_z, full_y, full_x = stack[0].shape
+    z, y, x = (first.spacing_mm[axis] for axis in axes.permutation)
+    box = crop_box(stack, (z, y, x), plans.crop)
+    return Crop(axes, (full_z, full_y, full_x), box, (z, y, x))
+
+
+def place_crop(crop: Crop, configuration: Configuration) -> Placement:
+    """Where a case's crop will lie in a configuration's grid."""
     target = configuration.spacing_mm
-    if configuration.architecture.dimensions == 2:
-        target = (spacing[0], *target[1:])
-    z, y, x = stack[0].shape
+    if configuration.architecture.dimensions == 2:  # its slices stay as they are
+        target = (crop.spacing_mm[0], *target[1:])
+    shape = [stop - start for start, stop in crop.box]
     return Placement(
-        axes=axes,
-        full_shape=(z, y, x),
-        box=box,
-        spacing_mm=(spacing[0], spacing[1], spacing[2]),
-        grid_shape=resample.resampled_shape([b - a for a, b in box], spacing, target),
+        axes=crop.axes,
+        full_shape=crop.full_shape,
+        box=crop.box,
+        spacing_mm=crop.spacing_mm,
+        grid_shape=resample.resampled_shape(shape, crop.spacing_mm, target),
         grid_spacing_mm=target,
     )
 
 
-def prepare(channels: Sequence[Volume], plans: Plans, configuration: Configuration) -> PreparedCase:
-    """Bring a case's volumes (one per channel) into the network's grid and intensities.
-
-    Beside the result no copy of a volume is made, but one in float32 where a z-score is taken
-    before the volume is resampled.
-
-    Raises:
-        InputError: The number of channels or their geometry is not as planned.
-    """
-    placement = place(channels, plans, configuration)
-    cropped = [placement.axes.apply(channel.voxels)[placement.slices] for channel in channels]
-    outside = None
-    if any(normalisation.masked for normalisation in plans.normalisations):
-        outside = _outside(cropped)
-    resampled = placement.grid_shape != placement.crop_shape
-    normalise_first = plans.normalise_first and resampled  # else the order changes nothing
-    if outside is not None and resampled and not normalise_first:
-        outside = resample.resize_labels(
-            outside.view(np.uint8),
-            placement.grid_shape,
-            order=plans.resampling.label_order,
-            apart=_apart(placement, plans, "label"),
-        ).view(np.bool_)
-    apart = _apart(placement, plans, "image")
-    data = np.empty((len(channels), *placement.grid_shape), np.float32)
-    for image, scheme, result in zip(cropped, plans.normalisations, data, strict=True):
-        convert = None
-        if normalise_first and scheme.scheme == "ct":  # voxel by voxel, so a slab at a time
-            convert = functools.partial(_normalised, scheme=scheme)
-        elif normalise_first:
-            image = normalise(image.astype(np.float32), scheme, outside)
-        order = plans.resampling.image_order
-        resample.resize(image, result, order=order, apart=apart, convert=convert)
-        if not normalise_first:
-            normalise(result, scheme, outside)
-    return PreparedCase(data, placement)
+def plan_axes(volume: Volume, plans: Plans) -> AxisOrder:
+    """The change of axes that the plan asks for: its orientation, then its transpose."""
+    axes = AxisOrder((0, 1, 2), (False, False, False))
+    if plans.orientation != "as_stored":
+        axes = orient_axes(volume)
+    if plans.orientation == "RAS":
+        z, y, x = axes.flips
+        axes = AxisOrder(axes.permutation, (z, not y, not x))
+    a, b, c = plans.transpose
+    p, f = axes.permutation, axes.flips
+    return AxisOrder((p[a], p[b], p[c]), (f[a], f[b], f[c]))
 
 
 def outside_nonzero(
@@ -181,7 +226,7 @@ def prepare_labels(
         labels,
         placement.grid_shape,
         order=plans.resampling.label_order,
-        apart=_apart(placement, plans, "label"),
+        separate_axis=_separate_axis(placement, plans, "label"),
     ).astype(np.int8, copy=False)
 
 
@@ -220,140 +265,6 @@ def _normalised(values: FloatArray, scheme: Normalisation) -> FloatArray:
     return normalise(values.copy(), scheme)
 
 
-def restore(
-    parts: Sequence[tuple[Grid, Placement]],
-    plans: Plans,
-    *,
-    average: str = "probabilities",
-    slab_voxels: int = _SLAB_VOXELS,
-) -> npt.NDArray[np.uint8]:
-    """Labels in the volume's own grid and axis order from scores in the networks' grids.
-
-    Works in slabs of slices and takes the best label of each at once, so no array of classes times
-    volume ever exists.
-
-    Args:
-        parts: Scores ``(K, Z, Y, X)`` with their placement, one for each configuration of an
-            ensemble; their mean decides, the lower label on a tie.
-        plans: For the interpolation order.
-        average: What the scores are, ``probabilities`` or ``logits``. Of several configurations
-            the probabilities are averaged in either case (V2's ensembling).
-        slab_voxels: Output voxels per class computed at once.
-
-    Returns:
-        uint8, shape of the volume that ``prepare`` was given.
-    """
-    placement = parts[0][1]
-    outline = np.broadcast_to(np.uint8(), placement.full_shape)
-    labels = np.zeros(placement.axes.undo(outline).shape, np.uint8)
-    convert = average == "logits" and len(parts) > 1
-    crop = placement.axes.apply(labels)[placement.slices]  # a view, which is written through
-    _decide(parts, crop, placement.spacing_mm, plans, slab_voxels, convert=convert)
-    return labels
-
-
-def regrid(
-    scores: Grid, placement: Placement, wanted: Placement, plans: Plans
-) -> npt.NDArray[np.int8]:
-    """Labels in another configuration's grid, from scores: what a cascade's second stage is given.
-
-    Args:
-        scores: ``(K, Z, Y, X)`` in the first stage's grid.
-        placement: Of the case in that grid.
-        wanted: Of the same case in the second stage's grid.
-        plans: For the interpolation order.
-
-    Returns:
-        int8, of the shape ``wanted.grid_shape``.
-    """
-    labels = np.empty(wanted.grid_shape, np.uint8)
-    _decide([(scores, placement)], labels, wanted.grid_spacing_mm, plans, _SLAB_VOXELS)
-    return labels.astype(np.int8)
-
-
-def one_hot(previous: npt.NDArray[np.int8], classes: int) -> FloatArray:
-    """The first stage's labels as the input channels of the second: ``(classes, Z, Y, X)``.
-
-    Args:
-        previous: ``(Z, Y, X)`` in the second stage's grid.
-        classes: Foreground labels are 1 to ``classes``.
-    """
-    return np.stack([previous == label for label in range(1, classes + 1)]).astype(np.float32)
-
-
-def _decide(
-    parts: Sequence[tuple[Grid, Placement]],
-    labels: npt.NDArray[np.uint8],
-    spacing_mm: tuple[float, float, float],
-    plans: Plans,
-    slab_voxels: int,
-    *,
-    convert: bool = False,
-) -> None:
-    """Fill the crop's labels, in the grid of this spacing, slab by slab.
-
-    With ``convert`` the scores are logits and are averaged as probabilities.
-    """
-    step = max(1, slab_voxels // (labels.shape[1] * labels.shape[2]))
-    for start in range(0, labels.shape[0], step):
-        rows = slice(start, min(start + step, labels.shape[0]))
-        leads: Grid | None = None
-        for scores, own in parts:
-            apart = None
-            if "score" in plans.resampling.separate_z:
-                apart = resample.coarse_axis(
-                    own.grid_spacing_mm, spacing_mm, plans.resampling.anisotropy
-                )
-            slab = resample.resize_leads(
-                scores,
-                labels.shape,
-                rows,
-                order=plans.resampling.score_order,
-                apart=apart,
-                regions=bool(plans.regions),
-            )
-            if convert:
-                slab = _of_probabilities(slab, bool(plans.regions))
-            leads = slab if leads is None else leads + slab
-        assert leads is not None
-        if plans.regions:
-            labels[rows] = _written(on_host(leads), plans.regions)
-        else:
-            labels[rows] = _largest(on_host(leads))
-
-
-def _of_probabilities(leads: Grid, regions: bool) -> Grid:
-    """Leads ``(K, ...)`` of probabilities from leads of logits: over label 0, or over a half."""
-    if not isinstance(leads, np.ndarray):
-        return as_kind_of(leads, on_host(_of_probabilities(on_host(leads), regions)))
-    if regions:
-        halves: FloatArray = np.tanh(leads / 2)
-        return halves
-    shift = np.maximum(leads.max(0), 0)
-    shares = np.exp(leads - shift)
-    background = np.exp(-shift)
-    probabilities: FloatArray = (shares - background) / (shares.sum(0) + background)
-    return probabilities
-
-
-def _largest(leads: FloatArray) -> npt.NDArray[np.uint8]:
-    """The label with the largest lead over label 0, and 0 if none has one; the lower on a tie."""
-    labels: npt.NDArray[np.uint8] = (leads[0] > 0).view(np.uint8)
-    best = np.maximum(leads[0], 0) if len(leads) > 1 else leads[0]
-    for label, lead in enumerate(leads[1:], start=2):  # far faster than argmax
-        np.copyto(labels, label, where=lead > best, casting="unsafe")
-        np.maximum(best, lead, out=best)
-    return labels
-
-
-def _written(leads: FloatArray, regions: Sequence[int]) -> npt.NDArray[np.uint8]:
-    """The label of the last region whose lead over the background is positive, and 0 if none is."""
-    labels = np.zeros(leads.shape[1:], np.uint8)
-    for region, label in zip(leads, regions, strict=True):
-        np.copyto(labels, label, where=region > 0, casting="unsafe")
-    return labels
-
-
 def _outside(stack: Sequence[Array]) -> npt.NDArray[np.bool_] | None:
     """Where all channels are zero and connected through such voxels, by faces, to the border.
 
@@ -368,7 +279,7 @@ def _outside(stack: Sequence[Array]) -> npt.NDArray[np.bool_] | None:
     return outside
 
 
-def _apart(placement: Placement, plans: Plans, kind: str) -> int | None:
+def _separate_axis(placement: Placement, plans: Plans, kind: str) -> int | None:
     if kind not in plans.resampling.separate_z:
         return None
     return resample.coarse_axis(

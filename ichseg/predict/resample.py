@@ -64,7 +64,7 @@ def axis_matrix(size_in: int, size_out: int, order: int) -> npt.NDArray[np.float
     if order == 0:
         matrix[rows, nearest_indices(size_in, size_out)] = 1
         return matrix
-    low, high, share = _neighbours(size_in, size_out)
+    low, high, share = neighbours(size_in, size_out)
     np.add.at(matrix, (rows, low), 1 - share)
     np.add.at(matrix, (rows, high), share)
     return matrix
@@ -91,11 +91,11 @@ def resampled_shape(
 def coarse_axis(
     spacing_mm: Sequence[float], target_mm: Sequence[float], anisotropy: float
 ) -> int | None:
-    """The axis to treat apart (separate-z), or None.
+    """The axis to resample by nearest slices (separate-z), or None.
 
     The spacing that counts is the present one if its largest is more than ``anisotropy`` times its
-    smallest, else the target if that one's is; an axis that shares the largest spacing with another
-    is not apart.
+    smallest, else the target if that one's is; there is none where two axes share the largest
+    spacing.
     """
     for spacing in (spacing_mm, target_mm):
         if max(spacing) / min(spacing) > anisotropy:
@@ -105,11 +105,11 @@ def coarse_axis(
 
 
 def resize_image(
-    image: npt.NDArray[np.generic], shape: Sequence[int], *, order: int, apart: int | None
+    image: npt.NDArray[np.generic], shape: Sequence[int], *, order: int, separate_axis: int | None
 ) -> npt.NDArray[np.float32]:
     """Resize ``(z, y, x)`` intensities; see ``resize``."""
     out = np.empty(tuple(shape), np.float32)
-    resize(image, out, order=order, apart=apart)
+    resize(image, out, order=order, separate_axis=separate_axis)
     return out
 
 
@@ -118,157 +118,78 @@ def resize(
     out: FloatArray,
     *,
     order: int,
-    apart: int | None,
+    separate_axis: int | None,
     convert: Callable[[FloatArray], FloatArray] | None = None,
 ) -> None:
     """Resize ``(z, y, x)`` intensities into ``out``.
 
     A cubic spline overshoots, so its result is clipped to the range of what is resized at once: the
-    volume, or each slice of the axis ``apart``. That axis itself takes nearest slices.
+    volume, or each slice of the separate-z axis. That axis itself takes nearest slices.
 
     Args:
         image: Intensities of any real type.
         out: Of the size wanted; overwritten.
         order: 0, 1 or 3.
-        apart: The separate-z axis, or None.
+        separate_axis: The separate-z axis, or None.
         convert: What is resized is this of the image: a function that maps float32 values one by
             one, the larger never to the smaller, and leaves its argument as it was.
     """
     limits = None
-    if order == 3 and any(image.shape[a] != out.shape[a] for a in range(3) if a != apart):
-        limits = _limits(image, out.shape, apart)
+    if order == 3 and any(image.shape[a] != out.shape[a] for a in range(3) if a != separate_axis):
+        limits = _limits(image, out.shape, separate_axis)
         if convert is not None:
             limits = convert(limits[0]), convert(limits[1])
     # a slab is no more than this of either volume: the other may have ten times as many slices
     plane = max(math.prod(out.shape[1:]), math.prod(image.shape) // out.shape[0])
     for rows in _slabs((out.shape[0], plane, 1), _SLAB_VOXELS):
-        source = _source(image.shape[0], out.shape[0], 0 if apart == 0 else order, rows)
+        source = source_slices(
+            image.shape[0], out.shape[0], 0 if separate_axis == 0 else order, rows
+        )
         band = np.ascontiguousarray(image[source], np.float32)
         if convert is not None:
             band = convert(band)
         slab = on_host(
-            _resize_band(band[None], source, image.shape, out.shape, rows, order=order, apart=apart)
+            resize_band(
+                band[None],
+                source,
+                image.shape,
+                out.shape,
+                rows,
+                order=order,
+                separate_axis=separate_axis,
+            )
         )[0]
         if limits is not None:
-            low, high = (limit[rows] if apart == 0 else limit for limit in limits)
+            low, high = (limit[rows] if separate_axis == 0 else limit for limit in limits)
             slab = slab.clip(low, high)
         out[rows] = slab
 
 
 def resize_labels(
-    labels: npt.NDArray[np.integer], shape: Sequence[int], *, order: int, apart: int | None
+    labels: npt.NDArray[np.integer], shape: Sequence[int], *, order: int, separate_axis: int | None
 ) -> npt.NDArray[np.integer]:
     """Resize a ``(z, y, x)`` label map; no label appears that was not there.
 
     Order 0 takes the nearest voxel. Order 1 interpolates each label's indicator linearly and takes
-    the largest; on a tie the nearest voxel's label, or if that has lost the lowest. The axis
-    ``apart`` takes nearest slices.
+    the largest; on a tie the nearest voxel's label, or if that has lost the lowest. The
+    separate-z axis takes nearest slices.
     """
     result = labels
     for axis in range(3):
         if result.shape[axis] != shape[axis]:
             result = np.take(result, nearest_indices(result.shape[axis], shape[axis]), axis)
     result = np.ascontiguousarray(result)
-    if order == 0 or all(labels.shape[a] == shape[a] for a in range(3) if a != apart):
+    if order == 0 or all(labels.shape[a] == shape[a] for a in range(3) if a != separate_axis):
         return result
     for rows in _slabs(shape, _VOTE_VOXELS):
-        source = _source(labels.shape[0], shape[0], 0 if apart == 0 else order, rows)
-        result[rows] = _vote(labels, result[rows], source, shape, rows, order=order, apart=apart)
+        source = source_slices(labels.shape[0], shape[0], 0 if separate_axis == 0 else order, rows)
+        result[rows] = _vote(
+            labels, result[rows], source, shape, rows, order=order, separate_axis=separate_axis
+        )
     return result
 
 
-def resize_leads(
-    scores: Grid,
-    shape: Sequence[int],
-    rows: slice,
-    *,
-    order: int,
-    apart: int | None,
-    regions: bool = False,
-) -> Grid:
-    """By how much each label's score exceeds that of label 0, resized: a slab of the first axis.
-
-    Interpolation is linear, so the differences may be interpolated in place of the scores: there is
-    one fewer, and they decide as well which score is the largest.
-
-    Args:
-        scores: ``(K, Z, Y, X)``, a numpy array or a tensor on any device.
-        shape: Full output size ``(z, y, x)``.
-        rows: Which output positions of the first axis to compute.
-        order: Spline order; the axis ``apart`` has order 0. Nothing is clipped.
-        apart: The separate-z axis, or None.
-        regions: Whether the scores are of regions, each of which leads by its score itself.
-
-    Returns:
-        ``(K - 1, len(rows), y, x)``, or of regions ``(K, len(rows), y, x)``; float32.
-    """
-    rows = slice(rows.start, min(rows.stop, shape[0]))
-    order_z = 0 if apart == 0 else order
-    if isinstance(scores, np.ndarray) and order == 1 and apart in (None, 0):
-        return _linear_leads(scores, shape, rows, order_z=order_z, regions=regions)
-    source = _source(scores.shape[1], shape[0], order_z, rows)
-    band = as_float(scores[:, source])
-    leads = band if regions else band[1:] - band[:1]
-    size = scores.shape[1:]
-    if order != 1 or apart in (1, 2):
-        return _resize_band(leads, source, size, shape, rows, order=order, apart=apart)
-    if size[0] != shape[0]:
-        leads = _resize_axis(leads, 1, size[0], shape[0], order_z, rows, source.start)
-    from torch.nn.functional import interpolate  # loaded already, or there were no tensor
-
-    assert not isinstance(leads, np.ndarray)
-    return interpolate(leads, tuple(shape[1:]), mode="bilinear")  # faster than two matrices
-
-
-def _linear_leads(
-    scores: npt.NDArray[np.float32],
-    shape: Sequence[int],
-    rows: slice,
-    *,
-    order_z: int,
-    regions: bool,
-) -> npt.NDArray[np.float32]:
-    """``resize_leads`` of order 1 in numpy: image by image, which stays in the cache."""
-    depth, height, width = scores.shape[1:]
-    low_z, high_z, share_z = _neighbours(depth, shape[0])
-    if order_z == 0 or depth == shape[0]:
-        low_z = high_z = nearest_indices(depth, shape[0])
-    low_y, high_y, share_y = _neighbours(height, shape[1])
-    low_x, high_x, share_x = _neighbours(width, shape[2])
-    share_y, share_x = share_y.astype(np.float32)[:, None], share_x.astype(np.float32)
-    result = np.empty((len(scores) - (not regions), rows.stop - rows.start, *shape[1:]), np.float32)
-    for label, leads in enumerate(result, start=not regions):
-        for z, out in zip(range(rows.start, rows.stop), leads, strict=True):
-            image = _lead(scores, label, low_z[z], regions)
-            if high_z[z] != low_z[z]:
-                _blend(image, _lead(scores, label, high_z[z], regions), np.float32(share_z[z]))
-            if width != shape[2]:
-                image, right = image.take(low_x, 1), image.take(high_x, 1)
-                _blend(image, right, share_x)
-            if height == shape[1]:
-                out[...] = image
-            else:
-                image.take(low_y, 0, out=out, mode="clip")  # another mode makes a copy first
-                _blend(out, image.take(high_y, 0), share_y)
-    return result
-
-
-def _lead(
-    scores: npt.NDArray[np.float32], label: int, z: int, regions: bool
-) -> npt.NDArray[np.float32]:
-    """One slice of what ``resize_leads`` resizes, to be overwritten."""
-    lead: npt.NDArray[np.float32] = scores[label, z]
-    return lead.copy() if regions else lead - scores[0, z]
-
-
-def _blend(low: npt.NDArray[np.float32], high: npt.NDArray[np.float32], share: Any) -> None:
-    """Move ``low`` towards ``high`` by this share of the way; both are overwritten."""
-    high -= low
-    high *= share
-    low += high
-
-
-def _neighbours(size_in: int, size_out: int) -> tuple[Any, Any, Any]:
+def neighbours(size_in: int, size_out: int) -> tuple[Any, Any, Any]:
     """For each output voxel the input voxels below and above, and the share of the latter."""
     position = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
     low = np.floor(position).astype(int)
@@ -308,7 +229,7 @@ def _slabs(shape: Sequence[int], voxels: int) -> Iterator[slice]:
         yield slice(start, min(start + step, shape[0]))
 
 
-def _source(size_in: int, size_out: int, order: int, rows: slice) -> slice:
+def source_slices(size_in: int, size_out: int, order: int, rows: slice) -> slice:
     """The input slices that these output slices depend on."""
     if size_in == size_out:
         return rows
@@ -319,7 +240,7 @@ def _source(size_in: int, size_out: int, order: int, rows: slice) -> slice:
     return slice(int(used[0]), int(used[-1]) + 1)
 
 
-def _resize_band(
+def resize_band(
     band: Grid,
     source: slice,
     size_in: Sequence[int],
@@ -327,18 +248,18 @@ def _resize_band(
     rows: slice,
     *,
     order: int,
-    apart: int | None,
+    separate_axis: int | None,
 ) -> Grid:
     """Output slices ``rows`` of all K from their input slices ``source``: ``(K, n, Y, X)``."""
     for axis in range(3):
         wanted, first = (rows, source.start) if axis == 0 else (slice(0, size_out[axis]), 0)
         if size_in[axis] != size_out[axis]:
-            kind = 0 if axis == apart else order
-            band = _resize_axis(band, axis + 1, size_in[axis], size_out[axis], kind, wanted, first)
+            kind = 0 if axis == separate_axis else order
+            band = resize_axis(band, axis + 1, size_in[axis], size_out[axis], kind, wanted, first)
     return band
 
 
-def _resize_axis(
+def resize_axis(
     data: Grid, axis: int, size_in: int, size_out: int, order: int, rows: slice, first: int
 ) -> Grid:
     """Positions ``rows`` along an axis of contiguous data that begin at input voxel ``first``."""
@@ -358,16 +279,16 @@ def _resize_axis(
 
 
 def _limits(
-    image: npt.NDArray[np.generic], shape: Sequence[int], apart: int | None
+    image: npt.NDArray[np.generic], shape: Sequence[int], separate_axis: int | None
 ) -> tuple[FloatArray, FloatArray]:
-    """Lowest and highest value of the volume, or of each output slice of the axis ``apart``."""
-    axes = tuple(axis for axis in range(3) if axis != apart)
+    """Lowest and highest value of the volume, or of each output slice of the separate-z axis."""
+    axes = tuple(axis for axis in range(3) if axis != separate_axis)
     low = image.min(axes, keepdims=True).astype(np.float32)
     high = image.max(axes, keepdims=True).astype(np.float32)
-    if apart is None:
+    if separate_axis is None:
         return low, high
-    index = nearest_indices(image.shape[apart], shape[apart])
-    return low.take(index, apart), high.take(index, apart)
+    index = nearest_indices(image.shape[separate_axis], shape[separate_axis])
+    return low.take(index, separate_axis), high.take(index, separate_axis)
 
 
 def _vote(
@@ -378,7 +299,7 @@ def _vote(
     rows: slice,
     *,
     order: int,
-    apart: int | None,
+    separate_axis: int | None,
 ) -> npt.NDArray[np.integer]:
     """Output slices ``rows``: for each voxel the label with the largest interpolated share."""
     band = labels[source]
@@ -390,8 +311,8 @@ def _vote(
     rest = np.ones(nearest.shape, np.float32)  # shares sum to 1
     for value in others:
         indicator = as_float(band == value)[None]
-        share = _resize_band(
-            indicator, source, labels.shape, shape, rows, order=order, apart=apart
+        share = resize_band(
+            indicator, source, labels.shape, shape, rows, order=order, separate_axis=separate_axis
         )[0]
         rest -= share
         share += _TIE * (nearest == value)

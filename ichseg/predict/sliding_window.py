@@ -137,7 +137,7 @@ def predict_tiled(
     """
     tiles, mirrors = cover(data.shape[1:], tile), mirrorings(mirror_axes)
     padded = pad(data, tiles)
-    total = add_tiles(network, padded, tiles, None, mirrors=mirrors, batch=tiles_at_once(tile))
+    total = sum_tiles(network, padded, tiles, mirrors=mirrors, batch=tiles_at_once(tile))
     return average(total, tiles, len(mirrors))
 
 
@@ -150,31 +150,28 @@ def pad(data: Grid, tiles: Tiles) -> Grid:
     return padded
 
 
-def add_tiles(
-    network: Network,
-    padded: Grid,
-    tiles: Tiles,
-    total: Grid | None,
-    *,
-    mirrors: Sequence[tuple[int, ...]],
-    batch: int,
+def sum_tiles(
+    network: Network, padded: Grid, tiles: Tiles, *, mirrors: Sequence[tuple[int, ...]], batch: int
 ) -> Grid:
-    """Add a network's scores of all tiles and mirrorings, weighted by importance, to ``total``.
+    """The sum of a network's scores of all tiles and mirrorings, weighted by importance.
 
     Args:
         network: See ``predict_tiled``. What it gives is read before it is called again.
         padded: The volume, from ``pad``.
         tiles: Which tiles.
-        total: ``(K, *tiles.padded)``, changed in place; None for zeros.
-        mirrors: Each a set of spatial axes to mirror, see ``mirrorings``.
+        mirrors: Sets of spatial axes to mirror, see ``mirrorings``.
         batch: How many tiles the network is given at once; of the last ones fewer.
 
     Returns:
-        ``total``.
+        ``(K, *tiles.padded)`` float32.
+
+    Raises:
+        ValueError: Every tile is skipped.
     """
     weights = [as_kind_of(padded, axis_importance(t)) for t in tiles.tile]
     importance = weights[0][:, None, None] * weights[1][:, None] * weights[2]
     jobs = itertools.product(tiles.corners(), [tuple(a + 1 for a in axes) for axes in mirrors])
+    total: Grid | None = None
     for group in _batches(jobs, batch):
         views = [flip(padded[tiles.where(corner)], axes) for corner, axes in group]
         for (corner, axes), scores in zip(group, network(stack(views)), strict=True):
@@ -183,14 +180,14 @@ def add_tiles(
             part = total[tiles.where(corner)]  # a view
             part += flip(scores, axes) * importance
     if total is None:
-        raise ValueError("every tile is skipped, and there are no scores to add to")
+        raise ValueError("every tile is skipped, and there are no scores to add up")
     return total
 
 
 def average(
     total: Grid, tiles: Tiles, passes: int, background: Sequence[float] | None = None
 ) -> Grid:
-    """The mean, in place, of what ``add_tiles`` has added.
+    """The mean, in place, of what ``sum_tiles`` has added.
 
     Args:
         total: ``(K, *tiles.padded)``.

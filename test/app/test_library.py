@@ -26,9 +26,9 @@ def test_the_readmes_example_runs(tmp_path, scan, monkeypatch, capsys):
     exec(compile(example, "README.md", "exec"), {})
     mask = volume.read(tmp_path / "mask.mha")
     assert mask.spacing_mm == scan.spacing_mm
-    volume_ml, doubt, ran = capsys.readouterr().out.split(maxsplit=2)
+    volume_ml, disagreement, ran = capsys.readouterr().out.split(maxsplit=2)
     assert float(volume_ml) == pytest.approx(np.count_nonzero(mask.voxels) * 0.0036)
-    assert doubt == "None"  # one network
+    assert disagreement == "None"  # one network
     assert model.name in ran
 
 

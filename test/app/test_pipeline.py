@@ -10,6 +10,7 @@ import pytest
 from ichseg.app import case_report, needs, one_case, pipeline, results
 from ichseg.app.cases import find_cases
 from ichseg.app.one_case import Options
+from ichseg.engine import machine
 from ichseg.errors import InputError, WeightsError
 from ichseg.predict import memory
 from ichseg.predict.ensemble import Segmentation
@@ -35,7 +36,10 @@ class Pretended:
             self.alive.add(name)
             self.most_alive = max(self.most_alive, len(self.alive))
 
-    def prepare(self, scan, preset):
+    def plan(self, scan, preset):
+        return scan
+
+    def prepare(self, scan):
         name = int(scan.voxels.max())
         self.note("prepare", name)
         if name == 666:
@@ -67,7 +71,7 @@ class Pretended:
             volume_ml=float(mask.voxels.sum() * mask.voxel_ml),
             ran={"tiles": 1, "tiles_skipped": 0},
             seconds={"total": 0.1, "compile": 0.0},
-            doubt=0.25,
+            disagreement=0.25,
             warnings=("odd",),
         )
 
@@ -79,8 +83,8 @@ class Pretended:
 def allowed(monkeypatch):
     """What the memory may become: a list of one, None for anything. A case opened takes 10."""
     limit = [None]
-    monkeypatch.setattr(memory, "limit", lambda: limit[0])
-    monkeypatch.setattr(memory, "resident", lambda: 1000)
+    monkeypatch.setattr(machine, "memory_limit", lambda: limit[0])
+    monkeypatch.setattr(machine, "resident_bytes", lambda: 1000)
     need = memory.Need(opening=10, predicting=20, writing=30, network=5)
     monkeypatch.setattr(needs, "of_scan", lambda *_, **__: (need, False))
     monkeypatch.setattr(volume, "stored_shape", lambda _: (1, 1, 1))
@@ -134,8 +138,8 @@ def test_the_next_is_prepared_and_the_last_written_while_the_networks_run(place)
     events = {name: threading.Event() for name in ("prepared 103", "finishing 101", "predicting")}
     prepare = ensemble.prepare
 
-    def prepare_and_say(scan, preset):
-        found = prepare(scan, preset)
+    def prepare_and_say(plan):
+        found = prepare(plan)
         if found.name == 103:
             events["prepared 103"].set()
         return found
@@ -173,7 +177,7 @@ def test_at_most_one_case_is_ahead_and_one_behind(place):
 
 def test_where_memory_is_short_nothing_is_read_ahead(place, allowed):
     """The program's 1000, 5 for the network; 20 for one, 30 for the one before, 10 for the next."""
-    allowed[0] = memory.Limit(1064, "someone")
+    allowed[0] = machine.MemoryLimit(1064, "someone")
     ensemble = Pretended()
     idle = threading.Event()
     ensemble.during_finish = lambda name: idle.wait(0.02)
@@ -183,7 +187,7 @@ def test_where_memory_is_short_nothing_is_read_ahead(place, allowed):
         before = ensemble.calls[: ensemble.calls.index(f"predict {name}")]
         assert f"finished {name - 1}" in before
 
-    allowed[0] = memory.Limit(1065, "someone")
+    allowed[0] = machine.MemoryLimit(1065, "someone")
     ensemble = Pretended()
     ensemble.during_predict = lambda name: idle.wait(0.05)
     run(place, ensemble)
@@ -191,7 +195,7 @@ def test_where_memory_is_short_nothing_is_read_ahead(place, allowed):
 
 
 def test_a_case_that_needs_more_than_is_allowed_is_refused_before_it_is_prepared(place, allowed):
-    allowed[0] = memory.Limit(1034, "someone")
+    allowed[0] = machine.MemoryLimit(1034, "someone")
     ensemble = Pretended()
     ended = run(place, ensemble)
     assert ensemble.calls == []
@@ -199,7 +203,7 @@ def test_a_case_that_needs_more_than_is_allowed_is_refused_before_it_is_prepared
         "101.mha: its 3x6x6 voxels of 5x1x1 mm need at least 1.0 kB of memory, someone allows "
         "1.0 kB"
     )
-    allowed[0] = memory.Limit(1035, "someone")
+    allowed[0] = machine.MemoryLimit(1035, "someone")
     assert not run(place, ensemble)[0].error
 
 
@@ -235,7 +239,7 @@ def test_a_long_table_of_lesions_is_cut_and_says_so(place, monkeypatch):
 
 
 def test_faults_of_one_case_do_not_stop_the_others(place, allowed, capsys):
-    allowed[0] = memory.Limit(2000, "someone")
+    allowed[0] = machine.MemoryLimit(2000, "someone")
     for name in (666, 667, 668):
         add(place, name)
     (place / "output").mkdir()
@@ -291,7 +295,7 @@ def test_an_interruption_loses_the_cases_under_way_and_leaves_nothing_half_writt
 
 def test_each_scan_is_looked_up_once(place, monkeypatch, allowed):
     """A folder of DICOM slices may have thousands of files."""
-    allowed[0] = memory.Limit(10_000, "someone")
+    allowed[0] = machine.MemoryLimit(10_000, "someone")
     looked_up, stamp_of = [], results.stamp_of
 
     def noted(image):

@@ -18,6 +18,8 @@ from ichseg.model.network import build_network
 from ichseg.model.plans import Normalisation
 from ichseg.predict import prepare, sliding_window
 from ichseg.predict.ensemble import Ensemble
+from ichseg.predict.prepare import place, plan_axes
+from ichseg.predict.restore import restore
 from ichseg.scan.volume import Volume
 from training.__main__ import main
 from training.bundle.identity import Identity
@@ -220,7 +222,7 @@ def test_an_imported_cascade_runs_as_nnunet_predicts(tmp_path, cascade):
             scores = sliding_window.predict_tiled(
                 network, data, second.tile, mirror_axes=model.mirror_axes
             )
-        return prepare.restore([(scores, case.placement)], model.plans, average="logits")
+        return restore([(scores, case.placement)], model.plans, average="logits")
 
     expected, found = mask(labels == 1), ensemble.segment(scan).mask.voxels
     assert 0.1 < expected.mean() < 0.9
@@ -454,15 +456,15 @@ def test_regions_write_in_their_order(tmp_path):
     assert plans.labels == ("background", "whole", "core", "enhancing")
     assert (plans.regions, plans.scores) == ((1, 2, 3), 3)
     scan = Volume(np.ones((1, 1, 5), np.float32), (5.0, 0.5, 0.5))
-    placement = prepare.place([scan], plans, plans.configurations[0])
+    placement = place([scan], plans, plans.configurations[0])
     scores = torch.tensor(
         [[-1.0, 9.0, 0.5, -1.0, 0.0], [-1.0, 8.0, -2.0, 0.1, 0.0], [-9.0, 1.0, -3.0, -1.0, 0.0]]
     ).reshape(3, 1, 1, 5)
-    labels = prepare.restore([(scores, placement)], plans)
+    labels = restore([(scores, placement)], plans)
     assert labels.ravel().tolist() == [0, 3, 1, 2, 0]
-    low = prepare.restore([(scores, placement), (scores - 4, placement)], plans)
+    low = restore([(scores, placement), (scores - 4, placement)], plans)
     assert low.ravel().tolist() == [0, 2, 0, 0, 0]
-    again = prepare.restore([(scores, placement)], plans)
+    again = restore([(scores, placement)], plans)
     assert again.ravel().tolist() == [0, 3, 1, 2, 0]
 
 
@@ -472,7 +474,7 @@ def test_reorienting_readers_turn_to_ras(tmp_path, reader):
     folder = theirs.write(tmp_path, SMALL, "2d", planned=planned)
     plans = import_folders([folder], tmp_path / "bundle").plans
     scan = Volume(np.arange(24, dtype=np.float32).reshape(2, 3, 4) + 1, (5.0, 0.5, 0.5))  # LPS
-    axes = prepare.plan_axes(scan, plans)
+    axes = plan_axes(scan, plans)
     turned = axes.apply(scan.voxels)
     assert np.array_equal(turned, scan.voxels[:, ::-1, ::-1])
     assert np.array_equal(axes.undo(turned), scan.voxels)

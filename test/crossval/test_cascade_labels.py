@@ -11,7 +11,8 @@ from ichseg.errors import DatasetError, TrainingError
 from ichseg.model import plans as plans_module
 from ichseg.model import strict_json
 from ichseg.predict import prepare
-from ichseg.predict.prepare import Placement, one_hot, regrid
+from ichseg.predict.prepare import Placement, place
+from ichseg.predict.restore import one_hot, regrid
 from ichseg.scan import volume
 from ichseg.scan.orientation import AxisOrder
 from training.__main__ import main as command
@@ -120,7 +121,7 @@ def test_the_two_stages_end_to_end(shared, caplog, capsys):
             assert name not in run.spec.train
             channels = [volume.read(path) for path in cases[name].images]
             scores, placement = predict_case(name, channels, run, network)
-            wanted = prepare.place(channels, CASCADE, SECOND)
+            wanted = place(channels, CASCADE, SECOND)
             stored = chunks.open_case(preprocessed_folder(shared, SECOND.name), name).previous
             assert scores.shape[1:] == (6, 12, 12)
             np.testing.assert_array_equal(stored[:], regrid(scores, placement, wanted, CASCADE))

@@ -12,7 +12,8 @@ from helpers.workspaces import make_workspace
 
 from ichseg.errors import TrainingError
 from ichseg.model.rules import ComponentRule
-from ichseg.predict import prepare
+from ichseg.predict.prepare import place
+from ichseg.predict.restore import restore
 from ichseg.scan import volume
 from training.crossval import merge, probabilities, selection, unseen
 from training.data import dataset
@@ -45,13 +46,13 @@ def references(workspace):
 
 def put(workspace, configuration, case, image, lead):
     """Store a configuration's probabilities for blood, given in the image's grid, and its mask."""
-    wanted = prepare.place([image], PLANNED, configuration)
+    wanted = place([image], PLANNED, configuration)
     steps = [(np.arange(n) * m // n) for n, m in zip(wanted.grid_shape, lead.shape, strict=True)]
     share = np.clip(lead[np.ix_(*steps)], 0, 1).astype(np.float32)
     scores = torch.from_numpy(np.stack((1 - share, share)))
     folder = run_folder(workspace, configuration.name, "0")
     probabilities.save(probabilities_file(folder, case.name), scores)
-    labels = prepare.restore([(scores.numpy(), wanted)], PLANNED)
+    labels = restore([(scores.numpy(), wanted)], PLANNED)
     volume.write(image.with_voxels(labels), mask_file(folder, case.name))
     return scores, wanted
 
@@ -97,7 +98,7 @@ def test_a_pair_decides_as_its_unrounded_mean_but_for_ties(workspace):
         parts = [
             put(workspace, c, case, image, rng.random(blood.shape)) for c in (CONFIGURATION, LOW)
         ]
-        exact = prepare.restore([(s.numpy(), p) for s, p in parts], PLANNED)
+        exact = restore([(s.numpy(), p) for s, p in parts], PLANNED)
         task = unseen.UnseenCase(case, "0", {})
         kept = unseen.found_labels(task, image, workspace, PLANNED, NAMES)
         different = kept != exact

@@ -17,6 +17,7 @@ from ichseg.model.network import build_network
 from ichseg.model.rules import ComponentRule
 from ichseg.predict import prepare, sliding_window
 from ichseg.predict.ensemble import Ensemble
+from ichseg.predict.restore import one_hot, regrid, restore
 
 LOW = dataclasses.replace(CONFIGURATION, name="3d_lowres", spacing_mm=(5.0, 1.7, 1.7))
 SECOND = dataclasses.replace(CONFIGURATION, name="3d_cascade_fullres", previous_stage="3d_lowres")
@@ -75,17 +76,17 @@ def test_a_cascades_second_stage_sees_what_the_first_found(tmp_path, scan, way):
     high = prepare.prepare([scan], THREE, SECOND)
     first = (scores_of(tmp_path, model, "3d_lowres", low.data), low.placement)
     if way == "scores":
-        previous = prepare.regrid(*first, high.placement, THREE)
+        previous = regrid(*first, high.placement, THREE)
     else:
-        labels = prepare.restore([first], THREE)
+        labels = restore([first], THREE)
         previous = prepare.prepare_labels(
             scan.with_voxels(labels), high.placement, THREE,
             prepare.outside_nonzero([scan], high.placement),
         )  # fmt: skip
     assert 0.02 < (previous == 1).mean() < 0.98
-    data = np.concatenate((high.data, prepare.one_hot(previous, 1)))
+    data = np.concatenate((high.data, one_hot(previous, 1)))
     scores = scores_of(tmp_path, model, "3d_cascade_fullres", data)
-    expected = prepare.restore([(scores, high.placement)], THREE)
+    expected = restore([(scores, high.placement)], THREE)
     ensemble = Ensemble.load(tmp_path, "cpu")
     assert ensemble.model.averaged == ("3d_cascade_fullres",)
     found = ensemble.segment(scan, "full")
@@ -96,7 +97,7 @@ def test_a_cascades_second_stage_sees_what_the_first_found(tmp_path, scan, way):
     ]
     blind = np.concatenate((high.data, np.zeros_like(data[1:])))
     unseen = scores_of(tmp_path, model, "3d_cascade_fullres", blind)
-    other = prepare.restore([(unseen, high.placement)], THREE)
+    other = restore([(unseen, high.placement)], THREE)
     assert np.mean(other != expected) > 0.01  # or the second stage would not listen
 
 
@@ -107,8 +108,8 @@ def test_configurations_are_averaged_in_the_volumes_grid(tmp_path, scan):
         case = prepare.prepare([scan], THREE, configuration)
         scores = scores_of(tmp_path, model, configuration.name, case.data)
         parts.append((scores, case.placement))
-    expected = prepare.restore(parts, THREE)
-    alone = [prepare.restore([part], THREE) for part in parts]
+    expected = restore(parts, THREE)
+    alone = [restore([part], THREE) for part in parts]
     assert min(np.mean(one != expected) for one in alone) > 0.01
     found = Ensemble.load(tmp_path, "cpu").segment(scan, "full")
     assert np.mean(found.mask.voxels != expected) < 2e-3
@@ -119,7 +120,7 @@ def test_a_first_stage_can_be_averaged_too(tmp_path, scan):
     make(tmp_path, names, averages=names)
     ensemble = Ensemble.load(tmp_path, "cpu")
     assert ensemble.model.in_order == names
-    predicted = ensemble.predict(ensemble.prepare(scan, "fast"))
+    predicted = ensemble.predict(ensemble.prepare(ensemble.plan(scan, "fast")))
     assert [placement.grid_spacing_mm for _, placement in predicted.parts] == [
         LOW.spacing_mm,
         SECOND.spacing_mm,
@@ -132,10 +133,10 @@ def test_two_cascades_share_a_first_stage(tmp_path, scan):
     model = make(tmp_path, ["3d_lowres", SECOND.name, third.name], plans=plans)
     ensemble = Ensemble.load(tmp_path, "cpu")
     assert ensemble.model.averaged == (SECOND.name, third.name)
-    both = ensemble.predict(ensemble.prepare(scan, "fast"))
+    both = ensemble.predict(ensemble.prepare(ensemble.plan(scan, "fast")))
     bundle.save_model(tmp_path, dataclasses.replace(model, averages=(third.name,)))
     ensemble = Ensemble.load(tmp_path, "cpu")
-    alone = ensemble.predict(ensemble.prepare(scan, "fast"))
+    alone = ensemble.predict(ensemble.prepare(ensemble.plan(scan, "fast")))
     assert both.ran["networks"] == [f"{name} fold 0" for name in model.in_order]
     assert alone.ran["networks"] == ["3d_lowres fold 0", f"{third.name} fold 0"]
     np.testing.assert_array_equal(both.parts[1][0], alone.parts[0][0])
@@ -155,7 +156,7 @@ def test_logits_of_configurations_are_averaged_as_probabilities(scan):
             scores = np.zeros((2, *case.data.shape[1:]), np.float32)
             scores[1] = lead
             parts.append((scores, case.placement))
-        return np.unique(prepare.restore(parts, PLANS, average="logits")).tolist()
+        return np.unique(restore(parts, PLANS, average="logits")).tolist()
 
     assert labels(9.0, -1.0, -1.0) == [1]
     assert labels(9.0, -2.0, -2.0) == [0]
@@ -168,7 +169,7 @@ def test_regions_run_through_the_ensemble(tmp_path, scan):
     model = make(tmp_path, ["3d_fullres"], plans=plans, average="logits")
     case = prepare.prepare([scan], plans, CONFIGURATION)
     scores = scores_of(tmp_path, model, "3d_fullres", case.data)
-    expected = prepare.restore([(scores, case.placement)], plans, average="logits")
+    expected = restore([(scores, case.placement)], plans, average="logits")
     found = Ensemble.load(tmp_path, "cpu").segment(scan, "full")
     assert len(np.unique(expected)) == 3
     assert np.mean(found.mask.voxels != expected) < 2e-3

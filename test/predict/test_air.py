@@ -6,9 +6,10 @@ import pytest
 from conftest import CONFIGURATION, PLANS
 
 from ichseg.model.plans import Normalisation
-from ichseg.predict import prepare, sliding_window
+from ichseg.predict import sliding_window
 from ichseg.predict.air import skip_air
 from ichseg.predict.ensemble import Ensemble
+from ichseg.predict.prepare import place
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 
@@ -21,7 +22,7 @@ def skipped(voxels, *, spacing_mm=(5.0, 1.0, 1.0), plans=PLANS, tile=TILE, direc
     scan = Volume(voxels, spacing_mm)
     if direction is not None:
         scan = dataclasses.replace(scan, direction=direction)
-    placement = prepare.place([scan], plans, CONFIGURATION)
+    placement = place([scan], plans, CONFIGURATION)
     tiles = sliding_window.cover(placement.grid_shape, tile)
     return skip_air(tiles, [scan], placement, plans)
 
@@ -100,7 +101,7 @@ def test_every_channel_has_to_be_air():
     two = dataclasses.replace(PLANS, channels=("CT", "CT"), normalisations=PLANS.normalisations * 2)
     first, second = (Volume(air((4, 32, 32)), (5.0, 1.0, 1.0)) for _ in range(2))
     second.voxels[0, 0, 0] = 0
-    placement = prepare.place([first, second], two, CONFIGURATION)
+    placement = place([first, second], two, CONFIGURATION)
     tiles = sliding_window.cover(placement.grid_shape, TILE)
     assert skip_air(tiles, [first, second], placement, two).corners() == [(0, 0, 0)]
 

@@ -15,6 +15,8 @@ from ichseg.model.plans import Configuration
 from ichseg.predict import air, prepare, sliding_window
 from ichseg.predict.crop import MARGIN_MM, crop_box, head_box
 from ichseg.predict.ensemble import Ensemble
+from ichseg.predict.prepare import place
+from ichseg.predict.restore import restore
 from ichseg.scan.orientation import nonzero_box
 from ichseg.scan.volume import Volume
 
@@ -75,7 +77,7 @@ def test_a_head_turned_by_quarters_has_its_box_turned(quarters, plane, seed):
 def test_every_way_to_store_a_scan_gives_the_same_box():
     voxels = head_in_air()[:, :99, :98]  # no multiples of what is looked at
     found = {
-        prepare.place([stored(voxels, SPACING_MM, order, signs)], CUT, CONFIGURATION).box
+        place([stored(voxels, SPACING_MM, order, signs)], CUT, CONFIGURATION).box
         for order in AXES
         for signs in SIGNS
     }
@@ -153,13 +155,13 @@ def test_restoring_is_the_exact_inverse_and_background_outside(order, signs, tra
     reference = stored(labels, SPACING_MM, order, signs)
     plans = dataclasses.replace(CUT, transpose=tuple(transpose))
     own = dataclasses.replace(
-        CONFIGURATION, spacing_mm=prepare.place([scan], plans, CONFIGURATION).spacing_mm
+        CONFIGURATION, spacing_mm=place([scan], plans, CONFIGURATION).spacing_mm
     )
     case = prepare.prepare([scan], plans, own)
     assert sorted(case.data.shape[1:]) == sorted(stop - start for start, stop in BOX)
     grid = torch.from_numpy(prepare.prepare_labels(reference, case.placement, plans))
     scores = torch.stack([(grid == label).float() for label in (0, 1)])
-    back = prepare.restore([(scores, case.placement)], plans, slab_voxels=5000)
+    back = restore([(scores, case.placement)], plans, slab_voxels=5000)
     expected = np.zeros_like(labels)
     expected[index(BOX)] = labels[index(BOX)]
     np.testing.assert_array_equal(back, stored(expected, SPACING_MM, order, signs).voxels)
@@ -169,7 +171,7 @@ def test_restoring_is_the_exact_inverse_and_background_outside(order, signs, tra
 def test_stages_of_a_cascade_share_the_box():
     scan = Volume(head_in_air(), SPACING_MM)
     coarse: Configuration = dataclasses.replace(CONFIGURATION, spacing_mm=(5.0, 2.5, 2.5))
-    first, second = (prepare.place([scan], CUT, c) for c in (coarse, CONFIGURATION))
+    first, second = (place([scan], CUT, c) for c in (coarse, CONFIGURATION))
     assert first.box == second.box == BOX
     assert first.grid_shape != second.grid_shape == (11, 69, 54)
 
@@ -177,7 +179,7 @@ def test_stages_of_a_cascade_share_the_box():
 def test_tiles_that_are_skipped_are_of_air():
     voxels = head_in_air()
     scan = Volume(voxels, SPACING_MM)
-    placement = prepare.place([scan], CUT, CONFIGURATION)
+    placement = place([scan], CUT, CONFIGURATION)
     assert placement.box == BOX
     tile = (4, 8, 8)  # less than the margin
     tiles = air.skip_air(sliding_window.cover(placement.grid_shape, tile), [scan], placement, CUT)

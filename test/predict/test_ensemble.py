@@ -13,8 +13,9 @@ from ichseg.model import bundle
 from ichseg.model.network import build_network
 from ichseg.predict import air, prepare, sliding_window
 from ichseg.predict.ensemble import Ensemble
-from ichseg.predict.passes import Unit
-from ichseg.predict.work import units_record
+from ichseg.predict.passes import Pass
+from ichseg.predict.presets import budget_record
+from ichseg.predict.restore import restore
 from ichseg.scan.volume import Volume
 
 
@@ -33,7 +34,7 @@ def test_full_is_the_mean_softmax_over_folds_and_mirrors(tmp_path, scan):
                 CONFIGURATION.tile,
                 mirror_axes=(0, 1, 2),
             )
-    expected = prepare.restore([(total / 2, case.placement)], PLANS)
+    expected = restore([(total / 2, case.placement)], PLANS)
     result = Ensemble.load(tmp_path, "cpu").segment(scan, "full")
     assert 0.05 < expected.mean() < 0.99  # or nothing would be compared
     assert np.mean(result.mask.voxels != expected) < 1e-3
@@ -130,9 +131,9 @@ def test_a_budget_that_suffices_runs_all_and_says_what_ran(tmp_path, scan):
         "units_planned": 16,
         "mirrorings": dict.fromkeys(networks, axes),
     }
-    some = [Unit(model.members[0], ()), Unit(model.members[1], ()), Unit(model.members[1], (1, 2))]
-    (work,) = ensemble.prepare(scan, "full").works
-    assert units_record([work], [some], 8.0) == {
+    some = [Pass(model.members[0], ()), Pass(model.members[1], ()), Pass(model.members[1], (1, 2))]
+    (part,) = ensemble.plan(scan, "full").parts
+    assert budget_record([part], [some], 8.0) == {
         "time_budget_s": 8.0,
         "units": 3,
         "units_planned": 16,
@@ -166,13 +167,13 @@ def test_where_a_gpus_memory_is_full_scores_are_added_up_on_the_host(tmp_path, s
 
     kept = []
     limited = dataclasses.replace(
-        ensemble, engine=dataclasses.replace(ensemble.engine, load=load, keep=keep), _alive={}
+        ensemble, engine=dataclasses.replace(ensemble.engine, load=load, keep=keep)
     )
     found = limited.segment(scan, "full", lambda done, total: seen.append((done, total)))
     assert len(kept) == 1
     assert found.mask.voxels.tobytes() == expected.mask.voxels.tobytes()
     assert found.ran == expected.ran | {"scores_on_host": True}
-    assert found.doubt == expected.doubt
+    assert found.disagreement == expected.disagreement
     assert seen[-1] == (expected.ran["forward_passes"],) * 2
     assert sum(calls) > expected.ran["forward_passes"] + 50
 
@@ -184,9 +185,7 @@ def test_what_does_not_fit_the_gpu_either_way_is_said(tmp_path, scan):
     def load(spec, state):
         raise DeviceError("too small")
 
-    hopeless = dataclasses.replace(
-        ensemble, engine=dataclasses.replace(ensemble.engine, load=load), _alive={}
-    )
+    hopeless = dataclasses.replace(ensemble, engine=dataclasses.replace(ensemble.engine, load=load))
     with pytest.raises(DeviceError, match="too small"):
         hopeless.segment(scan, "fast")
 
@@ -195,15 +194,15 @@ def test_scores_are_restored_on_the_host_where_a_gpus_memory_is_full(tmp_path, s
     make_bundle(tmp_path)
     ensemble = Ensemble.load(tmp_path, "torch-cpu")
     expected = ensemble.segment(scan, "fast").mask.voxels
-    restore, tried = prepare.restore, []
+    real, tried = restore, []
 
     def full_at_first(*args, **kwargs):
         tried.append(1)
         if len(tried) == 1:
             raise torch.cuda.OutOfMemoryError
-        return restore(*args, **kwargs)
+        return real(*args, **kwargs)
 
-    monkeypatch.setattr(prepare, "restore", full_at_first)
+    monkeypatch.setattr("ichseg.predict.ensemble.restore", full_at_first)
     np.testing.assert_array_equal(ensemble.segment(scan, "fast").mask.voxels, expected)
     assert len(tried) == 2
 
@@ -221,9 +220,7 @@ def test_one_network_is_alive_at_a_time_and_folds_are_outermost(tmp_path, scan):
         return loaded
 
     seen = []
-    counted = dataclasses.replace(
-        ensemble, engine=dataclasses.replace(ensemble.engine, load=load), _alive={}
-    )
+    counted = dataclasses.replace(ensemble, engine=dataclasses.replace(ensemble.engine, load=load))
     counted.segment(scan, "full", lambda done, _: seen.append(done))
     assert loads == [0, seen[-1] // 3, 2 * seen[-1] // 3]
 
@@ -239,7 +236,7 @@ def test_a_volume_of_air_needs_no_network(tmp_path, scan):
     make_bundle(tmp_path)
     ensemble = Ensemble.load(tmp_path, "cpu")
     air = scan.with_voxels(np.full_like(scan.voxels, -1000))
-    result = ensemble.finish(ensemble.predict(ensemble.prepare(air, "full")))
+    result = ensemble.finish(ensemble.predict(ensemble.prepare(ensemble.plan(air, "full"))))
     assert not result.mask.voxels.any()
     assert result.ran["forward_passes"] == 0
     assert result.ran["tiles_skipped"] == result.ran["tiles"] > 0
@@ -257,10 +254,11 @@ def test_what_is_skipped_changes_nothing_elsewhere(tmp_path, scan, monkeypatch, 
     found = ensemble.segment(scan, "balanced")
     assert 0 < found.ran["tiles_skipped"] < found.ran["tiles"]
     assert found.ran["forward_passes"] == 2 * (found.ran["tiles"] - found.ran["tiles_skipped"])
-    (work,) = ensemble.prepare(scan, "balanced").works
-    background = np.zeros(work.tiles.shape, bool)
-    for corner in work.tiles.skipped:
-        background[work.tiles.where(corner)[1:]] = True
+    (part,) = ensemble.plan(scan, "balanced").parts
+    tiles = part.passes.tiles
+    background = np.zeros(tiles.shape, bool)
+    for corner in tiles.skipped:
+        background[tiles.where(corner)[1:]] = True
     with monkeypatch.context() as patch:
         patch.setattr(air, "skip_air", lambda tiles, *_: tiles)
         plain = ensemble.segment(scan, "balanced")

@@ -10,8 +10,9 @@ import pytest
 from conftest import CONFIGURATION, PLANS, make_bundle
 
 from ichseg.model import bundle
-from ichseg.predict import memory, prepare
+from ichseg.predict import memory
 from ichseg.predict.memory import Part
+from ichseg.predict.prepare import place
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 
@@ -29,7 +30,7 @@ def test_bytes_of_weights_are_those_of_fp32(tmp_path):
 def part(shape, *, sums=1, networks=1):
     """The tiny configuration, tile 4x16x16, on a scan whose grid has this shape."""
     scan = Volume(np.zeros(shape, np.uint8), (5.0, 1.0, 1.0))
-    placement = prepare.place([scan], PLANS, CONFIGURATION)
+    placement = place([scan], PLANS, CONFIGURATION)
     assert placement.grid_shape == shape
     return Part(CONFIGURATION, placement, weights=100 * MB, sums=sums, networks=networks)
 

@@ -1,4 +1,4 @@
-"""Which units run in which order, what a time budget leaves of them, and how networks disagree."""
+"""Which passes run in which order, what a time budget leaves of them, and how networks disagree."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 from ichseg.engine.engine import LoadedNetwork
 from ichseg.errors import BudgetError
 from ichseg.model.bundle import Member
-from ichseg.predict import passes, sliding_window
-from ichseg.predict.passes import Clock, Load
+from ichseg.predict import budget, passes, sliding_window
+from ichseg.predict.budget import Clock, Effort
+from ichseg.predict.passes import Passes
 
 TILE = (4, 8, 8)
 TILES = sliding_window.cover((4, 8, 20), TILE)  # 4 tiles
@@ -26,7 +27,9 @@ class Machine:
     def __init__(self, monkeypatch, scores=lambda fold, tile: (0.0, 1.0), tile_s=lambda calls: 1.0):
         self.now, self.log, self.calls = 0.0, [], 0
         self.scores, self.tile_s = scores, tile_s
-        monkeypatch.setattr(passes, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        for module in (budget, passes):
+            clock = SimpleNamespace(perf_counter=lambda: self.now)
+            monkeypatch.setattr(module, "time", clock)
 
     def load(self, member):
         if not self.log or self.log[-1] != member.fold:
@@ -44,16 +47,13 @@ class Machine:
         return LoadedNetwork(run, 1)
 
     def run(self, budget_s=None, members=MEMBERS, later=(), mirrors=MIRRORS, data=None):
-        load = Load(TILES.total, TILE, TILES.total * len(members) * len(mirrors))
-        self.clock = Clock(
-            None, load.passes, None if budget_s is None else self.now + budget_s, [load, *later]
-        )
+        wanted = Passes(TILES, tuple(members), tuple(mirrors))
+        deadline = None if budget_s is None else self.now + budget_s
+        self.clock = Clock(None, wanted.forward_passes, deadline, [wanted.effort, *later])
         return passes.run(
             self.load,
-            members,
-            mirrors,
+            wanted,
             np.zeros((1, *TILES.padded), np.float32) if data is None else data,
-            TILES,
             BACKGROUND,
             regions=False,
             clock=self.clock,
@@ -61,7 +61,7 @@ class Machine:
 
 
 def names(done):
-    return [(unit.member.fold, unit.mirror) for unit in done.units]
+    return [(each.member.fold, each.mirror) for each in done.ran]
 
 
 def test_without_a_budget_each_network_is_loaded_once(monkeypatch):
@@ -74,11 +74,11 @@ def test_without_a_budget_each_network_is_loaded_once(monkeypatch):
     np.testing.assert_allclose(done.scores[1], 1, rtol=1e-6)
 
 
-def test_with_time_enough_all_units_run_networks_first(monkeypatch):
+def test_with_time_enough_all_passes_run_networks_first(monkeypatch):
     machine = Machine(monkeypatch)
     done = machine.run(budget_s=1000)
     assert sorted(names(done)) == sorted((f, m) for f in "012" for m in MIRRORS)
-    assert [unit.mirror for unit in done.units] == [m for m in MIRRORS for _ in MEMBERS]
+    assert [each.mirror for each in done.ran] == [m for m in MIRRORS for _ in MEMBERS]
     assert machine.log == ["0", "1", "2", "1", "0", "1", "2"]  # a turn loads nothing
 
 
@@ -93,13 +93,13 @@ def test_with_time_enough_all_units_run_networks_first(monkeypatch):
         (22.0, [("0", ()), ("1", ()), ("2", ()), ("2", (0,))]),
     ],
 )
-def test_as_many_units_run_as_fit(monkeypatch, budget_s, expected):
+def test_as_many_passes_run_as_fit(monkeypatch, budget_s, expected):
     machine = Machine(monkeypatch)
     assert names(machine.run(budget_s=budget_s)) == expected
     assert machine.calls == 4 * len(expected)  # none was begun in vain
 
 
-def test_finished_units_weigh_equally(monkeypatch):
+def test_finished_passes_weigh_equally(monkeypatch):
     machine = Machine(monkeypatch, scores=lambda fold, tile: (0.0, float(fold)))
     done = machine.run(budget_s=22)  # folds 0, 1, 2, 2
     np.testing.assert_allclose(done.scores[1], (0 + 1 + 2 + 2) / 4, rtol=1e-6)
@@ -121,12 +121,12 @@ def test_where_the_time_is_over_already_no_more_tiles_are_waited_for(monkeypatch
     assert machine.calls == calls
 
 
-def test_the_first_unit_runs_to_its_end_though_it_gets_slower(monkeypatch):
+def test_the_first_pass_runs_to_its_end_though_it_gets_slower(monkeypatch):
     machine = Machine(monkeypatch, tile_s=lambda calls: 1.0 if calls < 4 else 50.0)
     assert names(machine.run(budget_s=7)) == [("0", ())]
 
 
-def test_a_unit_that_is_late_is_dropped(monkeypatch):
+def test_a_pass_that_is_late_is_dropped(monkeypatch):
     """The second network gets slow in its third tile; what it did before does not count."""
     machine = Machine(
         monkeypatch,
@@ -141,13 +141,13 @@ def test_a_unit_that_is_late_is_dropped(monkeypatch):
 
 def test_a_later_configuration_keeps_its_share(monkeypatch):
     """As much work is to come: half of the time is left for it."""
-    later = Load(TILES.total, TILE, TILES.total * 9)
-    assert len(Machine(monkeypatch).run(budget_s=24, later=[later]).units) == 2
-    with pytest.raises(BudgetError, match=r"needs about 12\.0 s"):  # a unit of each
+    later = Effort(4 * 8 * 8, TILES.total, TILES.total * 9)
+    assert len(Machine(monkeypatch).run(budget_s=24, later=[later]).ran) == 2
+    with pytest.raises(BudgetError, match=r"needs about 12\.0 s"):  # a pass of each
         Machine(monkeypatch).run(budget_s=11, later=[later])
 
 
-def test_doubt_is_one_less_dice_of_each_network_and_the_mean(monkeypatch):
+def test_disagreement_is_one_less_dice_of_each_network_and_the_mean(monkeypatch):
     """Fold 0 marks all 640 voxels, the others the 192 where the data are 1 (x from 8 to 13).
 
     All three together mark these, as two of three do; Dice of fold 0 and them: 2 x 192 / 832.
@@ -160,10 +160,10 @@ def test_doubt_is_one_less_dice_of_each_network_and_the_mean(monkeypatch):
         return 1 - marked, marked
 
     done = Machine(monkeypatch, scores).run(data=data, mirrors=[()])
-    assert done.doubts == pytest.approx([1 - 2 * 192 / 832, 0, 0])
+    assert done.disagreements == pytest.approx([1 - 2 * 192 / 832, 0, 0])
 
 
 def test_networks_that_find_nothing_agree(monkeypatch):
     machine = Machine(monkeypatch, scores=lambda fold, tile: (1.0, 0.0))
-    assert machine.run().doubts == [0, 0, 0]
-    assert machine.run(members=MEMBERS[:1]).doubts == []
+    assert machine.run().disagreements == (0, 0, 0)
+    assert machine.run(members=MEMBERS[:1]).disagreements == ()

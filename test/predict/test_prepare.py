@@ -13,6 +13,8 @@ from scipy import ndimage
 from ichseg.errors import InputError
 from ichseg.model.plans import Normalisation, Plans
 from ichseg.predict import prepare, resample
+from ichseg.predict.prepare import place, plan_axes
+from ichseg.predict.restore import restore
 from ichseg.scan.orientation import nonzero_box, orient_axes
 from ichseg.scan.volume import Volume
 
@@ -45,12 +47,12 @@ def test_restore_undoes_prepare_for_every_orientation_transpose_and_crop(
     labels[box] = rng.integers(0, 2, labels[box].shape)
     volume = Volume(image, (2.0, 1.0, 1.5), direction=tuple(DIRECTIONS[d].ravel()))
     plans = dataclasses.replace(PLANS, orientation=orientation, transpose=tuple(order))
-    placement = prepare.place([volume], plans, CONFIGURATION)
+    placement = place([volume], plans, CONFIGURATION)
     own = dataclasses.replace(CONFIGURATION, spacing_mm=placement.spacing_mm)  # no resampling
     case = prepare.prepare([volume], plans, own)
     grid = prepare.prepare_labels(volume.with_voxels(labels), case.placement, plans)
     assert case.data.shape[1:] == grid.shape == case.placement.crop_shape
-    back = prepare.restore([(as_scores(grid, 2), case.placement)], plans, slab_voxels=50)
+    back = restore([(as_scores(grid, 2), case.placement)], plans, slab_voxels=50)
     np.testing.assert_array_equal(back, labels)
 
 
@@ -66,7 +68,7 @@ def test_every_orientation_gives_the_network_the_same_data(d):
     np.testing.assert_array_equal(orient_axes(volume).apply(volume.voxels), canonical)
     transposed = dataclasses.replace(PLANS, transpose=(2, 0, 1))
     np.testing.assert_array_equal(
-        prepare.plan_axes(volume, transposed).apply(volume.voxels), canonical.transpose(2, 0, 1)
+        plan_axes(volume, transposed).apply(volume.voxels), canonical.transpose(2, 0, 1)
     )
 
 
@@ -127,7 +129,7 @@ def test_background_outside_the_filled_nonzero_region_becomes_minus_one():
     image[1, 3, 3] = 0  # a hole, filled
     image[:, 1, 1] = 0  # a corner of the box, outside
     volume = Volume(image, CONFIGURATION.spacing_mm)
-    placement = prepare.place([volume], PLANS, CONFIGURATION)
+    placement = place([volume], PLANS, CONFIGURATION)
     labels = np.zeros(image.shape, np.uint8)
     labels[2, 1, 1] = 1  # outside, yet annotated: stays
     outside = prepare.outside_nonzero([volume], placement)
@@ -150,15 +152,15 @@ def test_order_of_steps_is_the_plans(scan):
 
 
 def test_restore_averages_the_parts_of_an_ensemble(scan):
-    placement = prepare.place([scan], PLANS, CONFIGURATION)
+    placement = place([scan], PLANS, CONFIGURATION)
     sure = torch.zeros(2, *placement.grid_shape)
     sure[1] = 1.0
     unsure = torch.zeros(2, *placement.grid_shape)
     unsure[0] = 0.6
-    both = prepare.restore([(sure, placement), (unsure, placement)], PLANS)
+    both = restore([(sure, placement), (unsure, placement)], PLANS)
     assert both.shape == scan.voxels.shape
     assert both.min() == 1  # (1 + 0) / 2 beats (0 + 0.6) / 2
-    assert prepare.restore([(unsure, placement)], PLANS).max() == 0
+    assert restore([(unsure, placement)], PLANS).max() == 0
 
 
 @pytest.mark.parametrize(
@@ -169,26 +171,26 @@ def test_scores_take_nearest_slices_of_a_coarse_axis_if_planned(separate_z, expe
     resampling = dataclasses.replace(PLANS.resampling, separate_z=separate_z)
     plans = dataclasses.replace(PLANS, resampling=resampling)
     thick = dataclasses.replace(CONFIGURATION, spacing_mm=(10.0, 1.0, 1.0))
-    placement = prepare.place([Volume(np.ones((4, 3, 3)), (5.0, 1.0, 1.0))], plans, thick)
+    placement = place([Volume(np.ones((4, 3, 3)), (5.0, 1.0, 1.0))], plans, thick)
     scores = torch.zeros(2, 2, 3, 3)
     scores[1, 0], scores[1, 1] = 1, -10
-    labels = prepare.restore([(scores, placement)], plans)
+    labels = restore([(scores, placement)], plans)
     np.testing.assert_array_equal(labels, np.array(expected)[:, None, None] * np.ones((4, 3, 3)))
 
 
 def test_the_largest_score_wins_and_the_lower_label_on_a_tie():
     row = Volume(np.ones((1, 1, 7)), (5.0, 1.0, 1.0))
-    placement = prepare.place([row], PLANS, CONFIGURATION)
+    placement = place([row], PLANS, CONFIGURATION)
     scores = torch.tensor(
         [[2, 1, 1, 3, 0, -5, 5], [2, 2, 1, 3, 1, -4, 1], [1, 2, 3, 3, 2, -6, 3.0]]
     )
-    labels = prepare.restore([(scores.reshape(3, 1, 1, 7), placement)], PLANS)
+    labels = restore([(scores.reshape(3, 1, 1, 7), placement)], PLANS)
     np.testing.assert_array_equal(labels, [[[0, 1, 2, 0, 2, 1, 0]]])
 
 
 def test_wrong_channels_are_refused(scan):
     with pytest.raises(InputError, match="2 channels given, expected 1"):
-        prepare.place([scan, scan], PLANS, CONFIGURATION)
+        place([scan, scan], PLANS, CONFIGURATION)
     two = Plans(
         **{
             **{f.name: getattr(PLANS, f.name) for f in dataclasses.fields(PLANS)},
@@ -198,7 +200,7 @@ def test_wrong_channels_are_refused(scan):
     )
     other = Volume(np.zeros((2, 2, 2)), (1.0, 1.0, 1.0))
     with pytest.raises(InputError, match="channels differ in shape"):
-        prepare.place([scan, other], two, CONFIGURATION)
+        place([scan, other], two, CONFIGURATION)
 
 
 def resized(image, shape):
@@ -242,7 +244,7 @@ def test_slab_by_slab_is_the_whole_normalised_before(dtype, monkeypatch):
     scan = Volume(voxels, (1.0, 1.0, 1.0))
     found = prepare.prepare([scan], plans, finer)
     normal = prepare.normalise(before.astype(np.float32), plans.normalisations[0])
-    expected = resample.resize_image(normal, found.data.shape[1:], order=3, apart=None)
+    expected = resample.resize_image(normal, found.data.shape[1:], order=3, separate_axis=None)
     np.testing.assert_array_equal(found.data[0], expected)
     np.testing.assert_array_equal(voxels, before)
 
@@ -278,7 +280,7 @@ def test_a_masked_zscore_measures_before_or_after_resampling_as_planned():
     finer = dataclasses.replace(CONFIGURATION, spacing_mm=(5.0, 0.5, 0.5))
     scheme = (Normalisation("zscore", masked=True),)
     plans = dataclasses.replace(PLANS, normalisations=scheme)
-    placement = prepare.place([volume], plans, finer)
+    placement = place([volume], plans, finer)
     outside = prepare.outside_nonzero([volume], placement)
     assert outside is not None
     np.testing.assert_array_equal(outside, image == 0)
@@ -304,7 +306,7 @@ def test_outside_is_what_a_flood_from_the_border_reaches(seed, filled):
     full = rng.random(rng.integers(1, 7, 3)) < filled
     image = np.where(full, 7, 0).astype(np.int16)
     volume = Volume(image, (5.0, 1.0, 1.0))
-    placement = prepare.place([volume], PLANS, CONFIGURATION)
+    placement = place([volume], PLANS, CONFIGURATION)
     cropped = np.pad(~full[placement.slices], 1, constant_values=True)
     reached = ndimage.label(cropped)[0] == 1  # the border's, which comes first
     found = prepare.outside_nonzero([volume], placement)
@@ -335,13 +337,13 @@ def test_what_fills_the_grid_fills_the_crop_whatever_the_spacing(
     placement = prepare.prepare([volume], plans, CONFIGURATION).placement
     scores = torch.zeros(2, *placement.grid_shape)
     scores[1] = 1
-    labels = prepare.restore([(scores, placement)], plans)
+    labels = restore([(scores, placement)], plans)
     np.testing.assert_array_equal(labels, image)
     axis = int(rng.integers(3))  # scores that grow along it, 0 in the middle of the crop
     grid, crop = placement.grid_shape[axis], placement.crop_shape[axis]
     along = torch.arange(grid) / grid + 0.5 / grid - 0.5
     scores[1] = along.reshape([-1 if a == axis else 1 for a in range(3)])
-    labels = prepare.restore([(scores, placement)], plans)
+    labels = restore([(scores, placement)], plans)
     inner = np.moveaxis(placement.axes.apply(labels)[placement.slices], axis, 0)
     position = np.arange(crop) / crop + 0.5 / crop - 0.5
     assert inner[position > 1 / grid].all()

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from skimage.transform import resize
 
 from ichseg.predict import resample
+from ichseg.predict.restore import resize_margins
 
 SHAPES = [
     ((28, 48, 48), (28, 37, 61)),
@@ -30,7 +31,7 @@ def slabs(request, monkeypatch):
 @pytest.mark.parametrize("order", [0, 1, 3])
 def test_equals_scikit_image(old, new, order):
     image = np.random.default_rng(1).normal(size=old).astype(np.float32)
-    ours = resample.resize_image(image, new, order=order, apart=None)
+    ours = resample.resize_image(image, new, order=order, separate_axis=None)
     reference = resize(
         image.astype(np.float64), new, order=order, mode="edge", anti_aliasing=False, clip=True
     )
@@ -38,25 +39,25 @@ def test_equals_scikit_image(old, new, order):
 
 
 @pytest.mark.usefixtures("slabs")
-@pytest.mark.parametrize("apart", [None, 0, 1, 2])
+@pytest.mark.parametrize("separate_axis", [None, 0, 1, 2])
 @pytest.mark.parametrize("dtype", [np.int16, np.uint16, ">f4", np.float64])
-def test_any_type_and_any_view_is_resized_as_its_float_copy(apart, dtype):
+def test_any_type_and_any_view_is_resized_as_its_float_copy(separate_axis, dtype):
     stored = np.random.default_rng(3).integers(0, 900, (20, 18, 9)).astype(dtype)
     view = stored.transpose(2, 0, 1)[:, ::-1, 1:]
     copy = np.ascontiguousarray(view, np.float32)
-    expected = resample.resize_image(copy, (12, 31, 15), order=3, apart=apart)
-    found = resample.resize_image(view, (12, 31, 15), order=3, apart=apart)
+    expected = resample.resize_image(copy, (12, 31, 15), order=3, separate_axis=separate_axis)
+    found = resample.resize_image(view, (12, 31, 15), order=3, separate_axis=separate_axis)
     np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("apart", [None, 0])
-def test_cuda_equals_the_processor(apart):
+@pytest.mark.parametrize("separate_axis", [None, 0])
+def test_cuda_equals_the_processor(separate_axis):
     image = np.random.default_rng(4).normal(size=(9, 70, 66)).astype(np.float32)
     scores = torch.from_numpy(np.stack([image, image[::-1] ** 2]))
     for order in (0, 1, 3):
         here, there = (
-            resample.resize_leads(s, (14, 99, 51), slice(3, 9), order=order, apart=apart)
+            resize_margins(s, (14, 99, 51), slice(3, 9), order=order, separate_axis=separate_axis)
             for s in (scores, scores.cuda())
         )
         np.testing.assert_allclose(there.cpu().numpy(), here.numpy(), atol=1e-5 * np.ptp(image))
@@ -64,26 +65,28 @@ def test_cuda_equals_the_processor(apart):
 
 @pytest.mark.usefixtures("slabs")
 @pytest.mark.parametrize("order", [1, 3])
-@pytest.mark.parametrize("apart", [0, 1, 2])
-def test_the_axis_apart_takes_nearest_slices_each_clipped_to_its_own_range(order, apart):
+@pytest.mark.parametrize("separate_axis", [0, 1, 2])
+def test_the_axis_apart_takes_nearest_slices_each_clipped_to_its_own_range(order, separate_axis):
     image = np.random.default_rng(2).normal(size=(4, 20, 20)).astype(np.float32)
     image[1] *= 10
     shape = [30, 25]
-    shape.insert(apart, 7)
-    ours = resample.resize_image(np.moveaxis(image, 0, apart), shape, order=order, apart=apart)
+    shape.insert(separate_axis, 7)
+    ours = resample.resize_image(
+        np.moveaxis(image, 0, separate_axis), shape, order=order, separate_axis=separate_axis
+    )
     slices = [
         resize(s.astype(np.float64), (30, 25), order=order, mode="edge", anti_aliasing=False)
         for s in image
     ]
     # centres of 7 output slices in units of input slices: 0.29 0.86 1.43 2 2.57 3.14 3.71
-    expected = np.stack([slices[i] for i in (0, 0, 1, 2, 2, 3, 3)], axis=apart)
+    expected = np.stack([slices[i] for i in (0, 0, 1, 2, 2, 3, 3)], axis=separate_axis)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
 
 
 def test_a_cubic_overshoot_is_clipped():
     step = np.zeros((1, 1, 16), np.float32)
     step[..., 8:] = 1
-    ours = resample.resize_image(step, (1, 1, 64), order=3, apart=None)
+    ours = resample.resize_image(step, (1, 1, 64), order=3, separate_axis=None)
     assert ours.min() == 0
     assert ours.max() == 1
 
@@ -105,10 +108,11 @@ def test_labels_nearest_by_hand():
     labels = np.array([[[1, 1, 2, 2]]], np.uint8)
     # halves: output centres at 0.5 and 2.5, ties go up
     np.testing.assert_array_equal(
-        resample.resize_labels(labels, (1, 1, 2), order=0, apart=None), [[[1, 2]]]
+        resample.resize_labels(labels, (1, 1, 2), order=0, separate_axis=None), [[[1, 2]]]
     )
     np.testing.assert_array_equal(
-        resample.resize_labels(labels, (1, 1, 8), order=0, apart=None), [[[1] * 4 + [2] * 4]]
+        resample.resize_labels(labels, (1, 1, 8), order=0, separate_axis=None),
+        [[[1] * 4 + [2] * 4]],
     )
 
 
@@ -116,7 +120,7 @@ def test_labels_linear_take_the_larger_share():
     labels = np.array([[[0, 0, 3, 3, 3, 0]]], np.uint8)
     # 6 -> 4: centres 0.25 1.75 3.25 4.75; shares of label 3: 0, 0.75, 1, 0.25
     np.testing.assert_array_equal(
-        resample.resize_labels(labels, (1, 1, 4), order=1, apart=None), [[[0, 3, 3, 0]]]
+        resample.resize_labels(labels, (1, 1, 4), order=1, separate_axis=None), [[[0, 3, 3, 0]]]
     )
 
 
@@ -142,14 +146,14 @@ def test_labels_linear_equal_a_vote_by_scikit_image(old, new):
     rng = np.random.default_rng(5)
     labels = rng.choice(np.array([-1, 0, 0, 1, 4], np.int8), size=old)
     labels[:, : old[1] // 2] = 0  # and slabs with one label only
-    ours = resample.resize_labels(labels, new, order=1, apart=None)
+    ours = resample.resize_labels(labels, new, order=1, separate_axis=None)
     assert ours.dtype == np.int8
     np.testing.assert_array_equal(ours, vote(labels, new))
 
 
 def test_labels_apart_vote_within_the_slice():
     labels = np.random.default_rng(6).integers(-1, 3, (4, 9, 11)).astype(np.int8)
-    ours = resample.resize_labels(labels, (7, 13, 6), order=1, apart=0)
+    ours = resample.resize_labels(labels, (7, 13, 6), order=1, separate_axis=0)
     slices = [vote(labels[i : i + 1], (1, 13, 6))[0] for i in (0, 0, 1, 2, 2, 3, 3)]
     np.testing.assert_array_equal(ours, slices)
 
@@ -157,16 +161,16 @@ def test_labels_apart_vote_within_the_slice():
 def test_a_tie_goes_to_the_nearest_voxel_unless_it_has_lost():
     for pair in ([1, 2], [2, 1]):  # the middle: half and half, and the upper voxel is the nearest
         labels = np.array([[pair]], np.int8)
-        assert resample.resize_labels(labels, (1, 1, 1), order=1, apart=None) == pair[1]
+        assert resample.resize_labels(labels, (1, 1, 1), order=1, separate_axis=None) == pair[1]
     corners = np.array([3, 1, 1, 1, 2, 2, 2, 3], np.int8).reshape(2, 2, 2)
     # shares 3/8, 3/8, 2/8; the nearest is a 3
-    assert resample.resize_labels(corners, (1, 1, 1), order=1, apart=None) == 1
+    assert resample.resize_labels(corners, (1, 1, 1), order=1, separate_axis=None) == 1
 
 
 @pytest.mark.parametrize("order", [0, 1])
 def test_empty_labels_stay_empty(order):
     empty = np.zeros((4, 9, 9), np.int8)
-    assert not resample.resize_labels(empty, (6, 5, 20), order=order, apart=None).any()
+    assert not resample.resize_labels(empty, (6, 5, 20), order=order, separate_axis=None).any()
 
 
 @given(st.integers(0, 1_000), st.sampled_from([0, 1]))
@@ -175,24 +179,28 @@ def test_no_label_appears_that_was_not_there(seed, order):
     rng = np.random.default_rng(seed)
     labels = rng.choice(np.array([0, 2, 5], np.int8), size=tuple(rng.integers(1, 9, 3)))
     shape = tuple(int(s) for s in rng.integers(1, 12, 3))
-    assert set(np.unique(resample.resize_labels(labels, shape, order=order, apart=None))) <= set(
-        np.unique(labels)
-    )
+    assert set(
+        np.unique(resample.resize_labels(labels, shape, order=order, separate_axis=None))
+    ) <= set(np.unique(labels))
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
 @pytest.mark.parametrize("shape", [(14, 20, 7), (9, 12, 31), (14, 12, 10)])
-@pytest.mark.parametrize("apart", [None, 0, 1, 2])
+@pytest.mark.parametrize("separate_axis", [None, 0, 1, 2])
 @pytest.mark.parametrize("order", [0, 1])
 def test_slabs_of_leads_together_are_the_differences_of_the_resized_scores(
-    apart, order, shape, kind
+    separate_axis, order, shape, kind
 ):
     scores = np.random.default_rng(0).normal(size=(3, 9, 12, 10)).astype(np.float32)
     slabs = [
-        resample.resize_leads(kind(scores), shape, slice(a, a + 4), order=order, apart=apart)
+        resize_margins(
+            kind(scores), shape, slice(a, a + 4), order=order, separate_axis=separate_axis
+        )
         for a in range(0, shape[0], 4)
     ]
-    whole = np.stack([resample.resize_image(s, shape, order=order, apart=apart) for s in scores])
+    whole = np.stack(
+        [resample.resize_image(s, shape, order=order, separate_axis=separate_axis) for s in scores]
+    )
     np.testing.assert_allclose(np.concatenate(slabs, 1), whole[1:] - whole[:1], atol=1e-5)
 
 

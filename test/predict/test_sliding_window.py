@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from ichseg.engine import engine
 from ichseg.predict import sliding_window
 from ichseg.predict.sliding_window import (
-    add_tiles,
     average,
     cover,
     mirrorings,
     pad,
     predict_tiled,
+    sum_tiles,
     tile_starts,
 )
 
@@ -139,11 +140,10 @@ def test_arrays_and_tensors_are_predicted_alike():
 def test_networks_are_averaged_by_adding_up():
     data = np.random.default_rng(4).normal(size=(1, 9, 17, 13)).astype(np.float32)
     tiles, mirrors = cover(data.shape[1:], (4, 8, 8)), mirrorings((1, 2))
-    total = None
-    for factor in (1, 2, 6):
-        total = add_tiles(
-            lambda x, f=factor: x * f, pad(data, tiles), tiles, total, mirrors=mirrors, batch=3
-        )
+    total = sum(
+        sum_tiles(lambda x, f=factor: x * f, pad(data, tiles), tiles, mirrors=mirrors, batch=3)
+        for factor in (1, 2, 6)
+    )
     np.testing.assert_allclose(average(total, tiles, 3 * len(mirrors)), 3 * data, atol=1e-5)
 
 
@@ -152,17 +152,16 @@ def test_skipped_tiles_are_not_predicted_and_are_background():
     data = np.arange(12, dtype=np.float32).reshape(1, 1, 1, 12)
     tiles = dataclasses.replace(cover((1, 1, 12), (1, 1, 8)), skipped=frozenset({(0, 0, 4)}))
     seen = []
-    total = np.zeros((2, 1, 1, 12), np.float32)
-    add_tiles(
+    total = sum_tiles(
         lambda x: seen.append(x[0, 0, 0, 0].tolist()) or np.concatenate((x, x), 1),
-        data, tiles, total, mirrors=[()], batch=4,
+        data, tiles, mirrors=[()], batch=4,
     )  # fmt: skip
     assert seen == [list(range(8))]
     scores = average(total, tiles, 1, [5.0, -5.0])
     np.testing.assert_array_equal(scores[:, 0, 0, 4:], [[5.0] * 8, [-5.0] * 8])
     none = dataclasses.replace(tiles, skipped=frozenset({(0, 0, 0), (0, 0, 4)}))
     with pytest.raises(ValueError, match="every tile is skipped"):
-        add_tiles(lambda x: x, data, none, None, mirrors=[()], batch=1)
+        sum_tiles(lambda x: x, data, none, mirrors=[()], batch=1)
 
 
 def test_the_total_is_the_number_of_tiles_predicted():
@@ -180,7 +179,7 @@ def test_the_batch_size_changes_nothing(monkeypatch):
 
     masks = []
     for voxels in (1, 3 * 256, 10**9):
-        monkeypatch.setattr("ichseg.engine.engine.BATCH_VOXELS", voxels)
+        monkeypatch.setattr(engine, "BATCH_VOXELS", voxels)
         masks.append(predict_tiled(ranked, data, (4, 8, 8), mirror_axes=(0, 2)))
     torch.testing.assert_close(masks[0], masks[1])
     torch.testing.assert_close(masks[0], masks[2])

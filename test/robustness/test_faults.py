@@ -135,12 +135,12 @@ def test_a_gpu_lost_while_scores_are_restored(scene, monkeypatch):
     """CUDA tells at whichever call comes next."""
     ensemble = Ensemble.load(scene.folder / "weights", "torch-cpu")
     scan = volume.read(scene.folder / "input" / "scan5.mha")
-    predicted = ensemble.predict(ensemble.prepare(scan, "fast"))
+    predicted = ensemble.predict(ensemble.prepare(ensemble.plan(scan, "fast")))
 
     def lost(*_, **__):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr("ichseg.predict.prepare.restore", lost)
+    monkeypatch.setattr("ichseg.predict.ensemble.restore", lost)
     with pytest.raises(DeviceError, match="the GPU was lost"):
         ensemble.finish(predicted)
 

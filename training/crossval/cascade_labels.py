@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ichseg.errors import TrainingError
 from ichseg.model.plans import Configuration, Plans
-from ichseg.predict import prepare
-from ichseg.predict.prepare import Placement
+from ichseg.predict.prepare import Placement, place
+from ichseg.predict.restore import regrid
 from ichseg.scan.volume import Volume
 from training.data import splits
 from training.data.workspace import preprocessed_folder
@@ -51,8 +51,8 @@ def store_labels(
     Raises:
         DatasetError: The case has not been preprocessed for the second stage, or on another grid.
     """
-    wanted = prepare.place(channels, plans, configuration)
-    labels = prepare.regrid(scores, placement, wanted, plans)
+    wanted = place(channels, plans, configuration)
+    labels = regrid(scores, placement, wanted, plans)
     chunks.write_previous(preprocessed_folder(workspace, configuration.name), name, labels)
 
 

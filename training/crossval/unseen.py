@@ -17,8 +17,10 @@ import numpy.typing as npt
 from ichseg.errors import TrainingError
 from ichseg.model.plans import Plans
 from ichseg.model.rules import ComponentRule
-from ichseg.predict import components, prepare
+from ichseg.predict import components
 from ichseg.predict.dice import dice_of_masks
+from ichseg.predict.prepare import place
+from ichseg.predict.restore import restore
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.crossval import merge, probabilities
@@ -142,9 +144,9 @@ def found_labels(
     parts = []
     for name in names:
         path = probabilities_file(run_folder(workspace, name, unseen.fold), unseen.case.name)
-        placement = prepare.place([image], planned, planned.configuration(name))
+        placement = place([image], planned, planned.configuration(name))
         parts.append((probabilities.load(path), placement))
-    return prepare.restore(parts, planned)
+    return restore(parts, planned)
 
 
 def _dice(

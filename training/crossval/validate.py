@@ -31,6 +31,7 @@ from ichseg.model.plans import Configuration, Plans
 from ichseg.predict import prepare, sliding_window
 from ichseg.predict.dice import dice_of_masks
 from ichseg.predict.prepare import Placement
+from ichseg.predict.restore import one_hot, restore
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from ichseg.wording import clock
@@ -172,9 +173,7 @@ def segment_case(
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Segment one case; the labels have the case's own grid, shape ``(z, y, x)``."""
     channels = [volume.read(path) for path in case.images]
-    return prepare.restore(
-        [predict_case(case.name, channels, run, load_network(run, weights))], run.plans
-    )
+    return restore([predict_case(case.name, channels, run, load_network(run, weights))], run.plans)
 
 
 def predict_case(
@@ -202,7 +201,7 @@ def predict_case(
             raise TrainingError(
                 f"{run.spec.folder}: case {name} has no labels of the first stage; train that first"
             )
-        data = np.concatenate((data, prepare.one_hot(previous[:], run.spec.previous_labels)))
+        data = np.concatenate((data, one_hot(previous[:], run.spec.previous_labels)))
     dimensions = run.configuration.architecture.dimensions
     scores = sliding_window.predict_tiled(
         network,
@@ -245,7 +244,7 @@ def _validate_case(
     """Segment, write and score one case."""
     channels = [volume.read(path) for path in case.images]
     scores, placement = predict_case(case.name, channels, run, network)
-    labels = prepare.restore([(scores, placement)], run.plans)
+    labels = restore([(scores, placement)], run.plans)
     probabilities.save(probabilities_file(run.folder, case.name), scores)
     volume.write(channels[0].with_voxels(labels), mask_file(run.folder, case.name))
     for stage in second:

@@ -19,7 +19,7 @@ from ichseg.model import plans as plans_module
 from ichseg.model import strict_json
 from ichseg.model.plans import Configuration, Normalisation, Plans, Resampling
 from ichseg.predict import prepare
-from ichseg.predict.prepare import Placement
+from ichseg.predict.prepare import Placement, place
 from ichseg.scan.volume import Volume
 from training.data.dataset import (
     Case,
@@ -271,13 +271,13 @@ def _preprocess_case(
 ) -> None:
     """Read, prepare and store one case."""
     images, reference = read_case(case, labels)
-    placement = prepare.place(images, plans, configuration)
+    placement = place(images, plans, configuration)
     if plans.crop == "head":
         _refuse_beyond(reference, placement)
     outside = prepare.outside_nonzero(images, placement)
     target = prepare.prepare_labels(reference, placement, plans, outside)
     del reference, outside  # memory, before what needs most of it
-    data = prepare.prepare(images, plans, configuration).data
+    data = prepare.to_grid(images, plans, placement)
     del images
     chunks.write_case(
         folder, case.name, data, target, plans.normalisations, source=digests[case.name]

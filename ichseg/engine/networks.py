@@ -1,0 +1,53 @@
+"""The networks of a bundle, of which one is loaded at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ichseg.engine.engine import Engine, LoadedNetwork, NetworkSpec
+from ichseg.errors import WeightsError
+from ichseg.model import bundle
+from ichseg.model.bundle import Member, Model
+from ichseg.model.plans import Configuration
+
+
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """Loads networks on demand; each takes memory several times its tensors' size.
+
+    Attributes:
+        model: The bundle's description.
+        folder: The folder with its tensors.
+        engine: Who runs them.
+    """
+
+    model: Model
+    folder: Path
+    engine: Engine
+    _alive: dict[str, LoadedNetwork] = field(default_factory=dict, repr=False)  # by file, or none
+
+    def load(self, member: Member, configuration: Configuration) -> LoadedNetwork:
+        """A member's network, ready to run; the one before is given up first.
+
+        Raises:
+            WeightsError: The network's file cannot be read or does not fit its plan.
+        """
+        if member.file not in self._alive:
+            self._alive.clear()
+            plans = self.model.plans
+            spec = NetworkSpec(
+                architecture=configuration.architecture,
+                input_channels=plans.input_channels(configuration),
+                scores=plans.scores,
+                tile=configuration.tile,
+                average=self.model.average,
+            )
+            state = bundle.load_state(self.folder, member)
+            try:
+                self._alive[member.file] = self.engine.load(spec, state)
+            except ValueError as error:
+                raise WeightsError(
+                    f"{self.folder / member.file}: does not fit its plan ({error})"
+                ) from error
+        return self._alive[member.file]

@@ -1,0 +1,273 @@
+"""From scores in the networks' grids back to labels in the volume's own grid.
+
+What is resampled are margins: by how much the score of each label exceeds that of the background.
+Interpolation is linear, so they decide as well which score is the largest, and there is one fewer;
+a region's margin is its score itself. Slab by slab they are decided at once, so that no array of
+classes times volume ever exists. Between the stages of a cascade the way leads from one network's
+grid to another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ichseg.engine.arrays import FloatArray, Grid, as_float, as_kind_of, on_host
+from ichseg.model.bundle import Model
+from ichseg.model.plans import Plans
+from ichseg.predict import resample
+from ichseg.predict.prepare import Placement, outside_nonzero, prepare_labels
+from ichseg.predict.resample import coarse_axis
+from ichseg.scan.volume import Volume
+
+_SLAB_VOXELS = 2_000_000  # of each label, restored at once
+
+
+def restore(
+    parts: Sequence[tuple[Grid, Placement]],
+    plans: Plans,
+    *,
+    average: str = "probabilities",
+    slab_voxels: int = _SLAB_VOXELS,
+) -> npt.NDArray[np.uint8]:
+    """Labels in the volume's own grid and axis order from scores in the networks' grids.
+
+    Works in slabs of slices and takes the best label of each at once, so no array of classes times
+    volume ever exists.
+
+    Args:
+        parts: Scores ``(K, Z, Y, X)`` with their placement, one for each configuration of an
+            ensemble; their mean decides, the lower label on a tie.
+        plans: For the interpolation order.
+        average: What the scores are, ``probabilities`` or ``logits``. Of several configurations
+            the probabilities are averaged in either case (V2's ensembling).
+        slab_voxels: Output voxels per class computed at once.
+
+    Returns:
+        uint8, shape of the volume that ``prepare`` was given.
+    """
+    placement = parts[0][1]
+    outline = np.broadcast_to(np.uint8(), placement.full_shape)
+    labels = np.zeros(placement.axes.undo(outline).shape, np.uint8)
+    convert = average == "logits" and len(parts) > 1
+    crop = placement.axes.apply(labels)[placement.slices]  # a view, which is written through
+    _decide(parts, crop, placement.spacing_mm, plans, slab_voxels, convert=convert)
+    return labels
+
+
+def regrid(
+    scores: Grid, placement: Placement, wanted: Placement, plans: Plans
+) -> npt.NDArray[np.int8]:
+    """Labels in another configuration's grid, from scores: what a cascade's second stage is given.
+
+    Args:
+        scores: ``(K, Z, Y, X)`` in the first stage's grid.
+        placement: Of the case in that grid.
+        wanted: Of the same case in the second stage's grid.
+        plans: For the interpolation order.
+
+    Returns:
+        int8, of the shape ``wanted.grid_shape``.
+    """
+    labels = np.empty(wanted.grid_shape, np.uint8)
+    _decide([(scores, placement)], labels, wanted.grid_spacing_mm, plans, _SLAB_VOXELS)
+    return labels.astype(np.int8)
+
+
+def previous_channels(
+    model: Model, volume: Volume, scores: Grid, placement: Placement, wanted: Placement
+) -> FloatArray:
+    """What the first stage found, as input channels of the second, ``(labels, Z, Y, X)``.
+
+    Args:
+        model: Says how the one reaches the other, see ``Model.cascade``.
+        volume: The case.
+        scores: The first stage's scores ``(K, Z, Y, X)``.
+        placement: Where these lie in the volume.
+        wanted: Where the second stage's grid lies.
+    """
+    plans = model.plans
+    if model.cascade == "scores":
+        labels = regrid(scores, placement, wanted, plans)
+    else:
+        decided = restore([(scores, placement)], plans, average=model.average)
+        outside = outside_nonzero([volume], wanted)
+        labels = prepare_labels(volume.with_voxels(decided), wanted, plans, outside)
+    return one_hot(labels, len(plans.labels) - 1)
+
+
+def one_hot(previous: npt.NDArray[np.int8], classes: int) -> FloatArray:
+    """The first stage's labels as the input channels of the second, ``(classes, Z, Y, X)``.
+
+    Args:
+        previous: Labels ``(Z, Y, X)`` in the second stage's grid.
+        classes: Foreground labels are 1 to ``classes``.
+    """
+    return np.stack([previous == label for label in range(1, classes + 1)]).astype(np.float32)
+
+
+def _decide(
+    parts: Sequence[tuple[Grid, Placement]],
+    labels: npt.NDArray[np.uint8],
+    spacing_mm: tuple[float, float, float],
+    plans: Plans,
+    slab_voxels: int,
+    *,
+    convert: bool = False,
+) -> None:
+    """Fill the crop's labels, in the grid of this spacing, slab by slab.
+
+    With ``convert`` the scores are logits and are averaged as probabilities.
+    """
+    step = max(1, slab_voxels // (labels.shape[1] * labels.shape[2]))
+    for start in range(0, labels.shape[0], step):
+        rows = slice(start, min(start + step, labels.shape[0]))
+        total: Grid | None = None
+        for scores, own in parts:
+            separate_axis = None
+            if "score" in plans.resampling.separate_z:
+                separate_axis = coarse_axis(
+                    own.grid_spacing_mm, spacing_mm, plans.resampling.anisotropy
+                )
+            slab = resize_margins(
+                scores,
+                labels.shape,
+                rows,
+                order=plans.resampling.score_order,
+                separate_axis=separate_axis,
+                regions=bool(plans.regions),
+            )
+            if convert:
+                slab = _of_probabilities(slab, regions=bool(plans.regions))
+            total = slab if total is None else total + slab
+        assert total is not None
+        if plans.regions:
+            labels[rows] = _last_region(on_host(total), plans.regions)
+        else:
+            labels[rows] = _largest(on_host(total))
+
+
+def resize_margins(
+    scores: Grid,
+    shape: Sequence[int],
+    rows: slice,
+    *,
+    order: int,
+    separate_axis: int | None,
+    regions: bool = False,
+) -> Grid:
+    """Margins from scores, resized: one slab of the first axis.
+
+    Args:
+        scores: Scores ``(K, Z, Y, X)``, a numpy array or a tensor on any device.
+        shape: Full output size ``(z, y, x)``.
+        rows: Which output positions of the first axis to compute.
+        order: Spline order, 0, 1 or 3. Nothing is clipped.
+        separate_axis: The separate-z axis, which is resized with order 0; or None.
+        regions: Whether the scores are of regions.
+
+    Returns:
+        ``(K - 1, len(rows), y, x)``, or of regions ``(K, len(rows), y, x)``; float32.
+    """
+    rows = slice(rows.start, min(rows.stop, shape[0]))
+    order_z = 0 if separate_axis == 0 else order
+    if isinstance(scores, np.ndarray) and order == 1 and separate_axis in (None, 0):
+        return _linear_margins(scores, shape, rows, order_z=order_z, regions=regions)
+    source = resample.source_slices(scores.shape[1], shape[0], order_z, rows)
+    band = as_float(scores[:, source])
+    margins = band if regions else band[1:] - band[:1]
+    size = scores.shape[1:]
+    if order != 1 or separate_axis in (1, 2):
+        return resample.resize_band(
+            margins, source, size, shape, rows, order=order, separate_axis=separate_axis
+        )
+    if size[0] != shape[0]:
+        margins = resample.resize_axis(margins, 1, size[0], shape[0], order_z, rows, source.start)
+    from torch.nn.functional import interpolate  # loaded already, or there were no tensor
+
+    assert not isinstance(margins, np.ndarray)
+    return interpolate(margins, tuple(shape[1:]), mode="bilinear")  # faster than two matrices
+
+
+def _linear_margins(
+    scores: FloatArray,
+    shape: Sequence[int],
+    rows: slice,
+    *,
+    order_z: int,
+    regions: bool,
+) -> FloatArray:
+    """``resize_margins`` of order 1 in numpy: image by image, which stays in the cache."""
+    depth, height, width = scores.shape[1:]
+    low_z, high_z, share_z = resample.neighbours(depth, shape[0])
+    if order_z == 0 or depth == shape[0]:
+        low_z = high_z = resample.nearest_indices(depth, shape[0])
+    low_y, high_y, share_y = resample.neighbours(height, shape[1])
+    low_x, high_x, share_x = resample.neighbours(width, shape[2])
+    share_y, share_x = share_y.astype(np.float32)[:, None], share_x.astype(np.float32)
+    result = np.empty((len(scores) - (not regions), rows.stop - rows.start, *shape[1:]), np.float32)
+    for label, margins in enumerate(result, start=not regions):
+        for z, out in zip(range(rows.start, rows.stop), margins, strict=True):
+            image = _margin(scores, label, low_z[z], regions)
+            if high_z[z] != low_z[z]:
+                _blend(image, _margin(scores, label, high_z[z], regions), np.float32(share_z[z]))
+            if width != shape[2]:
+                image, right = image.take(low_x, 1), image.take(high_x, 1)
+                _blend(image, right, share_x)
+            if height == shape[1]:
+                out[...] = image
+            else:
+                image.take(low_y, 0, out=out, mode="clip")  # another mode makes a copy first
+                _blend(out, image.take(high_y, 0), share_y)
+    return result
+
+
+def _margin(scores: FloatArray, label: int, z: int, regions: bool) -> FloatArray:
+    """One slice of what ``resize_margins`` resizes, to be overwritten."""
+    margin: FloatArray = scores[label, z]
+    return margin.copy() if regions else margin - scores[0, z]
+
+
+def _blend(low: FloatArray, high: FloatArray, share: Any) -> None:
+    """Move ``low`` towards ``high`` by this share of the way; both are overwritten."""
+    high -= low
+    high *= share
+    low += high
+
+
+def _of_probabilities(margins: Grid, regions: bool) -> Grid:
+    """Margins of probabilities from margins of logits, both ``(K, ...)``.
+
+    Those of labels are over label 0, those of regions over a half.
+    """
+    if not isinstance(margins, np.ndarray):
+        return as_kind_of(margins, on_host(_of_probabilities(on_host(margins), regions)))
+    if regions:
+        halves: FloatArray = np.tanh(margins / 2)
+        return halves
+    shift = np.maximum(margins.max(0), 0)
+    shares = np.exp(margins - shift)
+    background = np.exp(-shift)
+    probabilities: FloatArray = (shares - background) / (shares.sum(0) + background)
+    return probabilities
+
+
+def _largest(margins: FloatArray) -> npt.NDArray[np.uint8]:
+    """The label with the largest margin, and 0 if none has a positive one; the lower on a tie."""
+    labels: npt.NDArray[np.uint8] = (margins[0] > 0).view(np.uint8)
+    best = np.maximum(margins[0], 0) if len(margins) > 1 else margins[0]
+    for label, margin in enumerate(margins[1:], start=2):  # far faster than argmax
+        np.copyto(labels, label, where=margin > best, casting="unsafe")
+        np.maximum(best, margin, out=best)
+    return labels
+
+
+def _last_region(margins: FloatArray, regions: Sequence[int]) -> npt.NDArray[np.uint8]:
+    """The label of the last region whose margin is positive, and 0 if none is."""
+    labels = np.zeros(margins.shape[1:], np.uint8)
+    for region, label in zip(margins, regions, strict=True):
+        np.copyto(labels, label, where=region > 0, casting="unsafe")
+    return labels
