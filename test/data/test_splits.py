@@ -175,3 +175,76 @@ def test_another_schema_is_refused(tmp_path):
     (tmp_path / "splits.json").write_text('{"schema_version": 2, "folds": []}')
     with pytest.raises(PlansError, match="splits schema 2, this code reads 1"):
         load_or_make_splits(tmp_path, ["a", "b"])
+
+
+NAMES = [f"c{i}" for i in range(10)]
+PAIRS = ["case,group", *(f"c{i},p{i // 2}" for i in range(10))]
+
+
+def train(folder, fold="0"):
+    """What is left of a training."""
+    path = folder / "runs" / "3d_fullres" / f"fold_{fold}" / "checkpoint_latest.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"weights")
+
+
+def test_lost_folds_of_trained_networks_are_not_made_anew(tmp_path):
+    """Else ``groups.csv`` would deal the cases out otherwise, and networks meet them again."""
+    load_or_make_splits(tmp_path, NAMES)
+    kept = (tmp_path / "splits.json").read_bytes()
+    train(tmp_path)
+    write_table(tmp_path / "groups.csv", *PAIRS)
+    (tmp_path / "splits.json").unlink()
+    for find in (load_or_make_splits, find_splits):
+        with pytest.raises(DatasetError, match=r"splits\.json: missing, but .*fold_0 was trained"):
+            find(tmp_path, NAMES)
+    assert not (tmp_path / "splits.json").exists()
+    (tmp_path / "groups.csv").unlink()
+    (tmp_path / "splits.json").write_bytes(kept)
+    assert load_or_make_splits(tmp_path, NAMES) == make_splits(NAMES)
+
+
+def test_a_network_trained_on_all_cases_needs_no_folds(tmp_path):
+    train(tmp_path, "all")
+    assert load_or_make_splits(tmp_path, NAMES) == make_splits(NAMES)
+
+
+def test_folds_are_made_anew_for_new_groups_and_cases_while_nothing_is_trained(tmp_path, caplog):
+    load_or_make_splits(tmp_path, NAMES)
+    write_table(tmp_path / "groups.csv", *PAIRS)
+    groups = {f"c{i}": f"p{i // 2}" for i in range(10)}
+    before = (tmp_path / "splits.json").read_bytes()
+    assert find_splits(tmp_path, NAMES) == make_splits(NAMES, groups)
+    assert (tmp_path / "splits.json").read_bytes() == before
+    assert load_or_make_splits(tmp_path, NAMES) == make_splits(NAMES, groups)
+    assert "cases or groups have changed since; the folds are made anew" in caplog.text
+    caplog.clear()
+    assert load_or_make_splits(tmp_path, NAMES) == make_splits(NAMES, groups)
+    assert caplog.text == ""
+    (tmp_path / "groups.csv").unlink()
+    assert load_or_make_splits(tmp_path, NAMES[:7]) == make_splits(NAMES[:7])
+
+
+def test_groups_that_come_after_a_training_must_not_be_torn(tmp_path):
+    load_or_make_splits(tmp_path, NAMES)
+    train(tmp_path)
+    write_table(tmp_path / "groups.csv", *PAIRS)
+    with pytest.raises(DatasetError, match=r"fold_0 was trained by it: fold 0 trains and valid"):
+        load_or_make_splits(tmp_path, NAMES)
+    write_table(tmp_path / "groups.csv", "case,group", *(f"c{i},p{i}" for i in range(10)))
+    assert load_or_make_splits(tmp_path, NAMES) == make_splits(NAMES)
+
+
+def test_cases_that_come_after_a_training_are_in_no_fold(tmp_path, caplog):
+    load_or_make_splits(tmp_path, NAMES)
+    train(tmp_path)
+    assert load_or_make_splits(tmp_path, [*NAMES, "d", "e"]) == make_splits(NAMES)
+    assert "2 cases came after the folds were made, such as d" in caplog.text
+
+
+def test_folds_that_a_user_has_altered_are_the_users(tmp_path):
+    load_or_make_splits(tmp_path, NAMES)
+    raw = json.loads((tmp_path / "splits.json").read_text())
+    raw["folds"] = raw["folds"][:2]
+    (tmp_path / "splits.json").write_text(json.dumps(raw))
+    assert load_or_make_splits(tmp_path, [*NAMES, "d"]) == make_splits(NAMES)[:2]

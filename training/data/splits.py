@@ -1,14 +1,15 @@
 """Folds of the cross-validation: which cases train a network and which validate it.
 
-WORKSPACE/splits.json   the folds; a file that is there wins, whoever wrote it
+WORKSPACE/splits.json   the folds, and what they were made from; a file that a user wrote wins
 WORKSPACE/groups.csv    optional: cases that stay together, such as scans of one patient
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,16 @@ import numpy as np
 from ichseg.errors import DatasetError
 from ichseg.files import replacing
 from ichseg.model import strict_json
-from training.data.workspace import groups_file, splits_file
+from training.data.workspace import (
+    ALL_FOLD,
+    BEST_CHECKPOINT,
+    LATEST_CHECKPOINT,
+    fold_of,
+    groups_file,
+    run_folders,
+    runs_root,
+    splits_file,
+)
 
 SCHEMA_VERSION = 1
 GROUPS_HEADER = ["case", "group"]
@@ -36,11 +46,27 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
+class _Origin:
+    """What folds were made from.
+
+    Attributes:
+        cases: Digest of the names of the cases.
+        groups: Digest of the group of each case; empty without a table of groups.
+        folds: Digest of the folds, by which one sees whether a user has altered them.
+    """
+
+    cases: str
+    groups: str
+    folds: str
+
+
+@dataclass(frozen=True, slots=True)
 class _SplitsFile:
-    """The layout of splits.json."""
+    """The layout of splits.json; ``made_from`` is absent where a user wrote it."""
 
     schema_version: int
     folds: tuple[Split, ...]
+    made_from: _Origin | None = strict_json.optional(None)  # noqa: RUF009 - it is a field
 
     def __post_init__(self) -> None:
         strict_json.check_schema("splits", self.schema_version, SCHEMA_VERSION)
@@ -134,39 +160,112 @@ def read_groups(path: Path, names: Sequence[str]) -> dict[str, str]:
 def load_or_make_splits(workspace: Path, names: Sequence[str]) -> tuple[Split, ...]:
     """The folds of ``WORKSPACE/splits.json``; made and written there if there is no such file.
 
-    A file that is there wins, whoever wrote it, so a user's own folds need only be put there; if
-    one tears apart a group of ``WORKSPACE/groups.csv``, that is logged.
+    A file that a user wrote wins, so a user's own folds need only be put there; if one tears apart
+    a group of ``WORKSPACE/groups.csv``, that is logged. Folds that were made here are made anew
+    when cases or groups have changed, but never once a network has been trained by them.
+
+    Args:
+        workspace: Where splits, groups and runs lie.
+        names: Names of all labelled cases.
 
     Raises:
         DatasetError: A file names unknown cases, a fold validates on what it trains on, a case has
-            no group, or there are fewer cases or groups than folds.
+            no group, there are fewer cases or groups than folds, or networks have been trained by
+            folds that are gone or that no longer fit the groups.
         PlansError: The file does not have the schema this code reads.
     """
-    splits = find_splits(workspace, names)
+    found = _find(workspace, names)
     path = splits_file(workspace)
-    if not path.exists():
+    if not path.exists() or strict_json.load(_SplitsFile, path) != found:
         with replacing(path) as temporary:
-            content = strict_json.dumps(_SplitsFile(SCHEMA_VERSION, splits))
-            temporary.write_text(content, encoding="utf-8")
-    return splits
+            temporary.write_text(strict_json.dumps(found), encoding="utf-8")
+    return found.folds
 
 
 def find_splits(workspace: Path, names: Sequence[str]) -> tuple[Split, ...]:
     """The folds as ``load_or_make_splits`` gives them, but nothing is written."""
+    return _find(workspace, names).folds
+
+
+def _find(workspace: Path, names: Sequence[str]) -> _SplitsFile:
     path, table = splits_file(workspace), groups_file(workspace)
     groups = read_groups(table, names) if table.exists() else None
+    trained = _trained(workspace)
     if not path.exists():
-        return make_splits(names, groups)
-    splits = strict_json.load(_SplitsFile, path).folds
-    _check(splits, names, path)
-    for fold, split in enumerate(splits):
-        if groups is None:
-            break
+        if trained is not None:
+            raise DatasetError(
+                f"{path}: missing, but {trained} was trained by its folds, and new ones would "
+                "validate networks on cases that they were trained on; put the file back, or "
+                "begin anew in another workspace"
+            )
+        return _make(names, groups)
+    found = strict_json.load(_SplitsFile, path)
+    by_user = found.made_from is None or found.made_from.folds != _digest_folds(found.folds)
+    outdated = not by_user and found.made_from != _origin(names, groups, found.folds)
+    if outdated and trained is None:
+        _log.warning("%s: cases or groups have changed since; the folds are made anew", path)
+        return _make(names, groups)
+    _check(found.folds, names, path)
+    torn = [] if groups is None else _torn(found.folds, groups)
+    if outdated and torn:
+        raise DatasetError(
+            f"{path}: made without the groups that {table} has now, and {trained} was trained by "
+            f"it: {torn[0]}; take the table away, or begin anew in another workspace"
+        )
+    for text in torn:
+        _log.warning("%s: %s", path, text)
+    missing = set(names).difference(*(split.validation for split in found.folds))
+    if outdated and missing:
+        _log.warning(
+            "%s: %d cases came after the folds were made, such as %s; none trains or validates "
+            "on them",
+            path,
+            len(missing),
+            min(missing),
+        )
+    return found
+
+
+def _make(names: Sequence[str], groups: Mapping[str, str] | None) -> _SplitsFile:
+    folds = make_splits(names, groups)
+    return _SplitsFile(SCHEMA_VERSION, folds, _origin(names, groups, folds))
+
+
+def _origin(
+    names: Sequence[str], groups: Mapping[str, str] | None, folds: Sequence[Split]
+) -> _Origin:
+    ordered = sorted(names)
+    grouped = "" if groups is None else _digest(f"{name},{groups[name]}" for name in ordered)
+    return _Origin(_digest(ordered), grouped, _digest_folds(folds))
+
+
+def _digest_folds(folds: Sequence[Split]) -> str:
+    return _digest(strict_json.dumps(split) for split in folds)
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _trained(workspace: Path) -> Path | None:
+    """The run of a fold that has been trained, if there is any."""
+    for runs in sorted(runs_root(workspace).glob("*")):
+        for folder in run_folders(workspace, runs.name):
+            names = (LATEST_CHECKPOINT, BEST_CHECKPOINT)
+            if fold_of(folder) != ALL_FOLD and any((folder / name).exists() for name in names):
+                return folder
+    return None
+
+
+def _torn(folds: Sequence[Split], groups: Mapping[str, str]) -> list[str]:
+    """The folds that train and validate on cases of one group, in words."""
+    found = []
+    for fold, split in enumerate(folds):
         torn = {groups[n] for n in split.train} & {groups[n] for n in split.validation}
         if torn:
             listed = ", ".join(sorted(torn))
-            _log.warning("%s: fold %d trains and validates on cases of %s", path, fold, listed)
-    return splits
+            found.append(f"fold {fold} trains and validates on cases of {listed}")
+    return found
 
 
 def _check(splits: tuple[Split, ...], names: Sequence[str], path: Path) -> None:
