@@ -78,7 +78,7 @@ COMMANDS = {
         "compare evaluation other_evaluation",
     ),
     "report": (
-        "training.report.report",
+        "training.report.command",
         "make a page of a cross-validation: charts, and every case to look at, the worst first",
         "report work",
     ),

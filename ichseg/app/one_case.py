@@ -278,8 +278,8 @@ def _write_pictures(
     case: InputCase, scan: Scan, segmentation: Segmentation, ensemble: Ensemble, output: Path
 ) -> None:
     """The overlay beside the mask, and what the page shows of the case."""
-    from ichseg.report import report
+    from ichseg.report import case_files, pictures
 
     found, mask, is_ct = scan.volume, segmentation.mask, ensemble.model.expects_hu
-    report.write_overlay(found, mask, output / f"{stem_of(case.image)}.png", is_ct=is_ct)
-    report.write_case(output / REPORT, case.name, found, {"prediction": mask}, is_ct=is_ct)
+    pictures.write_overlay(found, mask, output / f"{stem_of(case.image)}.png", is_ct=is_ct)
+    case_files.write_case(output / REPORT, case.name, found, {"prediction": mask}, is_ct=is_ct)

@@ -149,12 +149,12 @@ def _may_open(following: Task, task: Task, case: Opened | CaseResult, base: int)
 
 
 def _write_page(ended: Sequence[CaseResult], ensemble: Ensemble, options: Options) -> None:
-    from ichseg.report import report
+    from ichseg.report import inference_page
 
     model = ensemble.model
-    page = report.write_index(
+    page = inference_page.write(
         options.output / REPORT,
-        [report.Entry(case.image, case.error, case.report) for case in ended],
+        [inference_page.Entry(case.image, case.error, case.report) for case in ended],
         title=f"Segmentation of {counted(len(ended), 'scan')}",
         subtitle=f"{model.name} {model.version}, preset {options.preset}, {ensemble.engine.name}",
     )

@@ -1,169 +1,173 @@
 """The page: what is said of all cases, a table of them, and each with its pictures.
 
 It is whole without scripts; these sort, filter, and open a case in the viewer. Styles and scripts
-lie beside it, so that it opens from a disk, and it may fetch nothing from anywhere else.
+lie beside it, so that it opens from a disk, and it may fetch nothing from anywhere else. What it
+looks like stands in ``templates/``, where ``page.html`` is the frame of every page.
 """
 
 from __future__ import annotations
 
 import gzip
+import math
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ichseg.files import replacing
-from ichseg.report.case_list import Card, Column, Row, listing
-from ichseg.report.html import Html, tag
+import jinja2
 
-ASSETS = Path(__file__).parent / "assets"
+from ichseg.files import replacing
+from ichseg.report.case_files import Shown
+
+ASSETS, TEMPLATES = (Path(__file__).parent / name for name in ("assets", "templates"))
 FILE = "index.html"
-NOTICE = "For research, not for diagnosis."
-_POLICY = (
-    "default-src 'none'; script-src 'self' file:; style-src 'self' file: 'unsafe-inline'; "
-    "img-src 'self' file: data: blob:; connect-src data: blob:; base-uri 'none'; form-action 'none'"
-)
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
-    """A part of the page.
+class Column:
+    """One column of the table.
 
     Attributes:
-        key: Of its link.
-        title: Heading.
-        body: What it says.
+        key: The name of the column's value in each row.
+        title: The heading.
+        places: How many decimals its numbers have; None for text.
+        hint: What the numbers mean, for the pointer on the heading.
     """
 
     key: str
     title: str
-    body: Html
+    places: int | None = None
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: The case's name.
+        values: The values by the keys of their columns; None where there is none.
+        flags: Words to filter by, such as ``missed``.
+    """
+
+    name: str
+    values: Mapping[str, str | float | None]
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A case with its pictures.
+
+    Attributes:
+        name: The case's name.
+        shown: What is known of its pictures, or None if it has none.
+        about: Whatever the page's own template says of the case.
+        flags: Words beside the name, such as ``missed``.
+    """
+
+    name: str
+    shown: Shown | None
+    about: object
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CaseList:
+    """The cases of a page: a table to sort and filter, and a card for each.
+
+    Attributes:
+        columns: The columns of the table after the case's name.
+        rows: The lines of the table, in the order in which they stand at first.
+        cards: The cases with their pictures, in the same order.
+        order: A sentence that says what order that is.
+        labels: The names of the labels for the legend, where there are several.
+    """
+
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+    cards: Sequence[Card]
+    order: str
+    labels: Sequence[str] = ()
+
+    @property
+    def flags(self) -> list[tuple[str, int]]:
+        """All flags of the rows, in alphabetical order, with the number of cases that have each."""
+        flagged = {(row.name, flag) for row in self.rows for flag in row.flags}
+        return sorted(Counter(flag for _, flag in flagged).items())
+
+    @property
+    def slugs(self) -> dict[str, str]:
+        """The slugs of those cases that have pictures, by their names."""
+        return {card.name: card.shown.slug for card in self.cards if card.shown is not None}
+
+    @property
+    def masks(self) -> set[str]:
+        """The names of all masks that the pictures show."""
+        return {mask for card in self.cards if card.shown for mask in card.shown.masks}
+
+
+def environment(*folders: Path) -> jinja2.Environment:
+    """Templates of these folders and of this package, in which text cannot become markup.
+
+    What a template prints is escaped in ``.html`` files; a name that nobody gave is an error.
+    """
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([*folders, TEMPLATES]),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    found.filters |= {"number": number, "sorted_by": _sorted_by}
+    return found
 
 
 def write(
     folder: Path,
+    template: jinja2.Template,
     *,
     title: str,
     subtitle: str,
-    sections: Sequence[Section],
-    columns: Sequence[Column],
-    rows: Sequence[Row],
-    cards: Sequence[Card],
-    order: str,
-    labels: Sequence[str] = (),
+    cases: CaseList,
+    **said: object,
 ) -> Path:
     """Write ``index.html`` and what it needs beside it.
 
     Args:
-        folder: That has the cases' files.
-        title: Heading.
+        folder: The folder that has the cases' files.
+        template: A template that extends ``page.html``.
+        title: The heading.
         subtitle: One line below it.
-        sections: Before the cases.
-        columns: Of the table, after the case's name.
-        rows: Of the table, in the order in which they stand at first.
-        cards: In the same order.
-        order: Says what that is.
-        labels: Names for the legend, where there are several.
+        cases: The cases, which every page lists alike.
+        **said: What else the template prints.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
         OutputError: The folder cannot be written.
     """
-    cases = Section("cases", "Cases", listing(columns, rows, cards, order, labels))
-    everything = [*sections, cases]
-    links = [tag("a", s.title, href=f"#{s.key}") for s in everything]
-    body = tag(
-        "body",
-        tag(
-            "header",
-            tag("div", tag("h1", title), tag("p", subtitle, class_="subtitle"), class_="heading"),
-            tag(
-                "nav",
-                *links,
-                tag(
-                    "button",
-                    "Theme",
-                    id="theme",
-                    type="button",
-                    title="light, dark, or as the system",
-                ),
-                tag("button", "Print", id="print", type="button"),
-            ),
-            tag(
-                "p",
-                tag("strong", NOTICE),
-                " Made by software that is not a medical device.",
-                class_="notice",
-            ),
-        ),
-        tag("main", *(_section(s) for s in everything)),
-        tag(
-            "footer",
-            tag(
-                "p",
-                NOTICE,
-                " Made by ichseg. The viewer is NiiVue, ",
-                tag("a", "licences", href="assets/niivue-LICENSES.txt"),
-                ".",
-            ),
-        ),
-        Html((ASSETS / "viewer.html").read_text(encoding="utf-8")),
-        tag("script", Html(""), src="assets/report.js"),
-    )
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="robots", content="noindex"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("title", title),
-        tag("link", rel="icon", href="data:,"),
-        tag("link", rel="stylesheet", href="assets/report.css"),
-    )
+    text = template.render(title=title, subtitle=subtitle, cases=cases, **said)
     _write_assets(folder / "assets")
     page = folder / FILE
     with replacing(page, suffix=".html") as temporary:
-        temporary.write_text(
-            f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n", encoding="utf-8"
-        )
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return page
 
 
-def tile(title: str, value: str, note: str = "", *, more: Html | None = None) -> Html:
-    """A figure of the summary, large."""
-    return tag(
-        "div",
-        tag("p", title, class_="tile-title"),
-        tag("p", value, class_="tile-value"),
-        more,
-        tag("p", note, class_="tile-note") if note else None,
-        class_="tile",
-    )
+def number(value: float | None, places: int) -> str:
+    """A number for people; an en dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"  # noqa: RUF001
+    return f"{value:.{places}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def tiles(*children: Html) -> Html:
-    """Tiles side by side."""
-    return tag("div", *children, class_="tiles")
-
-
-def plain_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
-    """A small table that needs no sorting; the first column is text, the others are numbers."""
-    return tag(
-        "div",
-        tag(
-            "table",
-            tag("thead", tag("tr", *(tag("th", title, scope="col") for title in titles))),
-            tag("tbody", *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows)),
-            class_="plain",
-        ),
-        class_="scroll",
-    )
-
-
-def _section(section: Section) -> Html:
-    return tag("section", tag("h2", section.title), section.body, id=section.key)
+def _sorted_by(value: float | None) -> str:
+    """What the script sorts a number by; nothing where none is shown."""
+    return "" if value is None or not math.isfinite(value) else repr(float(value))
 
 
 def _write_assets(folder: Path) -> None:

@@ -14,7 +14,7 @@ from ichseg.engine import machine
 from ichseg.errors import InputError, WeightsError
 from ichseg.predict import memory
 from ichseg.predict.ensemble import Segmentation
-from ichseg.report import report
+from ichseg.report import case_files, inference_page, pictures
 from ichseg.scan import plausibility, reader, volume
 from ichseg.scan.reader import Scan
 from ichseg.scan.volume import Volume
@@ -356,9 +356,9 @@ def test_the_time_left_is_shared_by_the_cases_left(place, monkeypatch):
 def test_pictures_are_of_what_the_model_expects(place, monkeypatch, is_ct):
     """Not at a window in HU where the model is of MR."""
     seen = []
-    monkeypatch.setattr(report, "write_overlay", lambda *_, is_ct: seen.append(is_ct))
-    monkeypatch.setattr(report, "write_case", lambda *_, is_ct: seen.append(is_ct))
-    monkeypatch.setattr(report, "write_index", lambda *_, **__: "")
+    monkeypatch.setattr(pictures, "write_overlay", lambda *_, is_ct: seen.append(is_ct))
+    monkeypatch.setattr(case_files, "write_case", lambda *_, is_ct: seen.append(is_ct))
+    monkeypatch.setattr(inference_page, "write", lambda *_, **__: "")
     monkeypatch.setattr(plausibility, "check", lambda scan, _: (scan, ()))
     ensemble = Pretended()
     ensemble.model = SimpleNamespace(expects_hu=is_ct, name="m", version="1")

@@ -4,12 +4,13 @@ from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, and the text of the table's rows."""
+    """Elements with their attributes, and the text of the tables' rows."""
 
-    def __init__(self, path):
+    def __init__(self, text):
         super().__init__()
         self.elements, self.rows, self.cards, self._inside, self.text = [], [], [], False, ""
-        self.feed(path.read_text(encoding="utf-8"))
+        self.feed(text)
+        self.close()
 
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
@@ -31,5 +32,15 @@ class Page(HTMLParser):
         if self._inside:
             self.rows[-1][-1] += data
 
+    @property
+    def words(self):
+        """The text as a browser runs it together."""
+        return " ".join(self.text.split())
+
     def with_tag(self, tag):
         return [attributes for name, attributes in self.elements if name == tag]
+
+
+def page_in(folder):
+    """The page in a folder."""
+    return Page((folder / "index.html").read_text(encoding="utf-8"))

@@ -8,22 +8,22 @@ import re
 import numpy as np
 import pytest
 from conftest import PLANS
-from helpers.pages import Page
+from helpers.pages import page_in
 from helpers.workspaces import make_workspace
 
 from ichseg.errors import DatasetError, TrainingError
 from ichseg.files import replacing
+from ichseg.model import strict_json
 from ichseg.scan import volume
-from training import __main__ as command
-from training.crossval import merge
+from training.__main__ import main
+from training.crossval import merge, selection
 from training.data import dataset
 from training.data.workspace import evaluation_folder, mask_file, run_folder
 from training.fit import history
 from training.fit.history import EpochRow
-from training.report import charts, page, report
+from training.report import charts, command, evaluation_page
 from training.report.charts import Point
-from training.scoring import evaluate
-from training.scoring.statistics import volume_agreement
+from training.scoring import evaluate, statistics, summary
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def workspace(tmp_path, monkeypatch):
 
 
 def test_command_writes_a_page_with_the_worst_first(workspace, capsys):
-    assert command.main(["report", str(workspace), "--workers", "1"]) == 0
+    assert main(["report", str(workspace), "--workers", "1"]) == 0
     assert str(workspace / "report" / "index.html") in capsys.readouterr().out
-    found = Page(workspace / "report" / "index.html")
+    found = page_in(workspace / "report")
     rows = [dict(zip(found.rows[0], row, strict=True)) for row in found.rows if len(row) == 12][1:]
     assert [row["Case"] for row in rows[:2]] == ["case_4", "case_1"]
     assert [card["data-name"] for card in found.cards[:2]] == ["case_4", "case_1"]
@@ -69,19 +69,19 @@ def test_command_writes_a_page_with_the_worst_first(workspace, capsys):
 
 
 def test_summary_says_means_with_intervals_and_misses(workspace):
-    command.main(["report", str(workspace), "--workers", "1"])
-    evaluation = report.summary.load(evaluation_folder(workspace, "3d_fullres"))
+    main(["report", str(workspace), "--workers", "1"])
+    evaluation = summary.load(evaluation_folder(workspace, "3d_fullres"))
     dice = evaluation.summaries[0].measures[0]
-    text = Page(workspace / "report" / "index.html").text
-    assert f"Mean Dice{dice.mean:.3f}95 %: {dice.low:.3f} to {dice.high:.3f}" in text
-    assert "Missed completely1 of 5" in text
-    assert "Lesions found80 %4 of 5" in text
+    text = page_in(workspace / "report").words
+    assert f"Mean Dice {dice.mean:.3f} 95 %: {dice.low:.3f} to {dice.high:.3f}" in text
+    assert "Missed completely 1 of 5" in text
+    assert "Lesions found 80 % 4 of 5" in text
     assert "Fold 03 epochs, best Dice 0.300" in text
 
 
 def test_dots_stand_where_the_values_are(workspace):
-    command.main(["report", str(workspace), "--workers", "1"])
-    found = Page(workspace / "report" / "index.html")
+    main(["report", str(workspace), "--workers", "1"])
+    found = page_in(workspace / "report")
     dots = [a for a in found.with_tag("circle") if "dot" in a["class"].split()]
     assert {a["data-slug"] for a in dots} == {f"case_{i}" for i in range(5)}
     missed = [a for a in dots if "bad" in a["class"]]
@@ -89,7 +89,7 @@ def test_dots_stand_where_the_values_are(workspace):
 
 
 def test_bland_altman_by_hand():
-    agreement = volume_agreement([3.0, 5.0], [1.0, 5.0])  # bias 1, deviation sqrt(2)
+    agreement = statistics.volume_agreement([3.0, 5.0], [1.0, 5.0])  # bias 1, deviation sqrt(2)
     assert (agreement.bias_ml, agreement.high_ml) == (1.0, pytest.approx(1 + 1.959964 * 2**0.5))
     chart = charts.bland_altman([Point(None, "a", 2, 2), Point(None, "b", 5, 0)], agreement)
     dots = [tuple(map(float, m)) for m in re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="4.2"', chart)]
@@ -114,14 +114,14 @@ def test_volumes_stand_by_their_logarithm():
 
 def test_wilson_interval():
     """5 of 20: 0.112 to 0.469, as in Newcombe's formula worked by hand; sure ends stay in 0..1."""
-    low, high = charts.wilson(5, 20)
+    low, high = statistics.wilson(5, 20)
     z2 = 1.959964**2
     centre, reach = (5 + z2 / 2) / (20 + z2), 1.959964 * (5 * 15 / 20 + z2 / 4) ** 0.5 / (20 + z2)
     assert (low, high) == (pytest.approx(centre - reach), pytest.approx(centre + reach))
     assert (low, high) == (pytest.approx(0.1119, abs=1e-4), pytest.approx(0.4687, abs=1e-4))
-    assert charts.wilson(0, 10)[0] == 0
-    assert charts.wilson(10, 10)[1] == pytest.approx(1)
-    assert charts.wilson(0, 0) == (0, 1)
+    assert statistics.wilson(0, 10)[0] == 0
+    assert statistics.wilson(10, 10)[1] == pytest.approx(1)
+    assert statistics.wilson(0, 0) == (0, 1)
 
 
 def test_curve_is_interrupted_where_there_is_no_dice():
@@ -135,14 +135,14 @@ def test_curve_is_interrupted_where_there_is_no_dice():
 
 
 def test_curves_are_read_back(workspace):
-    rows = report.read_curves(workspace, "3d_fullres")["0"]
+    rows = command.read_curves(workspace, "3d_fullres")["0"]
     assert [row.pseudo_dice for row in rows] == [None, 0.2, 0.3]
     assert [row.train_loss for row in rows] == [-0.1, -0.2, -0.3]
     path = run_folder(workspace, "3d_fullres", "0") / "progress.csv"
     with path.open("w", newline="") as stream:
         csv.writer(stream).writerows([["epoch"], ["1"]])
     with pytest.raises(TrainingError, match=r"progress\.csv: not the table of a training"):
-        report.read_curves(workspace, "3d_fullres")
+        command.read_curves(workspace, "3d_fullres")
 
 
 def test_two_labels_have_a_row_and_charts_each(tmp_path):
@@ -157,8 +157,8 @@ def test_two_labels_have_a_row_and_charts_each(tmp_path):
     words = ["report", "--out", str(tmp_path / "page"), "--not-ct", "--workers", "1"]
     for name in ("evaluation", "images", "predictions", "references"):
         words += [f"--{name}", str(tmp_path / name)]
-    assert command.main(words) == 0
-    found = Page(tmp_path / "page" / "index.html")
+    assert main(words) == 0
+    found = page_in(tmp_path / "page")
     rows = [dict(zip(found.rows[0], row, strict=True)) for row in found.rows if len(row) == 12][1:]
     assert [(row["Label"], row["Dice"]) for row in rows] == [("head", "1.000"), ("tail", "1.000")]
     assert len(found.cards) == 1
@@ -168,16 +168,16 @@ def test_two_labels_have_a_row_and_charts_each(tmp_path):
 def test_evaluation_of_other_cases_is_refused(workspace):
     (workspace / "report").mkdir()
     label = dataset.load_dataset(workspace).labelled[0].label
-    evaluation = report.summary.load(evaluation_folder(workspace, "3d_fullres"))
-    files = [report.Files(f"case_{i}", label, label, label) for i in range(4)]
-    context = page.Context("t", "s")
+    evaluation = summary.load(evaluation_folder(workspace, "3d_fullres"))
+    files = [command.Files(f"case_{i}", label, label, label) for i in range(4)]
+    context = evaluation_page.Context("t", "s")
     with pytest.raises(TrainingError, match="case_4 is only in the evaluation"):
-        report.write(evaluation, files, workspace / "report", context, is_ct=True, workers=1)
+        command.write(evaluation, files, workspace / "report", context, is_ct=True, workers=1)
 
 
 def test_no_evaluation_says_which_command_makes_it(tmp_path, capsys):
     make_workspace(tmp_path, cases=2)
-    assert command.main(["report", str(tmp_path)]) == 1
+    assert main(["report", str(tmp_path)]) == 1
     assert "`cross-validate` makes it" in capsys.readouterr().err
 
 
@@ -185,7 +185,7 @@ def test_mask_of_another_size_is_refused(workspace, capsys):
     mask = merge.validated_masks(workspace, "3d_fullres")["case_2"]
     found = volume.read(mask)
     volume.write(volume.Volume(found.voxels[1:], found.spacing_mm), mask)
-    assert command.main(["report", str(workspace), "--workers", "1"]) == 1
+    assert main(["report", str(workspace), "--workers", "1"]) == 1
     assert re.search(r"case_2\S*: shape", capsys.readouterr().err)
 
 
@@ -195,29 +195,29 @@ def test_mask_of_another_size_is_refused(workspace, capsys):
      ["report", "--evaluation", "e", "--images", "i", "--out", "o"]],
 )  # fmt: skip
 def test_flags_that_do_not_go_together_are_refused(words, capsys):
-    assert command.main(words) == 1
+    assert main(words) == 1
     assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_missing_image_is_named(tmp_path):
     (tmp_path / "a_0000.nii.gz").touch()
-    assert report.find_volumes(tmp_path, ["a"]) == {"a": tmp_path / "a_0000.nii.gz"}
+    assert command.find_volumes(tmp_path, ["a"]) == {"a": tmp_path / "a_0000.nii.gz"}
     with pytest.raises(DatasetError, match="no volume of case b"):
-        report.find_volumes(tmp_path, ["a", "b"])
+        command.find_volumes(tmp_path, ["a", "b"])
 
 
 def test_selection_stands_on_the_page(workspace):
-    selected = report.selection.Selection(
+    selected = selection.Selection(
         schema_version=1, cases=5, labels=PLANS.labels[1:], configurations=("3d_fullres",),
         rules=(), mean_dice=0.7, trials=(),
         candidates=(
-            report.selection.Candidate(("2d",), 0.61234, (0.61234,)),
-            report.selection.Candidate(("3d_fullres",), 0.7, (0.7,)),
+            selection.Candidate(("2d",), 0.61234, (0.61234,)),
+            selection.Candidate(("3d_fullres",), 0.7, (0.7,)),
         ),
     )  # fmt: skip
     with replacing(workspace / "selection.json") as temporary:
-        temporary.write_text(report.selection.strict_json.dumps(selected))
-    command.main(["report", str(workspace), "--workers", "1"])
-    found = Page(workspace / "report" / "index.html")
+        temporary.write_text(strict_json.dumps(selected))
+    main(["report", str(workspace), "--workers", "1"])
+    found = page_in(workspace / "report")
     assert ["3d_fullres", "0.7000", "0.7000", "chosen"] in found.rows
     assert ["2d", "0.6123", "0.6123", ""] in found.rows

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from helpers.browser import Browser
 
-from ichseg.report import report
+from ichseg.report import case_files, inference_page
 from ichseg.scan.volume import Volume
 from training.fit.history import EpochRow
-from training.report import page as report_page
+from training.report import evaluation_page
 from training.scoring import summary
 from training.scoring.scores import CaseScore, score_labels
 
@@ -47,7 +47,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         found = prediction.voxels.copy()
         if number:
             found[3:6, 40 : 40 + number, 20:40] = 1
-        report.write_case(
+        case_files.write_case(
             out, name, image, {"reference": reference, "prediction": image.with_voxels(found)}
         )
         labels = score_labels(
@@ -56,7 +56,9 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cases.append(CaseScore(name, "p", "r", labels))
     evaluation = summary.make_evaluation(cases, ("blood",), "instance")
     curves = {"0": [EpochRow(e, -e / 5, -e / 6, e / 5, 1e-3, 1, 0) for e in (1, 2)]}
-    return report_page.write(out, evaluation, report_page.Context("Evaluation", "s", curves))
+    return evaluation_page.write(
+        out, evaluation, evaluation_page.Context("Evaluation", "s", curves)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +66,12 @@ def inferred(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of an inference: one case, one failure."""
     out = tmp_path_factory.mktemp("inference")
     image, _, prediction = scan()
-    report.write_case(out, "one.mha", image, {"prediction": prediction})
+    case_files.write_case(out, "one.mha", image, {"prediction": prediction})
     entries = [
-        report.Entry("one.mha", "", {"volume_ml": 24.0, "lesions": [], "warnings": [EVIL]}),
-        report.Entry(EVIL, EVIL, {}),
+        inference_page.Entry("one.mha", "", {"volume_ml": 24.0, "lesions": [], "warnings": [EVIL]}),
+        inference_page.Entry(EVIL, EVIL, {}),
     ]
-    return report.write_index(out, entries, title="Inference", subtitle=EVIL)
+    return inference_page.write(out, entries, title="Inference", subtitle=EVIL)
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +255,7 @@ def test_slices_and_dots_open_their_case(browser, evaluated):
 
 def test_odd_name_opens_and_runs_nothing(browser, evaluated):
     browser.open(evaluated)
-    open_case(browser, report.slug_of(EVIL))
+    open_case(browser, case_files.slug_of(EVIL))
     assert browser.evaluate("document.querySelector('#viewer-name').textContent") == EVIL
     assert browser.evaluate("typeof hacked") == "undefined"
     assert browser.errors == []

@@ -24,7 +24,7 @@ from ichseg.engine import torch_engine
 from ichseg.errors import DeviceError, OutputError
 from ichseg.files import SCAN_SUFFIXES, replacing
 from ichseg.predict.ensemble import Ensemble
-from ichseg.report import report
+from ichseg.report import case_files, inference_page, pictures
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 
@@ -201,9 +201,9 @@ def test_a_picture_on_a_full_disk_is_refused_before_libjpeg_ends_the_process(
     mask = volume.read(scene.folder / "output" / "scan5.mha")
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OutputError, match=r"scan5\.mha\.jpg: cannot write \(No space"):
-        report.write_case(tmp_path, "scan5.mha", scan, {"prediction": mask})
+        case_files.write_case(tmp_path, "scan5.mha", scan, {"prediction": mask})
     with pytest.raises(OutputError, match=r"overlay\.png: cannot write \(No space"):
-        report.write_overlay(scan, mask, tmp_path / "overlay.png")
+        pictures.write_overlay(scan, mask, tmp_path / "overlay.png")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -214,7 +214,7 @@ def test_a_page_on_a_full_disk_is_refused_in_words(tmp_path, monkeypatch):
     for name, named in (("copyfileobj", "niivue.umd.js"), ("copyfile", "report.css")):
         monkeypatch.setattr(f"shutil.{name}", full)
         with pytest.raises(OutputError, match=rf"assets/{named}: cannot write \(No space"):
-            report.write_index(tmp_path, [], title="t", subtitle="s")
+            inference_page.write(tmp_path, [], title="t", subtitle="s")
     assert not list(tmp_path.rglob(".writing-*"))
 
 

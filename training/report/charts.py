@@ -9,15 +9,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ichseg.report.html import Html, tag
+from markupsafe import Markup
+
+from ichseg.report.page import number
 from training.fit.history import EpochRow
-from training.scoring.lesions import ALL_SIZES, LesionCounts
-from training.scoring.statistics import VolumeAgreement
+from training.scoring.lesions import LesionCounts
+from training.scoring.statistics import VolumeAgreement, wilson
 from training.scoring.summary import MeasureSummary
 
-_NORMAL_95 = 1.959964  # deviations of a normal distribution within which 95 % lie
+SHARES = ("dice", "surface_dice")  # measures that lie between 0 and 1
 _MOST_POINTS = 400  # of a curve
 _WIDTH = 420
+_LETTER_PX = 7.5  # no letter of a number is wider
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +28,10 @@ class Point:
     """A case in a chart.
 
     Attributes:
-        slug: Of the case's files, or None if it has none.
+        slug: What the names of the case's files begin with, or None if it has none.
         text: What the pointer shows.
-        x, y: Where; ``y`` means nothing on a strip.
+        x: Its place across the chart, in the unit of that axis.
+        y: Its place up the chart, likewise; it means nothing on a strip.
         bad: Whether it stands out, as a miss does.
     """
 
@@ -38,8 +42,13 @@ class Point:
     bad: bool = False
 
 
-def curves(rows: Sequence[EpochRow], title: str) -> Html:
-    """Losses and Dice of a fold over its epochs, as in the paper's Fig. 2."""
+def curves(rows: Sequence[EpochRow], title: str) -> Markup:
+    """Losses and Dice of a fold over its epochs, as in the paper's Fig. 2.
+
+    Args:
+        rows: The epochs; at least one.
+        title: What the fold is called.
+    """
     height, left, right = 236, 44, 40
     losses = [v for row in rows for v in (row.train_loss, row.validation_loss) if math.isfinite(v)]
     low, high = _padded(losses or [0.0])
@@ -49,11 +58,11 @@ def curves(rows: Sequence[EpochRow], title: str) -> Html:
     parts += [_text(left - 6, loss(v) + 4, _short(v), "end") for v in _ticks(low, high, 5)]
     parts += [_text(_WIDTH - right + 6, dice(v / 5) + 4, f"{v / 5:.1f}") for v in range(6)]
     parts += [
-        _text(x(v), 212, f"{v:.0f}", "middle")
+        _below(x(v), 212, f"{v:.0f}")
         for v in _ticks(rows[0].epoch, rows[-1].epoch, 6)
         if v == int(v)
     ]
-    parts += [_text((left + _WIDTH - right) / 2, 229, "epoch", "middle")]
+    parts += [_below((left + _WIDTH - right) / 2, 229, "epoch")]
     parts += [_text(4, 12, "loss"), _text(_WIDTH - 4, 12, "Dice", "end")]
     series: list[tuple[Callable[[float], float], list[float | None], str]] = [
         (loss, [row.train_loss for row in rows], "blue"),
@@ -62,7 +71,7 @@ def curves(rows: Sequence[EpochRow], title: str) -> Html:
     ]
     epochs = [row.epoch for row in rows]
     parts += [
-        tag("path", d=_path(epochs, values, x, y), class_=f"line {colour}")
+        Markup('<path d="{}" class="line {}"/>').format(_path(epochs, values, x, y), colour)
         for y, values, colour in series
     ]
     best = max((row.pseudo_dice for row in rows if row.pseudo_dice is not None), default=None)
@@ -70,42 +79,28 @@ def curves(rows: Sequence[EpochRow], title: str) -> Html:
     return _figure(title, note, parts, height)
 
 
-def curve_legend() -> Html:
-    """What the lines of ``curves`` are."""
-    keys = (
-        ("blue", "training loss"),
-        ("red", "validation loss"),
-        ("green", "Dice of validation patches"),
-    )
-    return tag(
-        "p",
-        *(
-            tag(
-                "span",
-                tag("svg", _line(0, 6, 26, 6, f"line {colour}"), width=30, height=12),
-                f" {text}",
-            )
-            for colour, text in keys
-        ),
-        class_="legend",
-    )
+def strip(found: MeasureSummary, points: Sequence[Point], title: str, *, places: int) -> Markup:
+    """Box, whiskers and every case of one measure, and the mean with its 95 % interval.
 
-
-def strip(found: MeasureSummary, points: Sequence[Point], title: str, *, places: int) -> Html:
-    """Box, whiskers and every case of one measure; the mean with its interval."""
+    Args:
+        found: The measure over all cases.
+        points: The cases in which it is finite, the measure as their ``x``.
+        title: What the measure is called.
+        places: How many decimals its numbers have.
+    """
     if found.minimum is None or found.maximum is None:
         return _figure(title, "no finite value", [], 20)
-    low, high = (0.0, 1.0) if _is_share(found) else _padded([0.0, found.maximum])
+    low, high = (0.0, 1.0) if found.measure in SHARES else _padded([0.0, found.maximum])
     x = _linear(low, high, 14, _WIDTH - 14)
-    parts: list[Html] = []
+    parts: list[Markup] = []
     for value in _ticks(low, high, 6):
         parts += [_line(x(value), 8, x(value), 104, "grid")]
-        parts += [_text(x(value), 120, _short(value), "middle")]
+        parts += [_below(x(value), 120, _short(value))]
     quartiles = (found.lower_quartile, found.median, found.upper_quartile)
     first, middle, third = (x(value or 0.0) for value in quartiles)
     parts += [
         _line(x(found.minimum), 26, x(found.maximum), 26, "whisker"),
-        tag("rect", x=_n(first), y=14, width=_n(max(1.0, third - first)), height=24, class_="box"),
+        _rect(first, 14, max(1.0, third - first), 24, "box"),
         _line(middle, 14, middle, 38, "median"),
     ]
     for index, point in enumerate(points):
@@ -113,9 +108,11 @@ def strip(found: MeasureSummary, points: Sequence[Point], title: str, *, places:
     if found.mean is not None:
         if found.low is not None and found.high is not None:
             parts.append(_line(x(found.low), 45, x(found.high), 45, "interval"))
-        parts.append(tag("circle", cx=_n(x(found.mean)), cy=45, r=4, class_="mean"))
+        parts.append(
+            Markup('<circle cx="{}" cy="45" r="4" class="mean"/>').format(_n(x(found.mean)))
+        )
     mean, least, most, median = (
-        _cell(v, places) for v in (found.mean, found.low, found.high, found.median)
+        number(v, places) for v in (found.mean, found.low, found.high, found.median)
     )
     note = f"mean {mean} ({least} to {most}), median {median}"
     if found.infinite:
@@ -123,11 +120,11 @@ def strip(found: MeasureSummary, points: Sequence[Point], title: str, *, places:
     return _figure(title, note, parts, 126)
 
 
-def bland_altman(points: Sequence[Point], found: VolumeAgreement) -> Html:
-    """Difference of volumes against their mean, with bias and limits of agreement.
+def bland_altman(points: Sequence[Point], found: VolumeAgreement) -> Markup:
+    """Differences of volumes against their means, with bias and limits of agreement.
 
     Args:
-        points: ``x`` the mean of both volumes in mL, ``y`` found less reference.
+        points: The cases, ``x`` the mean of both volumes in mL, ``y`` found less reference.
         found: Bias and limits.
     """
     limits = [v for v in (found.low_ml, found.high_ml) if v is not None]
@@ -137,29 +134,27 @@ def bland_altman(points: Sequence[Point], found: VolumeAgreement) -> Html:
     parts = _grid(x, y, _ticks(0, right, 6), _ticks(low, high, 6))
     if found.low_ml is not None and found.high_ml is not None:
         top, bottom = y(found.high_ml), y(found.low_ml)
-        parts.append(
-            tag("rect", x=48, y=_n(top), width=_WIDTH - 58, height=_n(bottom - top), class_="band")
-        )
+        parts.append(_rect(48, top, _WIDTH - 58, bottom - top, "band"))
         parts += [_line(48, at, _WIDTH - 10, at, "limit") for at in (top, bottom)]
     if found.bias_ml is not None:
         parts.append(_line(48, y(found.bias_ml), _WIDTH - 10, y(found.bias_ml), "bias"))
     parts += [_dot(point, x(point.x), y(point.y)) for point in points]
     parts += [
-        _text(234, 284, "mean of both volumes, mL", "middle"),
+        _below(234, 284, "mean of both volumes, mL"),
         _up(12, 131, "found less reference, mL"),
     ]
     note = (
-        f"bias {_cell(found.bias_ml, 2)} mL, 95 % limits {_cell(found.low_ml, 2)} to "
-        f"{_cell(found.high_ml, 2)} mL, ICC {_cell(found.correlation, 3)}"
+        f"bias {number(found.bias_ml, 2)} mL, 95 % limits {number(found.low_ml, 2)} to "
+        f"{number(found.high_ml, 2)} mL, ICC {number(found.correlation, 3)}"
     )
     return _figure("Agreement of volumes (Bland-Altman)", note, parts, 292)
 
 
-def dice_by_volume(points: Sequence[Point]) -> Html:
+def dice_by_volume(points: Sequence[Point]) -> Markup:
     """Dice against the reference's volume, the latter in powers of ten.
 
     Args:
-        points: ``x`` the volume in mL, more than 0; ``y`` the Dice.
+        points: The cases, ``x`` the volume in mL, more than 0, and ``y`` the Dice.
     """
     volumes = [point.x for point in points] or [1.0]
     low, high = math.floor(math.log10(min(volumes))), math.ceil(math.log10(max(volumes)))
@@ -169,96 +164,62 @@ def dice_by_volume(points: Sequence[Point]) -> Html:
     parts = _grid(scale, y, [], [v / 5 for v in range(6)])
     for power in range(low, high + 1):
         parts += [_line(scale(power), 12, scale(power), 250, "grid")]
-        parts += [_text(scale(power), 266, f"{10.0**power:g}", "middle")]
+        parts += [_below(scale(power), 266, f"{10.0**power:g}")]
     parts += [_dot(point, scale(math.log10(point.x)), y(point.y)) for point in points]
-    parts += [_text(234, 284, "volume of the reference, mL", "middle"), _up(12, 131, "Dice")]
+    parts += [_below(234, 284, "volume of the reference, mL"), _up(12, 131, "Dice")]
     return _figure("Dice against volume", "each dot a case that has a reference", parts, 292)
 
 
-def sensitivity(lesions: Sequence[LesionCounts]) -> Html:
-    """Share of the reference's lesions that were found, by their size, with Wilson's interval."""
-    classes = [found for found in lesions if found.size != ALL_SIZES]
-    y, wide = _linear(0, 1, 200, 12), (_WIDTH - 60) / max(1, len(classes))
+def sensitivity(lesions: Sequence[LesionCounts]) -> Markup:
+    """Share of the reference's lesions that were found, by their size, with Wilson's interval.
+
+    Args:
+        lesions: The counts of each size, and last of all sizes.
+    """
+    *classes, overall = lesions
+    y, width = _linear(0, 1, 200, 12), (_WIDTH - 60) / max(1, len(classes))
     parts = _grid(lambda v: v, y, [], [v / 5 for v in range(6)])
     for index, found in enumerate(classes):
-        centre = 48 + wide * (index + 0.5)
-        parts += [_text(centre, 217, found.size, "middle")]
-        if found.sensitivity is None:
-            parts.append(_text(centre, 233, "none", "middle"))
-            continue
-        low, high = wilson(found.found, found.reference)
-        top = y(found.sensitivity)
-        parts += [
-            tag(
-                "rect",
-                x=_n(centre - wide * 0.3),
-                y=_n(top),
-                width=_n(wide * 0.6),
-                height=_n(200 - top),
-                class_="bar",
-            ),
-            _line(centre, y(low), centre, y(high), "interval"),
-            _text(centre, 233, f"{found.found} of {found.reference}", "middle"),
-            _text(centre, 249, f"{found.false_positives} false", "middle"),
-        ]
+        parts += _bar(found, y, 48 + width * (index + 0.5), width)
     parts.append(_up(12, 106, "found"))
-    overall = next((found for found in lesions if found.size == ALL_SIZES), None)
     note = (
-        ""
-        if overall is None
-        else (
-            f"all: {overall.found} of {overall.reference} found, {overall.false_positives} false, "
-            f"F1 {_cell(overall.f1, 3)}"
-        )
+        f"all: {overall.found} of {overall.reference} found, {overall.false_positives} false, "
+        f"F1 {number(overall.f1, 3)}"
     )
     return _figure("Lesions found, by their volume", note, parts, 256)
 
 
-def interval_bar(value: float | None, low: float | None, high: float | None) -> Html | None:
-    """A share from 0 to 1 with its interval, as a bar for a tile."""
-    if value is None:
-        return None
-    low, high = (value if low is None else low), (value if high is None else high)
-    return tag(
-        "svg",
-        tag("rect", x=0, y=4, width=100, height=4, class_="track"),
-        tag(
-            "rect",
-            x=_n(100 * low),
-            y=2,
-            width=_n(max(0.6, 100 * (high - low))),
-            height=8,
-            class_="range",
-        ),
-        tag("rect", x=_n(100 * value - 0.4), y=0, width=0.8, height=12, class_="mean"),
-        viewBox="0 0 100 12",
-        preserveAspectRatio="none",
-        aria_hidden="true",
-    )
+def _bar(
+    found: LesionCounts, y: Callable[[float], float], centre: float, width: float
+) -> list[Markup]:
+    """One size of lesions, with its counts below the bar."""
+    parts = [_below(centre, 217, found.size)]
+    if found.sensitivity is None:
+        return [*parts, _below(centre, 233, "none")]
+    low, high = wilson(found.found, found.reference)
+    top = y(found.sensitivity)
+    return [
+        *parts,
+        _rect(centre - width * 0.3, top, width * 0.6, 200 - top, "bar"),
+        _line(centre, y(low), centre, y(high), "interval"),
+        _below(centre, 233, f"{found.found} of {found.reference}"),
+        _below(centre, 249, f"{found.false_positives} false"),
+    ]
 
 
-def wilson(hits: int, of: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927); of nothing, 0 to 1."""
-    if of == 0:
-        return 0.0, 1.0
-    z, share = _NORMAL_95, hits / of
-    centre = (share + z * z / (2 * of)) / (1 + z * z / of)
-    reach = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of)) / (1 + z * z / of)
-    return max(0.0, centre - reach), min(1.0, centre + reach)
-
-
-def _figure(title: str, note: str, parts: Sequence[Html], height: int) -> Html:
-    return tag(
-        "figure",
-        tag("figcaption", title, tag("small", note) if note else None),
-        tag(
-            "svg",
-            *parts,
-            viewBox=f"0 0 {_WIDTH} {height}",
-            role="img",
-            aria_label=f"{title}: {note}",
-        ),
-        class_="chart",
+def _figure(title: str, note: str, parts: Sequence[Markup], height: int) -> Markup:
+    small = Markup("<small>{}</small>").format(note) if note else ""
+    return Markup(
+        '<figure class="chart"><figcaption>{title}{small}</figcaption>\n'
+        '<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}: {note}">\n'
+        "{parts}\n</svg></figure>"
+    ).format(
+        title=title,
+        small=small,
+        note=note,
+        width=_WIDTH,
+        height=height,
+        parts=Markup("\n").join(parts),
     )
 
 
@@ -267,37 +228,50 @@ def _grid(
     y: Callable[[float], float],
     across: Sequence[float],
     up: Sequence[float],
-) -> list[Html]:
+) -> list[Markup]:
     """Lines and numbers of a chart whose frame is 48..410 by 12 to the lowest of ``y``."""
     bottom = 250 if across or y(0) > 210 or not up else y(up[0])
     parts = [_line(48, y(value), _WIDTH - 10, y(value), "grid") for value in up]
     parts += [_text(44, y(value) + 4, _short(value), "end") for value in up]
     parts += [_line(x(value), 12, x(value), bottom, "grid") for value in across]
-    return parts + [_text(x(value), bottom + 16, _short(value), "middle") for value in across]
+    return parts + [_below(x(value), bottom + 16, _short(value)) for value in across]
 
 
-def _dot(point: Point, x: float, y: float) -> Html:
-    return tag(
-        "circle",
-        tag("title", point.text),
-        cx=_n(x),
-        cy=_n(y),
-        r=4.2,
-        class_="dot bad" if point.bad else "dot",
-        data_slug=point.slug,
+def _dot(point: Point, x: float, y: float) -> Markup:
+    slug = Markup(' data-slug="{}"').format(point.slug) if point.slug else ""
+    return Markup('<circle cx="{}" cy="{}" r="4.2" class="{}"{}><title>{}</title></circle>').format(
+        _n(x), _n(y), "dot bad" if point.bad else "dot", slug, point.text
     )
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Html:
-    return tag("line", x1=_n(x1), y1=_n(y1), x2=_n(x2), y2=_n(y2), class_=kind)
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    return Markup('<line x1="{}" y1="{}" x2="{}" y2="{}" class="{}"/>').format(
+        _n(x1), _n(y1), _n(x2), _n(y2), kind
+    )
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start") -> Html:
-    return tag("text", text, x=_n(x), y=_n(y), text_anchor=anchor)
+def _rect(x: float, y: float, width: float, height: float, kind: str) -> Markup:
+    return Markup('<rect x="{}" y="{}" width="{}" height="{}" class="{}"/>').format(
+        _n(x), _n(y), _n(width), _n(height), kind
+    )
 
 
-def _up(x: float, y: float, text: str) -> Html:
-    return tag("text", text, text_anchor="middle", transform=f"translate({x} {y}) rotate(-90)")
+def _text(x: float, y: float, text: str, anchor: str = "start") -> Markup:
+    return Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(
+        _n(x), _n(y), anchor, text
+    )
+
+
+def _below(x: float, y: float, text: str) -> Markup:
+    """Text around ``x``, shifted where the picture's edge would cut it off."""
+    half = _LETTER_PX / 2 * len(text)
+    return _text(min(max(x, half), _WIDTH - half), y, text, "middle")
+
+
+def _up(x: float, y: float, text: str) -> Markup:
+    return Markup(
+        '<text text-anchor="middle" transform="translate({} {}) rotate(-90)">{}</text>'
+    ).format(x, y, text)
 
 
 def _path(
@@ -306,7 +280,7 @@ def _path(
     x: Callable[[float], float],
     y: Callable[[float], float],
 ) -> str:
-    """Of a line through the finite values, interrupted by the others."""
+    """The path of a line through the finite values, interrupted by the others."""
     every = math.ceil(len(xs) / _MOST_POINTS)
     words, pen = [], "M"
     for at, value in list(zip(xs, values, strict=True))[::every]:
@@ -344,16 +318,8 @@ def _scatter(index: int) -> float:
     return index * 0.6180339887 % 1
 
 
-def _is_share(found: MeasureSummary) -> bool:
-    return found.measure in ("dice", "surface_dice")
-
-
 def _short(value: float) -> str:
     return f"{value:g}".replace("-", "\N{MINUS SIGN}")
-
-
-def _cell(value: float | None, places: int) -> str:
-    return "–" if value is None else f"{value:.{places}f}".replace("-", "\N{MINUS SIGN}")  # noqa: RUF001
 
 
 def _n(value: float) -> str:

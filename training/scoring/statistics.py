@@ -117,3 +117,13 @@ def intraclass_correlation(ratings: npt.NDArray[np.float64]) -> float:
     error = float((rest**2).sum()) / ((n - 1) * (k - 1))
     divisor = between + (k - 1) * error + k * (raters - error) / n
     return (between - error) / divisor if divisor else math.nan
+
+
+def wilson(hits: int, of: int) -> tuple[float, float]:
+    """The 95 % interval of a share, here ``hits / of`` (Wilson 1927); of nothing it is 0 to 1."""
+    if of == 0:
+        return 0.0, 1.0
+    z, share = _NORMAL_95, hits / of
+    centre = (share + z * z / (2 * of)) / (1 + z * z / of)
+    reach = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of)) / (1 + z * z / of)
+    return max(0.0, centre - reach), min(1.0, centre + reach)

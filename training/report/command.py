@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ichseg.errors import DatasetError, IchsegError, TrainingError
 from ichseg.files import is_named_as_scan, stem_of
-from ichseg.report import report
+from ichseg.report.case_files import write_case
 from ichseg.scan import volume
 from ichseg.wording import byte_size
 from training.crossval import merge, selection
@@ -30,8 +30,8 @@ from training.data.workspace import (
     selection_file,
 )
 from training.fit.history import EpochRow
-from training.report import page as report_page
-from training.report.page import Context
+from training.report import evaluation_page
+from training.report.evaluation_page import Context
 from training.scoring import summary
 from training.scoring.summary import Evaluation
 
@@ -132,7 +132,7 @@ def write(
             raise result
         if isinstance(result, Exception):
             raise TrainingError(f"{case.name}: {type(result).__name__}: {result}") from result
-    return report_page.write(out, evaluation, context)
+    return evaluation_page.write(out, evaluation, context)
 
 
 def draw_case(case: Files, out: Path, is_ct: bool) -> None:
@@ -151,7 +151,7 @@ def draw_case(case: Files, out: Path, is_ct: bool) -> None:
                 f"{path}: shape {masks[name].voxels.shape}, expected {image.voxels.shape} as of "
                 f"{case.image}"
             )
-    report.write_case(out, case.name, image, masks, is_ct=is_ct)
+    write_case(out, case.name, image, masks, is_ct=is_ct)
 
 
 def read_curves(workspace: Path, configuration: str) -> dict[str, tuple[EpochRow, ...]]:

@@ -8,10 +8,9 @@ import json
 
 import numpy as np
 import pytest
-from helpers.pages import Page
+from helpers.pages import page_in
 
-from ichseg.report import page, report
-from ichseg.report.case_list import Column, Row
+from ichseg.report import case_files, inference_page
 from ichseg.scan.volume import Volume
 
 EVIL = '"><img src=x onerror=alert(1)>.mha'
@@ -45,10 +44,10 @@ def facts(volume_ml, **changes):
 
 def entries():
     return [
-        report.Entry("small.mha", "", facts(1.5)),
-        report.Entry(EVIL, "", facts(20.0, warnings=["<script>alert(2)</script> & more"])),
-        report.Entry("none.mha", "", facts(0.0)),
-        report.Entry("</script>broken", "</script><b>cannot be read", {}),
+        inference_page.Entry("small.mha", "", facts(1.5)),
+        inference_page.Entry(EVIL, "", facts(20.0, warnings=["<script>alert(2)</script> & more"])),
+        inference_page.Entry("none.mha", "", facts(0.0)),
+        inference_page.Entry("</script>broken", "</script><b>cannot be read", {}),
     ]
 
 
@@ -59,13 +58,13 @@ def folder(tmp_path_factory):
     image, mask = scan()
     for entry in entries():
         if not entry.error:
-            report.write_case(out, entry.name, image, {"prediction": mask})
-    report.write_index(out, entries(), title="A <title>", subtitle="with & without")
+            case_files.write_case(out, entry.name, image, {"prediction": mask})
+    inference_page.write(out, entries(), title="A <title>", subtitle="with & without")
     return out
 
 
 def test_failures_come_first_then_the_largest(folder):
-    found = Page(folder / "index.html")
+    found = page_in(folder)
     rows = [row for row in found.rows if len(row) == 7][1:]
     assert [row[0] for row in rows] == ["</script>broken", EVIL, "small.mha", "none.mha"]
     assert [row[1] for row in rows] == ["–", "20.00", "1.50", "0.00"]  # noqa: RUF001
@@ -74,7 +73,7 @@ def test_failures_come_first_then_the_largest(folder):
 
 def test_no_name_becomes_markup(folder):
     """Elements and their attributes are those of harmless names, but for the text in them."""
-    found = Page(folder / "index.html")
+    found = page_in(folder)
     assert {tag for tag, _ in found.elements} <= {
         "html", "head", "meta", "title", "link", "body", "header", "div", "h1", "h2", "h3", "p",
         "nav", "a", "button", "strong", "main", "section", "ul", "li", "input", "span", "table",
@@ -89,7 +88,7 @@ def test_no_name_becomes_markup(folder):
 
 
 def test_nothing_is_asked_of_a_network(folder):
-    found = Page(folder / "index.html")
+    found = page_in(folder)
     for _, attributes in found.elements:
         for key in ("src", "href"):
             address = attributes.get(key, "")
@@ -103,42 +102,42 @@ def test_nothing_is_asked_of_a_network(folder):
 
 
 def test_notice_stands_on_the_page(folder):
-    assert "For research, not for diagnosis." in Page(folder / "index.html").text
+    assert "For research, not for diagnosis." in page_in(folder).text
 
 
 def test_card_has_lesions_doubt_and_what_ran(folder):
-    text = Page(folder / "index.html").text
+    text = page_in(folder).text
     for part in ("20 × 20 × 15", "61", "1, −2, 3", "0.250", "3d_fullres fold 0", "total 2.5"):  # noqa: RUF001
         assert part in text
 
 
 def test_slices_with_the_mask_are_marked_and_the_largest_opens(folder):
-    shown = report.read_case(folder, "small.mha")
+    shown = case_files.read_case(folder, "small.mha")
     assert shown is not None
     marked = [at for at, present in zip(shown.slices, shown.present, strict=True) if present]
     assert marked == [6, 7]
     assert shown.largest_slice == 7
     assert shown.first_slice == 2
-    assert report.read_case(folder, "other.mha") is None
+    assert case_files.read_case(folder, "other.mha") is None
 
 
 def test_files_of_a_case_have_harmless_names(folder):
     names = {path.name for path in (folder / "cases").iterdir()}
     assert {"small.mha.js", "small.mha.jpg", "small.mha.json"} <= names
-    assert all(set(name) <= set(report.slug_of(name)) for name in names)
+    assert all(set(name) <= set(case_files.slug_of(name)) for name in names)
     for name in (EVIL, "../../etc", ".hidden", "ä.mha", "a b", "x" * 300, ""):
-        slug = report.slug_of(name)
+        slug = case_files.slug_of(name)
         assert not slug.startswith(".")
         assert len(slug) < 100
         assert slug.replace("-", "").replace("_", "").replace(".", "").isalnum()
         assert slug.isascii()
-    assert report.slug_of("a b") != report.slug_of("a_b") == "a_b"
-    assert report.slug_of("a/b") != report.slug_of("a b")
+    assert case_files.slug_of("a b") != case_files.slug_of("a_b") == "a_b"
+    assert case_files.slug_of("a/b") != case_files.slug_of("a b")
 
 
 def test_case_without_pictures_is_listed(tmp_path):
-    report.write_index(tmp_path, entries()[:1], title="t", subtitle="s")
-    found = Page(tmp_path / "index.html")
+    inference_page.write(tmp_path, entries()[:1], title="t", subtitle="s")
+    found = page_in(tmp_path)
     assert found.cards[0]["data-name"] == "small.mha"
     assert not found.with_tag("img")
 
@@ -149,17 +148,14 @@ def test_viewer_script_is_the_one_that_its_licence_file_names(folder):
     assert hashlib.sha256(script).hexdigest() in licences
 
 
-def test_values_that_are_unknown_are_dashes_and_sort_as_such(tmp_path):
-    page.write(
-        tmp_path, title="t", subtitle="s", sections=(), cards=(), order="",
-        columns=(Column("a", "A", 2),),
-        rows=[Row("x", {"a": None}), Row("y", {"a": float("inf")}), Row("z", {"a": -1.0})],
-    )  # fmt: skip
-    rows = Page(tmp_path / "index.html").rows[1:]
-    assert [row[1] for row in rows] == ["–", "–", "−1.00"]  # noqa: RUF001
+def test_case_whose_name_is_not_utf_8_is_listed(tmp_path):
+    inference_page.write(
+        tmp_path, [inference_page.Entry("a\udcff.mha", "broken", {})], title="t", subtitle="s"
+    )
+    assert page_in(tmp_path).cards[0]["data-name"] == r"a\udcff.mha"
 
 
 def test_what_write_case_left_is_strict(folder):
     path = folder / "cases" / "none.mha.json"
     content = json.loads(path.read_text())
-    assert set(content) == {field.name for field in dataclasses.fields(report.Shown)}
+    assert set(content) == {field.name for field in dataclasses.fields(case_files.Shown)}
