@@ -16,7 +16,8 @@ import numpy.typing as npt
 from benchmarks import rivals
 from ichseg.model import bundle
 from ichseg.model import plans as plans_module
-from ichseg.model.plans import Architecture, Configuration, Plans
+from ichseg.model.architecture import Architecture
+from ichseg.model.plans import Configuration, Plans
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from ichseg.model import bundle
+from ichseg.model.architecture import Architecture
 from ichseg.model.bundle import Model
 from ichseg.model.network import build_network
-from ichseg.model.plans import Architecture, Configuration, Normalisation, Plans, Resampling
+from ichseg.model.plans import Configuration, Normalisation, Plans, Resampling
 from ichseg.scan.volume import Volume
 
 ARCHITECTURE = Architecture(

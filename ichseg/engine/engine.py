@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ichseg.engine.arrays import FloatArray, Grid
-from ichseg.model.plans import Architecture
+from ichseg.model.architecture import Architecture
 
 BATCH_VOXELS = 1_200_000  # 8 tiles of 16x96x96: small tiles alone leave torch's convolutions idle
 

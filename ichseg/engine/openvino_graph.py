@@ -45,8 +45,8 @@ def build(spec: NetworkSpec, state: Mapping[str, FloatArray]) -> Any:
     """An ``openvino.Model`` from one tile ``(1, C, *patch)`` to its scores ``(1, K, *patch)``.
 
     Args:
-        spec: The network; its scores are probabilities if that is what is to be averaged.
-        state: Its tensors, by the names of ``network.UNet``.
+        spec: The network; its scores are probabilities if these are to be averaged.
+        state: The network's tensors, by the names of ``network.UNet``.
 
     Raises:
         ValueError: A tensor is missing, left over or of another shape.
@@ -134,7 +134,10 @@ class _Graph:
         kernel: tuple[int, ...],
         stride: tuple[int, ...],
     ) -> Any:
-        """Of one input, or of two side by side: then a sum, which saves putting them together."""
+        """A convolution of one input, or of two side by side.
+
+        Of two it is the sum of each one's, which saves putting them together.
+        """
         weight = self.take(f"{name}.weight", features, inputs, *kernel)
         padding, dilations = [k // 2 for k in kernel], [1] * self.dimensions
         parts, first = [], 0
@@ -170,7 +173,7 @@ class _Graph:
         return self.add_bias(x, f"{name}.bias", features)
 
     def mean(self, x: Any) -> Any:
-        """Of each channel: the mean of few voxels, then of few such means, and so on."""
+        """The mean of each channel: that of few voxels, then of few such means, and so on."""
         while max(size := list(x.get_output_shape(0))[2:]) > 1:
             window = pooling_window(size)
             x = self.op.avg_pool(x, window, self.zeros, self.zeros, window, True)

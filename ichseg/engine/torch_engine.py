@@ -106,7 +106,7 @@ def on_tiles(network: torch.nn.Module, device: torch.device, *, average: str) ->
 
     Args:
         network: A ``UNet`` with its weights; moved to ``device`` and set to evaluation.
-        device: Where to run; tiles may be elsewhere, to where their scores are returned.
+        device: The device to run on. Tiles may be elsewhere; their scores are returned to there.
         average: ``probabilities`` (softmax is applied here) or ``logits``.
     """
     two_dimensional = next(p for p in network.parameters() if p.ndim > 2).ndim == 4
@@ -160,7 +160,7 @@ def in_halves(run: TensorCallable, tiles: torch.Tensor) -> torch.Tensor:
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """Of a GPU's memory; None for the CPU."""
+    """The free bytes of a GPU's memory; None for the CPU."""
     if device.type != "cuda":
         return None
     with gpu_guard():

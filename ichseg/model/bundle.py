@@ -33,7 +33,14 @@ _LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One trained network: configuration, fold (``0``..``4`` or ``all``), file and sha256."""
+    """One trained network.
+
+    Attributes:
+        configuration: The name of its configuration in the plans.
+        fold: The fold that it was trained on, ``0`` to ``4``, or ``all``.
+        file: The name of its file in the bundle's folder.
+        sha256: The checksum of that file, in hexadecimal digits.
+    """
 
     configuration: str
     fold: str
@@ -50,21 +57,24 @@ class Model:
     """Everything about an ensemble but its tensors.
 
     Attributes:
-        schema_version: Version of this layout.
-        name, version, description: For people; the description says what it must not be used for.
-        input_slug, output_slug: Grand Challenge sockets of the CT and of the mask.
+        schema_version: The version of this layout.
+        name: The model's name, for people.
+        version: The model's version, for people.
+        description: What the model does, and what it must not be used for.
+        input_slug: The Grand Challenge socket of the CT.
+        output_slug: The Grand Challenge socket of the mask.
         average: Whether tiles, mirrors and folds are averaged as ``probabilities`` or as
             ``logits``.
-        mirror_axes: Axes (0, 1, 2 for z, y, x) that prediction may mirror.
+        mirror_axes: The axes (0, 1, 2 for z, y, x) that prediction may mirror.
         plans: What the training data decided.
         members: The networks.
-        provenance: Free-form: data, settings, dates, scores.
+        provenance: Where the networks come from: data, settings, dates, scores; free-form.
         cascade: How a cascade's first stage reaches its second: as ``scores``, brought to the
             second stage's grid and decided there, or as ``labels``, decided in the volume's own
             grid and resampled like a label map (V2's prediction).
-        rules: What is dropped of the labels found, see ``postprocess``.
-        averages: Names of the configurations whose mean decides; empty for all but those that are
-            only the first stage of another's cascade.
+        rules: The rules by which components are dropped of the labels found.
+        averages: The names of the configurations whose mean decides; empty for all but those that
+            are only the first stage of another's cascade.
     """
 
     schema_version: int

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ichseg.model.plans import Architecture
+from ichseg.model.architecture import Architecture
 
 _CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED: dict[int, Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -24,18 +24,18 @@ LEAKY_SLOPE = 0.01
 
 
 class InstanceNorm2d(nn.InstanceNorm2d):
-    """See ``_normalise``."""
+    """Instance normalisation in two dimensions, see ``_normalise``."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (the base class' name)
-        """``(B, C, Y, X)`` to the same."""
+        """Maps ``(B, C, Y, X)`` to the same shape."""
         return _normalise(self, input, torch.channels_last)
 
 
 class InstanceNorm3d(nn.InstanceNorm3d):
-    """See ``_normalise``."""
+    """Instance normalisation in three dimensions, see ``_normalise``."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (the base class' name)
-        """``(B, C, Z, Y, X)`` to the same."""
+        """Maps ``(B, C, Z, Y, X)`` to the same shape."""
         return _normalise(self, input, torch.channels_last_3d)
 
 
@@ -63,12 +63,12 @@ class UNet(nn.Module):
     """Encoder, decoder and heads.
 
     Attributes:
-        stem: Before a residual encoder, one convolution; before a plain one, nothing.
-        encoder: One block per level, finest first.
-        upsampling: Transposed convolution into each decoder level, finest first.
-        decoder: One block per decoder level, finest first.
-        heads: 1x1 convolutions to class logits; one, or one per decoder level with deep
-            supervision.
+        stem: One convolution before a residual encoder, and nothing before a plain one.
+        encoder: The blocks of the levels, finest first.
+        upsampling: The transposed convolution into each decoder level, finest first.
+        decoder: The blocks of the decoder levels, finest first.
+        heads: 1x1 convolutions to class logits: one, or with deep supervision one for each decoder
+            level.
     """
 
     def __init__(self, architecture: Architecture, input_channels: int, classes: int) -> None:
@@ -111,7 +111,7 @@ class UNet(nn.Module):
         self.apply(_initialise)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Logits ``(B, K, *patch)``; training with deep supervision: a list, finest first."""
+        """Logits ``(B, K, *patch)``; a list, finest first, in training with deep supervision."""
         x = self.stem(x)
         skips = []
         for block in self.encoder:
@@ -160,7 +160,7 @@ class ResidualBlock(nn.Module):
         self.activation = nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(B, C, *size)`` to ``(B, features, *size / stride)``."""
+        """Maps ``(B, C, *size)`` to ``(B, features, *size / stride)``."""
         y: torch.Tensor = self.activation(self.second(self.first(x)).add_(self.shortcut(x)))
         return y
 
@@ -169,9 +169,9 @@ def build_network(architecture: Architecture, input_channels: int, classes: int)
     """A freshly initialised network.
 
     Args:
-        architecture: From the plan's configuration.
-        input_channels: Image channels, plus one per label for a cascade's second stage.
-        classes: Labels including background.
+        architecture: The network's shape, from the plan's configuration.
+        input_channels: The image's channels, and in a cascade's second stage one more per label.
+        classes: The number of scores of each voxel, labels including the background.
     """
     return UNet(architecture, input_channels, classes)
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from ichseg.errors import PlansError
 from ichseg.model import strict_json
+from ichseg.model.architecture import Architecture
 
 SCHEMA_VERSION = 1
 RECIPES = ("msd2018", "nnunetv2")
 ARCHITECTURES = ("plain", "resenc_m", "resenc_l", "resenc_xl")
-BLOCKS = ("plain", "residual")
 ORIENTATIONS = ("LPS", "RAS", "as_stored")
 CROPS = ("nonzero", "head")
 
@@ -28,11 +28,12 @@ class Normalisation:
 
     Attributes:
         scheme: ``ct`` (clip, subtract mean, divide by deviation, all of the training foreground),
-            ``zscore`` (of each image by itself) or ``none``.
-        clip_low, clip_high: 0.5 and 99.5 percentile of the foreground, in the image's unit; ``ct``
-            only.
-        mean, deviation: Of the foreground, in the image's unit; ``ct`` only.
-        masked: ``zscore`` only: statistics and result within the nonzero region.
+            ``zscore`` (subtract mean and divide by deviation of each image by itself) or ``none``.
+        clip_low: The 0.5 percentile of the foreground, in the image's unit; only for ``ct``.
+        clip_high: The 99.5 percentile of the foreground; only for ``ct``.
+        mean: The mean of the foreground, in the image's unit; only for ``ct``.
+        deviation: The standard deviation of the foreground; only for ``ct``.
+        masked: Whether a z-score is of the nonzero region alone, and 0 outside of it.
     """
 
     scheme: str
@@ -53,74 +54,17 @@ class Normalisation:
 
 
 @dataclass(frozen=True, slots=True)
-class Architecture:
-    """A U-Net by numbers, one entry per level, finest first.
-
-    Attributes:
-        features: Feature maps per level.
-        kernels: Kernel size per level, each of two or three axes.
-        strides: Downsampling on entering each level; the first is all ones.
-        encoder_convs: Convolutions per encoder level; of a residual encoder, blocks of two.
-        decoder_convs: Convolutions per decoder level, one entry fewer than levels, finest first.
-        upsampling_bias, head_bias: Whether transposed convolutions and the 1x1 head carry a bias.
-        deep_supervision: Whether training attaches a head to every decoder level.
-        block: What the encoder is made of: ``plain`` convolutions, or ``residual`` blocks after a
-            stem of one convolution. The decoder is plain.
-    """
-
-    features: tuple[int, ...]
-    kernels: tuple[tuple[int, ...], ...]
-    strides: tuple[tuple[int, ...], ...]
-    encoder_convs: tuple[int, ...]
-    decoder_convs: tuple[int, ...]
-    upsampling_bias: bool
-    head_bias: bool
-    deep_supervision: bool
-    block: str = strict_json.optional("plain")
-
-    def __post_init__(self) -> None:
-        if self.block not in BLOCKS:
-            raise ValueError(f"block {self.block!r}, expected one of {BLOCKS}")
-        levels = len(self.features)
-        found = (
-            len(self.kernels),
-            len(self.strides),
-            len(self.encoder_convs),
-            len(self.decoder_convs),
-        )
-        if levels < 2 or found != (levels, levels, levels, levels - 1):
-            raise ValueError(
-                f"{levels} levels, but kernels, strides, encoder and decoder list {found}"
-            )
-        if {len(axes) for axes in self.kernels + self.strides} not in ({2}, {3}):
-            raise ValueError("kernels and strides must all have two axes, or all three")
-        if set(self.strides[0]) != {1}:
-            raise ValueError(f"the first level's stride is {self.strides[0]}, expected ones")
-
-    @property
-    def dimensions(self) -> int:
-        """2 or 3."""
-        return len(self.kernels[0])
-
-    @property
-    def total_stride(self) -> tuple[int, ...]:
-        """Voxels of a patch must be multiples of this along each axis."""
-        total = [1] * self.dimensions
-        for stride in self.strides:
-            total = [a * b for a, b in zip(total, stride, strict=True)]
-        return tuple(total)
-
-
-@dataclass(frozen=True, slots=True)
 class Resampling:
     """How volumes change grid.
 
     Attributes:
-        image_order, label_order, score_order: Spline orders 0, 1 or 3. Labels of order 1 are
-            interpolated one by one and the largest wins. Scores are the network's probabilities or
-            logits.
-        separate_z: Which of ``image``, ``label``, ``score`` treat the coarse axis apart (order 0).
-        anisotropy: Largest over smallest spacing above which that happens.
+        image_order: The spline order for intensities, 0, 1 or 3.
+        label_order: The spline order for label maps. With order 1 each label is interpolated by
+            itself and the largest wins.
+        score_order: The spline order for a network's probabilities or logits.
+        separate_z: Which of ``image``, ``label``, ``score`` take nearest slices along the coarse
+            axis, and are interpolated only within them.
+        anisotropy: The largest spacing over the smallest one above which that happens.
     """
 
     image_order: int = 3
@@ -143,14 +87,15 @@ class Configuration:
 
     Attributes:
         name: ``2d``, ``3d_fullres``, ``3d_lowres`` or ``3d_cascade_fullres``.
-        spacing_mm: Target voxel size (z, y, x).
-        median_shape: Median case size in voxels of that grid.
-        patch: Voxels of a patch and of a tile, two or three axes.
-        batch: Patches per training step.
-        batch_dice: Dice over the batch as one pseudo-volume (True) or per patch.
-        dummy_2d: Spatial augmentation in-plane only, the patch being much thinner than wide.
-        previous_stage: Name of the configuration whose segmentation is an extra input, or None.
-        architecture: The network.
+        spacing_mm: The target voxel size ``(z, y, x)``.
+        median_shape: The median size of a case in voxels of that grid.
+        patch: The voxels of a patch and of a tile, along two or three axes.
+        batch: The number of patches of a training step.
+        batch_dice: Whether the Dice loss takes a batch as one volume, and not each patch by itself.
+        dummy_2d: Whether spatial augmentation stays in-plane, the patch being much thinner than
+            wide.
+        previous_stage: The configuration whose segmentation is an extra input, or None.
+        architecture: The network's shape.
     """
 
     name: str
@@ -205,18 +150,19 @@ class Plans:
     """All decisions for one dataset and recipe.
 
     Attributes:
-        schema_version: Version of this layout.
+        schema_version: The version of this layout.
         recipe: ``msd2018`` (the paper) or ``nnunetv2``.
-        dataset: Name of the dataset.
-        channels: Modality of each input channel, such as ``CT``.
-        labels: Names by value; ``labels[0]`` is the background.
+        dataset: The name of the dataset.
+        channels: The modality of each input channel, such as ``CT``.
+        labels: The labels' names by value; ``labels[0]`` is the background.
         orientation: ``LPS`` or ``RAS`` (nearest axis permutation and flips before anything else),
             or ``as_stored``.
-        transpose: Axis order that puts the coarsest axis first; applied after orientation.
-        normalise_first: Normalise before resampling (``nnunetv2``) or after (``msd2018``).
-        normalisations: One per channel.
-        resampling: Interpolation orders and the separate-z rule.
-        configurations: One or more, by distinct name.
+        transpose: The axis order that puts the coarsest axis first; applied after orientation.
+        normalise_first: Whether to normalise before resampling (``nnunetv2``) or after it
+            (``msd2018``).
+        normalisations: The normalisation of each channel.
+        resampling: The interpolation orders and the separate-z rule.
+        configurations: One configuration or more, by distinct name.
         architecture: The kind of network that was planned for, one of ``ARCHITECTURES``:
             ``plain``, or nnU-Net v2's with a residual encoder, each for a GPU's memory. Files call
             it ``preset``.
@@ -299,13 +245,13 @@ class Plans:
         return tuple(dict.fromkeys(found))
 
     def input_channels(self, configuration: Configuration) -> int:
-        """Of its network: the image's, and in a cascade's second stage one per foreground label."""
+        """Channels of a network: the image's, and in a second stage one per foreground label."""
         previous = 0 if configuration.previous_stage is None else len(self.labels) - 1
         return len(self.channels) + previous
 
     @property
     def scores(self) -> int:
-        """Of a network, each voxel: one per region, or without regions one per label."""
+        """Scores that a network gives each voxel: one a region, or without regions one a label."""
         return len(self.regions) or len(self.labels)
 
 

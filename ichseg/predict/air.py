@@ -24,10 +24,10 @@ def skip_air(tiles: Tiles, channels: Sequence[Volume], placement: Placement, pla
     training foreground, so that no tile is air.
 
     Args:
-        tiles: Of the case in the network's grid.
+        tiles: The case's tiles in the network's grid.
         channels: The case's volumes.
-        placement: Of the case in that grid.
-        plans: For the normalisation.
+        placement: Where the case lies in that grid.
+        plans: Say how channels are normalised.
     """
     schemes = plans.normalisations
     if any(scheme.scheme != "ct" for scheme in schemes):

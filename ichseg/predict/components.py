@@ -28,12 +28,13 @@ class Lesion:
     That is: x grows to the patient's left, y to the back, z to the head.
 
     Attributes:
-        label: Its label.
-        volume_ml: Its volume.
-        centroid_mm: Mean position of its voxels' centres.
-        box_mm: Lowest and highest corner of a box along the patient's axes around its voxels to
-            their outer faces; the smallest such box, or a larger one where the scan is oblique.
-        mean_hu: Mean intensity of the scan within it.
+        label: The component's label.
+        volume_ml: The component's volume.
+        centroid_mm: The mean position of its voxels' centres.
+        box_mm: The lowest and the highest corner of a box along the patient's axes around its
+            voxels to their outer faces; the smallest such box, or a larger one where the scan is
+            oblique.
+        mean_hu: The mean intensity of the scan within it.
     """
 
     label: int
@@ -47,9 +48,9 @@ def apply_rules(labels: Labels, rules: Sequence[ComponentRule], voxel_ml: float)
     """Labels ``(z, y, x)`` without what the rules drop; they are applied one after another.
 
     Args:
-        labels: Left as they are.
-        rules: Each of one label.
-        voxel_ml: Volume of a voxel.
+        labels: The labels found; they are left as they are.
+        rules: The rules, each about one label.
+        voxel_ml: The volume of a voxel.
     """
     result = labels.copy() if rules else labels
     for rule in rules:
@@ -98,7 +99,7 @@ def _of_label(
     where: tuple[slice, slice, slice],
     scan: Volume,
 ) -> list[Lesion]:
-    """The components of one label in its box."""
+    """The components of one label, from its box in the scan."""
     components, count = ndimage.label(inside, _CONNECTED)
     sums = np.zeros((5, count + 1))  # voxels; z, y, x; HU
     for rows in _slabs(components.shape):
@@ -135,7 +136,7 @@ def _steps(scan: Volume) -> npt.NDArray[np.float64]:
 
 
 def _positions(indices: npt.NDArray[np.float64], scan: Volume) -> npt.NDArray[np.float64]:
-    """Of voxel indices, in mm; both ``(3, n)`` in this project's order."""
+    """The positions of voxel indices in mm; both ``(3, n)`` in this project's order."""
     return np.array(scan.origin_mm)[:, None] + _steps(scan) @ indices
 
 
@@ -146,7 +147,7 @@ def _point(position: Sequence[float]) -> Point:
 
 
 def _box(labels: Labels, label: int) -> tuple[slice, slice, slice] | None:
-    """Box of a label, or None if it does not occur."""
+    """The box of a label, or None if it does not occur."""
     boxes = ndimage.find_objects(labels, max_label=label)
     where: tuple[slice, slice, slice] | None = boxes[label - 1]
     return where

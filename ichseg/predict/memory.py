@@ -28,11 +28,12 @@ class Need:
     """Bytes that a case takes, beside what the program takes without any.
 
     Attributes:
-        opening: While it is read and prepared.
-        predicting: While the networks run on it.
-        writing: While it is restored, measured and written.
-        network: Of the largest network, which stays from the first case on.
-        device: Of a GPU; more is taken where there is more, for larger batches.
+        opening: What it takes while it is read and prepared.
+        predicting: What it takes while the networks run on it.
+        writing: What it takes while it is restored, measured and written.
+        network: What the largest network takes, which stays from the first case on.
+        device: What it takes of a GPU's memory; more is taken where there is more, for larger
+            batches.
     """
 
     opening: int
@@ -43,7 +44,7 @@ class Need:
 
     @property
     def alone(self) -> int:
-        """With no other case under way."""
+        """What the case takes with no other one under way."""
         return max(self.opening, self.network + max(self.predicting, self.writing))
 
 
@@ -52,11 +53,12 @@ class Part:
     """What one configuration does for a case.
 
     Attributes:
-        configuration: Which.
-        placement: Of the case in its grid.
-        weights: Bytes of one of its networks as fp32.
-        sums: Score volumes that are held at once: one, or two where several networks or units add.
-        networks: How many run.
+        configuration: The configuration.
+        placement: Where the case lies in its grid.
+        weights: The bytes of one of its networks as fp32.
+        sums: How many volumes of scores are held at once: one, or two where several networks or
+            passes add up.
+        networks: How many networks run.
     """
 
     configuration: Configuration
@@ -78,12 +80,12 @@ def estimate(
     """What a case will take.
 
     Args:
-        kind: Of the engine, see ``Engine.kind``.
-        plans: For channels and labels.
+        kind: The kind of the engine, see ``Engine.kind``.
+        plans: Say how many channels and labels there are.
         parts: The configurations, those of a cascade in order.
         on_host: Whether the scores are added up on the host though the networks run on a GPU.
-        file_bytes: Of the scan on disk; it is read whole, checked and inflated.
-        scan_bytes: Of its voxels in memory.
+        file_bytes: The size of the scan on disk; it is read whole, checked and inflated.
+        scan_bytes: The size of its voxels in memory.
     """
     on_gpu = kind == "cuda" and not on_host
     data = scores = running = device = network = 0

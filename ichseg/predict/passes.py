@@ -74,7 +74,7 @@ class MeanScores:
     Attributes:
         scores: Mean scores of all passes that ran, float32 ``(K, Z, Y, X)``.
         ran: The passes that ran.
-        disagreements: Of each network, where there are several: 1 - Dice of the foreground that it
+        disagreements: For each network, where there are several, 1 - Dice of the foreground that it
             found and of what all found together.
     """
 
@@ -99,11 +99,11 @@ def run(
 
     Args:
         load: Gives a network; the one before is given up.
-        passes: Which networks on which tiles, and how mirrored.
+        passes: The networks, the tiles and the mirrorings.
         padded: The volume, ``(C, *tiles.padded)``.
         background: The K scores of voxels that no network sees.
         regions: Whether scores are of regions, and not of labels.
-        clock: Counts over all configurations of the volume.
+        clock: Counts forward passes and time over all configurations of the volume.
 
     Raises:
         BudgetError: The time that is left does not suffice for one pass of each configuration.

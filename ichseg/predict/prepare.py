@@ -40,38 +40,30 @@ class Crop:
     box: Box
     spacing_mm: tuple[float, float, float]
 
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a prepared case lies in its volume; all in the plan's axis order.
-
-    Attributes:
-        axes: How the volume's axes became the plan's.
-        full_shape: The whole volume's size in voxels.
-        box: Where the crop lies in the volume, ``(start, stop)`` per axis.
-        spacing_mm: The volume's voxel size.
-        grid_shape: Size in voxels after resampling the crop.
-        grid_spacing_mm: Voxel size of that grid.
-    """
-
-    axes: AxisOrder
-    full_shape: tuple[int, int, int]
-    box: Box
-    spacing_mm: tuple[float, float, float]
-    grid_shape: tuple[int, int, int]
-    grid_spacing_mm: tuple[float, float, float]
-
     @property
     def slices(self) -> tuple[slice, slice, slice]:
-        """The crop as an index into the volume in the plan's axis order."""
+        """The part as an index into the volume in the plan's axis order."""
         z, y, x = (slice(*bounds) for bounds in self.box)
         return z, y, x
 
     @property
     def crop_shape(self) -> tuple[int, int, int]:
-        """Size of the crop in voxels before resampling."""
+        """The part's size in voxels of the volume."""
         z, y, x = (stop - start for start, stop in self.box)
         return z, y, x
+
+
+@dataclass(frozen=True, slots=True)
+class Placement(Crop):
+    """A crop in the grid of a network.
+
+    Attributes:
+        grid_shape: The crop's size in voxels after resampling.
+        grid_spacing_mm: The voxel size of that grid.
+    """
+
+    grid_shape: tuple[int, int, int]
+    grid_spacing_mm: tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +163,12 @@ def place_crop(crop: Crop, configuration: Configuration) -> Placement:
     target = configuration.spacing_mm
     if configuration.architecture.dimensions == 2:  # its slices stay as they are
         target = (crop.spacing_mm[0], *target[1:])
-    shape = [stop - start for start, stop in crop.box]
     return Placement(
         axes=crop.axes,
         full_shape=crop.full_shape,
         box=crop.box,
         spacing_mm=crop.spacing_mm,
-        grid_shape=resample.resampled_shape(shape, crop.spacing_mm, target),
+        grid_shape=resample.resampled_shape(crop.crop_shape, crop.spacing_mm, target),
         grid_spacing_mm=target,
     )
 
@@ -212,12 +203,12 @@ def prepare_labels(
 
     Args:
         label: Labels in the case's own grid.
-        placement: From ``place`` or ``prepare``.
-        plans: For the interpolation order.
-        outside: From ``outside_nonzero``; background there becomes -1.
+        placement: Where the case lies in the grid, see ``place``.
+        plans: Say how labels are resampled.
+        outside: Voxels from ``outside_nonzero``, whose background becomes -1.
 
     Returns:
-        int8 ``(Z, Y, X)``.
+        Labels, int8 ``(Z, Y, X)``.
     """
     labels = placement.axes.apply(label.voxels)[placement.slices].astype(np.int8)
     if outside is not None:
@@ -236,9 +227,9 @@ def normalise(
     """Normalise one channel ``(Z, Y, X)`` in place, and return it.
 
     Args:
-        values: Intensities.
-        scheme: What to do.
-        outside: A masked z-score leaves these voxels out and sets them to 0; unless they are all.
+        values: The channel's intensities.
+        scheme: The normalisation.
+        outside: Voxels that a masked z-score leaves out and sets to 0, unless they are all.
     """
     if scheme.scheme == "none":
         return values

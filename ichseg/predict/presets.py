@@ -119,7 +119,7 @@ def budget_record(
 
 
 def _mirrorings(planned: Sequence[Planned], ran: Sequence[Sequence[Pass]]) -> dict[str, list[str]]:
-    """By network: ``plain``, or axes such as ``zy``, in the order in which they ran."""
+    """The mirrorings of each network, ``plain`` or axes such as ``zy``, in the order they ran."""
     found: dict[str, list[str]] = {}
     for part, done in zip(planned, ran, strict=True):
         for each in done:

@@ -104,15 +104,6 @@ def coarse_axis(
     return None
 
 
-def resize_image(
-    image: npt.NDArray[np.generic], shape: Sequence[int], *, order: int, separate_axis: int | None
-) -> npt.NDArray[np.float32]:
-    """Resize ``(z, y, x)`` intensities; see ``resize``."""
-    out = np.empty(tuple(shape), np.float32)
-    resize(image, out, order=order, separate_axis=separate_axis)
-    return out
-
-
 def resize(
     image: npt.NDArray[np.generic],
     out: FloatArray,
@@ -128,11 +119,11 @@ def resize(
 
     Args:
         image: Intensities of any real type.
-        out: Of the size wanted; overwritten.
+        out: The result, of the size wanted; overwritten.
         order: 0, 1 or 3.
         separate_axis: The separate-z axis, or None.
-        convert: What is resized is this of the image: a function that maps float32 values one by
-            one, the larger never to the smaller, and leaves its argument as it was.
+        convert: Applied to the image before it is resized: a function that maps float32 values one
+            by one, the larger never to the smaller, and leaves its argument as it was.
     """
     limits = None
     if order == 3 and any(image.shape[a] != out.shape[a] for a in range(3) if a != separate_axis):

@@ -41,13 +41,13 @@ def restore(
     Args:
         parts: Scores ``(K, Z, Y, X)`` with their placement, one for each configuration of an
             ensemble; their mean decides, the lower label on a tie.
-        plans: For the interpolation order.
-        average: What the scores are, ``probabilities`` or ``logits``. Of several configurations
-            the probabilities are averaged in either case (V2's ensembling).
-        slab_voxels: Output voxels per class computed at once.
+        plans: Say how scores are resampled.
+        average: The scores are ``probabilities`` or ``logits``. With several configurations the
+            probabilities are averaged in either case (V2's ensembling).
+        slab_voxels: The number of output voxels of each class that are computed at once.
 
     Returns:
-        uint8, shape of the volume that ``prepare`` was given.
+        Labels, uint8, in the shape of the volume that ``prepare`` was given.
     """
     placement = parts[0][1]
     outline = np.broadcast_to(np.uint8(), placement.full_shape)
@@ -64,13 +64,13 @@ def regrid(
     """Labels in another configuration's grid, from scores: what a cascade's second stage is given.
 
     Args:
-        scores: ``(K, Z, Y, X)`` in the first stage's grid.
-        placement: Of the case in that grid.
-        wanted: Of the same case in the second stage's grid.
-        plans: For the interpolation order.
+        scores: Scores ``(K, Z, Y, X)`` in the first stage's grid.
+        placement: Where the case lies in that grid.
+        wanted: Where the case lies in the second stage's grid.
+        plans: Say how scores are resampled.
 
     Returns:
-        int8, of the shape ``wanted.grid_shape``.
+        Labels, int8, of the shape ``wanted.grid_shape``.
     """
     labels = np.empty(wanted.grid_shape, np.uint8)
     _decide([(scores, placement)], labels, wanted.grid_spacing_mm, plans, _SLAB_VOXELS)
@@ -164,7 +164,7 @@ def resize_margins(
     Args:
         scores: Scores ``(K, Z, Y, X)``, a numpy array or a tensor on any device.
         shape: Full output size ``(z, y, x)``.
-        rows: Which output positions of the first axis to compute.
+        rows: The output positions of the first axis to compute.
         order: Spline order, 0, 1 or 3. Nothing is clipped.
         separate_axis: The separate-z axis, which is resized with order 0; or None.
         regions: Whether the scores are of regions.

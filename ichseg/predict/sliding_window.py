@@ -28,10 +28,10 @@ class Tiles:
     """Where the tiles of a volume lie.
 
     Attributes:
-        shape: The volume's, ``(z, y, x)``.
-        tile: Voxels of a tile.
-        starts: First voxels along each axis, of the volume padded to at least a tile.
-        skipped: Tiles that no network need see: their voxels are background.
+        shape: The volume's size ``(z, y, x)``.
+        tile: The size of a tile in voxels.
+        starts: The tiles' first voxels along each axis, in the volume padded to at least a tile.
+        skipped: The tiles that no network need see: their voxels are background.
     """
 
     shape: tuple[int, int, int]
@@ -57,7 +57,7 @@ class Tiles:
         return math.prod(map(len, self.starts))
 
     def corners(self) -> list[Corner]:
-        """Of the tiles that a network has to see."""
+        """The first voxels of the tiles that a network has to see."""
         return [c for c in itertools.product(*self.starts) if c not in self.skipped]
 
     def where(self, corner: Corner) -> tuple[slice, slice, slice, slice]:
@@ -127,13 +127,15 @@ def predict_tiled(
     """Scores of a whole volume by one network.
 
     Args:
-        network: ``(B, C, *tile)`` to scores ``(B, K, *tile)``, on the device of ``data``; B varies.
-        data: ``(C, Z, Y, X)``, float32; a numpy array or a tensor, as the network takes it.
-        tile: Voxels of a tile ``(z, y, x)``.
+        network: Maps tiles ``(B, C, *tile)`` to scores ``(B, K, *tile)``, on the device of
+            ``data``, for any B.
+        data: The volume ``(C, Z, Y, X)``, float32; a numpy array or a tensor, as the network takes
+            it.
+        tile: The size of a tile in voxels ``(z, y, x)``.
         mirror_axes: Spatial axes (0, 1, 2 for z, y, x) over whose subsets scores are averaged.
 
     Returns:
-        ``(K, Z, Y, X)`` float32: of all tiles and mirrorings, weighted by importance.
+        Mean scores ``(K, Z, Y, X)`` of all tiles and mirrorings, weighted by importance; float32.
     """
     tiles, mirrors = cover(data.shape[1:], tile), mirrorings(mirror_axes)
     padded = pad(data, tiles)
@@ -158,12 +160,12 @@ def sum_tiles(
     Args:
         network: See ``predict_tiled``. What it gives is read before it is called again.
         padded: The volume, from ``pad``.
-        tiles: Which tiles.
+        tiles: Where the tiles lie.
         mirrors: Sets of spatial axes to mirror, see ``mirrorings``.
         batch: How many tiles the network is given at once; of the last ones fewer.
 
     Returns:
-        ``(K, *tiles.padded)`` float32.
+        Sums ``(K, *tiles.padded)``, float32.
 
     Raises:
         ValueError: Every tile is skipped.
@@ -190,13 +192,13 @@ def average(
     """The mean, in place, of what ``sum_tiles`` has added.
 
     Args:
-        total: ``(K, *tiles.padded)``.
-        tiles: Which tiles.
+        total: The sums, ``(K, *tiles.padded)``.
+        tiles: Where the tiles lie.
         passes: How many times each tile went through a network: mirrorings times networks.
         background: The K scores of the voxels of skipped tiles.
 
     Returns:
-        ``(K, *tiles.shape)``, a view of ``total``.
+        Means ``(K, *tiles.shape)``, a view of ``total``.
     """
     # the importance is a product over axes, so its sum over all tiles is one too
     by_axis = []

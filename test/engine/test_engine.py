@@ -12,8 +12,8 @@ from ichseg.engine import choose, openvino_engine, openvino_graph, torch_engine
 from ichseg.engine.choose import choose_engine
 from ichseg.engine.engine import NetworkSpec
 from ichseg.errors import DeviceError
+from ichseg.model.architecture import Architecture
 from ichseg.model.network import build_network
-from ichseg.model.plans import Architecture
 
 FLAT = Architecture(
     features=(6, 10, 12),

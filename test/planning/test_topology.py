@@ -7,8 +7,8 @@ import torch
 from helpers.planning import plan_heads
 from torch import nn
 
+from ichseg.model.architecture import Architecture
 from ichseg.model.network import UNet
-from ichseg.model.plans import Architecture
 from training.planning import topology as rules
 from training.planning.topology import Topology
 

@@ -6,6 +6,7 @@ import pytest
 import skimage.transform
 import torch
 from conftest import CONFIGURATION, PLANS
+from helpers.resampling import resize_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -244,7 +245,7 @@ def test_slab_by_slab_is_the_whole_normalised_before(dtype, monkeypatch):
     scan = Volume(voxels, (1.0, 1.0, 1.0))
     found = prepare.prepare([scan], plans, finer)
     normal = prepare.normalise(before.astype(np.float32), plans.normalisations[0])
-    expected = resample.resize_image(normal, found.data.shape[1:], order=3, separate_axis=None)
+    expected = resize_image(normal, found.data.shape[1:], order=3, separate_axis=None)
     np.testing.assert_array_equal(found.data[0], expected)
     np.testing.assert_array_equal(voxels, before)
 

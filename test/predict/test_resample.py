@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.resampling import resize_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.transform import resize
@@ -31,7 +32,7 @@ def slabs(request, monkeypatch):
 @pytest.mark.parametrize("order", [0, 1, 3])
 def test_equals_scikit_image(old, new, order):
     image = np.random.default_rng(1).normal(size=old).astype(np.float32)
-    ours = resample.resize_image(image, new, order=order, separate_axis=None)
+    ours = resize_image(image, new, order=order, separate_axis=None)
     reference = resize(
         image.astype(np.float64), new, order=order, mode="edge", anti_aliasing=False, clip=True
     )
@@ -45,8 +46,8 @@ def test_any_type_and_any_view_is_resized_as_its_float_copy(separate_axis, dtype
     stored = np.random.default_rng(3).integers(0, 900, (20, 18, 9)).astype(dtype)
     view = stored.transpose(2, 0, 1)[:, ::-1, 1:]
     copy = np.ascontiguousarray(view, np.float32)
-    expected = resample.resize_image(copy, (12, 31, 15), order=3, separate_axis=separate_axis)
-    found = resample.resize_image(view, (12, 31, 15), order=3, separate_axis=separate_axis)
+    expected = resize_image(copy, (12, 31, 15), order=3, separate_axis=separate_axis)
+    found = resize_image(view, (12, 31, 15), order=3, separate_axis=separate_axis)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -71,7 +72,7 @@ def test_the_axis_apart_takes_nearest_slices_each_clipped_to_its_own_range(order
     image[1] *= 10
     shape = [30, 25]
     shape.insert(separate_axis, 7)
-    ours = resample.resize_image(
+    ours = resize_image(
         np.moveaxis(image, 0, separate_axis), shape, order=order, separate_axis=separate_axis
     )
     slices = [
@@ -86,7 +87,7 @@ def test_the_axis_apart_takes_nearest_slices_each_clipped_to_its_own_range(order
 def test_a_cubic_overshoot_is_clipped():
     step = np.zeros((1, 1, 16), np.float32)
     step[..., 8:] = 1
-    ours = resample.resize_image(step, (1, 1, 64), order=3, separate_axis=None)
+    ours = resize_image(step, (1, 1, 64), order=3, separate_axis=None)
     assert ours.min() == 0
     assert ours.max() == 1
 
@@ -199,7 +200,7 @@ def test_slabs_of_leads_together_are_the_differences_of_the_resized_scores(
         for a in range(0, shape[0], 4)
     ]
     whole = np.stack(
-        [resample.resize_image(s, shape, order=order, separate_axis=separate_axis) for s in scores]
+        [resize_image(s, shape, order=order, separate_axis=separate_axis) for s in scores]
     )
     np.testing.assert_allclose(np.concatenate(slabs, 1), whole[1:] - whole[:1], atol=1e-5)
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ichseg.errors import WeightsError
+from ichseg.model.architecture import Architecture
 from ichseg.model.network import build_network
-from ichseg.model.plans import Architecture, Configuration, Plans
+from ichseg.model.plans import Configuration, Plans
 from ichseg.wording import times
 
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ichseg.errors import PlansError
+from ichseg.model.architecture import Architecture
 from ichseg.model.network import LEAKY_SLOPE
 from ichseg.model.plans import (
     SCHEMA_VERSION,
-    Architecture,
     Configuration,
     Normalisation,
     Plans,

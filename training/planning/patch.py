@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ichseg.errors import PlansError
-from ichseg.model.plans import Architecture
+from ichseg.model.architecture import Architecture
 from ichseg.wording import times
 from training.planning.overrides import Overrides
 from training.planning.recipes import Limits, Recipe

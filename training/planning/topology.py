@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ichseg.model.plans import Architecture
+from ichseg.model.architecture import Architecture
 
 SMALLEST_EDGE = 4  # voxels of an axis in the bottleneck
 
