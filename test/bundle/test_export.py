@@ -16,7 +16,7 @@ from training.bundle import export as exporter
 from training.bundle import model_card, rounding
 from training.bundle.export import export
 from training.data.workspace import BEST_CHECKPOINT, LATEST_CHECKPOINT, run_folder
-from training.fit.checkpoint import load_checkpoint
+from training.fit.checkpoint import read_checkpoint
 from training.jobs.train import run_fold
 from training.scoring import summary
 from training.scoring.scores import CaseScore, score_labels
@@ -37,7 +37,7 @@ def workspace(tmp_path_factory):
 
 def weights(workspace, fold, name=LATEST_CHECKPOINT):
     path = run_folder(workspace, "3d_fullres", fold) / name
-    return load_checkpoint(path, CONFIGURATION)["network"]
+    return read_checkpoint(path, CONFIGURATION)["network"]
 
 
 def test_what_is_loaded_is_what_was_trained_rounded(workspace, tmp_path):

@@ -24,7 +24,7 @@ from training.crossval.validate import is_validated, load_network, predict_case,
 from training.data import dataset, splits
 from training.data.sources import digest_cases
 from training.data.workspace import LATEST_CHECKPOINT, preprocessed_folder
-from training.fit.checkpoint import load_checkpoint
+from training.fit.checkpoint import read_checkpoint
 from training.fit.fold_run import open_run
 from training.jobs.train import run_fold
 from training.store import chunks
@@ -115,7 +115,7 @@ def test_the_two_stages_end_to_end(shared, caplog, capsys):
     wrong = 0
     for fold in range(5):
         run = open_run(shared, "3d_lowres", str(fold), SHORT)
-        end = load_checkpoint(run.folder / LATEST_CHECKPOINT, LOWRES)
+        end = read_checkpoint(run.folder / LATEST_CHECKPOINT, LOWRES)
         network = load_network(run, end["network"])
         for name in split_of(shared, fold).validation:
             assert name not in run.spec.train
@@ -130,7 +130,7 @@ def test_the_two_stages_end_to_end(shared, caplog, capsys):
 
     assert run_fold(shared, "3d_cascade_fullres", "0", SHORT)
     run = open_run(shared, "3d_cascade_fullres", "0", SHORT)
-    end = load_checkpoint(run.folder / LATEST_CHECKPOINT, SECOND)
+    end = read_checkpoint(run.folder / LATEST_CHECKPOINT, SECOND)
     assert end["network"]["encoder.0.0.weight"].shape[1] == 2
     found = json.loads((run.folder / "validation.json").read_text())
     assert found["complete"] is True
@@ -181,7 +181,7 @@ def test_validation_leaves_labels_where_the_second_stage_has_been_preprocessed(
     (tmp_path / "preprocessed" / "3d_lowres").symlink_to(preprocessed_folder(shared, "3d_lowres"))
     (tmp_path / "plans.json").write_text(strict_json.dumps(CASCADE))
     run = open_run(tmp_path, "3d_lowres", "0", SHORT)
-    weights = load_checkpoint(run.folder / LATEST_CHECKPOINT, LOWRES)["network"]
+    weights = read_checkpoint(run.folder / LATEST_CHECKPOINT, LOWRES)["network"]
     assert validate(tmp_path, run)
     text = "2 of 2 cases have not been preprocessed for it; run `preprocess 3d_cascade_fullres`"
     assert text in caplog.text

@@ -49,6 +49,7 @@ def save_weights(workspace, seed=0):
         {
             "schema_version": SCHEMA_VERSION,
             "configuration": strict_json.dumps(run.configuration),
+            "cases": {"train": run.cases.train, "validation": run.cases.validation},
             "network": network.state_dict(),
         },
         run.folder / LATEST_CHECKPOINT,

@@ -25,7 +25,7 @@ from training.crossval.validate import validate
 from training.data.workspace import BEST_CHECKPOINT, LATEST_CHECKPOINT
 from training.fit import checkpoint as files
 from training.fit import loop, step
-from training.fit.checkpoint import load_checkpoint
+from training.fit.checkpoint import read_checkpoint
 from training.fit.configuration import TRAINING_RECIPES, TrainingConfig
 from training.fit.fold_run import open_run
 from training.jobs.train import run_fold
@@ -36,7 +36,7 @@ def fold_folder(workspace, fold="0"):
 
 
 def checkpoint(workspace, name=LATEST_CHECKPOINT):
-    return load_checkpoint(fold_folder(workspace) / name, CONFIGURATION)
+    return read_checkpoint(fold_folder(workspace) / name, CONFIGURATION)
 
 
 def send_at_step(monkeypatch, number, step):
@@ -94,7 +94,7 @@ def test_a_tiny_network_overfits_one_case(tmp_path, recipe, dimensions, batch, s
     reference = volume.read(tmp_path / "raw" / "case_0_l.nii.gz")
     assert dice_of_masks(mask.voxels == 1, reference.voxels == 1) > 0.95
     assert mask.spacing_mm == pytest.approx(reference.spacing_mm)
-    history = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration)["history"]
+    history = read_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration)["history"]
     assert history[-1]["train_loss"] < min(-0.7, history[0]["train_loss"])
 
 
@@ -274,13 +274,13 @@ def test_refuses_a_checkpoint_of_other_plans(fresh):
 def test_refuses_a_damaged_checkpoint(tmp_path):
     path = tmp_path / LATEST_CHECKPOINT
     with pytest.raises(TrainingError, match="no such file; run `train` first"):
-        load_checkpoint(path, CONFIGURATION)
+        read_checkpoint(path, CONFIGURATION)
     path.write_bytes(b"half a file")
     with pytest.raises(TrainingError, match="damaged or not a checkpoint"):
-        load_checkpoint(path, CONFIGURATION)
+        read_checkpoint(path, CONFIGURATION)
     torch.save({"configuration": "", "schema_version": 99}, path)
-    with pytest.raises(TrainingError, match="checkpoint schema 99, this code reads 2"):
-        load_checkpoint(path, CONFIGURATION)
+    with pytest.raises(TrainingError, match="checkpoint schema 99, this code reads 3"):
+        read_checkpoint(path, CONFIGURATION)
 
 
 def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
@@ -288,9 +288,9 @@ def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "run",))
 
-    torch.save({"configuration": Evil(), "schema_version": 2}, tmp_path / LATEST_CHECKPOINT)
+    torch.save({"configuration": Evil(), "schema_version": 3}, tmp_path / LATEST_CHECKPOINT)
     with pytest.raises(TrainingError, match="damaged or not a checkpoint"):
-        load_checkpoint(tmp_path / LATEST_CHECKPOINT, CONFIGURATION)
+        read_checkpoint(tmp_path / LATEST_CHECKPOINT, CONFIGURATION)
     assert not (tmp_path / "run").exists()
 
 

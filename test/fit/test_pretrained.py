@@ -11,7 +11,7 @@ from ichseg.model import bundle
 from ichseg.model.network import build_network
 from training.data.workspace import LATEST_CHECKPOINT, run_folder
 from training.fit import loop
-from training.fit.checkpoint import load_checkpoint
+from training.fit.checkpoint import read_checkpoint
 from training.fit.pretrained import choose_member, load_pretrained
 from training.jobs.train import run_fold
 
@@ -100,7 +100,7 @@ def test_training_begins_with_them_but_a_resumed_run_does_not(folder, tmp_path, 
     config = dataclasses.replace(QUICK, epochs=1, learning_rate=1e-9, pretrained=str(folder))
     path = run_folder(workspace, "3d_fullres", "1") / LATEST_CHECKPOINT
     assert run_fold(workspace, "3d_fullres", "1", config)
-    trained, given = load_checkpoint(path, CONFIGURATION)["network"], weights(folder, 1)
+    trained, given = read_checkpoint(path, CONFIGURATION)["network"], weights(folder, 1)
     for name, tensor in trained.items():
         torch.testing.assert_close(tensor, given[name], rtol=0, atol=1e-7)
     loaded = []

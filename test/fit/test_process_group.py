@@ -17,7 +17,7 @@ from training.batches.sampling import BatchKey
 from training.batches.stream import Batch, open_batches
 from training.data.workspace import LATEST_CHECKPOINT
 from training.fit import process_group
-from training.fit.checkpoint import load_checkpoint
+from training.fit.checkpoint import read_checkpoint
 from training.fit.fold_run import open_run
 from training.fit.process_group import ALONE, ProcessGroup
 from training.fit.step import begin, train_step, validation_step
@@ -104,7 +104,7 @@ def test_torchrun_trains_one_fold(larger):
     told = torchrun(*line.split())
     assert "2 processes" in told
     assert told.count("epoch 1/1") == 1  # one of them tells
-    end = load_checkpoint(larger / "runs" / "3d_fullres" / "fold_0" / LATEST_CHECKPOINT,
+    end = read_checkpoint(larger / "runs" / "3d_fullres" / "fold_0" / LATEST_CHECKPOINT,
                           dataclasses.replace(CONFIGURATION, batch=4))  # fmt: skip
     assert end["finished"] == "all 1 epochs done"
     assert (larger / "runs" / "3d_fullres" / "fold_0" / "validation.json").exists()

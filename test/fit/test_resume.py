@@ -13,7 +13,7 @@ from helpers.workspaces import same_run
 
 from training.__main__ import main as command
 from training.data.workspace import LATEST_CHECKPOINT
-from training.fit.checkpoint import load_checkpoint
+from training.fit.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,12 +52,12 @@ def test_a_killed_run_ends_as_an_unbroken_one(shared_workspace, tmp_path, recipe
         time.sleep(random.Random(recipe).uniform(0, 0.6))
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert load_checkpoint(killed / latest, CONFIGURATION)["finished"] is None
+    assert read_checkpoint(killed / latest, CONFIGURATION)["finished"] is None
     with caplog.at_level("INFO"):
         assert command(train_line(killed, recipe, 1)) == 0
     assert "going on after epoch" in caplog.text
     assert command(train_line(unbroken, recipe, 0)) == 0  # who makes the batches changes nothing
-    ends = [load_checkpoint(folder / latest, CONFIGURATION) for folder in (killed, unbroken)]
+    ends = [read_checkpoint(folder / latest, CONFIGURATION) for folder in (killed, unbroken)]
     assert [end["finished"] for end in ends] == ["all 12 epochs done"] * 2
     same_run(*ends)
     assert not list((killed / latest).parent.glob(".writing-*"))

@@ -162,11 +162,11 @@ def _finished(
             continue
         config = strict_json.load(TrainingConfig, path / CONFIG_FILE)
         run = open_run(workspace, configuration, fold, config)
-        reason = load_checkpoint(path / LATEST_CHECKPOINT, run.configuration)["finished"]
+        reason = load_checkpoint(path / LATEST_CHECKPOINT, run.configuration, run.cases)["finished"]
         if reason is None:
             _log.info("%s fold %s: training has not ended, left out", configuration, fold)
             continue
-        raw = load_checkpoint(path / CHECKPOINTS[checkpoint], run.configuration)
+        raw = load_checkpoint(path / CHECKPOINTS[checkpoint], run.configuration, run.cases)
         finished.append(Trained(run, fold, raw))
     if not finished:
         raise TrainingError(

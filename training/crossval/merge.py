@@ -84,7 +84,7 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
     for number, split in enumerate(splits.load_or_make_splits(workspace, names)):
         folder = run_folder(workspace, configuration, str(number))
         again = f"`train {configuration} --fold {number}` goes on with it"
-        weights = load_checkpoint(folder / LATEST_CHECKPOINT, planned)["network"]
+        weights = load_checkpoint(folder / LATEST_CHECKPOINT, planned, split)["network"]
         try:
             found = strict_json.load(validate.Validation, folder / VALIDATION_FILE)
         except PlansError as error:

@@ -102,7 +102,9 @@ def validate(
     Returns:
         Whether all cases were done.
     """
-    weights = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration)["network"]
+    weights = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration, run.cases)[
+        "network"
+    ]
     record = _continue_record(run, weights_digest(weights))
     second = cascade_labels.following(run.plans, run.configuration.name)
     names = run.spec.validation

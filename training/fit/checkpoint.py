@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from ichseg.errors import PlansError, TrainingError
 from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.model.plans import Configuration
-from training.data.workspace import CONFIG_FILE, LATEST_CHECKPOINT
+from training.data.splits import Split
+from training.data.workspace import BEST_CHECKPOINT, CONFIG_FILE, LATEST_CHECKPOINT
 from training.fit import schedule
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun
@@ -22,7 +24,11 @@ from training.fit.history import EpochRow
 from training.fit.schedule import ScheduleState
 from training.fit.step import TrainingState
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_WAY_OUT = (
+    f"put a copy in its place, go on from {BEST_CHECKPOINT} by renaming that, or begin anew with "
+    "--restart"
+)
 LOWEST_SCALE = 2.0**-16  # of the loss under fp16: thirty halvings below where it starts
 
 _log = logging.getLogger(__name__)
@@ -37,7 +43,9 @@ def checkpoint_of(run: FoldRun, state: TrainingState) -> dict[str, Any]:
         "network": state.network.state_dict(),
         "optimiser": state.optimiser.state_dict(),
         "scaler": state.scaler.state_dict(),
+        "optimiser_name": run.config.optimiser,
         "learning_rate": run.config.learning_rate,
+        "cases": {"train": run.cases.train, "validation": run.cases.validation},
         "schedule": dataclasses.asdict(state.schedule),
         "losses": state.losses,
         "seconds": state.seconds,
@@ -83,7 +91,7 @@ def resume(run: FoldRun, state: TrainingState) -> None:
     Raises:
         TrainingError: It is damaged or of other plans.
     """
-    raw = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration, run.device)
+    raw = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration, run.cases, run.device)
     state.network.load_state_dict(raw["network"])
     state.optimiser.load_state_dict(raw["optimiser"])
     if raw["scaler"]:  # else it was not fp16 so far, and the scale is found anew
@@ -109,32 +117,101 @@ def resume(run: FoldRun, state: TrainingState) -> None:
 
 
 def load_checkpoint(
-    path: Path, configuration: Configuration, device: torch.device | None = None
+    path: Path, configuration: Configuration, cases: Split, device: torch.device | None = None
 ) -> dict[str, Any]:
-    """Read a checkpoint of this configuration.
+    """Read a checkpoint of this configuration, trained and validated on these cases.
 
     Args:
         path: The checkpoint.
-        configuration: As the plans have it now.
+        configuration: The configuration as the plans have it now.
+        cases: The fold as the splits have it now.
+        device: Where its tensors are wanted; the CPU by default.
+
+    Raises:
+        TrainingError: It is missing, damaged, of another configuration, or of other cases.
+    """
+    raw = read_checkpoint(path, configuration, device)
+    require_cases(path, Split(**raw["cases"]), cases)
+    return raw
+
+
+def require_cases(path: Path, seen: Split, now: Split) -> None:
+    """Refuse a checkpoint whose cases are no longer those of its fold.
+
+    A network that had trained on a case of the validation would be scored on what it knows.
+
+    Args:
+        path: The checkpoint.
+        seen: The cases that it was trained and validated on.
+        now: The fold as the splits have it now.
+
+    Raises:
+        TrainingError: They differ; says how, and what to do.
+    """
+    advice = (
+        "expected the splits that it was trained with; put splits.json and groups.csv back as they "
+        "were, or begin anew with --restart"
+    )
+    if known := sorted(set(seen.train) & set(now.validation) - set(now.train)):
+        raise TrainingError(
+            f"{path}: was trained on {len(known)} of the {len(now.validation)} cases that its fold "
+            f"validates now, such as {known[0]}; {advice}"
+        )
+    for what, old, new in (
+        ("trained", set(seen.train), set(now.train)),
+        ("validated", set(seen.validation), set(now.validation)),
+    ):
+        if old != new:
+            raise TrainingError(
+                f"{path}: {what} on {len(old)} cases, of which {len(old & new)} are among the "
+                f"{len(new)} that its fold has now; {advice}"
+            )
+
+
+def read_checkpoint(
+    path: Path, configuration: Configuration, device: torch.device | None = None
+) -> dict[str, Any]:
+    """Read a checkpoint of this configuration, whatever its cases.
+
+    Args:
+        path: The checkpoint.
+        configuration: The configuration as the plans have it now.
         device: Where its tensors are wanted; the CPU by default.
 
     Raises:
         TrainingError: It is missing, damaged, or of another configuration.
     """
     try:
+        _check_sums(path)
         raw: dict[str, Any] = torch.load(path, map_location=device or "cpu", weights_only=True)
         found, version = raw["configuration"], raw["schema_version"]
     except FileNotFoundError as error:
         raise TrainingError(f"{path}: no such file; run `train` first") from error
+    except PermissionError as error:
+        raise TrainingError(f"{path}: cannot read ({error.strerror})") from error
     except Exception as error:  # torch raises a dozen types on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TrainingError(f"{path}: damaged or not a checkpoint ({reason})") from error
-    try:
-        strict_json.check_schema("checkpoint", version, SCHEMA_VERSION)
-    except ValueError as error:
-        raise TrainingError(f"{path}: {error}") from error
+        raise TrainingError(
+            f"{path}: damaged or not a checkpoint ({reason}); {_WAY_OUT}"
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise TrainingError(
+            f"{path}: checkpoint schema {version!r}, this code reads {SCHEMA_VERSION}; begin anew "
+            "with --restart, or go on with the version that wrote it"
+        )
     if found != strict_json.dumps(configuration):
         raise TrainingError(
             f"{path}: of other plans than {configuration.name} has now; begin anew with --restart"
         )
     return raw
+
+
+def _check_sums(path: Path) -> None:
+    """Hold each record against its checksum, which torch writes and does not look at.
+
+    Raises:
+        ValueError: One does not fit.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {damaged} does not fit")

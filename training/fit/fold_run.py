@@ -13,6 +13,7 @@ from ichseg.model import plans
 from ichseg.model.plans import Configuration, Plans
 from training.batches.sampling import BatchSpec
 from training.data import dataset, splits
+from training.data.splits import Split
 from training.data.workspace import ALL_FOLD, plans_file, preprocessed_folder, run_folder
 from training.fit.configuration import TrainingConfig
 from training.fit.process_group import ALONE, ProcessGroup
@@ -43,6 +44,11 @@ class FoldRun:
     spec: BatchSpec
     device: torch.device
     group: ProcessGroup = ALONE
+
+    @property
+    def cases(self) -> Split:
+        """The fold's cases."""
+        return Split(self.spec.train, self.spec.validation)
 
     @property
     def precision(self) -> str:

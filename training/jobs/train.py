@@ -118,7 +118,7 @@ def is_finished(workspace: Path, run: FoldRun) -> bool:
     """Whether a fold has been trained to its end, as these settings define it, and validated."""
     if not (run.folder / LATEST_CHECKPOINT).exists():
         return False
-    raw = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration)
+    raw = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration, run.cases)
     state = ScheduleState(**raw["schedule"])
     if raw["finished"] is None or not schedule.end_reason(
         run.config.rules, state, raw["elapsed_s"]

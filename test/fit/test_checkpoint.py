@@ -1,0 +1,106 @@
+"""Checkpoints know their cases, and show when they are damaged."""
+
+import random
+
+import pytest
+from conftest import CONFIGURATION
+from helpers.workspaces import QUICK, leaves
+
+from ichseg.errors import TrainingError
+from training.__main__ import main as command
+from training.bundle.export import export
+from training.crossval import merge
+from training.crossval.validate import validate
+from training.data import dataset, splits
+from training.data.splits import Split
+from training.data.workspace import LATEST_CHECKPOINT, run_folder
+from training.fit.checkpoint import load_checkpoint, read_checkpoint, require_cases
+from training.fit.fold_run import open_run
+from training.jobs.train import is_finished, run_fold
+
+SEEN = Split(("a", "b", "c"), ("d", "e"))
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (
+            Split(("b", "c", "d", "e"), ("a",)),
+            r"trained on 1 of the 1 cases .* such as a; ",
+        ),
+        (Split(("a", "b"), ("c", "d", "e")), "trained on 1 of the 3 cases .* such as c"),
+        (Split(("a", "b", "c", "f"), ("d", "e")), "trained on 3 cases, of which 3 are among the 4"),
+        (Split(("a", "b"), ("d", "e")), "trained on 3 cases, of which 2 are among the 2"),
+        (Split(("a", "b", "c"), ("d",)), "validated on 2 cases, of which 1 are among the 1"),
+    ],
+)
+def test_refuses_other_cases(tmp_path, now, message):
+    require_cases(tmp_path, SEEN, SEEN)
+    require_cases(tmp_path, SEEN, Split(("c", "b", "a"), ("e", "d")))
+    everything = Split(("a", "b"), ("a", "b"))  # the fold `all`
+    require_cases(tmp_path, everything, everything)
+    with pytest.raises(TrainingError, match=message):
+        require_cases(tmp_path, SEEN, now)
+
+
+def test_nothing_uses_a_fold_whose_cases_have_changed(fresh):
+    """Trained, then groups are added and the splits made anew: a case that it knows is held out."""
+    names = [case.name for case in dataset.load_dataset(fresh).labelled]
+    before = splits.load_or_make_splits(fresh, names)[0]
+    assert run_fold(fresh, "3d_fullres", "0", QUICK)
+    run = open_run(fresh, "3d_fullres", "0", QUICK)
+    path = run.folder / LATEST_CHECKPOINT
+    assert load_checkpoint(path, CONFIGURATION, before)["cases"] == {
+        "train": before.train,
+        "validation": before.validation,
+    }
+    groups = ["case,group", *(f"{name},{max(1, index)}" for index, name in enumerate(names))]
+    (fresh / "groups.csv").write_text("\n".join(groups) + "\n")
+    (fresh / "splits.json").unlink()
+    run = open_run(fresh, "3d_fullres", "0", QUICK)
+    assert set(run.cases.validation) & set(before.train)  # this would be the leak
+    for use in (
+        lambda: run_fold(fresh, "3d_fullres", "0", QUICK),
+        lambda: is_finished(fresh, run),
+        lambda: validate(fresh, run),
+        lambda: merge.validated_masks(fresh, "3d_fullres"),
+        lambda: export(fresh, ["3d_fullres"], ["0"], fresh / "bundle"),
+    ):
+        with pytest.raises(TrainingError, match=r"checkpoint_latest.pt: was trained on .* cases"):
+            use()
+    assert run_fold(fresh, "3d_fullres", "0", QUICK, restart=True)
+    assert is_finished(fresh, run)
+
+
+def test_a_flipped_bit_is_seen_or_changes_nothing(fresh):
+    """Of 300 flipped bits each is refused, or lies where nothing is read."""
+    assert run_fold(fresh, "3d_fullres", "0", QUICK)
+    path = run_folder(fresh, "3d_fullres", "0") / LATEST_CHECKPOINT
+    whole, good = path.read_bytes(), leaves(read_checkpoint(path, CONFIGURATION))
+    rng, refusals = random.Random(0), []
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            found = read_checkpoint(path, CONFIGURATION)
+        except TrainingError as error:
+            refusals.append(str(error))
+        else:
+            assert leaves(found) == good
+    assert len(refusals) > 200
+    for text in refusals:
+        assert text.startswith(f"{path}: damaged or not a checkpoint (")
+        assert text.endswith("or begin anew with --restart")
+    path.write_bytes(whole)
+    assert leaves(read_checkpoint(path, CONFIGURATION)) == good
+
+
+def test_a_damaged_checkpoint_is_refused_by_the_command_in_one_line(fresh, capsys):
+    assert run_fold(fresh, "3d_fullres", "0", QUICK)
+    path = run_folder(fresh, "3d_fullres", "0") / LATEST_CHECKPOINT
+    path.write_bytes(path.read_bytes()[:-1000])
+    line = f"train 3d_fullres --workspace {fresh} --fold 0 --device cpu --threads 1 --workers 0"
+    assert command(line.split()) == 1
+    (last,) = [text for text in capsys.readouterr().err.splitlines() if "error:" in text]
+    assert last.startswith(f"error: {path}: damaged or not a checkpoint (")
