@@ -1,5 +1,6 @@
 """Checkpoints know their cases, and show when they are damaged."""
 
+import dataclasses
 import random
 
 import pytest
@@ -7,6 +8,7 @@ from conftest import CONFIGURATION
 from helpers.workspaces import QUICK, leaves
 
 from ichseg.errors import TrainingError
+from ichseg.model import strict_json
 from training.__main__ import main as command
 from training.bundle.export import export
 from training.crossval import merge
@@ -44,7 +46,7 @@ def test_refuses_other_cases(tmp_path, now, message):
 
 
 def test_nothing_uses_a_fold_whose_cases_have_changed(fresh):
-    """Trained, then groups are added and the splits made anew: a case that it knows is held out."""
+    """Trained, then the user gives other folds: cases that the network knows are held out."""
     names = [case.name for case in dataset.load_dataset(fresh).labelled]
     before = splits.load_or_make_splits(fresh, names)[0]
     assert run_fold(fresh, "3d_fullres", "0", QUICK)
@@ -54,9 +56,10 @@ def test_nothing_uses_a_fold_whose_cases_have_changed(fresh):
         "train": before.train,
         "validation": before.validation,
     }
-    groups = ["case,group", *(f"{name},{max(1, index)}" for index, name in enumerate(names))]
-    (fresh / "groups.csv").write_text("\n".join(groups) + "\n")
-    (fresh / "splits.json").unlink()
+    *first, last = splits.load_or_make_splits(fresh, names)
+    folds = [dataclasses.asdict(split) for split in (last, *first)]
+    text = strict_json.dumps({"schema_version": 1, "folds": folds})
+    (fresh / "splits.json").write_text(text)
     run = open_run(fresh, "3d_fullres", "0", QUICK)
     assert set(run.cases.validation) & set(before.train)  # this would be the leak
     for use in (
