@@ -2,12 +2,24 @@
 test_nnunetv2_plans.py."""
 
 import itertools
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from helpers.planning import decide_alike, plan_heads
+from helpers.planning import HEAD, dataset_of, decide_alike, fingerprint_of, plan_heads
 
 from ichseg.errors import PlansError
+from ichseg.wording import times
+from training.planning.cascade import CAPACITY
+from training.planning.overrides import Overrides
+from training.planning.patch import fit_patch
+from training.planning.planner import decide
+
+TASKS = json.loads((Path(__file__).parents[1] / "helpers" / "nnunetv2_plans.json").read_text())[
+    "tasks"
+]
 
 
 def names(plans):
@@ -138,3 +150,53 @@ def test_choices_that_do_not_fit_the_low_resolution_are_refused():
             patch=(16, 48, 48),
             features=(8, 16, 32, 64, 128),
         )
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "decisions" / "0015-cascade-threshold.md"
+ROWS = [
+    [cell.strip() for cell in line.strip("| \n").split("|")]
+    for line in PAGE.read_text().splitlines()
+    if line.startswith("| ") and not line.startswith("| task")
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_the_page_on_the_threshold_is_right(row):
+    """Both readings of the paper's sentence, for the tasks of nnunetv2_plans.json."""
+    task = TASKS[row[0]]
+    spacings, shapes = (
+        values * (task["cases"] // len(values)) for values in (task["spacings_mm"], task["shapes"])
+    )
+    _, reasons = decide(
+        fingerprint_of(spacings, shapes, intensities=(HEAD,) * len(task["channels"])),
+        dataset_of(task["cases"], task["channels"], task["labels"]),
+        recipe="msd2018",
+        overrides=Overrides(),
+    )
+    full, cascade = reasons.full, reasons.cascade
+    fixed = "none" if cascade.lowres is None else times(map(round, cascade.lowres.grid.shape))
+    assert row[1:6] == [
+        times(map(round, full.grid.shape)),
+        times(full.patch),
+        f"{full.grid.case_voxels / CAPACITY:.2f}",
+        fixed,
+        f"{full.grid.case_voxels / math.prod(full.patch):.2f}",
+    ]
+    assert row[6] == literal_low_resolution(full.grid)
+
+
+def literal_low_resolution(grid):
+    """Voxels doubled, the fine axes first, until the patch planned there is a quarter or more."""
+    spacing = grid.spacing_mm
+    found = grid
+    while found.case_voxels > 4 * math.prod(fit_patch(found, Overrides()).patch):
+        fine = [2 * s <= max(spacing) for s in spacing]
+        spacing = tuple(
+            2 * s if f or not any(fine) else s for s, f in zip(spacing, fine, strict=True)
+        )
+        shape = tuple(
+            float(round(old / new * size))
+            for old, new, size in zip(grid.spacing_mm, spacing, grid.shape, strict=True)
+        )
+        found = replace(grid, spacing_mm=spacing, shape=shape, case_voxels=math.prod(shape))
+    return "none" if found is grid else times(map(round, found.shape))

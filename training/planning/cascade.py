@@ -5,7 +5,8 @@ a second one refines its segmentation at the full one.
 
 - ``capacity`` (msd2018): the median case has more than 4 times the voxels of the patch that fitted
   the GPUs of 2018 at batch 2, whatever patch is planned. Voxels are doubled until that is no longer
-  so; along the fine axes only, until these match the coarsest.
+  so; along the fine axes only, until these match the coarsest. Why the patch is fixed:
+  docs/decisions/0015-cascade-threshold.md.
 - ``patch`` (nnunetv2): the same with the planned patch, in steps of 3 %, planning the patch anew at
   each; not kept if it saves less than half of the voxels.
 """
