@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ichseg.model import plans as plans_module
+from ichseg.model import plans
 from ichseg.predict.dice import dice_of_masks
 from ichseg.scan import volume
 from training.data import dataset, splits
@@ -146,7 +146,7 @@ class FoldPair:
             SystemExit: They differ.
         """
         self.prepare_ours(seed)
-        ours = plans_module.load(self.workspace(seed) / "plans.json").configuration(CONFIGURATION)
+        ours = plans.load(self.workspace(seed) / "plans.json").configuration(CONFIGURATION)
         theirs = json.loads((self.rival_store / "nnUNetPlans.json").read_text())
         rival = theirs["configurations"][CONFIGURATION]
         network = rival["architecture"]["arch_kwargs"]

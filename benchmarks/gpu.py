@@ -34,7 +34,7 @@ from benchmarks.blocks import BlockProcess
 from benchmarks.fold_pair import CONFIGURATION, HERE, SIDES, FoldPair, Settings, mean_dice
 from benchmarks.rivals import DEFAULT_ENV
 from benchmarks.rows import Row, faster, report
-from ichseg.model import plans as plans_module
+from ichseg.model import plans
 from ichseg.model.network import build_network
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
@@ -73,7 +73,7 @@ def time_instance(args: argparse.Namespace, rival: Path | None) -> list[Row]:
     )
     pair = FoldPair(source, args.work / "instance", settings, rival or Path(sys.executable))
     prepare(pair, rival)
-    planned = plans_module.load(pair.workspace(0) / "plans.json").configuration(CONFIGURATION)
+    planned = plans.load(pair.workspace(0) / "plans.json").configuration(CONFIGURATION)
     print(f"made scans: patch {planned.patch}, batch {planned.batch}")
     if not args.tiny and (planned.patch, planned.batch) != INSTANCE_PLAN:
         raise SystemExit(f"error: planned {planned.patch}, {planned.batch}, not {INSTANCE_PLAN}")
@@ -166,7 +166,7 @@ def take_turns(
 
 def operations(pair: FoldPair) -> float:
     """Floating-point operations of one iteration: convolutions, there and back."""
-    planned = plans_module.load(pair.workspace(0) / "plans.json")
+    planned = plans.load(pair.workspace(0) / "plans.json")
     chosen = planned.configuration(CONFIGURATION)
     channels = len(planned.channels)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:

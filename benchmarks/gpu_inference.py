@@ -22,8 +22,7 @@ from benchmarks import inference, inference_data
 from benchmarks.inference import Bench, Run
 from benchmarks.inference_data import ROOT, Cases
 from benchmarks.rows import Row, faster
-from ichseg.model import bundle, strict_json
-from ichseg.model import plans as plans_module
+from ichseg.model import bundle, plans, strict_json
 from ichseg.model.bundle import Model
 from ichseg.model.network import build_network
 from ichseg.model.plans import Plans
@@ -60,12 +59,12 @@ def compare(
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    plans = _plans(trained_for)
+    planned = _plans(trained_for)
     plans_file = folder / "planned.json"
-    plans_file.write_text(strict_json.dumps(plans))
+    plans_file.write_text(strict_json.dumps(planned))
     shape, folds = ((40, 96, 96), 2) if tiny else (SHAPE, FOLDS)
     cases = inference_data.make_cases(folder, shape, 1)
-    configuration = plans.configuration(CONFIGURATION)
+    configuration = planned.configuration(CONFIGURATION)
     tiles = sliding_window.cover(shape, configuration.tile)
     passes = len(tiles.corners()) * folds * MIRRORINGS
     name = f"{folds} folds, {MIRRORINGS} mirrorings, {len(tiles.corners())} tiles"
@@ -76,37 +75,37 @@ def compare(
         runs = inference.compare_runs(bench, network, cases, "full", passes)
     else:
         weights = folder / "weights"
-        draw_bundle(weights, plans, folds)
+        draw_bundle(weights, planned, folds)
         runs = _compare_plain(folder, cases, weights, passes, device=device, repeats=repeats)
     took = [sorted(run.seconds for run in side)[len(side) // 2] for side in runs]
     rows = [faster(f"{name}, end to end", took[0], took[1], "s", LEAST_SPEEDUP)]
-    return rows + _in_memory(weights, cases, passes, plans, device, peak_tflops)
+    return rows + _in_memory(weights, cases, passes, planned, device, peak_tflops)
 
 
-def draw_bundle(folder: Path, plans: Plans, folds: int) -> None:
+def draw_bundle(folder: Path, planned: Plans, folds: int) -> None:
     """Networks at random."""
-    architecture = plans.configuration(CONFIGURATION).architecture
+    architecture = planned.configuration(CONFIGURATION).architecture
     members = []
     for fold in range(folds):
         torch.manual_seed(fold)
-        state = build_network(architecture, len(plans.channels), plans.scores).state_dict()
+        state = build_network(architecture, len(planned.channels), planned.scores).state_dict()
         members.append(bundle.save_member(folder, CONFIGURATION, str(fold), state, dtype="f4"))
     bundle.save_model(
         folder,
         Model(
             schema_version=1, name="random", version="0", description="untrained",
             input_slug="head-ct", output_slug="bleed", average="logits", mirror_axes=(0, 1, 2),
-            plans=plans, members=tuple(members), provenance={},
+            plans=planned, members=tuple(members), provenance={},
         ),
     )  # fmt: skip
 
 
 def _plans(trained_for: Path) -> Plans:
     """With the scans' exact spacing, so that nothing is resampled, and their orientation."""
-    plans = plans_module.load(trained_for)
-    configuration = plans.configuration(CONFIGURATION)
+    planned = plans.load(trained_for)
+    configuration = planned.configuration(CONFIGURATION)
     return dataclasses.replace(
-        plans,
+        planned,
         orientation="as_stored",
         configurations=(dataclasses.replace(configuration, spacing_mm=inference_data.SPACING_MM),),
     )
@@ -144,7 +143,7 @@ def _compare_plain(
 
 
 def _in_memory(
-    weights: Path, cases: Cases, passes: int, plans: Plans, device: str, peak_tflops: float | None
+    weights: Path, cases: Cases, passes: int, planned: Plans, device: str, peak_tflops: float | None
 ) -> list[Row]:
     ensemble = Ensemble.load(weights, device)
     scan = volume.read(cases.ours / f"{cases.names[0]}.nii.gz")
@@ -157,7 +156,8 @@ def _in_memory(
         seconds.append(time.perf_counter() - began)
     print(f"  in memory {json.dumps(dict(found.seconds))}", flush=True)
     rows = [Row("  in memory, the second time", seconds[1], None, "s", None, None, None)]
-    cost = inference_data.gflop(plans.configuration(CONFIGURATION), len(plans.channels), 2) / 1000
+    configuration = planned.configuration(CONFIGURATION)
+    cost = inference_data.gflop(configuration, len(planned.channels), 2) / 1000
     rate = passes * cost / seconds[1]
     rows.append(Row("  rate of the whole", rate, None, "TFLOP/s", None, None, None))
     if peak_tflops:

@@ -31,7 +31,7 @@ from benchmarks.rows import Row, at_most, faster, report, smaller
 from ichseg.engine import machine, openvino_graph
 from ichseg.engine.choose import choose_engine
 from ichseg.engine.engine import NetworkSpec
-from ichseg.model import plans as plans_module
+from ichseg.model import plans
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 
@@ -100,9 +100,9 @@ def main() -> int:
 
 def say_what_a_tile_costs() -> None:
     """One line for each network."""
-    plans = plans_module.load(COMPACT)
-    for configuration in plans.configurations:
-        cost = inference_data.gflop(configuration, 1, plans.scores)
+    planned = plans.load(COMPACT)
+    for configuration in planned.configurations:
+        cost = inference_data.gflop(configuration, 1, planned.scores)
         size = "x".join(map(str, configuration.patch))
         print(f"network {configuration.name}: tile {size}, {cost:.1f} GFLOP", flush=True)
 
@@ -176,10 +176,10 @@ def compare_runs(
 
 def compare_restore(bench: Bench) -> list[Row]:
     """Restoring and writing a mask of 512x512x400 from logits of another grid."""
-    plans = plans_module.load(COMPACT)
+    planned = plans.load(COMPACT)
     paths = {name: bench.folder / name for name in ("scores.npy", "plans.json", "dataset.json")}
     np.save(paths["scores.npy"], inference_data.make_scores(LARGE_GRID))
-    paths["plans.json"].write_text(json.dumps(inference_data.rival_plans(plans)))
+    paths["plans.json"].write_text(json.dumps(inference_data.rival_plans(planned)))
     labels = {"background": 0, "hemorrhage": 1}
     paths["dataset.json"].write_text(
         json.dumps({"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz"})
@@ -217,10 +217,10 @@ def compare_restore(bench: Bench) -> list[Row]:
 def measure_forward(bench: Bench) -> list[Row]:
     """The forward pass beside the product of two large matrices, in turn, in this process."""
     del bench
-    plans = plans_module.load(COMPACT)
-    configuration = plans.configuration("3d_fullres")
-    cost = inference_data.gflop(configuration, 1, plans.scores)
-    spec = NetworkSpec(configuration.architecture, 1, plans.scores, configuration.tile, "logits")
+    planned = plans.load(COMPACT)
+    configuration = planned.configuration("3d_fullres")
+    cost = inference_data.gflop(configuration, 1, planned.scores)
+    spec = NetworkSpec(configuration.architecture, 1, planned.scores, configuration.tile, "logits")
     chosen = choose_engine("cpu")
     random = np.random.default_rng(0)
     network = chosen.load(spec, draw_state(spec, random))

@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks import rivals
-from ichseg.model import bundle
-from ichseg.model import plans as plans_module
+from ichseg.model import bundle, plans
 from ichseg.model.architecture import Architecture
 from ichseg.model.plans import Configuration, Plans
 from ichseg.scan import volume
@@ -63,18 +62,18 @@ def make_network(
         rival_python: Of the rival's environment.
         plans_file: Of a plan with that configuration.
     """
-    plans = plans_module.load(plans_file)
-    configuration = plans.configuration(name)
+    planned = plans.load(plans_file)
+    configuration = planned.configuration(name)
     model = folder / "results" / DATASET / f"nnUNetTrainer__nnUNetPlans__{name}"
     model.mkdir(parents=True)
     dataset = {
         "channel_names": {"0": "CT"},
-        "labels": {label: value for value, label in enumerate(plans.labels)},
+        "labels": {label: value for value, label in enumerate(planned.labels)},
         "numTraining": 1,
         "file_ending": ".nii.gz",
     }
     (model / "dataset.json").write_text(json.dumps(dataset))
-    (model / "plans.json").write_text(json.dumps(rival_plans(plans)))
+    (model / "plans.json").write_text(json.dumps(rival_plans(planned)))
     subprocess.run(
         [rival_python, rivals.HERE / "nnunetv2_predict.py", "draw", model, name, str(folds)],
         check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -142,19 +141,19 @@ def gflop(configuration: Configuration, channels: int, scores: int) -> float:
     return 2 * total / 1e9
 
 
-def rival_plans(plans: Plans) -> dict[str, Any]:
+def rival_plans(planned: Plans) -> dict[str, Any]:
     """The rival's ``plans.json``."""
-    scheme = plans.normalisations[0]
-    first = plans.configurations[0]
+    scheme = planned.normalisations[0]
+    first = planned.configurations[0]
     return {
         "dataset_name": DATASET,
         "plans_name": "nnUNetPlans",
         "original_median_spacing_after_transp": list(first.spacing_mm),
         "original_median_shape_after_transp": list(first.median_shape),
         "image_reader_writer": "SimpleITKIO",
-        "transpose_forward": list(plans.transpose),
-        "transpose_backward": list(plans.transpose),
-        "configurations": {c.name: _rival_configuration(c) for c in plans.configurations},
+        "transpose_forward": list(planned.transpose),
+        "transpose_backward": list(planned.transpose),
+        "configurations": {c.name: _rival_configuration(c) for c in planned.configurations},
         "experiment_planner_used": "ExperimentPlanner",
         "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": {

@@ -31,7 +31,7 @@ import torch
 from benchmarks import memory, preprocessing_data, rivals
 from benchmarks.preprocessing_data import RIVAL_DATASET, Pair
 from benchmarks.rows import Row, at_most, faster, report, smaller
-from ichseg.model import plans as plans_module
+from ichseg.model import plans
 from ichseg.predict import resample
 from ichseg.predict.prepare import place
 from ichseg.predict.restore import restore
@@ -148,7 +148,7 @@ def compare_results(sides: Sides) -> list[Row]:
     Beside it the size of the images, the rival's and what a better codec makes of the same values.
     """
     pair = sides.pair
-    normalisation = plans_module.load(pair.workspace / "plans.json").normalisations[0]
+    normalisation = plans.load(pair.workspace / "plans.json").normalisations[0]
     worst, differing, voxels, sizes = 0.0, 0, 0, np.zeros(2)
     with rivals.Steps(sides.rival_python, sides.rival_environment) as steps:
         for name in chunks.list_cases(pair.store):
@@ -228,17 +228,17 @@ def _compare_logits(
 ) -> Row:
     found = {}
     np.save(scratch / "logits.npy", logits)
-    plans = plans_module.load(sides.pair.workspace / "plans.json")
-    configuration = dataclasses.replace(plans.configuration("3d_fullres"), spacing_mm=grid_mm)
+    planned = plans.load(sides.pair.workspace / "plans.json")
+    configuration = dataclasses.replace(planned.configuration("3d_fullres"), spacing_mm=grid_mm)
     scan = Volume(np.ones((28, 512, 512), np.int16), (5.0, 0.4825, 0.4825))
-    placement = place([scan], plans, configuration)
+    placement = place([scan], planned, configuration)
     assert placement.grid_shape == logits.shape[1:], placement
     scores = torch.from_numpy(logits)
     torch.set_num_threads(os.cpu_count() or 1)
 
     def ours() -> float:
         began = time.perf_counter()
-        found["ours"] = restore([(scores, placement)], plans)
+        found["ours"] = restore([(scores, placement)], planned)
         return time.perf_counter() - began
 
     def rival() -> float:

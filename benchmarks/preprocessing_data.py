@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ichseg.model import plans as plans_module
+from ichseg.model import plans
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 
@@ -83,7 +83,7 @@ class Pair:
         Raises:
             SystemExit: The plans differ in more than that, so that the work would not be the same.
         """
-        ours = plans_module.load(self.workspace / "plans.json")
+        ours = plans.load(self.workspace / "plans.json")
         theirs = json.loads(self.rival_plans.read_text())
         found = ours.configuration("3d_fullres").spacing_mm
         expected = theirs["configurations"]["3d_fullres"]["spacing"]
