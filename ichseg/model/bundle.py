@@ -177,6 +177,25 @@ def load_state(folder: Path, member: Member) -> dict[str, npt.NDArray[np.float32
         raise WeightsError(f"{path}: cannot read the weights ({reason})") from error
 
 
+def require_finite(state: Mapping[str, npt.NDArray[Any]], where: object) -> None:
+    """Refuse tensors with NaN or infinity: they would empty every mask that they take part in.
+
+    Args:
+        state: Tensors by name, as numpy arrays.
+        where: The file or network that they are of, for the error.
+
+    Raises:
+        WeightsError: A tensor has a value that is not finite; the text names it.
+    """
+    for name, tensor in state.items():
+        broken = tensor.size - int(np.isfinite(tensor).sum())
+        if broken:
+            raise WeightsError(
+                f"{where}: {broken} of {tensor.size} values of {name} are not finite as "
+                f"{tensor.dtype}, expected finite weights"
+            )
+
+
 def save_member(
     folder: Path,
     configuration: str,
@@ -185,10 +204,16 @@ def save_member(
     *,
     dtype: npt.DTypeLike = np.float16,
 ) -> Member:
-    """Write a network's tensors as ``<configuration>_fold_<fold>.safetensors``, whole or not."""
+    """Write a network's tensors as ``<configuration>_fold_<fold>.safetensors``, whole or not.
+
+    Raises:
+        WeightsError: A tensor is not finite, or not when stored as ``dtype``.
+    """
     path = folder / f"{configuration}_fold_{fold}.safetensors"
     arrays = {name: tensor.detach().cpu().numpy() for name, tensor in state.items()}
-    stored = {name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()}
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        stored = {name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()}
+    require_finite(stored, f"{configuration} fold {fold}")
     with replacing(path, suffix=".safetensors") as temporary:
         safetensors.numpy.save_file(stored, temporary)
     return Member(configuration, fold, path.name, sha256(path))

@@ -94,10 +94,12 @@ def load_object(path: Path) -> Any:
         PlansError: The file is missing, cannot be read or is not JSON.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise PlansError(f"{path}: not a plain file")  # reading a pipe or a device may not end
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PlansError(f"{path}: cannot read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlansError(f"{path}: not JSON ({error})") from error
 
 

@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ichseg.errors import OutputError, PlansError, WeightsError
+from ichseg.errors import OutputError, WeightsError
 from ichseg.files import UNFINISHED
-from ichseg.model import bundle, strict_json
+from ichseg.model import bundle
 from ichseg.model.bundle import Member, Model
 from ichseg.model.plans import Configuration, Plans
-from training.bundle import nnunet_plans
 from training.bundle.identity import (
     BY_DEFAULT,
     Identity,
@@ -30,7 +29,7 @@ from training.bundle.identity import (
     identity_from,
 )
 from training.bundle.nnunet_checkpoint import mirrored_axes, read_checkpoint, rename
-from training.data.workspace import DATASET_FILE, PLANS_FILE
+from training.bundle.nnunet_plans import read_plans
 
 CHECKPOINTS = {"final": "checkpoint_final.pth", "best": "checkpoint_best.pth"}
 DESCRIPTION = "Imported from a trained nnU-Net; for research, not for any clinical use."
@@ -141,19 +140,6 @@ def find_folds(folder: Path, wanted: Sequence[str] | None, checkpoint: str) -> d
         which = f"fold_{missing[0]}" if missing else "fold_0, fold_1, ..."
         raise WeightsError(f"{folder}: no {which}/{checkpoint}{hint}")
     return chosen
-
-
-def read_plans(folder: Path, configuration: str) -> Plans:
-    """Read ``plans.json`` and ``dataset.json`` of a model folder as our plans.
-
-    Raises:
-        PlansError: A file is missing or damaged, or asks for something that this code cannot do.
-    """
-    raw = [strict_json.load_object(folder / name) for name in (PLANS_FILE, DATASET_FILE)]
-    try:
-        return nnunet_plans.convert(raw[0], raw[1], configuration)
-    except PlansError as error:
-        raise PlansError(f"{folder}: {error}") from error
 
 
 def _import_folder(folder: Path, folds: Sequence[str] | None, checkpoint: str, out: Path) -> _Part:

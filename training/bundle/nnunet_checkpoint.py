@@ -16,12 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ichseg.errors import WeightsError
+from ichseg.errors import PlansError, WeightsError
+from ichseg.model import bundle
 from ichseg.model.architecture import Architecture
 from ichseg.model.network import build_network
 from ichseg.model.plans import Configuration, Plans
 from ichseg.wording import times
+from training.bundle.nnunet_values import text, wholes
 
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_LONGEST_REASON = 200  # a file may hold anything, and is quoted
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 _DUPLICATES = re.compile(r"^decoder\.encoder\.|\.all_modules\.")  # modules registered twice
 
@@ -70,6 +74,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         WeightsError: The file cannot be read, or holds anything but tensors, plain values and
             numbers.
     """
+    if not path.is_file():
+        raise WeightsError(f"{path}: not a plain file, expected a checkpoint of nnU-Net v2")
     try:
         with torch.serialization.safe_globals(_NUMPY):
             raw = torch.load(path, map_location="cpu", weights_only=True)
@@ -84,17 +90,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise WeightsError(f"{path}: cannot read ({reason})") from error
     try:
-        axes = raw.get("inference_allowed_mirroring_axes") or ()
+        axes = raw.get("inference_allowed_mirroring_axes")
         return Checkpoint(
             path=path,
-            trainer=str(raw["trainer_name"]),
-            configuration=str(raw["init_args"]["configuration"]),
-            mirror_axes=tuple(int(axis) for axis in axes),
-            weights={_bare(key): tensor.float() for key, tensor in raw["network_weights"].items()},
+            trainer=text("trainer_name", raw["trainer_name"]),
+            configuration=text("configuration", raw["init_args"]["configuration"]),
+            mirror_axes=wholes(
+                "mirroring axes", [] if axes is None else list(axes), 0, 2, longest=3
+            ),
+            weights={
+                _bare(text("tensor", key)): tensor for key, tensor in raw["network_weights"].items()
+            },
         )
+    except PlansError as error:
+        raise WeightsError(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
+        reason = repr(error)[:_LONGEST_REASON]
         raise WeightsError(
-            f"{path}: not a checkpoint of nnU-Net v2, {error!r} in its contents"
+            f"{path}: not a checkpoint of nnU-Net v2, {reason} in its contents"
         ) from error
 
 
@@ -118,12 +131,14 @@ def rename(checkpoint: Checkpoint, plans: Plans) -> dict[str, Tensor]:
         if name not in theirs:
             raise WeightsError(f"{checkpoint.path}: no tensor {name}, which the plans ask for")
         tensor = theirs.pop(name)
+        _require_numbers(checkpoint.path, name, tensor)
         if tensor.shape != expected.shape:
             raise WeightsError(
                 f"{checkpoint.path}: {name} is {_times(tensor)}, expected {_times(expected)} "
                 "of the plans"
             )
-        state[key] = tensor
+        state[key] = tensor.float()
+        bundle.require_finite({name: state[key].numpy()}, checkpoint.path)
     if theirs:
         raise WeightsError(
             f"{checkpoint.path}: {len(theirs)} tensors that the plans have no place for, such as "
@@ -169,11 +184,27 @@ def mirrored_axes(checkpoint: Checkpoint, configuration: Configuration) -> tuple
         WeightsError: The checkpoint names an axis that the network does not have.
     """
     dimensions = configuration.architecture.dimensions
-    if not set(checkpoint.mirror_axes) <= set(range(dimensions)):
+    axes = set(checkpoint.mirror_axes)
+    if not axes <= set(range(dimensions)) or len(axes) < len(checkpoint.mirror_axes):
         raise WeightsError(
             f"{checkpoint.path}: mirrors axes {checkpoint.mirror_axes} of a {dimensions}D network"
         )
     return tuple(sorted(axis + 3 - dimensions for axis in checkpoint.mirror_axes))
+
+
+def _require_numbers(path: Path, name: str, tensor: object) -> None:
+    """Refuse what is not a plain tensor of floating-point numbers, all of them in the file."""
+    if not isinstance(tensor, Tensor):
+        raise WeightsError(f"{path}: {name} is of type {type(tensor).__name__}, expected a tensor")
+    plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+    if not plain or tensor.is_meta or tensor.dtype not in _FLOATS:
+        kind = "nested" if tensor.is_nested else f"{tensor.layout} {tensor.dtype} {tensor.device}"
+        raise WeightsError(
+            f"{path}: {name} is a tensor of another kind ({kind.replace('torch.', '')}), expected "
+            "a dense one of floating-point numbers"
+        )
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise WeightsError(f"{path}: {name} is {_times(tensor)}, more than the file holds of it")
 
 
 def _bare(key: str) -> str:

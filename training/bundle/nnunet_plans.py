@@ -7,10 +7,13 @@ otherwise than nnU-Net is refused by its name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ichseg.errors import PlansError
+from ichseg.model import strict_json
 from ichseg.model.architecture import Architecture
 from ichseg.model.network import LEAKY_SLOPE
 from ichseg.model.plans import (
@@ -20,6 +23,8 @@ from ichseg.model.plans import (
     Plans,
     Resampling,
 )
+from training.bundle.nnunet_values import listed, real, refused_as, text, whole, wholes
+from training.data.workspace import DATASET_FILE, PLANS_FILE
 from training.planning.recipes import ANISOTROPY
 
 NETWORKS = {"PlainConvUNet": "plain", "ResidualEncoderUNet": "residual"}
@@ -35,6 +40,11 @@ ORIENTATIONS = {
     "NibabelIOWithReorient": "RAS",
 }
 RESAMPLING = "resample_data_or_seg_to_shape"
+# Beyond what any network of nnU-Net has; so a damaged file cannot ask for years of work.
+MOST_LEVELS, MOST_FEATURES, MOST_CONVS, MOST_KERNEL, MOST_STRIDE = 16, 8192, 64, 15, 16
+MOST_VOXELS, LEAST_MM, MOST_MM = 1_000_000, 1e-6, 1e6
+_FAR = 1e9
+_NAME = re.compile(r"\w[\w.-]{0,99}")
 _PACKAGE = "dynamic_network_architectures."
 _ENCODER = {"plain": "n_conv_per_stage", "residual": "n_blocks_per_stage"}
 # Arguments of a network that do not change what it answers, or whose value is checked below.
@@ -47,30 +57,36 @@ _ARGUMENTS = {
 Json = Mapping[str, Any]
 
 
-def convert(plans: Json, dataset: Json, name: str) -> Plans:
-    """Turn nnU-Net's plans into ours, with one configuration.
+def read_plans(folder: Path, name: str) -> Plans:
+    """Read nnU-Net's plans of a model folder as ours, with one configuration.
 
     Args:
-        plans: The contents of ``plans.json``.
-        dataset: The contents of ``dataset.json``.
+        folder: The model folder, with ``plans.json`` and ``dataset.json``.
         name: The name of the configuration.
 
     Raises:
-        PlansError: Something is missing, or is not what this code can do; the text names it.
+        PlansError: A file is missing or damaged, lacks something, or asks for something that this
+            code cannot do; the text names the file and the value.
     """
-    try:
-        raw = _resolve(plans, name)
+    path = folder / DATASET_FILE
+    dataset = strict_json.load_object(path)
+    with refused_as(path):
         labels, regions = _labels(dataset)
         channels = _channels(dataset)
+    path = folder / PLANS_FILE
+    plans = strict_json.load_object(path)
+    with refused_as(path):
+        _expect_name(name)
+        raw = _resolve(plans, name)
         _expect("preprocessor_name", raw["preprocessor_name"], ["DefaultPreprocessor"])
         _expect("label_manager", plans.get("label_manager", "LabelManager"), ["LabelManager"])
         reader = plans["image_reader_writer"]
         _expect("image_reader_writer", reader, list(ORIENTATIONS))
-        i, j, k = plans["transpose_forward"]
+        i, j, k = wholes("transpose_forward", plans["transpose_forward"], 0, 2, longest=3)
         return Plans(
             schema_version=SCHEMA_VERSION,
             recipe="nnunetv2",
-            dataset=plans["dataset_name"],
+            dataset=text("dataset_name", plans["dataset_name"]),
             channels=channels,
             labels=labels,
             orientation=ORIENTATIONS[reader],
@@ -82,10 +98,12 @@ def convert(plans: Json, dataset: Json, name: str) -> Plans:
             architecture=ARCHITECTURES.get(plans["plans_name"], "plain"),
             regions=regions,
         )
-    except KeyError as error:
-        raise PlansError(f"{error.args[0]!r} is missing") from error
-    except (TypeError, ValueError, AttributeError, IndexError) as error:
-        raise PlansError(f"{name}: not as nnU-Net writes it ({error})") from error
+
+
+def _expect_name(name: str) -> None:
+    """A configuration's name becomes part of file names."""
+    if not _NAME.fullmatch(name):
+        raise PlansError(f"configuration {name!r}, expected letters, digits, _, - and . alone")
 
 
 def _resolve(plans: Json, name: str) -> Json:
@@ -105,7 +123,7 @@ def _resolve(plans: Json, name: str) -> Json:
 
 
 def _configuration(plans: Json, raw: Json, name: str) -> Configuration:
-    patch = tuple(int(size) for size in raw["patch_size"])
+    patch = wholes("patch_size", raw["patch_size"], 1, MOST_VOXELS, longest=3)
     flat = len(patch) == 2
     missing = slice(int(flat))  # a 2D configuration leaves the first axis out; ours does not use it
     spacing = *plans["original_median_spacing_after_transp"][missing], *raw["spacing"]
@@ -113,17 +131,18 @@ def _configuration(plans: Json, raw: Json, name: str) -> Configuration:
         *plans["original_median_shape_after_transp"][missing],
         *raw["median_image_size_in_voxels"],
     )
-    z, y, x = map(float, spacing)
-    a, b, c = (max(1, round(size)) for size in shape)
+    z, y, x = (real("spacing", size, LEAST_MM, MOST_MM) for size in spacing)
+    a, b, c = (max(1, round(real("median_image_size", n, 0, MOST_VOXELS))) for n in shape)
+    previous = raw.get("previous_stage")
     return Configuration(
         name=name,
         spacing_mm=(z, y, x),
         median_shape=(a, b, c),
         patch=patch,
-        batch=int(raw["batch_size"]),
+        batch=whole("batch_size", raw["batch_size"], 1, MOST_VOXELS),
         batch_dice=bool(raw["batch_dice"]),
         dummy_2d=not flat and max(patch) / patch[0] > ANISOTROPY,
-        previous_stage=raw.get("previous_stage"),
+        previous_stage=None if previous is None else text("previous_stage", previous),
         architecture=_architecture(raw, len(patch)),
     )
 
@@ -163,8 +182,11 @@ def _old_architecture(raw: Json, dimensions: int) -> Architecture:
     name = raw["UNet_class_name"]
     if name not in NETWORKS:
         raise PlansError(f"network class {name}, expected {' or '.join(NETWORKS)}")
-    encoder = raw["n_conv_per_stage_encoder"]
-    first, most = raw["UNet_base_num_features"], raw["unet_max_num_features"]
+    encoder = listed("n_conv_per_stage_encoder", raw["n_conv_per_stage_encoder"], MOST_LEVELS)
+    first, most = (
+        whole(key, raw[key], 1, MOST_FEATURES)
+        for key in ("UNet_base_num_features", "unet_max_num_features")
+    )
     return _numbers(
         NETWORKS[name],
         dimensions,
@@ -179,27 +201,36 @@ def _old_architecture(raw: Json, dimensions: int) -> Architecture:
 def _numbers(
     block: str,
     dimensions: int,
-    features: Sequence[int],
-    kernels: Sequence[Sequence[int]],
-    strides: Sequence[Sequence[int]],
-    encoder: Sequence[int],
-    decoder: Sequence[int],
+    features: object,
+    kernels: object,
+    strides: object,
+    encoder: object,
+    decoder: object,
 ) -> Architecture:
     """An architecture by numbers; ``decoder`` is listed coarsest first, as nnU-Net has it."""
-    if any(len(axes) != dimensions for axes in (*kernels, *strides)):
+    sizes = _per_axis("kernel_sizes", kernels, MOST_KERNEL)
+    steps = _per_axis("strides", strides, MOST_STRIDE)
+    if any(len(axes) != dimensions for axes in (*sizes, *steps)):
         raise PlansError(f"kernels {kernels} and strides {strides} of a {dimensions}D network")
-    if any(size % 2 == 0 for kernel in kernels for size in kernel):
+    if any(size % 2 == 0 for kernel in sizes for size in kernel):
         raise PlansError(f"kernels {kernels}, expected odd sizes")
     return Architecture(
-        features=tuple(features),
-        kernels=tuple(tuple(kernel) for kernel in kernels),
-        strides=tuple(tuple(stride) for stride in strides),
-        encoder_convs=tuple(encoder),
-        decoder_convs=tuple(decoder[::-1]),
+        features=wholes("features_per_stage", features, 1, MOST_FEATURES, longest=MOST_LEVELS),
+        kernels=sizes,
+        strides=steps,
+        encoder_convs=wholes("encoder blocks", encoder, 1, MOST_CONVS, longest=MOST_LEVELS),
+        decoder_convs=wholes("decoder blocks", decoder, 1, MOST_CONVS, longest=MOST_LEVELS)[::-1],
         upsampling_bias=True,
         head_bias=True,
         deep_supervision=True,
         block=block,
+    )
+
+
+def _per_axis(what: str, levels: object, most: int) -> tuple[tuple[int, ...], ...]:
+    """One whole number for each axis of each level."""
+    return tuple(
+        wholes(what, axes, 1, most, longest=3) for axes in listed(what, levels, MOST_LEVELS)
     )
 
 
@@ -210,7 +241,7 @@ def _labels(dataset: Json) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """
     declared = {name: value for name, value in dataset["labels"].items() if name != "ignore"}
     values = {
-        name: [int(v) for v in value] if isinstance(value, list) else [int(value)]
+        name: [whole(f"label {name}", v, 0, 255) for v in _as_list(value)]
         for name, value in declared.items()
     }
     every = sorted({value for listed in values.values() for value in listed})
@@ -220,7 +251,7 @@ def _labels(dataset: Json) -> tuple[tuple[str, ...], tuple[int, ...]]:
     if all(len(listed) == 1 for listed in values.values()):
         names |= {listed[0]: name for name, listed in values.items()}
         return tuple(names[value] for value in every), ()
-    order = tuple(int(value) for value in dataset["regions_class_order"])
+    order = wholes("regions_class_order", dataset["regions_class_order"], 1, 255, longest=255)
     regions = [name for name, listed in values.items() if set(listed) != {0}]
     if len(order) != len(regions):
         raise PlansError(f"regions_class_order {list(order)} of the regions {', '.join(regions)}")
@@ -230,7 +261,11 @@ def _labels(dataset: Json) -> tuple[tuple[str, ...], tuple[int, ...]]:
 
 def _channels(dataset: Json) -> tuple[str, ...]:
     named = dataset["channel_names"] if "channel_names" in dataset else dataset["modality"]
-    return tuple(str(named[key]) for key in sorted(named, key=int))
+    return tuple(text("channel name", named[key]) for key in sorted(named, key=int))
+
+
+def _as_list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
 
 
 def _normalisations(plans: Json, raw: Json, channels: int) -> tuple[Normalisation, ...]:
@@ -246,10 +281,10 @@ def _normalisations(plans: Json, raw: Json, channels: int) -> tuple[Normalisatio
             found.append(
                 Normalisation(
                     "ct",
-                    clip_low=float(own["percentile_00_5"]),
-                    clip_high=float(own["percentile_99_5"]),
-                    mean=float(own["mean"]),
-                    deviation=float(own["std"]),
+                    clip_low=real("percentile_00_5", own["percentile_00_5"], -_FAR, _FAR),
+                    clip_high=real("percentile_99_5", own["percentile_99_5"], -_FAR, _FAR),
+                    mean=real("mean", own["mean"], -_FAR, _FAR),
+                    deviation=real("std", own["std"], 0, _FAR),
                 )
             )
         elif scheme == "ZScoreNormalization":
@@ -276,7 +311,8 @@ def _resampling(raw: Json) -> Resampling:
         _expect(f"{key} force_separate_z", arguments.get("force_separate_z", False), [None, False])
         if arguments.get("force_separate_z", False) is None:
             apart.append(kind)
-        anisotropy.add(float(arguments.get("separate_z_anisotropy_threshold", ANISOTROPY)))
+        threshold = arguments.get("separate_z_anisotropy_threshold", ANISOTROPY)
+        anisotropy.add(real("separate_z_anisotropy_threshold", threshold, 1, _FAR))
     if len(anisotropy) != 1:
         raise PlansError(f"separate_z_anisotropy_threshold {sorted(anisotropy)}, expected one")
     return Resampling(
