@@ -162,7 +162,7 @@ def number(value: float | None, places: int) -> str:
     """A number for people; an en dash where there is none."""
     if value is None or not math.isfinite(value):
         return "–"  # noqa: RUF001
-    return f"{value:.{places}f}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:z.{places}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _sorted_by(value: float | None) -> str:

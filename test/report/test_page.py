@@ -17,9 +17,11 @@ SHOWN = Shown(
 )  # fmt: skip
 
 
+TEMPLATE = page.environment().get_template("page.html")
+
+
 def read(cases, **said):
-    template = page.environment().get_template("page.html")
-    return Page(template.render(cases=cases, **{"title": "t", "subtitle": "s"} | said))
+    return Page(TEMPLATE.render(cases=cases, **{"title": "t", "subtitle": "s"} | said))
 
 
 @given(*[st.text()] * 7)
@@ -73,4 +75,4 @@ def test_panels_of_a_strip_stand_at_their_heights():
 
 def test_a_name_that_is_not_given_is_an_error():
     with pytest.raises(jinja2.UndefinedError, match="'subtitle' is undefined"):
-        page.environment().get_template("page.html").render(title="t", cases=None)
+        TEMPLATE.render(title="t", cases=None)

@@ -1,0 +1,58 @@
+"""The card of a bundle: what its table says, and that no name breaks it."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from ichseg.model import bundle
+from training.bundle import model_card
+
+FOLD = {"epochs": 50, "minutes": 20.4, "checked_cases": 4}
+
+
+@pytest.fixture
+def model():
+    shipped = bundle.load_model(Path(__file__).parents[2] / "weights")
+    provenance = {
+        "dataset": "a|b <c> & {{ d }}", "cases": 7, "recipe": "compact", "checkpoint": "latest",
+        "folds": {"0": FOLD, "1": FOLD | {"epochs": 100, "checked_cases": 3}},
+        "torch": "2.13.0", "date": "2026-11-25",
+    }  # fmt: skip
+    plans = dataclasses.replace(shipped.plans, labels=("background", "a|b"))
+    return dataclasses.replace(shipped, plans=plans, provenance=provenance, rules=())
+
+
+def write(model, folder):
+    model_card.write(model, folder / "workspace", folder)
+    return (folder / "MODEL_CARD.md").read_text().splitlines()
+
+
+def test_table_by_hand(model, tmp_path):
+    lines = write(model, tmp_path)
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    table = dict(row for row in cells if len(row) == 2)
+    assert table["3d_fullres"] == (
+        "folds 0, 1, 2, 3, 4; 16 x 96 x 96 voxels at 5 x 1.2 x 1.2 mm, 8 to 128 features"
+    )
+    assert table["training"] == (
+        "recipe compact, 50 or 100 epochs, 41 minutes in all, latest checkpoint"
+    )
+    assert table["storage"] == (
+        "fp16; checked on 3 to 4 validation cases of each fold to change no mean Dice by over 0.001"
+    )
+    assert lines[-5:-1] == ["None.", "", "## What is not known", ""]
+
+
+def test_no_name_breaks_the_table_or_is_taken_for_a_template(model, tmp_path):
+    lines = write(model, tmp_path)
+    assert r"| labels | 0 background, 1 a\|b |" in lines
+    assert r"| trained on | a\|b <c> & {{ d }}, 7 cases |" in lines
+
+
+def test_nothing_is_said_without_an_end(model, tmp_path):
+    """One blank line between all parts, none at the end, and no line that ends in a blank."""
+    text = "\n".join(write(model, tmp_path)) + "\n"
+    assert "\n\n\n" not in text
+    assert text.endswith("there.\n")
+    assert " \n" not in text
