@@ -30,7 +30,7 @@ def main() -> int:
     cases = dataset.labelled
     whole, sample = [], []
     for case in cases:
-        images, reference = read_case(case, dataset.labels)
+        images, reference = read_case(case, dataset.labels, dataset.ignore_label)
         voxels = images[0].voxels[reference.voxels > 0]
         if voxels.size:
             whole.append(count_values(voxels))

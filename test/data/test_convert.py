@@ -21,6 +21,7 @@ from helpers.datasets import (
 from ichseg.errors import DatasetError
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
+from training.__main__ import main
 from training.data.convert import convert
 from training.data.dataset import Case, load_dataset, read_case
 from training.data.layouts import read_source
@@ -46,6 +47,33 @@ def test_convert_then_load(tmp_path):
     (image,), label = read_case(converted.cases[0], converted.labels)
     np.testing.assert_array_equal(image.voxels, original.voxels)
     np.testing.assert_array_equal(label.voxels, original.voxels > 50)
+
+
+@pytest.mark.parametrize(
+    ("write", "labels"),
+    [
+        (write_msd, {"0": "background", "1": "bleed", "2": "ignore"}),
+        (write_v2, {"background": 0, "bleed": 1, "ignore": 2}),
+        (write_v2, {"ignore": 2, "bleed": 1, "background": 0}),
+    ],
+)
+def test_the_highest_label_may_be_one_to_ignore(tmp_path, capsys, write, labels):
+    source = write(tmp_path / "source", labels=labels)
+    path = source / "labelsTr" / "a.nii.gz"
+    label = volume.read(path)
+    doubted = label.voxels.copy()
+    doubted[0] = 2
+    volume.write(label.with_voxels(doubted), path)
+    assert main(["convert", str(source), "--workspace", str(tmp_path / "work")]) == 0
+    assert "labels background, bleed (2 is left out of training and scores)" in (
+        capsys.readouterr().out
+    )
+    found = load_dataset(tmp_path / "work")
+    assert (found.labels, found.ignore_label) == (("background", "bleed"), 2)
+    case = found.cases[0]
+    np.testing.assert_array_equal(read_case(case, found.labels, 2)[1].voxels, doubted)
+    with pytest.raises(DatasetError, match=r"values 0\.\.2, expected whole labels 0\.\.1"):
+        read_case(case, found.labels)
 
 
 @pytest.mark.parametrize("link", [True, False])
@@ -266,7 +294,11 @@ CASE = {"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}
         ({"labels": {"0": "background", "2": "bleed"}}, "labels has keys"),
         ({"labels": {"0": "background"}}, "expected a background and one more"),
         ({"labels": []}, r"labels is \[\], expected an object"),
-        ({"labels": {"0": "background", "1": "ignore"}}, "label named 'ignore' .* not supported"),
+        ({"labels": {"0": "background", "1": "ignore"}}, "expected a background and one more"),
+        (
+            {"labels": {"0": "background", "1": "ignore", "2": "bleed"}},
+            "label 'ignore' is 1, expected the highest, 2",
+        ),
         ({"training": []}, "no training cases"),
         ({"training": None}, "training is None, expected a list"),
         ({"training": ["a"]}, "training lists 'a', expected image and label"),
@@ -289,7 +321,11 @@ def test_msd_refuses(tmp_path, changes, message):
             {"labels": {"background": 0, "all": [1, 2]}},
             r"'all' is the region \[1, 2\]; regions are",
         ),
-        ({"labels": {"background": 0, "ignore": 1}}, "label named 'ignore' .* not supported"),
+        (
+            {"labels": {"ignore": 0, "background": 1, "bleed": 2}},
+            "label 'ignore' is 0, expected the highest, 2",
+        ),
+        ({"labels": {"background": 0, "bleed": 1, "ignore": 3}}, "labels has keys"),
         ({"labels": {"background": 0, "a": 1, "b": 1}}, "give one value to two names"),
         ({"labels": {"background": 0, "bleed": 2}}, r"labels has keys \['0', '2'\], expected"),
         ({"channel_names": {"0": "T1"}}, r"case a: .*holds its channels 0000, 0001, expected 0000"),

@@ -382,3 +382,20 @@ def test_memory_limits_the_workers(work, monkeypatch):
     monkeypatch.setattr(verify, "verify_dataset", lambda *args: used.append(args[2]) or [])
     assert main(["verify", "--workspace", str(work)]) == 0
     assert used == [3]  # 200 MB each, and 20 % kept free
+
+
+def test_a_label_to_ignore_is_no_error_and_no_label(work):
+    listed = json.loads((work / "dataset.json").read_text())
+    (work / "dataset.json").write_text(json.dumps(listed | {"ignore_label": 2}))
+    doubted = np.where(LABELS, 1, 2).astype(np.uint8)
+    change(work / LABEL, voxels=doubted)
+    assert found_in(work) == []
+    change(work / LABEL, voxels=doubted + LABELS.astype(np.uint8))
+    everything = "all voxels are 2, which is left out: nothing is learnt from the case"
+    assert found_in(work) == [("warning", "a", LABEL, everything, False)]
+    change(work / LABEL, voxels=np.where(LABELS, 0, 2).astype(np.uint8))
+    rest = "no voxel but background and 2, which is left out"
+    assert found_in(work) == [("warning", "a", LABEL, rest, False)]
+    change(work / LABEL, voxels=np.where(LABELS, 1, 3).astype(np.uint8))
+    text = f"{(~LABELS).sum()} voxels have values 3, expected whole labels 0..2"
+    assert found_in(work) == [("error", "a", LABEL, text, False)]

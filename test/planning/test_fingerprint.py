@@ -306,3 +306,16 @@ def test_needs_no_torch():
     """Loading it would take longer than the fingerprint of ten cases."""
     code = "import sys, training.planning.fingerprint; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_voxels_to_ignore_are_no_foreground(tmp_path):
+    """The same as if they were background, for intensities as for what a cut to the head loses."""
+    dataset, _, labels = random_dataset(tmp_path, np.int16)
+    expected = compute_fingerprint(dataset, 1)
+    for case, label in zip(dataset.cases, labels, strict=True):
+        doubted = np.where(label.voxels > 0, label.voxels, len(dataset.labels))
+        volume.write(label.with_voxels(doubted.astype(np.uint8)), case.label)
+    ignoring = replace(dataset, ignore_label=len(dataset.labels))
+    assert compute_fingerprint(ignoring, 1) == expected
+    with pytest.raises(DatasetError, match="expected whole labels"):
+        compute_fingerprint(dataset, 1)

@@ -276,3 +276,29 @@ def test_the_whole_numbers_times_their_steps_are_what_is_read(tmp_path):
     product = multiples.astype(np.float32) * case.data.steps[:, None, None, None]
     np.testing.assert_array_equal(product, case.data[:, 1:3])
     assert (case.data.nbytes, case.target.nbytes) == (2 * 2 * 120, 120)
+
+
+def test_voxels_to_ignore_are_kept_and_are_no_foreground(tmp_path):
+    data, target, normalisations = example()
+    top = int(target.max())
+    doubted = target.copy()
+    doubted[:2] = top + 1
+    write_case(tmp_path, "a", data, doubted, normalisations, ignore_label=top + 1)
+    case, meta = open_case(tmp_path, "a"), chunks.load_meta(tmp_path, "a")
+    np.testing.assert_array_equal(case.target[:], doubted)
+    assert case.ignore_label == meta.ignore_label == top + 1
+    assert set(case.foreground) == set(meta.labels) == set(np.unique(doubted[2:])) - {-1, 0}
+    for label, voxels in case.foreground.items():
+        np.testing.assert_array_equal(voxels, np.argwhere(doubted == label))
+    np.testing.assert_array_equal(case.annotated, np.argwhere(doubted != top + 1))
+    write_case(tmp_path, "a", data, target, normalisations)
+    assert open_case(tmp_path, "a").annotated is None
+
+
+def test_large_labels_are_sampled_alike_with_voxels_to_ignore(tmp_path):
+    target = np.ones((40, 40, 40), np.int8)
+    target[0] = 2
+    sampled, counts = sample_foreground(target, 2)
+    assert counts == {1: 39 * 1600}
+    plain, _ = sample_foreground(np.where(target == 2, 0, target).astype(np.int8))
+    np.testing.assert_array_equal(sampled[1], plain[1])

@@ -163,6 +163,23 @@ def test_plans_of_changed_cases_are_remarked_upon(work, caplog):
     assert "plans.json: cases have changed since they were planned for" in caplog.text
 
 
+def test_voxels_to_ignore_come_into_the_store(work):
+    workspace, dataset, plans = work
+    label = volume.read(dataset.cases[1].label)
+    doubted = label.voxels.copy()
+    doubted[:2] = 2
+    volume.write(label.with_voxels(doubted), dataset.cases[1].label)
+    ignoring = replace(dataset, ignore_label=2)
+    folder = preprocessed_folder(workspace, "3d_fullres")
+    preprocess_dataset(ignoring, plans, "3d_fullres", workspace, 1)
+    case = chunks.open_case(folder, "case_1")
+    np.testing.assert_array_equal(case.target[:], doubted[:, 3:])
+    assert case.ignore_label == 2
+    assert set(case.foreground) == {1}
+    with pytest.raises(DatasetError, match="another label to ignore"):
+        preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+
+
 def test_a_killed_run_is_finished_by_the_next(work):
     workspace, dataset, plans = work
     folder = preprocessed_folder(workspace, "3d_fullres")

@@ -89,7 +89,7 @@ def convert(
         _Move(case.name, case, placed(case, len(found.channels), workspace)) for case in found.cases
     ]
     targets = tuple(move.target for move in moves)
-    dataset = Dataset(found.name, found.channels, found.labels, targets)
+    dataset = Dataset(found.name, found.channels, found.labels, targets, found.ignore_label)
     table = None if groups is None else _read_table(groups, workspace, dataset)
     _log.info("%s: %s, %d cases", source, found.layout, len(found.cases))
     failures = []
@@ -197,9 +197,11 @@ def main(args: argparse.Namespace) -> int:
     """Run the ``convert`` command."""
     started = time.monotonic()
     dataset = convert(args.dataset, args.workspace, groups=args.groups, workers=args.workers)
+    number = dataset.ignore_label
+    ignored = "" if number is None else f" ({number} is left out of training and scores)"
     sys.stdout.write(
         f"{dataset.name}: {len(dataset.cases)} cases, channels {', '.join(dataset.channels)}, "
-        f"labels {', '.join(dataset.labels)} -> {args.workspace} "
+        f"labels {', '.join(dataset.labels)}{ignored} -> {args.workspace} "
         f"in {duration(time.monotonic() - started)}\n"
     )
     return 0

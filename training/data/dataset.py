@@ -57,13 +57,16 @@ class Dataset:
         name: Name of the task.
         channels: Modality of each channel, such as ``CT``.
         labels: Names by voxel value; ``labels[0]`` is the background.
-        cases: Sorted by name.
+        cases: The cases, sorted by name.
+        ignore_label: The value of voxels that nobody could tell, which count neither in training
+            nor in scores; always the one above the last label. None if there are no such voxels.
     """
 
     name: str
     channels: tuple[str, ...]
     labels: tuple[str, ...]
     cases: tuple[Case, ...]
+    ignore_label: int | None = None
 
     def __post_init__(self) -> None:
         if not self.channels:
@@ -71,6 +74,11 @@ class Dataset:
         if len(self.labels) < 2:
             raise DatasetError(
                 f"dataset {self.name}: labels {self.labels}, expected a background and one more"
+            )
+        if self.ignore_label not in (None, len(self.labels)):
+            raise DatasetError(
+                f"dataset {self.name}: the label to ignore is {self.ignore_label}, expected the "
+                f"highest, {len(self.labels)}"
             )
         names = [case.name for case in self.cases]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -109,6 +117,7 @@ class _DatasetFile:
     channels: tuple[str, ...]
     labels: tuple[str, ...]
     cases: tuple[_CaseEntry, ...]
+    ignore_label: int | None = strict_json.optional(None)
 
     def __post_init__(self) -> None:
         strict_json.check_schema("dataset", self.schema_version, SCHEMA_VERSION)
@@ -139,7 +148,7 @@ def load_dataset(workspace: Path) -> Dataset:
         for entry in raw.cases
     )
     ordered = tuple(sorted(cases, key=lambda case: case.name))
-    return Dataset(name=raw.name, channels=raw.channels, labels=raw.labels, cases=ordered)
+    return Dataset(raw.name, raw.channels, raw.labels, ordered, raw.ignore_label)
 
 
 def save_dataset(dataset: Dataset, workspace: Path) -> None:
@@ -152,13 +161,27 @@ def save_dataset(dataset: Dataset, workspace: Path) -> None:
         )
         for case in dataset.cases
     )
-    content = _DatasetFile(SCHEMA_VERSION, dataset.name, dataset.channels, dataset.labels, cases)
+    content = _DatasetFile(
+        SCHEMA_VERSION,
+        dataset.name,
+        dataset.channels,
+        dataset.labels,
+        cases,
+        dataset.ignore_label,
+    )
     with replacing(dataset_file(workspace)) as temporary:
         temporary.write_text(strict_json.dumps(content), encoding="utf-8")
 
 
-def read_case(case: Case, labels: Sequence[str]) -> tuple[tuple[Volume, ...], Volume]:
+def read_case(
+    case: Case, labels: Sequence[str], ignore_label: int | None = None
+) -> tuple[tuple[Volume, ...], Volume]:
     """Read a labelled case: its channels and its reference, checked against one another.
+
+    Args:
+        case: The case.
+        labels: Names by voxel value.
+        ignore_label: A further value that the reference may have, see ``Dataset``.
 
     Raises:
         DatasetError: No reference, sizes that differ, or label values that are not declared.
@@ -178,11 +201,12 @@ def read_case(case: Case, labels: Sequence[str]) -> tuple[tuple[Volume, ...], Vo
     integral = reference.voxels.dtype.kind in "iub" or bool(
         np.array_equal(reference.voxels, np.rint(reference.voxels))
     )
-    if low < 0 or high >= len(labels) or not integral:
+    highest = len(labels) - 1 if ignore_label is None else ignore_label
+    if low < 0 or high > highest or not integral:
         raise DatasetError(
             f"{case.label}: values {low:g}..{high:g}"
             f"{'' if integral else ' that are not all whole'}, expected whole labels "
-            f"0..{len(labels) - 1}"
+            f"0..{highest}"
         )
     return images, reference
 

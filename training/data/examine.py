@@ -114,8 +114,17 @@ class CaseFacts:
     present: tuple[int, ...]
 
 
-def examine_case(case: Case, workspace: Path, labels: Sequence[str]) -> CaseFacts:
-    """Read each file of a case once, one at a time, and check all that a case alone can show."""
+def examine_case(
+    case: Case, workspace: Path, labels: Sequence[str], ignore_label: int | None = None
+) -> CaseFacts:
+    """Read each file of a case once, one at a time, and check all that a case alone can show.
+
+    Args:
+        case: The case.
+        workspace: Where file names are relative to.
+        labels: Names by voxel value.
+        ignore_label: A further value that references may have, see ``Dataset``.
+    """
     findings: list[Finding] = []
     images: list[FileFacts] = []
     first: FileFacts | None = None
@@ -131,7 +140,9 @@ def examine_case(case: Case, workspace: Path, labels: Sequence[str]) -> CaseFact
         text = "no reference segmentation: the case is not trained on"
         findings.append(Finding(WARNING, case.name, "-", text))
     else:
-        found, label, present = _examine_label(case.label, case.name, workspace, first, labels)
+        found, label, present = _examine_label(
+            case.label, case.name, workspace, first, labels, ignore_label
+        )
         findings += found
     if first is not None and first.file != shown(case.images[0], workspace):
         # the geometry to go by cannot be read, so there is none to mend the others with
@@ -204,7 +215,12 @@ def _examine_image(
 
 
 def _examine_label(
-    path: Path, case: str, workspace: Path, first: FileFacts | None, labels: Sequence[str]
+    path: Path,
+    case: str,
+    workspace: Path,
+    first: FileFacts | None,
+    labels: Sequence[str],
+    ignore_label: int | None,
 ) -> tuple[list[Finding], FileFacts | None, tuple[int, ...]]:
     file = shown(path, workspace)
     try:
@@ -217,12 +233,13 @@ def _examine_label(
     if not_finite:
         findings.append(Finding(ERROR, case, file, not_finite))
     counts = _count_values(read.voxels)
-    declared = f"expected whole labels 0..{len(labels) - 1}"
+    values = range(len(labels) if ignore_label is None else ignore_label + 1)
+    declared = f"expected whole labels 0..{values[-1]}"
     if counts is None:
         text = f"more than {_MOST_LABELS} different values, {declared}; is it an image?"
         findings.append(Finding(ERROR, case, file, text))
         return findings, facts, ()
-    undeclared = sorted(value for value in counts if value not in range(len(labels)))
+    undeclared = sorted(value for value in counts if value not in values)
     if undeclared:
         voxels = sum(counts[value] for value in undeclared)
         text = f"{voxels} voxels have values {_some(undeclared)}, {declared}"
@@ -230,6 +247,12 @@ def _examine_label(
     present = tuple(label for label in range(len(labels)) if label in counts)
     if counts.keys() <= {0}:
         findings.append(Finding(WARNING, case, file, "empty: no voxel but background"))
+    elif counts.keys() == {ignore_label}:
+        text = f"all voxels are {ignore_label}, which is left out: nothing is learnt from the case"
+        findings.append(Finding(WARNING, case, file, text))
+    elif counts.keys() == {0, ignore_label}:
+        text = f"no voxel but background and {ignore_label}, which is left out"
+        findings.append(Finding(WARNING, case, file, text))
     return findings, facts, present
 
 

@@ -32,6 +32,8 @@ from ichseg.scan import volume
 from training.data.dataset import Case
 from training.data.workspace import DATASET_FILE
 
+_IGNORE = "ignore"  # the label of voxels that nobody could tell
+
 _log = logging.getLogger(__name__)
 
 
@@ -43,6 +45,7 @@ class Source:
         layout: What it was recognised as, in words.
         name, channels, labels: The fields of ``Dataset`` with these names.
         cases: The cases, sorted by name; each has one image file a channel, or one 4D file.
+        ignore_label: The field of ``Dataset`` with this name.
     """
 
     layout: str
@@ -50,6 +53,7 @@ class Source:
     channels: tuple[str, ...]
     labels: tuple[str, ...]
     cases: tuple[Case, ...]
+    ignore_label: int | None = None
 
 
 def read_source(folder: Path) -> Source:
@@ -85,7 +89,7 @@ def read_source(folder: Path) -> Source:
 
 def _read_described(folder: Path, path: Path, raw: Mapping[str, Any]) -> Source:
     """A dataset with a dataset.json, in one of three layouts."""
-    channels, labels = _channels(raw, path), _labels(raw, path)
+    channels, (labels, ignore_label) = _channels(raw, path), _labels(raw, path)
     name = str(raw.get("name") or folder.resolve().name)
     if "file_ending" in raw:
         layout, cases = "nnU-Net v2 raw folder", _v2_cases(folder, path, raw, channels)
@@ -104,7 +108,7 @@ def _read_described(folder: Path, path: Path, raw: Mapping[str, Any]) -> Source:
             )
             for image, label in listed
         ]
-    return Source(layout, name, channels, labels, _sorted(cases))
+    return Source(layout, name, channels, labels, _sorted(cases), ignore_label)
 
 
 def _listed(folder: Path, path: Path, raw: Mapping[str, Any]) -> list[tuple[Path, Path]]:
@@ -232,8 +236,12 @@ def _channels(raw: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     return tuple(str(table[number]) for number in _consecutive(table, path, key))
 
 
-def _labels(raw: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """Label names by value; MSD and nnU-Net v1 write value -> name, nnU-Net v2 name -> value."""
+def _labels(raw: Mapping[str, Any], path: Path) -> tuple[tuple[str, ...], int | None]:
+    """Label names by value, and the value of the label named ``ignore``, if there is one.
+
+    MSD and nnU-Net v1 write value -> name, nnU-Net v2 writes name -> value. As in the latter, the
+    label to ignore is the highest.
+    """
     table = raw.get("labels")
     if not isinstance(table, Mapping) or not table:
         raise DatasetError(
@@ -245,16 +253,20 @@ def _labels(raw: Mapping[str, Any], path: Path) -> tuple[str, ...]:
                 f"{path}: label {name!r} is the region {value}; regions are not supported, "
                 "expected one whole number a label"
             )
-        if "ignore" in (name, value):
-            raise DatasetError(
-                f"{path}: a label named 'ignore' (voxels to leave out of the loss) is not supported"
-            )
     if not any(isinstance(value, str) for value in table.values()):
-        names = {str(value): name for name, value in table.items()}
-        if len(names) < len(table):
+        by_value = {str(value): name for name, value in table.items()}
+        if len(by_value) < len(table):
             raise DatasetError(f"{path}: labels {dict(table)} give one value to two names")
-        table = names
-    return tuple(str(table[number]) for number in _consecutive(table, path, "labels"))
+        table = by_value
+    names = [str(table[number]) for number in _consecutive(table, path, "labels")]
+    if _IGNORE not in names:
+        return tuple(names), None
+    if names.index(_IGNORE) != len(names) - 1:
+        raise DatasetError(
+            f"{path}: label {_IGNORE!r} is {names.index(_IGNORE)}, expected the highest, "
+            f"{len(names) - 1}"
+        )
+    return tuple(names[:-1]), len(names) - 1
 
 
 def _consecutive(table: Mapping[str, Any], path: Path, what: str) -> list[str]:

@@ -69,7 +69,12 @@ def verify_dataset(workspace: Path, dataset: Dataset, workers: int) -> list[Find
     findings: list[Finding] = []
     facts: list[CaseFacts] = []
     results = parallel.each_case(
-        examine_case, dataset.cases, workspace, dataset.labels, workers=workers
+        examine_case,
+        dataset.cases,
+        workspace,
+        dataset.labels,
+        dataset.ignore_label,
+        workers=workers,
     )
     for case, found in parallel.with_progress(results, len(dataset.cases), "verify"):
         if isinstance(found, Exception):

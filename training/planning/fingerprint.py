@@ -1,6 +1,7 @@
 """What a dataset looks like: voxel sizes, shapes and foreground intensities.
 
-Intensities are those of *all* foreground voxels of all cases, pooled. nnU-Net takes a sample in
+Intensities are those of *all* foreground voxels of all cases, pooled; voxels to be ignored are
+none. nnU-Net takes a sample in
 which each case weighs the same; here a large bleed weighs more than a small one.
 """
 
@@ -136,7 +137,8 @@ def compute_fingerprint(dataset: Dataset, workers: int, sources: str = "") -> Fi
     in_hu = all(is_ct(channel) for channel in dataset.channels)
     facts: dict[str, _CaseFacts] = {}
     failures = []
-    results = each_case(_examine, cases, dataset.labels, in_hu, workers=workers)
+    shared = (dataset.labels, dataset.ignore_label, in_hu)
+    results = each_case(_examine, cases, *shared, workers=workers)
     for case, found in with_progress(results, len(cases), "fingerprint"):
         if isinstance(found, Exception):
             failures.append(describe_failure(case, found))
@@ -306,24 +308,28 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _examine(case: Case, labels: Sequence[str], in_hu: bool) -> _CaseFacts:
+def _examine(
+    case: Case, labels: Sequence[str], ignore_label: int | None, in_hu: bool
+) -> _CaseFacts:
     """Read one case, bring it to LPS, crop it, take its foreground; find the head in HU."""
-    images, reference = read_case(case, labels)
+    images, reference = read_case(case, labels, ignore_label)
     axes = orient_axes(images[0])
     stack = [axes.apply(image.voxels) for image in images]
     label = axes.apply(reference.voxels)
+    foreground = np.greater(label, 0)
+    if ignore_label is not None:
+        foreground &= label != ignore_label
     spacing = tuple(images[0].spacing_mm[axis] for axis in axes.permutation)
     box = crop_box(stack, spacing, "nonzero")
     crop = _index(box)
     head = crop_box(stack, spacing, "head") if in_hu else box
-    foreground = np.greater(label[crop], 0)
     return _CaseFacts(
         spacing_mm=(spacing[0], spacing[1], spacing[2]),
         shape=_size(box),
         head_shape=_size(head),
-        beyond_head=int(foreground.sum() - np.count_nonzero(label[_index(head)])),
-        relative_size=foreground.size / reference.voxels.size,
-        foreground=tuple(count_values(channel[crop][foreground]) for channel in stack),
+        beyond_head=int(foreground[crop].sum() - foreground[_index(head)].sum()),
+        relative_size=label[crop].size / label.size,
+        foreground=tuple(count_values(channel[crop][foreground[crop]]) for channel in stack),
     )
 
 

@@ -3,8 +3,10 @@
 One folder per configuration, four files per case:
 
     <case>.data.b2nd        intensities (C, Z, Y, X) as whole multiples of a small step
-    <case>.target.b2nd      labels int8 (Z, Y, X); -1 is background outside the nonzero mask
-    <case>.foreground.npz   voxel coordinates (n, 3) of each label, for foreground sampling
+    <case>.target.b2nd      labels int8 (Z, Y, X); -1 is background outside the nonzero mask, the
+                            value above the last label is a voxel to be ignored
+    <case>.foreground.npz   voxel coordinates (n, 3) of each label, for foreground sampling; where
+                            voxels may be ignored also of all others, as ``annotated``
     <case>.json             shape, steps, voxel counts and a digest of the files it was made from;
                             written last: it marks a finished case
 
@@ -40,6 +42,7 @@ _LISTED_FRACTION = 0.01  # of larger labels
 _SEED = 1234
 _DATA, _TARGET, _FOREGROUND, _META = ".data.b2nd", ".target.b2nd", ".foreground.npz", ".json"
 _PREVIOUS = ".previous.b2nd"
+_ANNOTATED = "annotated"  # beside the labels in the file of the coordinates
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class CaseMeta:
         voxels: How many voxels each of these labels has.
         source: Digest of the files that the case was made from, see ``training.data.sources``;
             empty if it is not known.
+        ignore_label: The value of voxels to be ignored, see ``Dataset``; it is none of ``labels``.
     """
 
     schema_version: int
@@ -64,6 +68,7 @@ class CaseMeta:
     labels: tuple[int, ...]
     voxels: tuple[int, ...]
     source: str = strict_json.optional("")
+    ignore_label: int | None = strict_json.optional(None)
 
     def __post_init__(self) -> None:
         strict_json.check_schema("store", self.schema_version, SCHEMA_VERSION)
@@ -123,6 +128,9 @@ class StoredCase:
         target: Reads as int8, ``(Z, Y, X)``.
         foreground: For each label present, voxel coordinates ``(n, 3)``: all, or a sample.
         previous: Labels of the cascade's first stage, as the target; None if not written.
+        annotated: Voxel coordinates ``(n, 3)`` to centre other patches on: a sample of all voxels
+            that are not to be ignored. None where no label stands for ignored voxels.
+        ignore_label: The value of ignored voxels in the target; None where there is none.
     """
 
     name: str
@@ -130,6 +138,8 @@ class StoredCase:
     target: StoredArray
     foreground: dict[int, npt.NDArray[np.integer]]
     previous: StoredArray | None = None
+    annotated: npt.NDArray[np.integer] | None = None
+    ignore_label: int | None = None
 
 
 def write_case(
@@ -140,6 +150,7 @@ def write_case(
     normalisations: Sequence[Normalisation],
     *,
     source: str = "",
+    ignore_label: int | None = None,
 ) -> None:
     """Store a case; until it is whole it does not count as there.
 
@@ -150,6 +161,7 @@ def write_case(
         target: int8, ``(Z, Y, X)``.
         normalisations: How each channel was normalised; decides how finely it is stored.
         source: Digest of the files that it was made from; empty if it is not known.
+        ignore_label: The value of voxels in the target that are to be ignored, or None.
 
     Raises:
         DatasetError: The arrays are of other types or do not fit each other.
@@ -164,11 +176,18 @@ def write_case(
         raise DatasetError(
             f"case {name}: target is {target.dtype} {target.shape}, expected int8 {data.shape[1:]}"
         )
-    foreground, counts = sample_foreground(target)
+    foreground, counts = sample_foreground(target, ignore_label)
     steps = tuple(choose_step(image, how) for image, how in zip(data, normalisations, strict=True))
     c, z, y, x = data.shape
     meta = CaseMeta(
-        SCHEMA_VERSION, name, (c, z, y, x), steps, tuple(counts), tuple(counts.values()), source
+        SCHEMA_VERSION,
+        name,
+        (c, z, y, x),
+        steps,
+        tuple(counts),
+        tuple(counts.values()),
+        source,
+        ignore_label,
     )
     for suffix in (_META, _PREVIOUS):  # from here on the old case is no more
         _file(folder, name, suffix).unlink(missing_ok=True)
@@ -177,6 +196,8 @@ def write_case(
     _write_labels(_file(folder, name, _TARGET), target)
     with replacing(_file(folder, name, _FOREGROUND), suffix=".npz") as temporary:
         arrays: dict[str, Any] = {str(label): found for label, found in foreground.items()}
+        if ignore_label is not None:
+            arrays[_ANNOTATED] = sample_voxels(target != ignore_label)
         np.savez_compressed(temporary, **arrays)
     with replacing(_file(folder, name, _META)) as temporary:
         temporary.write_text(strict_json.dumps(meta), encoding="utf-8")
@@ -231,7 +252,8 @@ def open_case(folder: Path, name: str) -> StoredCase:
         shapes = tuple(_open_array(array.path).shape for array in (data, target))
         before = None if previous is None else _open_array(previous.path).shape
         with np.load(_file(folder, name, _FOREGROUND)) as file:
-            foreground = {int(label): file[label] for label in file.files}
+            annotated = file[_ANNOTATED] if _ANNOTATED in file.files else None
+            foreground = {int(key): file[key] for key in file.files if key != _ANNOTATED}
     except (OSError, RuntimeError, ValueError) as error:
         raise DatasetError(f"{folder}: case {name} is damaged ({error})") from error
     if shapes != (meta.shape, meta.shape[1:]) or len(steps) != meta.shape[0]:
@@ -243,7 +265,7 @@ def open_case(folder: Path, name: str) -> StoredCase:
         raise DatasetError(
             f"{path}: previous labels have shape {before}, expected {meta.shape[1:]}"
         )
-    return StoredCase(name, data, target, foreground, previous)
+    return StoredCase(name, data, target, foreground, previous, annotated, meta.ignore_label)
 
 
 def load_meta(folder: Path, name: str) -> CaseMeta:
@@ -271,30 +293,44 @@ def is_complete(folder: Path, name: str) -> bool:
 
 
 def sample_foreground(
-    target: npt.NDArray[np.int8],
+    target: npt.NDArray[np.int8], ignore_label: int | None = None
 ) -> tuple[dict[int, npt.NDArray[np.integer]], dict[int, int]]:
     """Coordinates to centre foreground patches on, and voxel counts, both by label.
 
-    Every voxel of labels up to 10 000 voxels; of larger ones 10 000 or 1 %, whichever is more,
-    drawn without replacement with a fixed seed.
-
     Args:
-        target: ``(Z, Y, X)``; values above 0 are foreground.
+        target: ``(Z, Y, X)``; values above 0 are foreground, but for the one to be ignored.
+        ignore_label: That value, or None.
+
+    Returns:
+        For each label that is present the coordinates ``(n, 3)`` as ``sample_voxels`` draws them,
+        and how many voxels it has.
     """
     random = np.random.RandomState(_SEED)
-    dtype = np.int16 if max(target.shape) <= np.iinfo(np.int16).max else np.int32
     foreground: dict[int, npt.NDArray[np.integer]] = {}
     counts: dict[int, int] = {}
     for label in range(1, int(target.max(initial=0)) + 1):
-        flat = np.flatnonzero(target == label)
-        if not len(flat):
-            continue
-        counts[label] = len(flat)
-        wanted = max(min(_LISTED_AT_LEAST, len(flat)), int(np.ceil(len(flat) * _LISTED_FRACTION)))
-        if wanted < len(flat):
-            flat = flat[np.sort(random.choice(len(flat), wanted, replace=False))]
-        foreground[label] = np.stack(np.unravel_index(flat, target.shape), axis=1).astype(dtype)
+        mask = target == label
+        if label != ignore_label and (count := int(np.count_nonzero(mask))):
+            counts[label] = count
+            foreground[label] = sample_voxels(mask, random)
     return foreground, counts
+
+
+def sample_voxels(
+    mask: npt.NDArray[np.bool_], random: np.random.RandomState | None = None
+) -> npt.NDArray[np.integer]:
+    """Coordinates ``(n, 3)`` of the voxels of a mask ``(Z, Y, X)``, in order.
+
+    All of up to 10 000 voxels; of more 10 000 or 1 %, whichever is more, drawn without replacement
+    with a fixed seed.
+    """
+    random = np.random.RandomState(_SEED) if random is None else random
+    dtype = np.int16 if max(mask.shape) <= np.iinfo(np.int16).max else np.int32
+    flat = np.flatnonzero(mask)
+    wanted = max(min(_LISTED_AT_LEAST, len(flat)), int(np.ceil(len(flat) * _LISTED_FRACTION)))
+    if wanted < len(flat):
+        flat = flat[np.sort(random.choice(len(flat), wanted, replace=False))]
+    return np.stack(np.unravel_index(flat, mask.shape), axis=1).astype(dtype)
 
 
 def _multiples(data: npt.NDArray[np.float32], steps: tuple[float, ...]) -> Any:

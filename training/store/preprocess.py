@@ -60,6 +60,7 @@ class _Record:
     normalisations: tuple[Normalisation, ...]
     resampling: Resampling
     crop: str = strict_json.optional("nonzero")
+    ignore_label: int | None = strict_json.optional(None)
 
 
 def preprocess_dataset(
@@ -85,7 +86,7 @@ def preprocess_dataset(
     """
     configuration = plans.configuration(configuration_name)
     folder = preprocessed_folder(workspace, configuration_name)
-    _claim(folder, plans, configuration)
+    _claim(folder, _record_of(dataset, plans, configuration))
     cases = dataset.labelled
     digests = digest_cases(workspace, cases)  # before files are read: a later change is noticed
     waiting = _waiting(folder, cases, digests)
@@ -98,7 +99,7 @@ def preprocess_dataset(
             plans_file(workspace),
         )
     failures = []
-    shared = (dataset.labels, plans, configuration, folder, digests)
+    shared = (dataset.labels, dataset.ignore_label, plans, configuration, folder, digests)
     results = each_case(_preprocess_case, waiting, *shared, workers=workers)
     for case, failure in with_progress(results, len(waiting), f"preprocess {configuration_name}"):
         if failure is not None:
@@ -116,7 +117,7 @@ def is_preprocessed(
 ) -> bool:
     """Whether the store holds all labelled cases as they are now, made with these plans."""
     folder = preprocessed_folder(workspace, configuration_name)
-    wanted = _record_of(plans, plans.configuration(configuration_name))
+    wanted = _record_of(dataset, plans, plans.configuration(configuration_name))
     if _recorded(folder / _RECORD_FILE) != wanted:
         return False
     cases = dataset.labelled
@@ -210,9 +211,8 @@ def _stale(folder: Path, cases: Sequence[Case], digests: Mapping[str, str]) -> d
     return found
 
 
-def _claim(folder: Path, plans: Plans, configuration: Configuration) -> None:
+def _claim(folder: Path, record: _Record) -> None:
     """Record what the folder is made with; refuse one that was made otherwise."""
-    record = _record_of(plans, configuration)
     path = folder / _RECORD_FILE
     remove_unfinished(folder)
     if not path.exists():
@@ -225,14 +225,17 @@ def _claim(folder: Path, plans: Plans, configuration: Configuration) -> None:
     elif _recorded(path) != record:
         raise DatasetError(
             f"{folder}: was preprocessed with other plans (spacing, intensities, crop or "
-            "resampling differ) or by another version; delete the folder and preprocess again"
+            "resampling differ), another label to ignore, or by another version; delete the folder "
+            "and preprocess again"
         )
 
 
-def _refuse_beyond(reference: Volume, placement: Placement) -> None:
+def _refuse_beyond(reference: Volume, placement: Placement, ignore_label: int | None) -> None:
     """Refuse a case that loses foreground to the cut to the head."""
-    labels = placement.axes.apply(reference.voxels)
-    lost = np.count_nonzero(labels) - np.count_nonzero(labels[placement.slices])
+    foreground = placement.axes.apply(reference.voxels) != 0
+    if ignore_label is not None:
+        foreground &= placement.axes.apply(reference.voxels) != ignore_label
+    lost = np.count_nonzero(foreground) - np.count_nonzero(foreground[placement.slices])
     if lost:
         raise DatasetError(
             f"{lost} foreground voxels lie outside of the head that is found, which no network "
@@ -240,7 +243,7 @@ def _refuse_beyond(reference: Volume, placement: Placement) -> None:
         )
 
 
-def _record_of(plans: Plans, configuration: Configuration) -> _Record:
+def _record_of(dataset: Dataset, plans: Plans, configuration: Configuration) -> _Record:
     return _Record(
         store_version=chunks.SCHEMA_VERSION,
         dimensions=configuration.architecture.dimensions,
@@ -251,6 +254,7 @@ def _record_of(plans: Plans, configuration: Configuration) -> _Record:
         normalisations=plans.normalisations,
         resampling=plans.resampling,
         crop=plans.crop,
+        ignore_label=dataset.ignore_label,
     )
 
 
@@ -264,21 +268,28 @@ def _recorded(path: Path) -> _Record | None:
 def _preprocess_case(
     case: Case,
     labels: Sequence[str],
+    ignore_label: int | None,
     plans: Plans,
     configuration: Configuration,
     folder: Path,
     digests: Mapping[str, str],
 ) -> None:
     """Read, prepare and store one case."""
-    images, reference = read_case(case, labels)
+    images, reference = read_case(case, labels, ignore_label)
     placement = place(images, plans, configuration)
     if plans.crop == "head":
-        _refuse_beyond(reference, placement)
+        _refuse_beyond(reference, placement, ignore_label)
     outside = prepare.outside_nonzero(images, placement)
     target = prepare.prepare_labels(reference, placement, plans, outside)
     del reference, outside  # memory, before what needs most of it
     data = prepare.to_grid(images, plans, placement)
     del images
     chunks.write_case(
-        folder, case.name, data, target, plans.normalisations, source=digests[case.name]
+        folder,
+        case.name,
+        data,
+        target,
+        plans.normalisations,
+        source=digests[case.name],
+        ignore_label=ignore_label,
     )
