@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ichseg.errors import InputError, OutputError
-from ichseg.files import SCAN_SUFFIXES, UNFINISHED, stem_of
-from ichseg.scan.dicom import files
+from ichseg.files import SCAN_SUFFIXES, UNFINISHED, stem_of, suffix_of
+from ichseg.scan.dicom.studies import find_studies
 
 INPUTS_FILE = "inputs.json"
 _INPUTS_LIMIT = 16 << 20  # bytes; the platform's are a few thousand
@@ -31,11 +31,13 @@ class InputCase:
         name: For the log, the file name, or that of the folder.
         image: The scan's file, or the folder of its DICOM slices.
         output: Where its mask goes.
+        study: The UID of its study where slices of another one lie in the same folder.
     """
 
     name: str
     image: Path
     output: Path
+    study: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,10 @@ def find_cases(folder: Path, output: Path, *, input_slug: str, output_slug: str)
 
     In this order: ``inputs.json`` (one image socket, or the one named ``input_slug``),
     ``images/<slug>/*.mha`` (likewise), else what lies directly in the folder: volumes, folders of
-    DICOM slices, or the slices of one scan. On the platform layouts masks go to
-    ``images/<output_slug>/``; in a flat folder they keep the input's file name, and those of DICOM
-    get the folder's name and ``_straight``, since their grid may be another than the slices'.
+    DICOM slices, or slices themselves; of DICOM each study is a case. On the platform layouts
+    masks go to ``images/<output_slug>/``; in a flat folder they keep the input's file name, and
+    those of DICOM get their folder's name and ``_straight``, since their grid may be another than
+    the slices'.
 
     Raises:
         InputError: There is no case, more than one socket could be meant, or a path leads out of
@@ -90,8 +93,8 @@ def _recognise(folder: Path, output: Path, input_slug: str, output_slug: str) ->
         return Job(_platform_cases(folder / socket, masks, folder), platform=True)
     cases = [InputCase(path.name, path, output / path.name) for path in _volumes(folder, folder)]
     cases += [
-        InputCase(name, path, output / f"{name}_straight.mha")
-        for name, path in _dicom_folders(folder, output).items()
+        InputCase(study.name, study.folder, output / f"{study.name}_straight.mha", study.uid)
+        for study in find_studies(folder, _entries(folder, output))
     ]
     if not cases:
         raise InputError(
@@ -104,20 +107,18 @@ def _recognise(folder: Path, output: Path, input_slug: str, output_slug: str) ->
     return Job(tuple(sorted(cases, key=lambda case: case.name)), platform=False)
 
 
-def _dicom_folders(folder: Path, output: Path) -> dict[str, Path]:
-    """By name: the folder itself if DICOM slices lie in it, else those in it that hold some.
+def _entries(folder: Path, output: Path) -> list[Path]:
+    """What lies in the input folder and may be DICOM.
 
     The output folder may lie there, too, with an earlier run's DICOM-SEG.
     """
-    here = sorted(_inside(folder, folder).iterdir())
-    if any(path.is_file() and files.is_dicom(path) for path in here):
-        return {folder.resolve().name or "scan": folder}
-    return {
-        path.name: _inside(path, folder)
-        for path in here
-        if path.is_dir() and not path.name.startswith(".") and path.resolve() != output.resolve()
-        if files.holds_dicom(path)
-    }
+    return [
+        _inside(path, folder)
+        for path in sorted(_inside(folder, folder).iterdir())
+        if not path.name.startswith(".")
+        if path.is_dir() or (path.is_file() and not suffix_of(path))
+        if path.resolve() != output.resolve()
+    ]
 
 
 def find_challenge_cases(folder: Path, predict: Path) -> Job:

@@ -165,7 +165,9 @@ def open_case(task: Task, _: Task, ensemble: Ensemble, options: Options, base: i
     began = time.perf_counter()
     image, stamp = task.case.image, task.stamp
     scan = reader.read_scan(
-        image, lambda voxels: needs.refuse_beyond_memory(image, base + 2 * voxels, "voxels")
+        image,
+        lambda voxels: needs.refuse_beyond_memory(image, base + 2 * voxels, "voxels"),
+        task.case.study,
     )
     if scan.series is not None:
         say(f"{task.name}: {scan.series.words}")
@@ -281,5 +283,5 @@ def _write_pictures(
     from ichseg.report import case_files, pictures
 
     found, mask, is_ct = scan.volume, segmentation.mask, ensemble.model.expects_hu
-    pictures.write_overlay(found, mask, output / f"{stem_of(case.image)}.png", is_ct=is_ct)
+    pictures.write_overlay(found, mask, output / f"{stem_of(Path(case.name))}.png", is_ct=is_ct)
     case_files.write_case(output / REPORT, case.name, found, {"prediction": mask}, is_ct=is_ct)

@@ -97,7 +97,7 @@ def stamp_of(image: Path) -> Stamp:
         InputError: The scan cannot be looked at.
     """
     try:
-        files = list(dicom_files.walk(image)) if image.is_dir() else [image]
+        files = dicom_files.walk(image).files if image.is_dir() else [image]
         stats = [path.stat() for path in files]
     except OSError as error:
         raise InputError(f"{image}: cannot read ({error.strerror})") from error

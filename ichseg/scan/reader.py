@@ -29,18 +29,21 @@ class Scan:
     series: Series | None = None
 
 
-def read_scan(path: Path, check_size: Callable[[int], object] = lambda _: None) -> Scan:
+def read_scan(
+    path: Path, check_size: Callable[[int], object] = lambda _: None, study: str = ""
+) -> Scan:
     """Read an ``.mha``, ``.nii`` or ``.nii.gz`` file, or a folder of DICOM slices.
 
     Args:
         path: The file or folder.
         check_size: Given the number of voxels as headers say, before any is read; may raise.
+        study: The UID of the study that is meant, where a folder holds several.
 
     Raises:
         InputError: It is missing, of another type, damaged, or no finite 3D volume.
     """
     if path.is_dir():
-        series = find_series(path)
+        series = find_series(path, study)
         check_size(voxel_count(series))
         return Scan(read_series(series), series.warnings, series)
     check_size(math.prod(volume.stored_shape(path)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ichseg.errors import InputError
@@ -11,6 +11,19 @@ from ichseg.errors import InputError
 MOST_FILES = 20_000  # in one case
 MARK_AT, MARK = 128, b"DICM"
 _DEEPEST = 8  # folders in folders
+
+
+@dataclass(slots=True)
+class Listing:
+    """What lies in a folder and in those below it.
+
+    Attributes:
+        files: The files, folder by folder, by name.
+        passed_over: Links that lead out and folders too deep, with the reason in words.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    passed_over: list[tuple[Path, str]] = field(default_factory=list)
 
 
 def is_dicom(path: Path) -> bool:
@@ -22,41 +35,40 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
-def holds_dicom(folder: Path) -> bool:
-    """Whether any file in a folder, or in the folders below, has DICOM's mark."""
-    return any(is_dicom(path) for path in walk(folder))
+def walk(folder: Path) -> Listing:
+    """The files in a folder and in those below; hidden ones are left out.
 
-
-def walk(folder: Path) -> Iterator[Path]:
-    """The files in a folder and in those below, by name; hidden ones are left out.
-
-    Links to folders are not followed.
+    Links to folders are not followed, those to files only where they stay within the folder.
 
     Raises:
-        InputError: There are too many, folders are nested too deep, or a link leads out.
+        InputError: There are too many files, or a folder cannot be read.
     """
     home = folder.resolve()
+    found = Listing()
     waiting = [(folder, 0)]
     count = 0
     while waiting:
         here, depth = waiting.pop(0)
         try:
-            with os.scandir(here) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
+            with os.scandir(here) as entries:
+                in_order = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             raise InputError(f"{here}: cannot read ({error.strerror or error})") from error
-        count += len(entries)
+        count += len(in_order)
         if count > MOST_FILES:
             raise InputError(f"{folder}: more than {MOST_FILES} files, expected those of one scan")
-        for entry in entries:
+        for entry in in_order:
+            path = here / entry.name
             if entry.name.startswith("."):
                 continue
-            path = here / entry.name
             if entry.is_dir(follow_symlinks=False):
                 if depth == _DEEPEST:
-                    raise InputError(f"{path}: more than {_DEEPEST} folders deep in {folder}")
-                waiting.append((path, depth + 1))
+                    found.passed_over.append((path, f"more than {_DEEPEST} folders deep"))
+                else:
+                    waiting.append((path, depth + 1))
             elif entry.is_file():
                 if entry.is_symlink() and not path.resolve().is_relative_to(home):
-                    raise InputError(f"{path}: a link that leads out of {folder}")
-                yield path
+                    found.passed_over.append((path, f"a link that leads out of {folder}"))
+                else:
+                    found.files.append(path)
+    return found

@@ -1,6 +1,7 @@
 """A folder of DICOM slices as a case: which series it is, where its slices lie, and their HU.
 
-Headers are read first, all of them; pixels only of the slices that are used. Geometry is that of
+Headers are read first, all of them; pixels only of the slices that are used, and of three in each
+series where there are several to choose from. Geometry is that of
 each slice's own position and orientation, never of the file's name, its number, or the thickness
 or tilt that its header mentions.
 """
@@ -8,21 +9,21 @@ or tilt that its header mentions.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ichseg.errors import InputError
-from ichseg.scan.dicom import decompress, elements, files, pixels
-from ichseg.scan.dicom.elements import CT_IMAGE, DicomFile
-from ichseg.scan.dicom.stacking import Candidate, describe, frame_of, stack_slices
+from ichseg.scan.dicom import decompress, pixels
+from ichseg.scan.dicom.choosing import choose, is_axial, is_plain, says_head
+from ichseg.scan.dicom.elements import DicomFile
+from ichseg.scan.dicom.sorting import sort_folder
+from ichseg.scan.dicom.stacking import Candidate, describe, group_by_frame, stack_slices
 from ichseg.scan.dicom.straighten import Stack, grid_of, straighten
 from ichseg.scan.volume import Volume
 from ichseg.wording import counted
 
-ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
-
-_HEAD = ("HEAD", "BRAIN", "SKULL", "NEURO", "SINUS", "ORBIT", "FACE", "EAR")
+_LEAST_HEAD_MM = 80.0  # a part of a series that is shorter does not stand for one
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,49 +45,69 @@ class Series:
     warnings: tuple[str, ...]
 
 
-def find_series(folder: Path) -> Series:
+def find_series(folder: Path, study: str = "") -> Series:
     """Choose the series in a folder, and those below it, that is the head CT.
 
-    Of the CT series the one is taken whose slices are axial, not computed from another's, and
-    cover the most; localisers and other modalities are left out, in words.
+    What is no CT slice, other series and files that cannot be read are left out, in words.
+
+    Args:
+        folder: Where to look.
+        study: The UID of the study, where the folder holds several.
 
     Raises:
-        InputError: A file is damaged, there is no CT series, its slices make no volume, or slices
-            are missing.
+        InputError: There is no CT series, slices of several studies or patients lie there, the
+            slices make no volume, or too many are missing.
     """
-    found, others = _headers(folder)
-    if not found:
-        what = f" of a CT's slices, but {_counted(others)}" if others else ""
+    found = sort_folder(folder, study)
+    slices = found.slices
+    _refuse_several(folder, slices)
+    if not slices:
+        if found.faults and not found.others:
+            path, reason = found.faults[0]
+            more = f" (and {counted(len(found.faults) - 1, 'more file')})"
+            raise InputError(f"{path}: {reason}{more if len(found.faults) > 1 else ''}")
+        what = f" of a CT's slices, but {found.words()}" if found.others else ""
         raise InputError(f"{folder}: no DICOM file{what}; expected the slices of a CT series")
-    groups: dict[tuple[object, ...], list[DicomFile]] = {}
-    for file in found:
-        groups.setdefault(frame_of(file), []).append(file)
     candidates, refusals = [], []
-    for group in groups.values():
+    for group in group_by_frame(slices):
         try:
             candidates.append(stack_slices(group))
         except InputError as error:
             refusals.append((len(group), str(error)))
     if not candidates:
         raise InputError(max(refusals)[1])
-    best = max(candidates, key=lambda candidate: candidate.rank)
+    with decompress.decoder() as decode:
+        choice = choose(candidates, decode)
+    best = choice.taken
     larger = max(refusals, default=(0, ""))
-    if larger[0] > len(best.files):
+    if larger[0] > len(best.files) and best.extent_mm < _LEAST_HEAD_MM:
         raise InputError(larger[1])
-    left_out = [f"left out: {_counted(others)}"] if others else []
-    rest = [c for c in candidates if c is not best]
-    if rest or refusals:
-        left_out.append(
-            f"left out: {len(rest) + len(refusals)} other series or parts of one, "
-            + ", ".join([describe(c.files) for c in rest] + [f"{n} slices" for n, _ in refusals])
-        )
+    left_out = [f"left out: {found.words()}"] if found.words() else []
+    rest = [f"{describe(other.files)} ({why})" for other, why in choice.others]
+    rest += [f"{counted(n, 'slice')} that are no volume" for n, _ in refusals]
+    if rest:
+        left_out.append(f"left out: {len(rest)} other series or parts of one, " + "; ".join(rest))
+    whys = dict.fromkeys(why for _, why in choice.others)
     return Series(
         folder=folder,
         slices=best.files,
         stack=best.stack,
-        words=f"taken was {describe(best.files)}",
+        words=f"taken was {describe(best.files)}"
+        + (f"; others were left out as: {', '.join(whys)}" if whys else ""),
         warnings=(*left_out, *best.warnings, *_about_header(best)),
     )
+
+
+def _refuse_several(folder: Path, slices: Sequence[DicomFile]) -> None:
+    """Refuse slices of several studies or patients.
+
+    Raises:
+        InputError: They are.
+    """
+    for what, key in (("studies", "StudyInstanceUID"), ("patients", "PatientID")):
+        several = {value for file in slices if (value := file.text(key))}
+        if len(several) > 1:
+            raise InputError(f"{folder}: slices of {len(several)} {what}, expected those of one")
 
 
 def read_series(series: Series) -> Volume:
@@ -104,47 +125,18 @@ def voxel_count(series: Series) -> int:
     return math.prod(grid_of(series.stack).shape)
 
 
-def _headers(folder: Path) -> tuple[list[DicomFile], Counter[str]]:
-    """Of the CT slices; and how many files of what else there are."""
-    found: list[DicomFile] = []
-    others: Counter[str] = Counter()
-    for path in files.walk(folder):
-        if not files.is_dicom(path):
-            if path.suffix.lower() in (".dcm", ".ima"):
-                raise InputError(f"{path}: not a DICOM file, expected DICM at byte 128")
-            continue
-        file = elements.read_elements(path)
-        kind, modality = file.text("SOPClassUID"), file.text("Modality")
-        if kind == ENHANCED_CT:
-            raise InputError(
-                f"{path}: an Enhanced CT image, many slices in one file; expected a file a slice"
-            )
-        if not kind and not file.pixels_at:  # a medium's directory
-            continue
-        if kind != CT_IMAGE or modality != "CT":
-            others[f"of modality {modality[:16]}" if modality else "without an image"] += 1
-        elif "LOCALIZER" in file.text("ImageType").upper():
-            others["of a localiser"] += 1
-        else:
-            found.append(file)
-    return found, others
-
-
-def _counted(others: Counter[str]) -> str:
-    return ", ".join(f"{counted(n, 'file')} {what}" for what, n in sorted(others.items()))
-
-
 def _about_header(chosen: Candidate) -> list[str]:
-    """What else a reader should know."""
+    """What else a reader should know of the series that is taken."""
     first = chosen.files[0]
     words = []
-    if not chosen.rank[0]:
+    if not is_axial(chosen):
         words.append("the slices are not axial")
-    if contrast := first.text("ContrastBolusAgent")[:40]:
-        words.append(f"taken with contrast agent ({contrast}); the networks know scans without")
-    part = first.text("BodyPartExamined").upper()
-    if part and not any(word in part for word in _HEAD):
-        words.append(f"the header says body part {part[:20]}, expected a head")
+    if not is_plain(chosen):
+        agent = first.text("ContrastBolusAgent")[:40] or "as its description says"
+        words.append(f"taken with contrast agent ({agent}); the networks know scans without")
+    if says_head(chosen) is False:
+        part = first.text("BodyPartExamined")[:20].upper()
+        words.append(f"the header says body part {part}, expected a head")
     if first.text("LossyImageCompression") == "01":
         words.append("its pixels have been compressed with loss")
     return words

@@ -24,9 +24,8 @@ from ichseg.wording import counted, times
 _SAME_PLACE_MM = 0.01  # two slices this near lie at the same place
 _WIDEST_GAP_MM = 15.0  # a lesion of more than 1 mL could lie in a wider one
 _GAP = 1.5  # a step is one if it is so many times what it should be
-_PARALLEL = 1e-3  # of direction cosines
+_PARALLEL = 5e-3  # of direction cosines, some of which are written with two decimals
 _LARGEST = 4096  # rows, columns
-_AXIAL = math.cos(math.radians(45))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +41,13 @@ class Candidate:
         """The distance from the first slice's plane to the last one's."""
         return float(np.ptp(self.stack.places_mm[:, 0]))
 
-    @property
-    def rank(self) -> tuple[bool, bool, float, int]:
-        """Axial before oblique, taken before computed, then by what it covers and how finely."""
-        axial = bool(abs(self.stack.axes[0, 0]) > _AXIAL)
-        derived = "DERIVED" in self.files[0].text("ImageType").upper()
-        return axial, not derived, round(self.extent_mm), len(self.files)
 
+def refuse_without_frame(file: DicomFile) -> None:
+    """Refuse a file that does not say where its slice lies and how large it is.
 
-def frame_of(file: DicomFile) -> tuple[object, ...]:
-    """What slices of one volume have in common."""
+    Raises:
+        InputError: It is such a file.
+    """
     orientation = file.numbers("ImageOrientationPatient", 6)
     spacing = file.numbers("PixelSpacing", 2)
     if orientation is None or spacing is None or file.numbers("ImagePositionPatient", 3) is None:
@@ -61,9 +57,23 @@ def frame_of(file: DicomFile) -> tuple[object, ...]:
     rows, columns = file.integer("Rows"), file.integer("Columns")
     if not (rows and columns and rows <= _LARGEST and columns <= _LARGEST):
         raise file.fault(f"{rows} rows of {columns} pixels, expected 1 to {_LARGEST}")
-    turned = tuple(round(value, 2) + 0.0 for value in orientation)
-    sizes = tuple(round(value, 4) for value in spacing)
-    return file.text("SeriesInstanceUID"), rows, columns, turned, sizes
+
+
+def group_by_frame(slices: Iterable[DicomFile]) -> list[list[DicomFile]]:
+    """Slices of one series, size and orientation together, however their numbers are rounded."""
+    groups: list[tuple[tuple[object, ...], npt.NDArray[np.float64], list[DicomFile]]] = []
+    for file in slices:
+        same = (file.text("SeriesInstanceUID"), file.integer("Rows"), file.integer("Columns"))
+        spacing = file.numbers("PixelSpacing", 2) or ()
+        orientation = file.numbers("ImageOrientationPatient", 6) or ()
+        frame = np.array([*orientation, *spacing])
+        for other, place, group in groups:
+            if other == same and abs(frame - place).max() <= _PARALLEL / 2:
+                group.append(file)
+                break
+        else:
+            groups.append((same, frame, [file]))
+    return [group for _, _, group in groups]
 
 
 def stack_slices(given: Sequence[DicomFile]) -> Candidate:
@@ -77,7 +87,8 @@ def stack_slices(given: Sequence[DicomFile]) -> Candidate:
     orientation = np.array([file.numbers("ImageOrientationPatient", 6) for file in given])
     if np.ptp(orientation, axis=0).max() > _PARALLEL:
         raise InputError(f"{folder}: {describe(given)} are not parallel, expected a volume")
-    row, column = orientation[0, 2::-1], orientation[0, :2:-1]  # (z, y, x)
+    usual = np.median(orientation, axis=0)
+    row, column = usual[2::-1], usual[:2:-1]  # (z, y, x)
     lengths = (float(row @ row), float(column @ column), float(row @ column) + 1)
     if max(abs(value - 1) for value in lengths) > 2 * _PARALLEL:
         raise first.fault("its row and column are no unit vectors at right angles")

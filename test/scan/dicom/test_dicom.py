@@ -27,7 +27,8 @@ from ichseg.errors import InputError
 from ichseg.scan.dicom import decompress
 from ichseg.scan.dicom.elements import COMPRESSED, read_elements
 from ichseg.scan.dicom.pixels import hounsfield
-from ichseg.scan.dicom.series import ENHANCED_CT, find_series, read_series
+from ichseg.scan.dicom.series import find_series, read_series
+from ichseg.scan.dicom.sorting import ENHANCED_CT
 from ichseg.scan.dicom.straighten import NOTHING_HU
 from ichseg.scan.reader import read_scan
 
@@ -136,7 +137,7 @@ def test_the_largest_axial_series_is_taken_and_the_others_named(tmp_path):
     (tmp_path / "thin" / "notes.txt").write_text("not DICOM")
     (tmp_path / "thin" / ".hidden.dcm").write_bytes(b"nor this")
     series = find_series(tmp_path)
-    assert series.words == "taken was series 2 of 8 slices, kernel H31s"
+    assert series.words.startswith("taken was series 2 of 8 slices, kernel H31s; others were left")
     assert [file.path.parent.name for file in series.slices] == ["thin"] * 8
     said = " ".join(series.warnings)
     assert "1 file of a localiser, 1 file of modality MR" in said
@@ -151,7 +152,9 @@ def test_parts_of_a_series_with_another_frame_are_left_out(tmp_path):
     save(make_slice(np.zeros((9, 9)), (0, 0, 0)), tmp_path / "odd.dcm")
     series = find_series(tmp_path)
     assert len(series.slices) == 4
-    assert series.warnings[0].startswith("left out: 1 other series or parts of one, 1 slices")
+    assert series.warnings[0].startswith(
+        "left out: 1 other series or parts of one, 1 slice that are"
+    )
 
 
 def test_slices_are_ordered_by_place_and_the_lowest_is_first(tmp_path):
@@ -258,8 +261,8 @@ def test_a_slice_without_a_place_is_refused(tmp_path, changes, words):
         find_series(one(tmp_path, **changes).parent)
 
 
-def test_a_damaged_file_is_refused_by_name(tmp_path):
-    write(tmp_path)
+def test_a_damaged_file_is_left_out_by_name(tmp_path):
+    write(tmp_path, heights=(*HEIGHTS, 20.0))
     whole = (tmp_path / "000.dcm").read_bytes()
     for content, words in (
         (whole[:400], "cut off"),
@@ -268,8 +271,14 @@ def test_a_damaged_file_is_refused_by_name(tmp_path):
         (whole[:200] + b"\xff" * 40 + whole[240:], "damaged|cut off|unknown transfer"),
     ):
         (tmp_path / "000.dcm").write_bytes(content)
-        with pytest.raises(InputError, match=f"000.dcm: .*({words})"):
-            find_series(tmp_path)
+        series = find_series(tmp_path)
+        assert len(series.slices) == 4
+        text = rf"left out: 1 file that cannot be read as a slice: 000\.dcm \(.*({words})"
+        assert re.match(text, series.warnings[0])
+    for other in tmp_path.glob("*.dcm"):
+        other.write_bytes(whole[:400])
+    with pytest.raises(InputError, match=r"000\.dcm: cut off.* \(and 4 more files\)"):
+        find_series(tmp_path)
 
 
 def test_transfer_syntaxes_that_are_not_read_are_named(tmp_path, pixels):
@@ -278,15 +287,16 @@ def test_transfer_syntaxes_that_are_not_read_are_named(tmp_path, pixels):
         read_elements(path)
 
 
-def test_links_that_lead_out_and_folders_too_deep_are_refused(tmp_path):
+def test_links_that_lead_out_and_folders_too_deep_are_left_out(tmp_path):
     write(tmp_path / "in")
     write(tmp_path / "out")
     (tmp_path / "in" / "link.dcm").symlink_to(tmp_path / "out" / "000.dcm")
-    with pytest.raises(InputError, match=r"link.dcm: a link that leads out of"):
-        find_series(tmp_path / "in")
+    series = find_series(tmp_path / "in")
+    assert len(series.slices) == 4
+    assert "link.dcm (a link that leads out of" in series.warnings[0]
     deep = tmp_path / "deep" / "/".join("abcdefghij")
     write(deep)
-    with pytest.raises(InputError, match="more than 8 folders deep"):
+    with pytest.raises(InputError, match="/i: more than 8 folders deep"):
         find_series(tmp_path / "deep")
 
 

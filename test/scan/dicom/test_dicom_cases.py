@@ -58,7 +58,7 @@ class Bright(Ensemble):
 
 def segment(folder, bundle, out):
     real = Ensemble.load(bundle, "cpu")
-    ensemble = Bright(*(getattr(real, name) for name in real.__dataclass_fields__))
+    ensemble = Bright(real.model, real.folder, real.engine)
     job = find_cases(folder, out, input_slug="head-ct", output_slug="bleed")
     return pipeline.run(job, ensemble, Options(out, "fast"))
 
