@@ -119,7 +119,7 @@ def test_what_reading_noticed_is_in_the_result(place, monkeypatch):
     """Also what the voxels' values gave away, for a model that expects HU."""
     read_scan = reader.read_scan
     monkeypatch.setattr(
-        reader, "read_scan", lambda path, _: Scan(read_scan(path).volume, ("of reading",))
+        reader, "read_scan", lambda path, *_: Scan(read_scan(path).volume, ("of reading",))
     )
     monkeypatch.setattr(plausibility, "check", lambda found, _: (found, ("of its values",)))
     ensemble = Pretended()
