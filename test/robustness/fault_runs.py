@@ -114,7 +114,7 @@ def make_scene(folder: Path) -> Scene:
     make_bundle(folder / "weights", folds=1)
     noise = np.random.default_rng(0)
     for number, suffix in enumerate(SUFFIXES):
-        voxels = noise.integers(-1000, 1000, (16 - 2 * number, 48, 64)).astype(np.int16)
+        voxels = noise.normal(30, 15, (16 - 2 * number, 48, 64)).astype(np.int16)  # as a brain's HU
         if number == 0:  # a mask of some hundred bytes: libraries buffer so much
             voxels[...], voxels[..., :8] = -1000, 40
         scan = Volume(voxels, (5.0, 1.0, 1.0), (-12.5, 3.25, 40.0))
