@@ -43,7 +43,7 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, suffix: str = "") -> Iterator[Path]:
+def replacing(path: Path, *, suffix: str = "", durable: bool = False) -> Iterator[Path]:
     """Write a file whole or not at all.
 
     Gives an empty temporary file in the same folder, which takes the place of ``path`` when the
@@ -52,6 +52,8 @@ def replacing(path: Path, *, suffix: str = "") -> Iterator[Path]:
     Args:
         path: The file to write; folders above it are made.
         suffix: What the temporary name ends in, for libraries that go by it.
+        durable: Whether the file must have reached the disk before it takes the place of ``path``,
+            so that one of the two is whole even after a loss of power.
 
     Raises:
         OutputError: The folder cannot be created or written, or the block raised an ``OSError``.
@@ -64,7 +66,11 @@ def replacing(path: Path, *, suffix: str = "") -> Iterator[Path]:
         temporary = Path(name)
         yield temporary
         temporary.chmod(0o644)
+        if durable:
+            _sync(temporary)
         temporary.replace(path)
+        if durable:
+            _sync(path.parent)
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
         raise OutputError(f"{path}: cannot write ({reason})") from error
@@ -72,6 +78,15 @@ def replacing(path: Path, *, suffix: str = "") -> Iterator[Path]:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, have reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def remove_unfinished(folder: Path) -> None:

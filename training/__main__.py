@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 
 from ichseg.errors import IchsegError
@@ -138,7 +139,11 @@ def _top_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    exit_status = main()
+    exit_status = 1
+    try:
+        exit_status = main()
+    except Exception:
+        traceback.print_exc()
     if "training.fit.process_group" in sys.modules:
         sys.modules["training.fit.process_group"].leave(exit_status)
     sys.exit(exit_status)

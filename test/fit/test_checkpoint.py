@@ -1,13 +1,17 @@
 """Checkpoints know their cases, and show when they are damaged."""
 
+import contextlib
 import dataclasses
+import os
 import random
+import resource
+from pathlib import Path
 
 import pytest
 from conftest import CONFIGURATION
 from helpers.workspaces import QUICK, leaves
 
-from ichseg.errors import TrainingError
+from ichseg.errors import OutputError, TrainingError
 from ichseg.model import strict_json
 from training.__main__ import main as command
 from training.bundle.export import export
@@ -16,8 +20,15 @@ from training.crossval.validate import validate
 from training.data import dataset, splits
 from training.data.splits import Split
 from training.data.workspace import LATEST_CHECKPOINT, run_folder
-from training.fit.checkpoint import load_checkpoint, read_checkpoint, require_cases
+from training.fit.checkpoint import (
+    load_checkpoint,
+    read_checkpoint,
+    require_cases,
+    resume,
+    save,
+)
 from training.fit.fold_run import open_run
+from training.fit.step import begin
 from training.jobs.train import is_finished, run_fold
 
 SEEN = Split(("a", "b", "c"), ("d", "e"))
@@ -107,3 +118,67 @@ def test_a_damaged_checkpoint_is_refused_by_the_command_in_one_line(fresh, capsy
     assert command(line.split()) == 1
     (last,) = [text for text in capsys.readouterr().err.splitlines() if "error:" in text]
     assert last.startswith(f"error: {path}: damaged or not a checkpoint (")
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """Within, no file grows beyond so many bytes: what a full disk does to whoever writes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it_and_says_so_in_one_line(fresh):
+    assert run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
+    path = run_folder(fresh, "3d_fullres", "0") / LATEST_CHECKPOINT
+    before = path.read_bytes()
+    with (
+        files_of_at_most(len(before) // 2),
+        pytest.raises(OutputError, match=rf"{path}: cannot write \(File too large\); make room"),
+    ):
+        save(*resumed(fresh, QUICK), LATEST_CHECKPOINT)
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob(".writing-*"))
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_replaces_another(fresh, monkeypatch):
+    run, state = resumed(fresh, QUICK)
+    done, sync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append("sync"), sync(handle)))
+    monkeypatch.setattr(Path, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
+    save(run, state, LATEST_CHECKPOINT)
+    assert done == ["sync", "replace", "sync"]  # the file, its name, the folder
+
+
+def resumed(workspace, config):
+    """A run and its state as its latest checkpoint has it, or from the beginning."""
+    run = open_run(workspace, "3d_fullres", "0", config)
+    state = begin(run)
+    if (run.folder / LATEST_CHECKPOINT).exists():
+        resume(run, state)
+    return run, state
+
+
+def test_another_optimiser_is_refused_when_a_run_goes_on(fresh):
+    assert run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
+    config = dataclasses.replace(QUICK, optimiser="sgd")
+    with pytest.raises(
+        TrainingError, match=r"with adam so far, but --optimiser is sgd; .*--restart"
+    ):
+        run_fold(fresh, "3d_fullres", "0", config)
+    assert run_fold(fresh, "3d_fullres", "0", config, restart=True)
+
+
+def test_other_settings_of_the_optimiser_count_when_a_run_goes_on(fresh):
+    first = dataclasses.replace(QUICK, epochs=1, amsgrad=False)
+    assert run_fold(fresh, "3d_fullres", "0", first)
+    config = dataclasses.replace(QUICK, amsgrad=True, weight_decay=0.125)
+    assert run_fold(fresh, "3d_fullres", "0", config)
+    path = run_folder(fresh, "3d_fullres", "0") / LATEST_CHECKPOINT
+    saved = read_checkpoint(path, CONFIGURATION)["optimiser"]
+    (group,) = saved["param_groups"]
+    assert (group["amsgrad"], group["weight_decay"]) == (True, 0.125)
+    assert all("max_exp_avg_sq" in moments for moments in saved["state"].values())

@@ -174,6 +174,46 @@ def test_a_loss_that_is_not_finite_stops_with_advice(fresh, monkeypatch):
     assert leaves(checkpoint(fresh)["network"]) == good
 
 
+def overflowing(monkeypatch, workspace, at):
+    """As fp16 does: a scaler of the loss, which is not finite in these steps; the state."""
+    real_begin, real_loss, states, count = step.begin, step.dice_cross_entropy, [], 0
+
+    def begin(run):
+        states.append(real_begin(run))
+        states[-1].scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        return states[-1]
+
+    def loss(logits, *args, **options):
+        nonlocal count
+        count += logits.requires_grad
+        factor = math.inf if logits.requires_grad and at(count) else 1.0
+        return real_loss(logits, *args, **options) * factor
+
+    monkeypatch.setattr(loop, "begin", begin)
+    monkeypatch.setattr(step, "dice_cross_entropy", loss)
+    return states
+
+
+def test_under_fp16_a_step_whose_loss_overflows_is_left_out(fresh, monkeypatch):
+    states = overflowing(monkeypatch, fresh, lambda count: count == 2)
+    assert run_fold(fresh, "3d_fullres", "0", QUICK)
+    assert states[0].scaler.get_scale() == 2.0**9
+    assert all(bool(p.isfinite().all()) for p in states[0].network.parameters())
+    history = checkpoint(fresh)["history"]
+    assert len(history) == 2
+    assert all(math.isfinite(row["train_loss"]) for row in history)
+    moments = checkpoint(fresh)["optimiser"]["state"][0]
+    assert moments["step"] == 2 * QUICK.batches_per_epoch - 1
+
+
+def test_under_fp16_losses_that_all_overflow_end_the_training(fresh, monkeypatch):
+    overflowing(monkeypatch, fresh, lambda _: True)
+    with pytest.raises(
+        TrainingError, match=r"no loss of epoch 1 is finite; .* --learning-rate below"
+    ):
+        run_fold(fresh, "3d_fullres", "0", QUICK)
+
+
 @pytest.mark.parametrize(
     ("signalled", "message"),
     [(False, "validation loss is nan after epoch 2"), (True, "weights are no longer finite")],

@@ -13,10 +13,11 @@ from helpers.workspaces import QUICK, planned
 
 from ichseg.errors import TrainingError
 from ichseg.model import strict_json
+from training.__main__ import main as command
 from training.batches.sampling import BatchKey
 from training.batches.stream import Batch, open_batches
 from training.data.workspace import LATEST_CHECKPOINT
-from training.fit import process_group
+from training.fit import loop, process_group
 from training.fit.checkpoint import read_checkpoint
 from training.fit.fold_run import open_run
 from training.fit.process_group import ALONE, ProcessGroup
@@ -62,14 +63,33 @@ def one_of_two(workspace, out):
     torch.save((found, said), out / f"{group.rank}.pt")
 
 
-def torchrun(*words):
+def fail_in_one(workspace):
+    """Train two folds in two processes, the second of which fails in its second step."""
+    torch.set_num_threads(1)
+    real, steps = loop.train_step, []
+
+    def step(run, state, batch):
+        steps.append(run.group.rank)
+        if steps == [1, 1]:
+            raise TrainingError("this process fails")
+        return real(run, state, batch)
+
+    loop.train_step = step
+    line = f"""
+        train 3d_fullres --workspace {workspace} --folds 0,1 --epochs 1 --batches-per-epoch 3
+        --validation-batches 2 --threads 1 --workers 0 --device cpu
+    """
+    return command(line.split())
+
+
+def torchrun(*words, status=0):
     """Run two processes of a command, and return what they wrote to stderr."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, *words], cwd=ROOT, capture_output=True, text=True, check=False,
+        [*run, *words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'test'}", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return done.stderr
 
 
@@ -84,7 +104,7 @@ def larger(fresh):
 @pytest.mark.slow
 def test_two_processes_equal_one(larger, tmp_path):
     alone = {variant: five_steps(larger, *variant, ALONE) for variant in VARIANTS}
-    torchrun(__file__, str(larger), str(tmp_path))
+    torchrun(__file__, "compare", str(larger), str(tmp_path))
     for rank in (0, 1):
         found, said = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert said == ((True, False), 0.0)
@@ -115,6 +135,18 @@ def test_refuses_a_batch_that_cannot_be_shared(fresh):
         open_run(fresh, "3d_fullres", "0", QUICK, ProcessGroup(0, 3))
 
 
+@pytest.mark.slow
+def test_where_one_process_fails_the_others_end_at_once_and_say_so(larger):
+    told = torchrun(__file__, "fail", str(larger), status=1)
+    errors = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert "error: this process fails" in errors
+    assert any(line.startswith("error: another process of this training") for line in errors)
+    assert "SIGABRT" not in told
+    assert not (larger / "runs" / "3d_fullres" / "fold_1").exists()
+
+
 if __name__ == "__main__":
-    one_of_two(Path(sys.argv[1]), Path(sys.argv[2]))
-    process_group.leave(0)
+    if sys.argv[1] == "compare":
+        one_of_two(Path(sys.argv[2]), Path(sys.argv[3]))
+        process_group.leave(0)
+    process_group.leave(fail_in_one(Path(sys.argv[2])))

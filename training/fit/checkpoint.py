@@ -7,11 +7,11 @@ import dataclasses
 import logging
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from ichseg.errors import PlansError, TrainingError
+from ichseg.errors import OutputError, PlansError, TrainingError
 from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.model.plans import Configuration
@@ -22,7 +22,7 @@ from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun
 from training.fit.history import EpochRow
 from training.fit.schedule import ScheduleState
-from training.fit.step import TrainingState
+from training.fit.step import TrainingState, restore_optimiser
 
 SCHEMA_VERSION = 3
 _WAY_OUT = (
@@ -65,6 +65,7 @@ def save(run: FoldRun, state: TrainingState, name: str) -> None:
 
     Raises:
         TrainingError: There is nothing good to save; the old checkpoint stays.
+        OutputError: It cannot be written; the old checkpoint stays.
     """
     if not run.group.leads:
         return
@@ -72,8 +73,31 @@ def save(run: FoldRun, state: TrainingState, name: str) -> None:
         raise diverged(run, "the weights are no longer finite")
     if state.scaler.is_enabled() and state.scaler.get_scale() < LOWEST_SCALE:
         raise diverged(run, "every step's gradient overflows fp16")
-    with replacing(run.folder / name, suffix=".pt") as temporary:
-        torch.save(checkpoint_of(run, state), temporary)
+    try:
+        with (
+            replacing(run.folder / name, suffix=".pt", durable=True) as temporary,
+            temporary.open("wb") as stream,
+        ):
+            _write(checkpoint_of(run, state), stream)
+    except OutputError as error:
+        raise OutputError(
+            f"{error}; make room there, and the same command goes on from the last checkpoint that "
+            "was written"
+        ) from error
+
+
+def _write(checkpoint: dict[str, Any], stream: BinaryIO) -> None:
+    """Write a checkpoint.
+
+    Raises:
+        OSError: It cannot be written, which torch reports as an error of its own.
+    """
+    try:
+        torch.save(checkpoint, stream)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def diverged(run: FoldRun, what: str) -> TrainingError:
@@ -89,11 +113,17 @@ def resume(run: FoldRun, state: TrainingState) -> None:
     """Fill the state from the latest checkpoint, and say which settings are no longer the same.
 
     Raises:
-        TrainingError: It is damaged or of other plans.
+        TrainingError: It is damaged, or of other plans, cases or another optimiser.
     """
     raw = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration, run.cases, run.device)
     state.network.load_state_dict(raw["network"])
-    state.optimiser.load_state_dict(raw["optimiser"])
+    if raw["optimiser_name"] != run.config.optimiser:
+        raise TrainingError(
+            f"{run.folder / LATEST_CHECKPOINT}: trained with {raw['optimiser_name']} so far, but "
+            f"--optimiser is {run.config.optimiser}; leave it as it was, or begin anew with "
+            "--restart"
+        )
+    restore_optimiser(state.optimiser, raw["optimiser"], run.config)
     if raw["scaler"]:  # else it was not fp16 so far, and the scale is found anew
         state.scaler.load_state_dict(raw["scaler"])
     state.schedule = schedule.adopt(

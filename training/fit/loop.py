@@ -29,7 +29,7 @@ from training.batches.sampling import BatchKey
 from training.batches.stream import BatchStream, open_batches
 from training.data.workspace import BEST_CHECKPOINT, CONFIG_FILE, LATEST_CHECKPOINT
 from training.fit import schedule
-from training.fit.checkpoint import diverged, resume, save
+from training.fit.checkpoint import LOWEST_SCALE, diverged, resume, save
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun
 from training.fit.history import EpochRow
@@ -164,12 +164,14 @@ def _train_batches(
             break
         with _timed(state, stream):
             loss = train_step(run, state, next(stream))
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) and not _is_left_out(state):
             step = f"epoch {state.schedule.epoch + 1}, step {len(state.losses) + 1}"
             raise diverged(run, f"the loss is {loss} in {step}")
         state.losses.append(loss)
         if watch is not None:
             watch.step(_moment(state, len(state.losses), config.batches_per_epoch, loss))
+    if state.losses and not any(map(math.isfinite, state.losses)):
+        raise diverged(run, f"no loss of epoch {state.schedule.epoch + 1} is finite")
     return True
 
 
@@ -208,7 +210,7 @@ def _row_of(state: TrainingState, validation_losses: list[float], counts: Tensor
     known = [dice for dice in class_dice if dice is not None]
     return EpochRow(
         epoch=state.schedule.epoch + 1,
-        train_loss=float(np.mean(state.losses)) if state.losses else math.nan,
+        train_loss=_mean_of_finite(state.losses),
         validation_loss=float(np.mean(validation_losses)),
         pseudo_dice=sum(known) / len(known) if known else None,
         lr=state.schedule.learning_rate,
@@ -216,6 +218,12 @@ def _row_of(state: TrainingState, validation_losses: list[float], counts: Tensor
         data_wait_s=state.data_wait_s,
         class_dice=class_dice,
     )
+
+
+def _mean_of_finite(losses: list[float]) -> float:
+    """Mean without the losses of steps that were left out; NaN if there is no other."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return float(np.mean(finite)) if finite else math.nan
 
 
 def _end_epoch(config: TrainingConfig, state: TrainingState, row: EpochRow) -> None:
@@ -233,6 +241,11 @@ def _end_epoch(config: TrainingConfig, state: TrainingState, row: EpochRow) -> N
         state.best_dice = max(state.average_dice, state.best_dice or 0.0)
     state.history.append(row)
     state.losses, state.seconds, state.data_wait_s = [], 0.0, 0.0
+
+
+def _is_left_out(state: TrainingState) -> bool:
+    """Whether a step whose loss is not finite was left out, as fp16 overflows now and then."""
+    return state.scaler.is_enabled() and state.scaler.get_scale() >= LOWEST_SCALE
 
 
 def _validation_keys(config: TrainingConfig, epoch: int) -> Iterator[BatchKey]:

@@ -85,32 +85,51 @@ def begin(run: FoldRun) -> TrainingState:
 
 def make_optimiser(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """Adam or SGD over all parameters."""
-    rate, decay = config.learning_rate, config.weight_decay
+    kind = torch.optim.Adam if config.optimiser == "adam" else torch.optim.SGD
+    return kind(network.parameters(), lr=config.learning_rate, **_optimiser_settings(config))
+
+
+def restore_optimiser(
+    optimiser: torch.optim.Optimizer, saved: dict[str, Any], config: TrainingConfig
+) -> None:
+    """Fill an optimiser with the moments of a saved one of its kind; settings stay the config's.
+
+    Args:
+        optimiser: The optimiser to fill.
+        saved: State of the saved one.
+        config: What the user chose, which may differ from what it was saved with.
+    """
+    optimiser.load_state_dict(saved)
+    for group in optimiser.param_groups:
+        group.update(_optimiser_settings(config))
+        if group.get("amsgrad"):
+            for moments in (optimiser.state[p] for p in group["params"] if p in optimiser.state):
+                moments.setdefault("max_exp_avg_sq", moments["exp_avg_sq"].clone())
+
+
+def _optimiser_settings(config: TrainingConfig) -> dict[str, Any]:
+    """What the config says of its optimiser, but for the learning rate, which the schedule says."""
     if config.optimiser == "adam":
-        return torch.optim.Adam(
-            network.parameters(), lr=rate, weight_decay=decay, amsgrad=config.amsgrad
-        )
-    return torch.optim.SGD(
-        network.parameters(),
-        lr=rate,
-        weight_decay=decay,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-    )
+        return {"weight_decay": config.weight_decay, "amsgrad": config.amsgrad}
+    return {
+        "weight_decay": config.weight_decay,
+        "momentum": config.momentum,
+        "nesterov": config.nesterov,
+    }
 
 
 def train_step(run: FoldRun, state: TrainingState, batch: Batch) -> float:
     """One update of the weights; the loss of the whole batch before it.
 
-    Under fp16 a step whose gradient overflows is left out, and the scale of the loss halved. A loss
-    that is not finite never reaches the weights.
+    Under fp16 a step whose loss or gradient overflows is left out, and the scale of the loss
+    halved. A loss that is not finite never reaches the weights.
     """
     state.network.train()
     loss = _loss(run, _forward(run, state, batch.data), batch.target)
     state.optimiser.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
     value = loss.item()
-    if math.isfinite(value):
+    if math.isfinite(value) or state.scaler.is_enabled():  # the scaler leaves the step out
         run.group.add_gradients(state.network.parameters())
         state.scaler.unscale_(state.optimiser)
         if run.config.gradient_clip:

@@ -10,6 +10,18 @@ from pathlib import Path
 
 from ichseg.errors import IchsegError, OutputError
 
+_log = logging.getLogger(__name__)
+
+
+class _JobLog(logging.FileHandler):
+    """A log file that says once that it cannot be written, and stays away from then on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Do not print a traceback for each line, as on a full disk."""
+        error = sys.exc_info()[1]
+        self.setLevel(logging.CRITICAL + 1)
+        _log.warning("warning: %s: cannot write (%s)", self.baseFilename, error)
+
 
 @contextlib.contextmanager
 def logged_to(path: Path) -> Iterator[None]:
@@ -22,7 +34,7 @@ def logged_to(path: Path) -> Iterator[None]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _JobLog(path, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{path}: cannot write ({error.strerror})") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))

@@ -84,23 +84,32 @@ def claimed(folder: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise TrainingError(f"{folder}: another process is training this fold") from error
-        except OSError:  # a file system without locks
-            _log.debug("%s: cannot be locked", folder)
+        except OSError as error:  # a file system without locks
+            _log.warning(
+                "warning: %s cannot be locked (%s); see to it that no other process trains this "
+                "fold meanwhile",
+                folder,
+                error.strerror,
+            )
         yield  # closing the file gives it back, however this process ends
 
 
-def train_in_sequence(folds: Sequence[str], train: Callable[[str], bool]) -> bool:
+def train_in_sequence(
+    folds: Sequence[str], train: Callable[[str], bool], *, go_on: bool = True
+) -> bool:
     """Train folds one after another in this process.
 
     Args:
         folds: Names of the folds.
         train: Trains one fold; returns False when a signal ended it.
+        go_on: Whether to train the other folds when one has failed. Processes that train together
+            must not: only one of them may have failed.
 
     Returns:
         Whether all were trained; False after a signal.
 
     Raises:
-        TrainingError: Some failed; it names them. The others are trained all the same.
+        TrainingError: Some failed; it names them.
     """
     failures: dict[str, str] = {}
     for fold in folds:
@@ -108,7 +117,7 @@ def train_in_sequence(folds: Sequence[str], train: Callable[[str], bool]) -> boo
             if not train(fold):
                 return False
         except IchsegError as error:
-            if len(folds) == 1:
+            if len(folds) == 1 or not go_on:
                 raise
             _log.error("fold %s failed: %s", fold, error)
             failures[fold] = str(error)

@@ -10,7 +10,10 @@ import contextlib
 import functools
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from ichseg.errors import TrainingError
 from ichseg.model import plans
@@ -81,8 +84,25 @@ def run_fold(
             return False
         if not wants_validation(run) or not group.leads:
             return True
-        with determinism(run):
+        with determinism(run), _memory_advice(run):
             return validate(workspace, run, interrupted=signals.came)
+
+
+@contextlib.contextmanager
+def _memory_advice(run: FoldRun) -> Iterator[None]:
+    """Turn running out of memory in validation into one line; other folds go on.
+
+    Raises:
+        TrainingError: It ran out.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise TrainingError(
+            f"{run.folder}: out of memory on {run.device} while segmenting the validation cases; "
+            "the training has ended and its weights are kept. The same command validates where "
+            "there is more memory, or with --device cpu"
+        ) from error
 
 
 def open_fold(
@@ -183,7 +203,7 @@ def main(args: argparse.Namespace) -> int:
                 waiting.append(fold)
         if gpus is None:
             train = functools.partial(_train_here, args, config, group)
-            done = queue.train_in_sequence(waiting, train)
+            done = queue.train_in_sequence(waiting, train, go_on=group.count == 1)
         else:
             done = queue.train_on_gpus(waiting, gpus, functools.partial(_command, args))
     return 0 if done else 130
@@ -198,9 +218,10 @@ def _train_here(
             folder = run_folder(args.workspace, args.configuration, fold)
             stack.enter_context(queue.claimed(folder))
             stack.enter_context(job_log.logged_to(folder / TRAIN_LOG))
-        return run_fold(
+        done = run_fold(
             args.workspace, args.configuration, fold, config, restart=args.restart, group=group
         )
+        return group.all_done(done)
 
 
 def _command(args: argparse.Namespace, fold: str) -> list[str]:
