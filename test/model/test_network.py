@@ -161,9 +161,35 @@ def test_normalisation_is_torchs_own_and_keeps_the_layout(size):
     theirs.load_state_dict(ours.state_dict())
     layout = torch.channels_last if len(size) == 2 else torch.channels_last_3d
     x = 3 + 2 * torch.randn(3, 4, *size, dtype=torch.float64).contiguous(memory_format=layout)
-    found, expected = ours.double()(x), theirs.double()(x)
+    mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found, expected = ours.double()(mine), theirs.double()(other)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert found.is_contiguous(memory_format=layout)
-    found.square().sum().backward()
-    expected.square().sum().backward()
+    found.pow(3).sum().backward()
+    expected.pow(3).sum().backward()
+    torch.testing.assert_close(mine.grad, other.grad, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("size", [(192, 192), (16, 96, 96)])
+def test_normalisation_is_exact_where_most_voxels_are_alike(size, layout):
+    """A tile of air: four fifths of a channel are one number, which no rounding may favour."""
+    norm = (InstanceNorm2d if len(size) == 2 else InstanceNorm3d)(8, affine=True)
+    torch.manual_seed(2)
+    x = torch.randn(2, 8, *size)
+    x[..., : size[-1] * 4 // 5] = -70.3
+    given = torch.randn(x.shape)
+    if layout == "channels last":
+        kept = torch.channels_last if len(size) == 2 else torch.channels_last_3d
+        x, given = x.contiguous(memory_format=kept), given.contiguous(memory_format=kept)
+    exact = x.double().requires_grad_()
+    axes = tuple(range(2, x.ndim))
+    centred = exact - exact.mean(axes, keepdim=True)
+    expected = centred / (centred.square().mean(axes, keepdim=True) + norm.eps).sqrt()
+    expected.backward(given.double())
+    x.requires_grad_()
+    found = norm(x)
+    found.backward(given)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=0, atol=2e-6)
