@@ -24,6 +24,10 @@ class WeightsError(IchsegError):
     """A weights bundle is missing, incomplete or altered."""
 
 
+class PredictionError(IchsegError):
+    """What the networks make of a scan cannot be used."""
+
+
 class BudgetError(IchsegError):
     """The time that a case may take does not suffice."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ichseg.engine import machine
 from ichseg.errors import InputError
+from ichseg.model import bundle
 from ichseg.predict import memory
 from ichseg.predict.ensemble import Ensemble, Plan
 from ichseg.wording import byte_size
@@ -34,7 +35,7 @@ def of_scan(
             memory.Part(
                 configuration=part.configuration,
                 placement=part.placement,
-                weights=memory.weights_bytes(ensemble.folder / members[0].file),
+                weights=bundle.weights_bytes(ensemble.folder, members[0]),
                 sums=2 if (singly and len(mirrors) > 1) or len(members) > 1 else 1,
                 networks=len(members),
             )

@@ -71,6 +71,13 @@ def stack(parts: Sequence[Kind]) -> Kind:
     return cast("Kind", torch.stack(same))
 
 
+def all_finite(data: Grid) -> bool:
+    """Whether no value is NaN or infinite."""
+    if isinstance(data, np.ndarray):
+        return bool(np.isfinite(data).all())
+    return bool(data.isfinite().all())
+
+
 def copy_into(target: Grid, values: Grid) -> None:
     """Overwrite an array, or a view of a part of one, with values of its shape."""
     target[...] = values  # type: ignore[assignment]  # both are of one kind

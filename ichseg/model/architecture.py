@@ -56,6 +56,12 @@ class Architecture:
             raise ValueError("kernels and strides must all have two axes, or all three")
         if set(self.strides[0]) != {1}:
             raise ValueError(f"the first level's stride is {self.strides[0]}, expected ones")
+        _require("features", self.features, most=100_000)
+        _require("convolutions", self.encoder_convs + self.decoder_convs, most=100)
+        _require("strides", sum(self.strides, ()), most=1000)
+        _require("kernel sizes", sum(self.kernels, ()), most=99)
+        if any(size % 2 == 0 for size in sum(self.kernels, ())):
+            raise ValueError(f"kernel sizes {self.kernels}, expected odd ones")
 
     @property
     def dimensions(self) -> int:
@@ -69,3 +75,9 @@ class Architecture:
         for stride in self.strides:
             total = [a * b for a, b in zip(total, stride, strict=True)]
         return tuple(total)
+
+
+def _require(what: str, sizes: tuple[int, ...], *, most: int) -> None:
+    """Refuse sizes of which no network can be built."""
+    if min(sizes) < 1 or max(sizes) > most:
+        raise ValueError(f"{what} from {min(sizes)} to {max(sizes)}, expected 1 to {most}")

@@ -6,6 +6,8 @@ Files are checked against the sha256 in ``model.json`` before they are used.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ import safetensors.numpy
 from ichseg.errors import PlansError, WeightsError
 from ichseg.files import replacing, sha256
 from ichseg.model import strict_json
-from ichseg.model.plans import Plans
+from ichseg.model.plans import Plans, check_name
 from ichseg.model.rules import ComponentRule
 
 if TYPE_CHECKING:  # not imported: OpenVINO does without it
@@ -28,6 +30,7 @@ if TYPE_CHECKING:  # not imported: OpenVINO does without it
 SCHEMA_VERSION = 1
 MODEL_FILE = "model.json"
 _LONGEST_REASON = 400  # a file may hold anything, and is quoted
+_SLUG = re.compile(r"[A-Za-z0-9_-]+")
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -50,6 +53,8 @@ class Member:
     def __post_init__(self) -> None:
         if Path(self.file).name != self.file or not self.file.endswith(".safetensors"):
             raise ValueError(f"member file {self.file!r}, expected a plain *.safetensors name")
+        for text in (self.configuration, self.fold, self.file):
+            check_name(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +105,13 @@ class Model:
             raise ValueError(f"average {self.average!r} of regions, expected logits")
         if self.cascade not in ("scores", "labels"):
             raise ValueError(f"cascade {self.cascade!r}, expected scores or labels")
-        if not set(self.mirror_axes) <= {0, 1, 2}:
-            raise ValueError(f"mirror axes {self.mirror_axes}, expected among 0, 1, 2")
+        if sorted(self.mirror_axes) != sorted({0, 1, 2} & set(self.mirror_axes)):
+            raise ValueError(f"mirror axes {self.mirror_axes}, expected among 0, 1, 2, each once")
+        for text in (self.name, self.version):
+            check_name(text)
+        for slug in (self.input_slug, self.output_slug):
+            if not _SLUG.fullmatch(slug):
+                raise ValueError(f"socket {slug!r}, expected letters, digits and hyphens")
         if not self.members:
             raise ValueError("no members")
         for member in self.members:
@@ -149,16 +159,14 @@ def load_model(folder: Path) -> Model:
     Raises:
         WeightsError: Something is missing, altered or of another version.
     """
-    path = folder / MODEL_FILE
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file, expected a weights bundle in {folder}")
+    path = _inside(folder, MODEL_FILE, f"expected a weights bundle in {folder}")
     try:
         model = strict_json.load(Model, path)
     except PlansError as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise WeightsError(f"{path}: {reason[:_LONGEST_REASON]}") from error
     for member in model.members:
-        _verify(folder / member.file, member.sha256)
+        _verify(_inside(folder, member.file, f"which {MODEL_FILE} names"), member.sha256)
     return model
 
 
@@ -166,15 +174,27 @@ def load_state(folder: Path, member: Member) -> dict[str, npt.NDArray[np.float32
     """One network's tensors as fp32 numpy arrays.
 
     Raises:
-        WeightsError: The file cannot be read.
+        WeightsError: The file cannot be read, or a tensor is not finite.
     """
     path = folder / member.file
     try:
         stored = safetensors.numpy.load_file(path)
-        return {name: tensor.astype(np.float32) for name, tensor in stored.items()}
-    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            state = {name: tensor.astype(np.float32) for name, tensor in stored.items()}
+    except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
         reason = str(error)[:_LONGEST_REASON]
         raise WeightsError(f"{path}: cannot read the weights ({reason})") from error
+    require_finite(state, path)
+    return state
+
+
+def weights_bytes(folder: Path, member: Member) -> int:
+    """Bytes that one network's tensors take as fp32; only the file's header is read.
+
+    Raises:
+        WeightsError: The file cannot be read.
+    """
+    return 4 * sum(math.prod(shape) for shape in _shapes(folder / member.file))
 
 
 def require_finite(state: Mapping[str, npt.NDArray[Any]], where: object) -> None:
@@ -228,7 +248,39 @@ def save_model(folder: Path, model: Model) -> None:
         temporary.write_text("".join(f"{sha256(f)}  {f.name}\n" for f in files), encoding="utf-8")
 
 
+def _inside(folder: Path, name: str, expected: str) -> Path:
+    """The path of a file of the bundle, which must be a plain one that lies there.
+
+    A link may lead elsewhere, and reading a pipe or a device may never end.
+
+    Raises:
+        WeightsError: It is not there, no plain file, or a link that leads out of the folder.
+    """
+    path = folder / name
+    try:
+        if not path.exists():
+            raise WeightsError(f"{path}: no such file, {expected}")
+        if not path.is_file():
+            raise WeightsError(f"{path}: not a plain file")
+        if path.resolve().parent != folder.resolve():
+            raise WeightsError(f"{path}: a link that leads out of {folder}, expected the file")
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise WeightsError(f"{path}: cannot read ({error})") from error
+    return path
+
+
+def _shapes(path: Path) -> list[list[int]]:
+    """The shapes of a file's tensors, from its header."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as opened:
+            return [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        reason = str(error)[:_LONGEST_REASON]
+        raise WeightsError(f"{path}: cannot read the weights ({reason})") from error
+
+
 def _verify(path: Path, expected: str) -> None:
+    """Refuse a member's file that is not what ``model.json`` says, or holds no tensors."""
     try:
         with path.open("rb") as stream:
             start = stream.read(len(_LFS_POINTER))
@@ -241,3 +293,5 @@ def _verify(path: Path, expected: str) -> None:
         raise WeightsError(
             f"{path}: altered, sha256 is {found[:12]}..., {MODEL_FILE} says {expected[:12]}..."
         )
+    if not _shapes(path):
+        raise WeightsError(f"{path}: no tensors in it, expected a network's")

@@ -53,7 +53,7 @@ def _normalise(
     if x.is_contiguous() or not x.is_contiguous(memory_format=layout):
         return functional.instance_norm(x, weight=weight, bias=bias, eps=eps)
     if x.device.type == "cpu":
-        exact: torch.Tensor = _ChannelsLastNorm.apply(x, weight, bias, eps)
+        exact: torch.Tensor = _ChannelsLastNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
         return exact
     return torch.cat([
         functional.batch_norm(sample, None, None, weight, bias, training=True, eps=eps)

@@ -7,6 +7,7 @@ spacings and strides are in (z, y, x) order *after* ``Plans.transpose``; a 2D co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ RECIPES = ("msd2018", "nnunetv2")
 ARCHITECTURES = ("plain", "resenc_m", "resenc_l", "resenc_xl")
 ORIENTATIONS = ("LPS", "RAS", "as_stored")
 CROPS = ("nonzero", "head")
+MOST_LABELS = 256  # masks are uint8
+_MOST_PATCH_VOXELS = 1 << 31
+_SPACINGS_MM = (1e-4, 1e4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,9 @@ class Normalisation:
     def __post_init__(self) -> None:
         if self.scheme not in ("ct", "zscore", "none"):
             raise ValueError(f"normalisation scheme {self.scheme!r}, expected ct, zscore or none")
+        numbers = (self.clip_low, self.clip_high, self.mean, self.deviation)
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"normalisation by {numbers}, expected finite numbers")
         if self.scheme == "ct" and not (self.clip_low < self.clip_high and self.deviation > 0):
             raise ValueError(
                 f"ct normalisation clips to [{self.clip_low}, {self.clip_high}], "
@@ -77,6 +84,8 @@ class Resampling:
         for name in ("image_order", "label_order", "score_order"):
             if getattr(self, name) not in (0, 1, 3):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0, 1 or 3")
+        if not 0 < self.anisotropy < math.inf:
+            raise ValueError(f"anisotropy {self.anisotropy}, expected a positive number")
         if not set(self.separate_z) <= {"image", "label", "score"}:
             raise ValueError(f"separate_z is {self.separate_z}, expected among image, label, score")
 
@@ -118,8 +127,15 @@ class Configuration:
                 f"{self.name}: patch {self.patch} is not a multiple of "
                 f"{self.architecture.total_stride}"
             )
-        if min(self.spacing_mm) <= 0 or self.batch < 1:
-            raise ValueError(f"{self.name}: spacing {self.spacing_mm} mm, batch {self.batch}")
+        if min(self.patch) < 1 or math.prod(self.patch) > _MOST_PATCH_VOXELS:
+            raise ValueError(f"{self.name}: patch {self.patch}, expected sizes of 1 or more")
+        low, high = _SPACINGS_MM
+        if not all(low <= spacing <= high for spacing in self.spacing_mm):
+            raise ValueError(
+                f"{self.name}: spacing {self.spacing_mm} mm, expected {low:g} to {high:g} mm"
+            )
+        if self.batch < 1:
+            raise ValueError(f"{self.name}: batch {self.batch}, expected 1 or more")
 
     @property
     def tile(self) -> tuple[int, int, int]:
@@ -211,6 +227,13 @@ class Plans:
             raise ValueError(f"orientation {self.orientation!r}, expected one of {ORIENTATIONS}")
         if len(self.labels) < 2:
             raise ValueError(f"labels {self.labels}, expected a background and at least one more")
+        if len(self.labels) > MOST_LABELS:
+            raise ValueError(f"{len(self.labels)} labels, expected at most {MOST_LABELS}")
+        if not self.channels or not self.configurations:
+            raise ValueError("no channels or no configurations")
+        for text in (self.dataset, *self.channels, *self.labels):
+            check_name(text)
+        self._check_stages()
         if self.crop not in CROPS:
             raise ValueError(f"crop {self.crop!r}, expected one of {CROPS}")
         if self.crop == "head" and any(n.scheme != "ct" for n in self.normalisations):
@@ -219,6 +242,19 @@ class Plans:
             raise ValueError(
                 f"regions write the labels {self.regions}, expected 1 to {len(self.labels) - 1}"
             )
+
+    def _check_stages(self) -> None:
+        """Refuse configurations of one name, and stages that no first stage comes before."""
+        by_name = {configuration.name: configuration for configuration in self.configurations}
+        if len(by_name) != len(self.configurations):
+            raise ValueError(f"configurations of one name, found {[*by_name]} more than once")
+        for configuration in self.configurations:
+            check_name(configuration.name)
+            first = by_name.get(configuration.previous_stage or "")
+            if first is not None and first.previous_stage is not None:
+                raise ValueError(
+                    f"{configuration.name} comes after {first.name}, which is a second stage itself"
+                )
 
     def configuration(self, name: str) -> Configuration:
         """The configuration of that name.
@@ -253,6 +289,16 @@ class Plans:
     def scores(self) -> int:
         """Scores that a network gives each voxel: one a region, or without regions one a label."""
         return len(self.regions) or len(self.labels)
+
+
+def check_name(text: str) -> None:
+    """Refuse a name with control characters, which would be lines of their own in logs.
+
+    Raises:
+        ValueError: The text has such characters.
+    """
+    if not text.isprintable():
+        raise ValueError(f"the name {text!r} has characters that cannot be printed")
 
 
 def load(path: Path) -> Plans:

@@ -1,7 +1,8 @@
 """Frozen dataclasses <-> strict JSON, for every JSON file that this project reads back.
 
 A file must hold exactly the fields of its dataclass: an unknown, missing or mistyped key is an
-error that names it, so a typo or a file of another version never passes in silence. A field made
+error that names it, so a typo or a file of another version never passes in silence. Numbers must be
+finite and of a size that arrays hold. A field made
 by ``optional`` may be absent, and is left out where it has its default: files written before the
 field existed stay readable, and equal to what is written now.
 """
@@ -10,15 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ichseg.errors import PlansError
 
 T = TypeVar("T")
+_TOO_LARGE = 1 << 63
+_MOST_DIGITS = 40  # of a number that is worth to be looked at, and of what is quoted
 
 
 def optional(default: Any, *, key: str = "") -> Any:
@@ -82,25 +86,20 @@ def load(cls: type[T], path: Path) -> T:
     """Read a JSON file as the dataclass ``cls``.
 
     Raises:
-        PlansError: The file is missing, is not JSON or does not fit the dataclass.
+        PlansError: The file is missing, is not JSON or does not fit the dataclass; it is nested too
+            deeply, or holds NaN, a number beyond a float's or a 64-bit integer's range, a NUL or
+            half a character.
     """
-    return from_json(cls, load_object(path), where=str(path))
+    return from_json(cls, _parse(path, _strict), where=str(path))
 
 
 def load_object(path: Path) -> Any:
-    """Parse a JSON file.
+    """Parse a JSON file of another software, whose values are yet to be looked at.
 
     Raises:
-        PlansError: The file is missing, cannot be read or is not JSON.
+        PlansError: The file is missing, cannot be read, is not JSON or is nested too deeply.
     """
-    try:
-        if path.exists() and not path.is_file():
-            raise PlansError(f"{path}: not a plain file")  # reading a pipe or a device may not end
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlansError(f"{path}: cannot read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise PlansError(f"{path}: not JSON ({error})") from error
+    return _parse(path, json.loads)
 
 
 def check_schema(kind: str, found: object, expected: int) -> None:
@@ -121,6 +120,63 @@ def check_schema(kind: str, found: object, expected: int) -> None:
 def dumps(value: object) -> str:
     """Strict JSON text (no NaN), indented, with a final newline."""
     return json.dumps(to_json(value), indent=1, allow_nan=False) + "\n"
+
+
+def _parse(path: Path, loads: Callable[[str], Any]) -> Any:
+    try:
+        if path.exists() and not path.is_file():
+            raise PlansError(f"{path}: not a plain file")  # reading a pipe or a device may not end
+        return loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlansError(f"{path}: cannot read ({error.strerror})") from error
+    except RecursionError:
+        raise PlansError(f"{path}: not JSON that can be read (it is nested too deeply)") from None
+    except ValueError as error:
+        raise PlansError(f"{path}: not JSON ({error})") from error
+
+
+def _strict(text: str) -> Any:
+    """JSON whose numbers are finite and fit 64 bits, and whose text is text."""
+    raw = json.loads(text, parse_int=_integer, parse_float=_finite, parse_constant=_refuse_constant)
+    _refuse_odd_text(raw)
+    return raw
+
+
+def _integer(text: str) -> int:
+    """A whole number of at most 64 bits; Python's own have no limit, numpy's and torch's do."""
+    value = int(text) if len(text) <= _MOST_DIGITS else _TOO_LARGE
+    if abs(value) >= _TOO_LARGE:
+        raise ValueError(f"the number {text[:_MOST_DIGITS]}... is too large")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:_MOST_DIGITS]} is too large")
+    return value
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a number")
+
+
+def _refuse_odd_text(raw: Any) -> None:
+    """Refuse texts, through objects and lists, that no file can be named or written as."""
+    if isinstance(raw, str):
+        try:
+            raw.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{raw[:_MOST_DIGITS]!r} has half a character") from error
+        if "\0" in raw:
+            raise ValueError(f"{raw[:_MOST_DIGITS]!r} has a NUL")
+    elif isinstance(raw, dict):
+        for key, value in raw.items():
+            _refuse_odd_text(key)
+            _refuse_odd_text(value)
+    elif isinstance(raw, list):
+        for value in raw:
+            _refuse_odd_text(value)
 
 
 def _key(field: dataclasses.Field[Any]) -> str:
@@ -150,6 +206,8 @@ def _decode(hint: Any, raw: Any, where: str) -> Any:
             _decode(kind, item, f"{where}[{i}]")
             for i, (kind, item) in enumerate(zip(of, raw, strict=True))
         )
+    if origin is Mapping and not isinstance(raw, Mapping):
+        raise PlansError(f"{where}: found {raw!r}, expected an object")
     if origin is not None or hint is Any:  # free-form JSON, such as provenance
         return raw
     if hint is float and isinstance(raw, int) and not isinstance(raw, bool):

@@ -166,8 +166,9 @@ class Ensemble:
 
         Raises:
             InputError: The volume does not fit the model, or is no head CT in HU.
-            WeightsError: A network's file does not fit its plan.
+            WeightsError: A network's file is not finite or does not fit its plan.
             BudgetError: The time does not suffice for one network without mirroring.
+            PredictionError: A network gives scores that are not finite.
             DeviceError: A GPU's memory does not even hold one tile, or the GPU is lost.
         """
         warnings: tuple[str, ...] = ()
@@ -218,8 +219,9 @@ class Ensemble:
                 it turns out to be full, all begins again so.
 
         Raises:
-            WeightsError: A network's file does not fit its plan.
+            WeightsError: A network's file is not finite or does not fit its plan.
             BudgetError: Not even one pass of each configuration fits.
+            PredictionError: A network gives scores that are not finite.
             DeviceError: A GPU's memory does not even hold one tile, or the GPU is lost.
         """
         plan = prepared.plan

@@ -7,11 +7,9 @@ constants are measured; ``benchmarks/large_volume.py`` compares sums with peaks.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ichseg.engine.engine import tiles_at_once
 from ichseg.model.plans import Configuration, Plans
@@ -136,11 +134,3 @@ def _network(kind: str, configuration: Configuration, weights: int) -> tuple[int
         return 2 * weights, int(1.5 * weights + activations)
     batch = tiles_at_once(configuration.tile)
     return weights + 70 * _MB + activations * batch, 0
-
-
-def weights_bytes(path: Path) -> int:
-    """Bytes that a safetensors file's tensors take as fp32; only its header is read."""
-    with path.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    shapes = [tensor["shape"] for name, tensor in header.items() if name != "__metadata__"]
-    return _FLOAT * sum(int(math.prod(shape)) for shape in shapes)

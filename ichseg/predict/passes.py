@@ -107,6 +107,7 @@ def run(
 
     Raises:
         BudgetError: The time that is left does not suffice for one pass of each configuration.
+        PredictionError: A score is not finite.
     """
     budget = clock.begin()
     total: Grid | None = None

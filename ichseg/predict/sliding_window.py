@@ -16,10 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from ichseg.engine.arrays import Grid, as_kind_of, copy_into, flip, stack, zeros_like
+from ichseg.engine.arrays import Grid, all_finite, as_kind_of, copy_into, flip, stack, zeros_like
 from ichseg.engine.engine import Network, tiles_at_once
+from ichseg.errors import InputError, PredictionError
+from ichseg.wording import times
 
 Corner = tuple[int, int, int]  # a tile's first voxel
+MOST_TILES = 5_000_000  # a day for the fastest network
 STEP_FRACTION = 0.5  # "overlap by patch size / 2"
 
 
@@ -67,8 +70,19 @@ class Tiles:
 
 
 def cover(shape: Sequence[int], tile: tuple[int, int, int]) -> Tiles:
-    """Tiles that cover a volume of this ``(z, y, x)`` shape; none is skipped."""
+    """Tiles that cover a volume of this ``(z, y, x)`` shape; none is skipped.
+
+    Raises:
+        InputError: They are more than could ever be predicted.
+    """
     padded = padded_shape(shape, tile)
+    steps = (max(1, STEP_FRACTION * t) for t in tile)
+    count = math.prod(size / step for size, step in zip(padded, steps, strict=True))
+    if count > MOST_TILES:
+        raise InputError(
+            f"a grid of {times(padded)} voxels in tiles of {times(tile)} makes about {count:.0e} "
+            "tiles; the voxel sizes of the scan or of the plan cannot be right"
+        )
     z, y, x = (tile_starts(size, t) for size, t in zip(padded, tile, strict=True))
     return Tiles((shape[0], shape[1], shape[2]), tile, (z, y, x))
 
@@ -191,6 +205,8 @@ def average(
 ) -> Grid:
     """The mean, in place, of what ``sum_tiles`` has added.
 
+    A score that is not finite beats no other, so that a mask would be empty where there is one.
+
     Args:
         total: The sums, ``(K, *tiles.padded)``.
         tiles: Where the tiles lie.
@@ -199,6 +215,9 @@ def average(
 
     Returns:
         Means ``(K, *tiles.shape)``, a view of ``total``.
+
+    Raises:
+        PredictionError: A score is not finite.
     """
     # the importance is a product over axes, so its sum over all tiles is one too
     by_axis = []
@@ -211,6 +230,11 @@ def average(
     for z, sum_z in enumerate(by_axis[0]):  # slice by slice, each read and written once
         scores = total[:, z]  # a view
         scores *= as_kind_of(total, (plane / sum_z).astype(np.float32))
+        if not all_finite(scores):
+            raise PredictionError(
+                "a network gives scores that are not finite: its weights or the scan's values are "
+                "out of all proportion"
+            )
     for corner in tiles.skipped:
         assert background is not None
         for channel, score in zip(total[tiles.where(corner)], background, strict=True):

@@ -23,8 +23,9 @@ MB = 1024**2
 def test_bytes_of_weights_are_those_of_fp32(tmp_path):
     model = make_bundle(tmp_path, folds=1)
     state = bundle.load_state(tmp_path, model.members[0])
-    path = tmp_path / model.members[0].file
-    assert memory.weights_bytes(path) == sum(array.nbytes for array in state.values())
+    assert bundle.weights_bytes(tmp_path, model.members[0]) == sum(
+        array.nbytes for array in state.values()
+    )
 
 
 def part(shape, *, sums=1, networks=1):
