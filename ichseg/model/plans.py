@@ -17,7 +17,7 @@ from ichseg.model import strict_json
 from ichseg.model.architecture import Architecture
 
 SCHEMA_VERSION = 1
-RECIPES = ("msd2018", "nnunetv2")
+_RECIPES = ("msd2018", "nnunetv2")
 ARCHITECTURES = ("plain", "resenc_m", "resenc_l", "resenc_xl")
 ORIENTATIONS = ("LPS", "RAS", "as_stored")
 CROPS = ("nonzero", "head")
@@ -213,8 +213,8 @@ class Plans:
 
     def __post_init__(self) -> None:
         strict_json.check_schema("plans", self.schema_version, SCHEMA_VERSION)
-        if self.recipe not in RECIPES:
-            raise ValueError(f"recipe {self.recipe!r}, expected one of {RECIPES}")
+        if self.recipe not in _RECIPES:
+            raise ValueError(f"recipe {self.recipe!r}, expected one of {_RECIPES}")
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"architecture {self.architecture!r}, expected one of {ARCHITECTURES}")
         if len(self.normalisations) != len(self.channels):

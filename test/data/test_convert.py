@@ -22,7 +22,7 @@ from ichseg.errors import DatasetError
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.__main__ import main
-from training.data.convert import convert
+from training.data.convert import convert, corrected_since
 from training.data.dataset import Case, load_dataset, read_case
 from training.data.layouts import read_source
 
@@ -436,3 +436,42 @@ def test_another_table_of_groups_is_not_written_over(tmp_path):
         convert(source, tmp_path / "work", groups=groups)
     convert(source, tmp_path / "work")
     assert "b,p2" in (tmp_path / "work/groups.csv").read_text()
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_what_has_been_corrected_in_the_dataset_since(tmp_path, monkeypatch, link):
+    source, work = write_msd(tmp_path / "source"), tmp_path / "work"
+    if not link:
+        monkeypatch.setattr(os, "link", _refuse)
+    kept = convert(source, work)
+    after = (work / "dataset.json").stat().st_mtime_ns + 10**9
+
+    def found():
+        return corrected_since(read_source(source), kept, after - 10**9)
+
+    assert found() == []
+    label = source / "labelsTr" / "a.nii.gz"
+    if not link:  # touched, and the same
+        os.utime(label, ns=(after, after))
+        assert found() == []
+    voxels = volume.read(label)
+    label.unlink()  # a link is replaced, as by most programs; the workspace keeps the old file
+    volume.write(voxels.with_voxels(1 - voxels.voxels), label)
+    os.utime(label, ns=(after, after))
+    assert found() == [label]
+
+
+def test_a_4d_image_counts_as_corrected_once_it_is_younger(tmp_path):
+    source = write_msd(tmp_path / "source", ("a",), modality={"0": "T1", "1": "T2"})
+    write_4d(source / "imagesTr/a.nii.gz", [make_voxels(1), make_voxels(2)])
+    work = tmp_path / "work"
+    kept = convert(source, work)
+    after = (work / "dataset.json").stat().st_mtime_ns
+    assert corrected_since(read_source(source), kept, after) == []
+    image = read_source(source).cases[0].images[0]
+    os.utime(image, ns=(after + 1, after + 1))
+    assert corrected_since(read_source(source), kept, after) == [image]
+
+
+def _refuse(*_):
+    raise OSError("another file system")

@@ -54,6 +54,16 @@ def found_in(work, workers=1):
     ]
 
 
+def test_a_question_writes_nothing(work):
+    before = contents(work)
+    assert main(["verify", "--workspace", str(work), "--workers", "1"]) == 0
+    assert contents(work) == before
+    change(work / LABEL, voxels=3 * LABELS.astype(np.uint8))
+    before = contents(work)
+    assert main(["verify", "--workspace", str(work), "--workers", "1"]) == 1
+    assert contents(work) == before
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_nothing_wrong(work, workers, capsys):
     assert found_in(work, workers) == []

@@ -187,7 +187,9 @@ def test_a_corrected_label_goes_all_the_way(copy, dataset, capsys):
     volume.write(label.with_voxels(np.roll(label.voxels, 1, axis=1)), path)
     assert what_is_left(dataset, copy) == ["verify"]
     workspace = ["--workspace", str(copy)]
-    assert command(["verify", *workspace]) == 0
+    assert command(["verify", *workspace]) == 0  # a question, which leaves nothing behind
+    assert what_is_left(dataset, copy) == ["verify"]
+    assert command(["verify", *workspace, "--note"]) == 0
     assert what_is_left(dataset, copy) == ["preprocess"]
     train_again = ["train", "3d_fullres", *workspace, "--fold", "0", "--epochs", "2"]
     assert command(train_again) == 1
@@ -280,7 +282,9 @@ def test_the_lines_it_says_can_be_pasted(dataset, tmp_path, caplog):
     workspace = tmp_path / "with space"
     with caplog.at_level(logging.INFO):
         assert run.run(arguments(dataset, workspace), execute) == 1
-    assert shlex.split(said[1])[1:] == ["-m", "training", "verify", "--workspace", str(workspace)]
+    assert shlex.split(said[1])[1:] == [
+        "-m", "training", "verify", "--workspace", str(workspace), "--note",
+    ]  # fmt: skip
     root = Path(__file__).parents[2]
     done = subprocess.run(said[1], shell=True, cwd=root, capture_output=True, check=True)
     assert b"5 cases" in done.stdout

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ichseg.errors import DatasetError
-from ichseg.files import remove_unfinished, replacing, suffix_of
+from ichseg.files import remove_unfinished, replacing, sha256, suffix_of
 from ichseg.scan import volume
 from ichseg.wording import duration
 from training.data import parallel, splits
@@ -31,7 +31,7 @@ from training.data.dataset import (
     largest_image_voxels,
     save_dataset,
 )
-from training.data.layouts import read_source
+from training.data.layouts import Source, read_source
 from training.data.workspace import (
     dataset_file,
     fingerprint_file,
@@ -112,6 +112,39 @@ def convert(
             temporary.write_bytes(table)
     save_dataset(dataset, workspace)  # last: it marks a finished conversion
     return dataset
+
+
+def corrected_since(source: Source, kept: Dataset, converted_ns: int) -> list[Path]:
+    """Files of a dataset that have been replaced or changed since it was brought to a workspace.
+
+    Hard links and equal copies are the same. Of 4D images, which were split, only the time counts.
+
+    Args:
+        source: The dataset where it lies.
+        kept: The same cases in the workspace.
+        converted_ns: When they were brought there, in nanoseconds; files not younger that are as
+            large as their copy count as the same.
+    """
+    found = []
+    for case, copy in zip(source.cases, kept.cases, strict=True):
+        split = len(case.images) < len(copy.images)
+        pairs = list(zip(case.images, copy.images[:1] if split else copy.images, strict=True))
+        if case.label is not None and copy.label is not None:
+            pairs.append((case.label, copy.label))
+        for theirs, ours in pairs:
+            there, here = theirs.stat(), ours.stat()
+            newer = there.st_mtime_ns > converted_ns
+            if split and theirs in case.images:
+                differs = newer
+            elif (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
+                differs = False
+            else:
+                differs = there.st_size != here.st_size or (
+                    newer and sha256(theirs) != sha256(ours)
+                )
+            if differs:
+                found.append(theirs)
+    return found
 
 
 def refuse_taken(workspace: Path) -> None:

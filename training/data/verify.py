@@ -163,6 +163,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, help="parallel processes [one a core, fewer if memory is short]"
     )
     parser.add_argument(
+        "--note",
+        action="store_true",
+        help="note in the workspace whether errors were found, so that `run` need not look again "
+        "until a file changes",
+    )
+    parser.add_argument(
         "--fix-headers",
         type=Path,
         metavar="NEW",
@@ -183,7 +189,8 @@ def main(args: argparse.Namespace) -> int:
         workers = parallel.default_workers(voxels * _BYTES_PER_VOXEL + _BYTES_BESIDE)
     findings = verify_dataset(args.workspace, dataset, workers)
     count = Counter(found.severity for found in findings)
-    _note_verified(args.workspace, dataset, verified=not count[ERROR])
+    if args.note:
+        _note_verified(args.workspace, dataset, verified=not count[ERROR])
     sys.stdout.write(
         f"{table(findings)}{dataset.name}: {len(dataset.cases)} cases in "
         f"{duration(time.monotonic() - started)}: {count[ERROR]} errors, "

@@ -5,6 +5,7 @@ A stage that is done says so in a few words; an empty text means that its comman
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from ichseg.errors import DatasetError, PlansError, TrainingError, WeightsError
 from ichseg.model import bundle, plans
 from ichseg.report import page
 from training.crossval import selection
-from training.data import layouts, verify
+from training.data import convert, layouts, verify
 from training.data.dataset import load_dataset
 from training.data.workspace import (
     LATEST_CHECKPOINT,
@@ -33,6 +34,8 @@ from training.jobs.choices import Choices
 from training.planning.recipes import RECIPES
 from training.scoring import summary
 from training.store import preprocess
+
+_log = logging.getLogger(__name__)
 
 SELECTED = "selected"  # the bundle of what was selected
 
@@ -94,11 +97,20 @@ def _converted(choices: Choices, _: str) -> str:
                 f"{choices.dataset} is {source.name} with {len(names)}, or they have other names; "
                 "expected the same dataset, or a new workspace"
             )
+        corrected = convert.corrected_since(source, kept, path.stat().st_mtime_ns)
+        if corrected:
+            _log.warning(
+                "%d files have changed since they were brought to %s, such as %s; what lies in the "
+                "workspace is used: copy them there, or begin a new one",
+                len(corrected),
+                choices.workspace,
+                corrected[0],
+            )
     return f"{path} is there"
 
 
 def _verify(choices: Choices, _: str) -> Sequence[str]:
-    return _workspace(choices)
+    return [*_workspace(choices), "--note"]
 
 
 def _verified(choices: Choices, _: str) -> str:
