@@ -1,10 +1,9 @@
-"""The README's example from Python; and that masks depend on the scan and the bundle alone."""
+"""The documented example from Python; and that masks depend on the scan and the bundle alone."""
 
 import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +16,25 @@ ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "test" / "sample" / "input"
 
 
-def test_the_readmes_example_runs(tmp_path, scan, monkeypatch, capsys):
-    section = (ROOT / "README.md").read_text().split("**From Python**")[1]
-    example = textwrap.dedent(re.search(r"\n\n((?: {4}.*\n|\n)+)", section).group(1))
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(), re.DOTALL)
+
+
+def test_the_documented_example_runs(tmp_path, scan, monkeypatch, capsys):
     model = make_bundle(tmp_path / "weights")
     volume.write(scan, tmp_path / "scan.mha")
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})
+    exec(compile(EXAMPLES[0], "docs/library.md", "exec"), {})
     mask = volume.read(tmp_path / "mask.mha")
     assert mask.spacing_mm == scan.spacing_mm
     volume_ml, disagreement, ran = capsys.readouterr().out.split(maxsplit=2)
     assert float(volume_ml) == pytest.approx(np.count_nonzero(mask.voxels) * 0.0036)
     assert disagreement == "None"  # one network
     assert model.name in ran
+
+
+def test_the_documented_example_of_a_volume_runs(capsys):
+    exec(compile(EXAMPLES[1], "docs/library.md", "exec"), {})
+    assert capsys.readouterr().out == "11\n"  # of 0 to 23 those above 12
 
 
 @pytest.mark.slow
