@@ -20,12 +20,12 @@ class Framed:
     """The part of a scan that is shown, its axes nearest to superior, posterior, left.
 
     Attributes:
-        image: Shape ``(z, y, x)``, a view; HU for CT.
-        masks: Labels by name, of the same shape.
-        spacing_mm: Voxel size, ``(z, y, x)``.
-        first_slice: What the lowest slice's number is in the whole scan, whose lowest is 0.
+        image: Intensities, shape ``(z, y, x)``, a view of the scan's; HU for CT.
+        masks: Labels by the names of their masks, each of the same shape.
+        spacing_mm: Size of a voxel, ``(z, y, x)``.
+        first_slice: Number of the lowest slice in the whole scan, whose own lowest is 0.
         slices: How many slices the whole scan has.
-        affine: 4x4, from index ``(x, y, z, 1)`` to a position in mm, RAS as in NIfTI.
+        affine: 4x4 matrix from an index ``(x, y, z, 1)`` to a position in mm, RAS as in NIfTI.
     """
 
     image: npt.NDArray[np.generic]
@@ -41,8 +41,8 @@ def frame(image: Volume, masks: Mapping[str, Volume], *, is_ct: bool = True) -> 
 
     Args:
         image: The scan.
-        masks: In its grid.
-        is_ct: Whether it is in HU, by which the head is found; else nothing is cut off.
+        masks: Its masks by their names, in its grid.
+        is_ct: Whether the scan is in HU, by which the head is found; else nothing is cut off.
 
     Raises:
         ValueError: A mask has another shape.
@@ -76,7 +76,7 @@ def frame(image: Volume, masks: Mapping[str, Volume], *, is_ct: bool = True) -> 
 def _affine(
     image: Volume, axes: AxisOrder, start: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
-    """Of the part that begins at this index of the turned scan."""
+    """The affine of the part that begins at index ``start``, ``(z, y, x)``, of the turned scan."""
     step = np.reshape(image.direction, (3, 3)) * image.spacing_mm  # column j: along axis j
     origin = np.array(image.origin_mm)
     turned = np.empty((3, 3))
@@ -94,7 +94,7 @@ def _affine(
 def _head_and_masks(
     hu: npt.NDArray[np.generic], inside: npt.NDArray[np.bool_], spacing_mm: Sequence[float]
 ) -> tuple[slice, slice, slice]:
-    """Box around the head without headrest, and the masks; everything if no head is found."""
+    """A box around the head without its rest and all masks; the whole if no head is found."""
     box = np.array(head_box([hu], spacing_mm) or [(0, size) for size in hu.shape])
     if inside.any():
         of_masks = np.array(nonzero_box([inside]))

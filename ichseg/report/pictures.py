@@ -52,10 +52,10 @@ def write_overlay(
 
     Args:
         image: The scan.
-        mask: Same shape; everything but 0 is outlined.
-        path: Ends in ``.png``; replaced whole or not at all.
+        mask: Its mask, of the same shape; everything but 0 is outlined.
+        path: A file that ends in ``.png``; it is replaced whole or not at all.
         title: One line above the slices.
-        is_ct: Whether it is in HU; else it is shown whole, in a window that fits it.
+        is_ct: Whether the scan is in HU; else it is shown whole, in a window that fits it.
 
     Raises:
         ValueError: The shapes differ.
@@ -79,11 +79,12 @@ def write_strip(
 
     Args:
         framed: The part of the scan that is shown.
-        path: Ends in ``.jpg``; replaced whole or not at all.
-        window: Width and level.
+        path: A file that ends in ``.jpg``; it is replaced whole or not at all.
+        window: Width and level, in the scan's units.
 
     Returns:
-        Indices of the slices in ``framed``, from the lowest; width and height of each in pixels.
+        The indices of the slices in ``framed``, from the lowest, and the width and height of each
+        in pixels.
 
     Raises:
         OutputError: The file cannot be written.
@@ -105,15 +106,15 @@ def fitting_window(framed: Framed) -> tuple[float, float]:
 
 
 def draw_slice(framed: Framed, index: int, window: tuple[float, float], panel_px: int) -> Picture:
-    """One slice with square pixels, windowed, each label of each mask outlined.
+    """Draw one slice with square pixels, windowed, each label of each mask outlined.
 
     The reference is dashed, and above what was found: where they coincide, both show.
 
     Args:
         framed: The part of the scan that is shown.
-        index: Of the slice in it.
+        index: Index of the slice in it.
         window: Width and level, in the scan's units.
-        panel_px: Longer side of the picture.
+        panel_px: Length of the picture's longer side.
     """
     extent_mm = np.array(framed.image.shape[1:]) * framed.spacing_mm[1:]
     px_per_voxel = panel_px * np.array(framed.spacing_mm[1:]) / max(extent_mm)
@@ -130,7 +131,7 @@ def draw_slice(framed: Framed, index: int, window: tuple[float, float], panel_px
 
 
 def _with_mask(framed: Framed) -> npt.NDArray[np.intp]:
-    """Slices in which any mask has a voxel."""
+    """Indices of the slices in which any mask has a voxel."""
     found = np.zeros(len(framed.image), dtype=bool)
     for labels in framed.masks.values():
         found |= labels.any(axis=(1, 2))
@@ -144,7 +145,14 @@ def _choose_slices(
     most: int = MOST_SLICES,
     most_with_mask: int = MOST_MASK_SLICES,
 ) -> list[int]:
-    """At most so many slices: up to 15 of the mask's, evenly, then the others, evenly."""
+    """Choose slices, at most ``most``: some with the mask, evenly, then the others, evenly.
+
+    Args:
+        with_mask: Indices of the slices that have a voxel of a mask.
+        count: How many slices there are.
+        most: How many are chosen at most.
+        most_with_mask: How many of them have the mask at most, while there are others.
+    """
     others = np.setdiff1d(np.arange(count), with_mask)
     chosen = _spread(with_mask, max(most_with_mask, most - len(others)))
     return sorted(chosen + _spread(others, most - len(chosen)))
@@ -162,7 +170,7 @@ def _draw_grey(
     window: tuple[float, float],
     px_per_voxel: npt.NDArray[np.float64],
 ) -> Picture:
-    """One slice ``(y, x)`` with square pixels, windowed."""
+    """Draw one slice ``(y, x)`` in grey, windowed, with this many pixels along a voxel's sides."""
     size = [
         max(1, round(n * float(p))) for n, p in zip(intensities.shape, px_per_voxel, strict=True)
     ]
@@ -190,7 +198,7 @@ def _outline(inside: npt.NDArray[np.bool_], size: Sequence[int]) -> npt.NDArray[
 
 
 def _dashed(outline: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Two thirds of each closed line, in pieces by the direction from its middle."""
+    """Keep two thirds of each closed line, in pieces by the direction from its middle."""
     lines, count = ndimage.label(outline, np.ones((3, 3)))
     kept = np.zeros_like(outline)
     for line in range(1, count + 1):
@@ -209,7 +217,7 @@ def _draw_text(picture: Image.Image, text: str, *, top: int) -> None:
 
 
 def _arrange(panels: list[Image.Image], title: str) -> Image.Image:
-    """Panels of one size, row by row under the title."""
+    """Put panels of one size together, row by row under the title."""
     width, height = panels[0].size
     columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)

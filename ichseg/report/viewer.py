@@ -19,7 +19,7 @@ from ichseg.report.framing import Framed, Labels
 
 MOST_BYTES = 8_000_000  # of the script
 _MOST_VOXELS = 16_000_000  # what gzip could still bring below that
-_HU_RANGE = (-1024, 3071)
+_HU_RANGE = (-1024, 3071)  # lowest and highest that are kept
 # Outside these HU are kept to a multiple of 8: air and bone are looked at in windows so wide that
 # a grey level is more, and noise takes most of the room.
 _FINE_HU = (-200, 300)
@@ -33,7 +33,7 @@ class Script:
     """A case for the viewer.
 
     Attributes:
-        text: The script.
+        text: The script itself, ASCII.
         merged: How many voxels along ``(z, y, x)`` were made one to keep it small.
     """
 
@@ -42,14 +42,14 @@ class Script:
 
 
 def make_script(framed: Framed, slug: str, *, is_ct: bool) -> Script:
-    """The script that hands a case's volumes to the page.
+    """Make the script that hands a case's volumes to the page.
 
     Where it would be larger than ``MOST_BYTES``, voxels are merged, two by two along the axes on
     which they are smallest: intensities to their mean, labels to their largest, so that no bleed is
     lost.
 
     Args:
-        framed: What to show.
+        framed: The part of the scan that is shown.
         slug: The case's name in the page's files.
         is_ct: Whether intensities are HU, and kept as they are; else they are scaled.
     """
@@ -66,7 +66,7 @@ def make_script(framed: Framed, slug: str, *, is_ct: bool) -> Script:
 
 
 def _write(framed: Framed, slug: str, merged: npt.NDArray[np.int64], *, is_ct: bool) -> str:
-    """The script with so many voxels along each axis made one."""
+    """Write the script with ``merged`` voxels along ``(z, y, x)`` made one."""
     image = _merge_mean(framed.image, merged)
     affine = framed.affine.copy()
     affine[:3, 3] += framed.affine[:3, :3] @ ((merged[::-1] - 1) / 2)
@@ -112,7 +112,7 @@ def _nifti(
 def _merge_mean(
     voxels: npt.NDArray[np.generic], merged: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
-    """Mean of each block ``merged``; those at the far faces may be smaller."""
+    """The mean of each block of ``merged`` voxels; those at the far faces may be smaller."""
     result: npt.NDArray[np.float32] = voxels.astype(np.float32)
     for axis, count in enumerate(merged):
         if count > 1:
@@ -125,7 +125,7 @@ def _merge_mean(
 
 
 def _merge_largest(labels: Labels, merged: npt.NDArray[np.int64]) -> Labels:
-    """Largest label of each block."""
+    """The largest label of each block of ``merged`` voxels."""
     for axis, count in enumerate(merged):
         if count > 1:
             starts = np.arange(0, labels.shape[axis], count)

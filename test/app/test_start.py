@@ -137,3 +137,10 @@ def test_importing_is_no_dearer_than_torch_and_simpleitk():
 
     ratios = [seconds("import process") / seconds("import torch, SimpleITK") for _ in range(3)]
     assert statistics.median(ratios) <= 1.2
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="torch loads jinja2")
+def test_a_run_without_pictures_loads_nothing_for_them(place):
+    found, names, said = run(place, "--preset", "fast")
+    assert found["status"] == 0, said
+    assert not names & {"jinja2", "markupsafe", "PIL"}

@@ -21,7 +21,7 @@ from training.data import dataset
 from training.data.workspace import evaluation_folder, mask_file, run_folder
 from training.fit import history
 from training.fit.history import EpochRow
-from training.report import charts, command, evaluation_page
+from training.report import charts, command, cross_validation, draw, evaluation_page
 from training.report.charts import Point
 from training.scoring import evaluate, statistics, summary
 
@@ -135,14 +135,14 @@ def test_curve_is_interrupted_where_there_is_no_dice():
 
 
 def test_curves_are_read_back(workspace):
-    rows = command.read_curves(workspace, "3d_fullres")["0"]
+    rows = cross_validation.read_curves(workspace, "3d_fullres")["0"]
     assert [row.pseudo_dice for row in rows] == [None, 0.2, 0.3]
     assert [row.train_loss for row in rows] == [-0.1, -0.2, -0.3]
     path = run_folder(workspace, "3d_fullres", "0") / "progress.csv"
     with path.open("w", newline="") as stream:
         csv.writer(stream).writerows([["epoch"], ["1"]])
     with pytest.raises(TrainingError, match=r"progress\.csv: not the table of a training"):
-        command.read_curves(workspace, "3d_fullres")
+        cross_validation.read_curves(workspace, "3d_fullres")
 
 
 def test_two_labels_have_a_row_and_charts_each(tmp_path):
@@ -169,10 +169,10 @@ def test_evaluation_of_other_cases_is_refused(workspace):
     (workspace / "report").mkdir()
     label = dataset.load_dataset(workspace).labelled[0].label
     evaluation = summary.load(evaluation_folder(workspace, "3d_fullres"))
-    files = [command.Files(f"case_{i}", label, label, label) for i in range(4)]
+    files = [draw.CaseVolumes(f"case_{i}", label, label, label) for i in range(4)]
     context = evaluation_page.Context("t", "s")
     with pytest.raises(TrainingError, match="case_4 is only in the evaluation"):
-        command.write(evaluation, files, workspace / "report", context, is_ct=True, workers=1)
+        draw.write(evaluation, files, workspace / "report", context, is_ct=True, workers=1)
 
 
 def test_no_evaluation_says_which_command_makes_it(tmp_path, capsys):

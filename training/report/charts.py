@@ -229,7 +229,14 @@ def _grid(
     across: Sequence[float],
     up: Sequence[float],
 ) -> list[Markup]:
-    """Lines and numbers of a chart whose frame is 48..410 by 12 to the lowest of ``y``."""
+    """Lines and numbers of a chart whose frame is 48 to 410 px wide and begins 12 px from the top.
+
+    Args:
+        x: Where a value lies across the picture.
+        y: Where a value lies down the picture.
+        across: The values that have a line and a number across.
+        up: The values that have a line and a number up.
+    """
     bottom = 250 if across or y(0) > 210 or not up else y(up[0])
     parts = [_line(48, y(value), _WIDTH - 10, y(value), "grid") for value in up]
     parts += [_text(44, y(value) + 4, _short(value), "end") for value in up]
@@ -297,14 +304,14 @@ def _linear(low: float, high: float, start: float, end: float) -> Callable[[floa
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
-    """Lowest and highest, and a little room."""
+    """The lowest and the highest value, with a little room around them."""
     low, high = min(values), max(values)
     room = 0.05 * (high - low) or 1.0
     return low - (room if low < 0 else 0), high + room
 
 
 def _ticks(low: float, high: float, most: int) -> list[float]:
-    """At most so many round numbers between two."""
+    """Round numbers between two, at most ``most`` of them."""
     if high <= low:
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / most))
@@ -314,7 +321,10 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def _scatter(index: int) -> float:
-    """From 0 to 1, spread evenly whatever their number: multiples of the golden section."""
+    """A place from 0 to 1; those of all indices are spread evenly, however many there are.
+
+    They are multiples of the golden section.
+    """
     return index * 0.6180339887 % 1
 
 

@@ -1,0 +1,110 @@
+"""Every case of an evaluation is drawn, several at a time, and then the page is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ichseg.errors import DatasetError, IchsegError, TrainingError
+from ichseg.report.case_files import write_case
+from ichseg.scan import volume
+from training.data import parallel
+from training.report import evaluation_page
+from training.report.evaluation_page import Context
+from training.scoring.summary import Evaluation
+
+# The peak of one worker: an image as float, two masks, their copies; and the libraries.
+_BYTES_PER_VOXEL, _BYTES_BESIDE = 24, 400_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class CaseVolumes:
+    """The files of one case, all in one grid.
+
+    Attributes:
+        name: The case's name.
+        image: The scan.
+        prediction: The mask that was scored.
+        reference: The mask that it was scored by.
+    """
+
+    name: str
+    image: Path
+    prediction: Path
+    reference: Path
+
+
+def write(
+    evaluation: Evaluation,
+    volumes: Sequence[CaseVolumes],
+    out: Path,
+    context: Context,
+    *,
+    is_ct: bool,
+    workers: int | None = None,
+) -> Path:
+    """Draw all cases of an evaluation and write its page.
+
+    Args:
+        evaluation: The scores.
+        volumes: The files of the same cases.
+        out: The folder of the page, made if need be.
+        context: What else there is to say.
+        is_ct: Whether the scans are in HU.
+        workers: How many processes draw; None for as many as cores and memory allow.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        TrainingError: The cases are not the same.
+        IchsegError: A file cannot be read or written.
+    """
+    _require_same_cases(evaluation, volumes)
+    if workers is None:
+        voxels = max(_voxels(case.image) for case in volumes)
+        size = _BYTES_BESIDE + voxels * _BYTES_PER_VOXEL
+        workers = min(len(volumes), parallel.default_workers(size))
+    results = parallel.each_case(draw_case, volumes, out, is_ct, workers=workers)
+    for case, result in parallel.with_progress(results, len(volumes), "report"):
+        if isinstance(result, IchsegError):
+            raise result
+        if isinstance(result, Exception):
+            raise TrainingError(f"{case.name}: {type(result).__name__}: {result}") from result
+    return evaluation_page.write(out, evaluation, context)
+
+
+def draw_case(case: CaseVolumes, out: Path, is_ct: bool) -> None:
+    """Write the pictures and volumes of one case.
+
+    Raises:
+        InputError: A file cannot be read.
+        DatasetError: Their sizes differ.
+    """
+    image = volume.read(case.image)
+    masks = {}
+    for name, path in (("reference", case.reference), ("prediction", case.prediction)):
+        masks[name] = volume.read(path)
+        if masks[name].voxels.shape != image.voxels.shape:
+            raise DatasetError(
+                f"{path}: shape {masks[name].voxels.shape}, expected {image.voxels.shape} as of "
+                f"{case.image}"
+            )
+    write_case(out, case.name, image, masks, is_ct=is_ct)
+
+
+def _require_same_cases(evaluation: Evaluation, volumes: Sequence[CaseVolumes]) -> None:
+    scored, there = ({case.name for case in cases} for cases in (evaluation.cases, volumes))
+    if scored != there:
+        odd = sorted(scored ^ there)
+        where = "evaluation" if odd[0] in scored else "files"
+        raise TrainingError(
+            f"the evaluation has {len(scored)} cases and there are files of {len(there)}; "
+            f"{odd[0]} is only in the {where}: evaluate them again"
+        )
+
+
+def _voxels(path: Path) -> int:
+    z, y, x = volume.stored_shape(path)[-3:]
+    return z * y * x
