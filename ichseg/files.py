@@ -14,6 +14,7 @@ from ichseg.errors import OutputError
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 SCAN_SUFFIXES = (".mha", *NIFTI_SUFFIXES)
 UNFINISHED = ".writing-"  # how the names of temporary files begin
+_under_way: set[Path] = set()  # temporary files that this process is writing
 
 
 def suffix_of(path: Path) -> str:
@@ -64,6 +65,7 @@ def replacing(path: Path, *, suffix: str = "", durable: bool = False) -> Iterato
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED, suffix=suffix)
         os.close(handle)
         temporary = Path(name)
+        _under_way.add(temporary)
         yield temporary
         temporary.chmod(0o644)
         if durable:
@@ -78,6 +80,17 @@ def replacing(path: Path, *, suffix: str = "", durable: bool = False) -> Iterato
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+            _under_way.discard(temporary)
+
+
+def abandon_unfinished() -> None:
+    """Remove what other threads of this process are writing, before it ends without them.
+
+    Files of another process in the same folder stay: it may still be at work.
+    """
+    for unfinished in list(_under_way):
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

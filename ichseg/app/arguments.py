@@ -54,6 +54,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     _add_choices(parser.add_argument_group("what runs"))
     _add_platform(parser.add_argument_group("as a container"))
     arguments = parser.parse_args(argv)
+    if arguments.api not in ("exec", "invoke"):  # argparse does not look at a default
+        parser.error(f"ICHSEG_API is {arguments.api!r}, expected exec or invoke")
     if arguments.output is None:
         if arguments.predict_dir is None and MOUNTED_PREDICT.is_dir():
             arguments.predict_dir = MOUNTED_PREDICT
@@ -124,7 +126,7 @@ def _add_platform(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--api",
         choices=["exec", "invoke"],
-        default=os.environ.get("ICHSEG_API", "exec"),
+        default=os.environ.get("ICHSEG_API") or "exec",
         help="exec: one run; invoke: Grand Challenge's server, on port 4743, a run for each POST "
         "(default exec, or what the image was built for)",
     )

@@ -14,16 +14,20 @@ MOST_LESIONS = 100  # in results.json; noise has hundreds of thousands
 
 
 def facts(
-    segmentation: Segmentation, lesions: Sequence[Lesion], warnings: Sequence[str]
+    segmentation: Segmentation,
+    lesions: Sequence[Lesion],
+    of_scan: Sequence[str] = (),
+    of_writing: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The ``report`` of a case in ``results.json``.
 
     Args:
         segmentation: What was found.
         lesions: Its parts, the largest first.
-        warnings: Those about the scan, which stand before those of the segmentation.
+        of_scan: Warnings about the scan.
+        of_writing: Warnings about what could not be made of the mask.
     """
-    said = [*warnings, *segmentation.warnings]
+    said = [*of_scan, *segmentation.warnings, *of_writing]
     if len(lesions) > MOST_LESIONS:
         said.append(f"{len(lesions)} lesions, the {MOST_LESIONS} largest are listed")
     doubt = segmentation.disagreement

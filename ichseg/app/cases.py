@@ -1,26 +1,32 @@
 """Finds the cases in an input folder, in every layout, and names their outputs.
 
-Nothing outside the input folder is taken: neither through a path that ``inputs.json`` names nor
-through a link. Imports nothing heavy: a wrong input folder is refused before torch is loaded.
+Nothing is passed over in silence: what looks like a scan and cannot be taken for one is a case that
+has failed already, and everything else is named with the reason. Nothing outside the input folder
+is taken: neither through a path that ``inputs.json`` names nor through a link. Imports nothing
+heavy: a wrong input folder is refused before an engine is loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from ichseg.app import grand_challenge
+from ichseg.app.console import say
 from ichseg.errors import InputError, OutputError
-from ichseg.files import SCAN_SUFFIXES, UNFINISHED, stem_of, suffix_of
-from ichseg.scan.dicom.studies import find_studies
+from ichseg.files import SCAN_SUFFIXES, UNFINISHED, stem_of
+from ichseg.scan.dicom import files
+from ichseg.scan.dicom.studies import Study, find_studies
+from ichseg.wording import counted
 
-INPUTS_FILE = "inputs.json"
-_INPUTS_LIMIT = 16 << 20  # bytes; the platform's are a few thousand
+# Volumes in formats that are not read; each is a scan that somebody expects a mask of.
+OTHER_SUFFIXES = (".nrrd", ".nhdr", ".mhd", ".hdr", ".mgz", ".mgh", ".mnc", ".tif", ".tiff")
+
+_MOST_NAMES, _MOST_REASONS = 5, 20  # that are said of what is passed over
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +34,19 @@ class InputCase:
     """One scan to segment.
 
     Attributes:
-        name: For the log, the file name, or that of the folder.
+        name: What the log calls it: the name of its file or folder.
         image: The scan's file, or the folder of its DICOM slices.
-        output: Where its mask goes.
+        output: The file of its mask.
+        refusal: Why it cannot be segmented though it looks like a scan; empty if that is tried.
+        picture: The file name of its overlay picture, another one for each case.
         study: The UID of its study where slices of another one lie in the same folder.
     """
 
     name: str
     image: Path
     output: Path
+    refusal: str = ""
+    picture: str = ""
     study: str = ""
 
 
@@ -45,97 +55,216 @@ class Job:
     """All cases of a run.
 
     Attributes:
-        cases: In the order of their names.
-        platform: The folder has Grand Challenge's layout: masks and ``results.json``, no pictures.
-        challenge: INSTANCE 2022's batch: masks of 0 and 1, and no other file beside them.
+        cases: In the order of their names; those that are refused are among them.
+        platform: Whether the folder has Grand Challenge's layout: masks and ``results.json`` are
+            written, and nothing else.
+        challenge: Whether it is INSTANCE 2022's batch: masks of 0 and 1, and no other file.
+        passed_over: What else lies in the folder, each with the reason why it is no case.
     """
 
     cases: tuple[InputCase, ...]
     platform: bool
     challenge: bool = False
+    passed_over: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(slots=True)
+class _Contents:
+    """What lies in a folder: scans, what only looks like one, and the rest.
+
+    Attributes:
+        volumes: Files of one scan each.
+        studies: Scans of DICOM slices.
+        refused: What looks like a scan, with the reason why it cannot be one.
+        passed_over: The names of the rest, with the reason.
+    """
+
+    volumes: list[Path] = field(default_factory=list)
+    studies: list[Study] = field(default_factory=list)
+    refused: list[tuple[Path, str]] = field(default_factory=list)
+    passed_over: list[tuple[str, str]] = field(default_factory=list)
 
 
 def find_cases(folder: Path, output: Path, *, input_slug: str, output_slug: str) -> Job:
     """Recognise the layout of an input folder.
 
     In this order: ``inputs.json`` (one image socket, or the one named ``input_slug``),
-    ``images/<slug>/*.mha`` (likewise), else what lies directly in the folder: volumes, folders of
-    DICOM slices, or slices themselves; of DICOM each study is a case. On the platform layouts
-    masks go to ``images/<output_slug>/``; in a flat folder they keep the input's file name, and
-    those of DICOM get their folder's name and ``_straight``, since their grid may be another than
-    the slices'.
+    ``images/<slug>/`` (likewise), else what lies directly in the folder: volumes, folders of DICOM
+    slices, or slices themselves; of DICOM each study is a case. On the platform's layouts masks go
+    to ``images/<output_slug>/``; in a flat folder they keep the input's file name, and those of
+    DICOM get their folder's name and ``_straight``, since their grid may be another than the
+    slices'.
+
+    Args:
+        folder: The input folder.
+        output: The folder for masks; it may lie in the input folder.
+        input_slug: The platform's socket of the scan, if there are several.
+        output_slug: The platform's socket of the mask.
 
     Raises:
-        InputError: There is no case, more than one socket could be meant, or a path leads out of
-            the folder.
+        InputError: There is no case, or more than one socket could be meant.
     """
     if not re.fullmatch(r"[-\w]+", output_slug, re.ASCII):
         raise InputError(
-            f"output slug {_quoted(output_slug)}, expected letters, digits, - and _ only"
+            f"output slug {output_slug[:100]!r}, expected letters, digits, - and _ only"
         )
     with _readable(folder):
-        return _recognise(folder, output, input_slug, output_slug)
-
-
-def _recognise(folder: Path, output: Path, input_slug: str, output_slug: str) -> Job:
-    masks = output / "images" / output_slug
-    if (folder / INPUTS_FILE).is_file():
-        path = _inside(folder / INPUTS_FILE, folder)
-        socket = _choose(_sockets(path), input_slug, path)
-        return Job(_platform_cases(_relative(socket, folder, path), masks, folder), platform=True)
-    if (folder / "images").is_dir():
-        slugs = {
-            path.name: f"images/{path.name}"
-            for path in sorted(_inside(folder / "images", folder).iterdir())
-            if path.is_dir()
-        }
-        socket = _choose(slugs, input_slug, folder / "images")
-        return Job(_platform_cases(folder / socket, masks, folder), platform=True)
-    cases = [InputCase(path.name, path, output / path.name) for path in _volumes(folder, folder)]
-    cases += [
-        InputCase(study.name, study.folder, output / f"{study.name}_straight.mha", study.uid)
-        for study in find_studies(folder, _entries(folder, output))
-    ]
-    if not cases:
-        raise InputError(
-            f"{folder}: found no scan, expected {', '.join(SCAN_SUFFIXES)} files, DICOM slices "
-            "or a Grand Challenge layout"
-        )
-    for mask, count in Counter(case.output for case in cases).items():
-        if count > 1:
-            raise InputError(f"{folder}: {count} scans whose masks would be {mask.name}")
-    return Job(tuple(sorted(cases, key=lambda case: case.name)), platform=False)
-
-
-def _entries(folder: Path, output: Path) -> list[Path]:
-    """What lies in the input folder and may be DICOM.
-
-    The output folder may lie there, too, with an earlier run's DICOM-SEG.
-    """
-    return [
-        _inside(path, folder)
-        for path in sorted(_inside(folder, folder).iterdir())
-        if not path.name.startswith(".")
-        if path.is_dir() or (path.is_file() and not suffix_of(path))
-        if path.resolve() != output.resolve()
-    ]
+        if grand_challenge.is_platform_layout(folder):
+            return _platform_job(folder, output / "images" / output_slug, input_slug)
+        found = _look_into(folder, folder, output)
+        cases = [InputCase(path.name, path, output / path.name) for path in found.volumes]
+        cases += [
+            InputCase(
+                study.name, study.folder, output / f"{study.name}_straight.mha", study=study.uid
+            )
+            for study in found.studies
+        ]
+        cases += [InputCase(p.name, p, output / p.name, why) for p, why in found.refused]
+        return _job(folder, cases, found.passed_over)
 
 
 def find_challenge_cases(folder: Path, predict: Path) -> Job:
     """INSTANCE 2022's batch: every ``.nii.gz`` of a folder, the same name out.
 
     Raises:
-        InputError: There is no case, or a link leads out of the folder.
+        InputError: There is no case.
     """
+    suffix = ".nii.gz"
     with _readable(folder):
-        images = _volumes(folder, folder, suffixes=(".nii.gz",))
-    if not images:
-        raise InputError(f"{folder}: found no scan, expected .nii.gz files")
-    return Job(
-        tuple(InputCase(path.name, path, predict / path.name) for path in images),
-        platform=False,
-        challenge=True,
-    )
+        found = _look_into(folder, folder, predict, suffixes=(suffix,))
+        other = [
+            *(study.name for study in found.studies),
+            *(p.name for p, _ in found.refused if not _is_named(p, suffix)),
+        ]
+        passed_over = [*found.passed_over, *((name, f"not {suffix}") for name in other)]
+        cases = [InputCase(path.name, path, predict / path.name) for path in found.volumes]
+        cases += [
+            InputCase(p.name, p, predict / p.name, why)
+            for p, why in found.refused
+            if _is_named(p, suffix)
+        ]
+        return replace(_job(folder, cases, passed_over, (suffix,)), challenge=True)
+
+
+def _platform_job(folder: Path, masks: Path, input_slug: str) -> Job:
+    """The scans of one socket, and what lies beside it."""
+    for listed in (folder / grand_challenge.INPUTS_FILE, folder / grand_challenge.IMAGES):
+        if why := _leads_out(listed, folder):
+            raise InputError(f"{listed}: {why}")
+    socket = grand_challenge.socket_folder(folder, input_slug)
+    if why := _leads_out(socket, folder):
+        raise InputError(f"{socket}: {why}")
+    found = _look_into(socket, folder, masks) if socket.is_dir() else _Contents()
+    cases = [InputCase(p.name, p, masks / f"{stem_of(p)}.mha") for p in found.volumes]
+    cases += [
+        InputCase(study.name, study.folder, masks / f"{study.name}.mha", study=study.uid)
+        for study in found.studies
+    ]
+    cases += [InputCase(p.name, p, masks / f"{stem_of(p)}.mha", why) for p, why in found.refused]
+    beside = [
+        (path.name, f"not in the socket's folder, {socket.relative_to(folder)}")
+        for path in sorted(folder.iterdir())
+        if _is_named(path, *SCAN_SUFFIXES, *OTHER_SUFFIXES)
+    ]
+    images = folder / grand_challenge.IMAGES
+    beside += [
+        (f"{images.name}/{path.name}", "of another socket")
+        for path in (sorted(images.iterdir()) if images.is_dir() else ())
+        if path != socket and path not in socket.parents
+    ]
+    return replace(_job(socket, cases, [*found.passed_over, *beside]), platform=True)
+
+
+def _job(
+    folder: Path,
+    cases: Sequence[InputCase],
+    passed_over: Sequence[tuple[str, str]],
+    suffixes: tuple[str, ...] = (*SCAN_SUFFIXES, "DICOM slices"),
+) -> Job:
+    """The job of these cases; those whose masks would be one file are refused.
+
+    Raises:
+        InputError: There is no case.
+    """
+    if not cases:
+        named = [f"{name} ({why})" for name, why in passed_over[:3]]
+        named += ["others"] if len(passed_over) > 3 else []
+        raise InputError(
+            f"{folder}: found no scan, expected {', '.join(suffixes)}"
+            + (f"; passed over: {', '.join(named)}" if named else "")
+        )
+    masks = Counter(case.output for case in cases)
+    stems = Counter(stem_of(Path(case.name)) for case in cases)
+    names = {case.name for case in cases}
+    in_order = []
+    for case in sorted(cases, key=lambda case: case.name):
+        refusal, stem = case.refusal, stem_of(Path(case.name))
+        if masks[case.output] > 1 and not refusal:
+            refusal = f"{masks[case.output]} scans whose masks would be {case.output.name}"
+        alone = stems[stem] == 1 and (stem == case.name or stem not in names)
+        picture = f"{stem if alone else case.name}.png"
+        in_order.append(replace(case, refusal=refusal, picture=picture))
+    return Job(tuple(in_order), platform=False, passed_over=tuple(passed_over))
+
+
+def _look_into(
+    folder: Path, root: Path, output: Path, suffixes: tuple[str, ...] = SCAN_SUFFIXES
+) -> _Contents:
+    """Tell apart what lies in a folder.
+
+    Args:
+        folder: The folder.
+        root: The input folder, out of which nothing may lead.
+        output: The output folder, which may lie there, too, with an earlier run's DICOM-SEG.
+        suffixes: How the names of scans end.
+    """
+    found = _Contents()
+    may_be_dicom: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        named = _is_named(path, *suffixes, *OTHER_SUFFIXES)
+        if path.name.startswith("."):
+            if named:
+                found.passed_over.append((path.name, "hidden"))
+        elif why := _leads_out(path, root):
+            found.refused.append((path, why))
+        elif path.resolve() == output.resolve():
+            continue
+        elif path.is_dir():
+            may_be_dicom.append(path)
+        elif named and not path.is_file():
+            what = "neither a file nor a folder" if path.exists() else "a link to nothing"
+            found.refused.append((path, f"{what}, expected a scan"))
+        elif _is_named(path, *suffixes):
+            found.volumes.append(path)
+        elif named:
+            found.refused.append((path, f"not read, expected {', '.join(suffixes)} or DICOM"))
+        elif path.is_file() and files.is_dicom(path):
+            may_be_dicom.append(path)
+        else:
+            found.passed_over.append((path.name, "no scan by its name or content"))
+    found.studies += find_studies(folder, may_be_dicom)
+    for path in may_be_dicom:
+        if path.is_dir() and not any(s.folder.is_relative_to(path) for s in found.studies):
+            _look_into_other(path, found)
+    return found
+
+
+def _look_into_other(path: Path, found: _Contents) -> None:
+    """Say why a folder in the input is no case of its own."""
+    listing = files.walk(path)
+    scans = sum(_is_named(file, *SCAN_SUFFIXES, *OTHER_SUFFIXES) for file in listing.files)
+    if any(files.is_dicom(file) for file in listing.files):
+        return  # of a study whose slices lie in several folders
+    if _is_named(path, *SCAN_SUFFIXES, *OTHER_SUFFIXES):
+        found.refused.append((path, "a folder, expected a file"))
+    elif listing.passed_over and not listing.files:
+        found.refused.append((path, f"holds {listing.passed_over[0][1]}, and no file"))
+    elif scans:
+        found.passed_over.append(
+            (f"{path.name}/", f"holds {counted(scans, 'scan')}, expected directly in the input")
+        )
+    else:
+        found.passed_over.append((f"{path.name}/", "a folder without a scan"))
 
 
 def check_output(job: Job, output: Path) -> None:
@@ -159,6 +288,19 @@ def check_output(job: Job, output: Path) -> None:
         raise OutputError(f"{output}: cannot write results there ({error.strerror})") from error
 
 
+def say_passed_over(job: Job) -> None:
+    """Name what lies in the input and is no case, a line for each reason; not the thousandth."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in job.passed_over:
+        by_reason.setdefault(reason, []).append(name)
+    for number, (reason, names) in enumerate(by_reason.items()):
+        if number == _MOST_REASONS:
+            say(f"passed over for {len(by_reason) - number} other reasons: more files and folders")
+            break
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        say(f"passed over, {reason}: {', '.join(names[:_MOST_NAMES])}{more}")
+
+
 @contextlib.contextmanager
 def _readable(folder: Path) -> Iterator[None]:
     """Refuse an input folder that is not there, or of which something cannot be read."""
@@ -171,86 +313,19 @@ def _readable(folder: Path) -> Iterator[None]:
         raise InputError(f"{place}: cannot read ({error.strerror or error})") from error
 
 
-def _sockets(path: Path) -> dict[str, Any]:
-    """Image sockets of ``inputs.json``: slug to relative path, which is not checked yet."""
-    try:
-        size = path.stat().st_size
-        if size > _INPUTS_LIMIT:
-            raise InputError(f"{path}: {size} bytes, expected at most {_INPUTS_LIMIT}")
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            entry["interface"]["slug"]: entry["interface"]["relative_path"]
-            for entry in entries
-            if entry.get("image") or entry["interface"].get("super_kind", "").lower() == "image"
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: not the platform's list of inputs ({_quoted(error)})") from error
+def _is_named(path: Path, *suffixes: str) -> bool:
+    return path.name.lower().endswith(suffixes)
 
 
-def _choose(sockets: dict[str, Any], wanted: str, where: Path) -> Any:
-    if wanted in sockets:
-        return sockets[wanted]
-    if len(sockets) == 1:
-        return next(iter(sockets.values()))
-    found = ", ".join(sorted(map(str, sockets)))[:200] or "none"
-    raise InputError(
-        f"{where}: image sockets are {found}; expected exactly one, or one named {wanted} "
-        "(see --input-slug)"
-    )
+def _leads_out(path: Path, folder: Path) -> str:
+    """Why a path is not taken: a link leads out of the input folder, or in a circle.
 
-
-def _relative(named: Any, folder: Path, where: Path) -> Path:
-    """The folder that ``inputs.json`` names, which must be one below the input folder."""
-    plain = isinstance(named, str) and named and "\0" not in named
-    if not plain or PurePosixPath(named).is_absolute() or ".." in PurePosixPath(named).parts:
-        raise InputError(
-            f"{where}: relative_path is {_quoted(named)}, expected a path inside {folder}"
-        )
-    return folder / str(named)
-
-
-def _platform_cases(socket: Path, masks: Path, folder: Path) -> tuple[InputCase, ...]:
-    images = _volumes(socket, folder)
-    if not images:
-        raise InputError(f"{socket}: found no scan, expected one of {', '.join(SCAN_SUFFIXES)}")
-    cases = tuple(InputCase(path.name, path, masks / f"{stem_of(path)}.mha") for path in images)
-    for output, count in Counter(case.output for case in cases).items():
-        if count > 1:
-            raise InputError(
-                f"{socket}: {count} scans named {output.stem}, expected one, "
-                f"since their masks would all be {output.name}"
-            )
-    return cases
-
-
-def _volumes(folder: Path, root: Path, suffixes: tuple[str, ...] = SCAN_SUFFIXES) -> list[Path]:
-    """The volumes that lie in a folder, none if there is no such folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(
-        _inside(path, root)
-        for path in _inside(folder, root).iterdir()
-        if path.name.lower().endswith(suffixes) and not path.name.startswith(".") and path.is_file()
-    )
-
-
-def _inside(path: Path, folder: Path) -> Path:
-    """The path itself, refused where a link leads out of the input folder.
-
-    The input folder may be a link, and links may point to places inside it.
+    The input folder may be a link itself, and links may point to places inside it. Empty if all is
+    well.
     """
     try:
-        inside = path.resolve().is_relative_to(folder.resolve())
-    except RuntimeError as error:  # links in a circle
-        raise InputError(f"{str(path)[:200]}: cannot be followed ({_quoted(error)})") from error
-    if not inside:
-        raise InputError(
-            f"{path}: a link that leads out of {folder}; expected the file itself (cp -L makes one)"
-        )
-    return path
-
-
-def _quoted(value: object) -> str:
-    """As Python writes it, which keeps to one line; not more of it than a line holds."""
-    text = repr(value)
-    return text if len(text) <= 160 else text[:157] + "..."
+        if path.resolve().is_relative_to(folder.resolve()):
+            return ""
+    except RuntimeError:
+        return "a link that leads in a circle, expected the file itself"
+    return f"a link that leads out of {folder}; expected the file itself (cp -L makes one)"

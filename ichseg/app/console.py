@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 import time
+import traceback
 
 from ichseg.wording import duration
 
@@ -19,14 +20,29 @@ _EVERY_S = 60.0
 
 
 def say(text: str) -> None:
-    """One plain line."""
-    _write((_CLEAR if sys.stderr.isatty() else "") + text + "\n")
+    """Write one plain line.
+
+    Whatever would not print is escaped: a file name may hold a line break, with which it could
+    forge a line, or bytes that are no text.
+    """
+    plain = "".join(c if c.isprintable() else _escaped(c) for c in text)
+    _write((_CLEAR if _is_terminal() else "") + plain + "\n")
 
 
 def fail(reason: str) -> int:
-    """The last line says why; the exit status says that."""
-    say(f"error: {' '.join(reason.split())}")
+    """Say why a run fails, as its last line.
+
+    Returns:
+        The exit status.
+    """
+    say(f"error: {reason.strip()}")
     return 1
+
+
+def say_traceback() -> None:
+    """Write where the exception that is being handled came from: it is a fault of ours."""
+    for line in traceback.format_exc().splitlines():
+        say(f"  | {line}")
 
 
 class Progress:
@@ -56,7 +72,7 @@ class Progress:
             self.said = now
             say(f"  {total} forward passes{planned}, about {duration(left_s)}")
         text = f"  {done}/{total} forward passes, {duration(left_s)} left"
-        if sys.stderr.isatty():
+        if _is_terminal():
             if done == total or now - self.said >= 1:
                 self.said = now
                 _write(_CLEAR + (text if done < total else ""))
@@ -65,8 +81,18 @@ class Progress:
             say(text)
 
 
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def _write(text: str) -> None:
     """To stderr; a log whose disk is full or whose reader has gone costs nobody a mask."""
+    if sys.stderr is None:  # closed before this process began
+        return
     try:
         sys.stderr.write(text)
         sys.stderr.flush()

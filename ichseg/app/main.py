@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ichseg.app import weights
+from ichseg import __version__
+from ichseg.app import results, weights
 from ichseg.app.arguments import parse_arguments
-from ichseg.app.cases import Job, check_output, find_cases, find_challenge_cases
-from ichseg.app.console import fail, say
-from ichseg.app.signals import Stopped, stopped_by_signals
-from ichseg.errors import IchsegError, WeightsError
+from ichseg.app.cases import (
+    Job,
+    check_output,
+    find_cases,
+    find_challenge_cases,
+    say_passed_over,
+)
+from ichseg.app.console import fail, say, say_traceback
+from ichseg.app.results import CaseResult, Record, refuse_cases
+from ichseg.app.start import (
+    Stopped,
+    ensure_streams,
+    refuse_too_little_memory,
+    stopped_by_signals,
+    tame_libraries,
+)
+from ichseg.errors import DeviceError, IchsegError, WeightsError
 from ichseg.wording import counted
 
 if TYPE_CHECKING:  # engines take long to import: --help and refusals of input do without
@@ -31,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status: 0 if every case was segmented.
     """
+    ensure_streams()
     arguments = parse_arguments(argv)
-    # numpy, not loaded yet: beside busy networks more threads wait for each other, up to seconds
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    tame_libraries()
     try:
         with stopped_by_signals():
             if arguments.api == "invoke" and arguments.predict_dir is None:
@@ -57,30 +73,45 @@ def serve(arguments: argparse.Namespace) -> int:
             "pip install 'ichseg[server]'"
         )
 
+    written: set[Path] = set()
+
     def run(ensemble: Ensemble) -> int:
-        return run_job(arguments, lambda: ensemble, time.monotonic())
+        for earlier in written:  # an earlier job's, and not to be taken for this one's
+            earlier.unlink(missing_ok=True)
+        written.clear()
+        return run_job(arguments, lambda: ensemble, time.monotonic(), written)
 
-    try:
+    def work() -> int:
+        refuse_too_little_memory()
         server.serve(lambda: load(arguments), run)
-    except IchsegError as error:
-        return fail(str(error))
-    except MemoryError:
-        return fail("out of memory while the networks were loaded")
-    return 0
+        return 0
+
+    return _in_words("the server", work)
 
 
-def run_job(arguments: argparse.Namespace, loaded: Callable[[], Ensemble], began: float) -> int:
+def run_job(
+    arguments: argparse.Namespace,
+    loaded: Callable[[], Ensemble],
+    began: float,
+    written: set[Path] | None = None,
+) -> int:
     """Find the job's cases and segment them.
 
     Args:
         arguments: The command line.
         loaded: Gives the ensemble; asked once the cases are found, as loading takes long.
         began: What the time budget counts from, by ``time.monotonic()``.
+        written: Gets the files that the job will write, for a server to remove them later.
 
     Returns:
         The exit status; unless it is 0, the last line on stderr says why.
+
+    Raises:
+        DeviceError: The device is lost, in a server, for which no other job can succeed.
     """
-    try:
+
+    def work() -> int:
+        refuse_too_little_memory()
         described = weights.describe(weights.choose(arguments.weights))
         if arguments.predict_dir is not None:
             job = find_challenge_cases(arguments.input, arguments.predict_dir)
@@ -92,13 +123,38 @@ def run_job(arguments: argparse.Namespace, loaded: Callable[[], Ensemble], began
                 output_slug=arguments.output_slug or described.output_slug,
             )
         check_output(job, arguments.output)
-        return segment(arguments, job, loaded(), described.sha256, began)
+        if written is not None:
+            written.update(case.output for case in job.cases)
+            written.update(arguments.output / name for name in results.FILES)
+        say_passed_over(job)
+        return segment(arguments, job, loaded, described.sha256, began)
+
+    return _in_words(str(arguments.input), work, raised=() if written is None else (DeviceError,))
+
+
+def _in_words(what: str, work: Callable[[], int], raised: tuple[type[Exception], ...] = ()) -> int:
+    """Do the work; whatever goes wrong is said in one line, and the exit status says that.
+
+    Args:
+        what: Is at stake, for errors that do not say so themselves.
+        work: Gives the exit status.
+        raised: What is not said here, but raised.
+    """
+    try:
+        return work()
+    except raised:
+        raise
     except IchsegError as error:
         return fail(str(error))
     except MemoryError:
-        return fail(f"{arguments.input}: out of memory")
+        return fail(f"{what}: out of memory")
+    except ImportError as error:  # such as a library that finds no room in memory
+        return fail(f"a library cannot be loaded: {' '.join(str(error).split())[:300]}")
     except OSError as error:  # such as a file where the output folder was
-        return fail(f"{error.filename or arguments.output}: {error.strerror or error}")
+        return fail(f"{error.filename or what}: {error.strerror or error}")
+    except Exception as error:
+        say_traceback()
+        return fail(f"{what}: {type(error).__name__}: {error}")
 
 
 def load(arguments: argparse.Namespace) -> Ensemble:
@@ -109,12 +165,34 @@ def load(arguments: argparse.Namespace) -> Ensemble:
 
 
 def segment(
-    arguments: argparse.Namespace, job: Job, ensemble: Ensemble, model_sha256: str, began: float
+    arguments: argparse.Namespace,
+    job: Job,
+    loaded: Callable[[], Ensemble],
+    model_sha256: str,
+    began: float,
 ) -> int:
-    """Segment every case; one bad scan does not stop the others."""
-    from ichseg.app import pipeline, results
+    """Segment every case; one bad scan does not stop the others.
+
+    Args:
+        arguments: The command line.
+        job: The cases.
+        loaded: Gives the ensemble; not asked where every case is refused.
+        model_sha256: What the ensemble is known by.
+        began: What the time budget counts from, by ``time.monotonic()``.
+
+    Returns:
+        The exit status; unless it is 0, the last line on stderr says why.
+    """
+    if all(case.refusal for case in job.cases):
+        record = Record(arguments.output, job.cases, on_disk=not job.challenge)
+        record.begin()
+        refuse_cases(job, record)
+        record.save()
+        return _status(record.in_order())
+    from ichseg.app import pipeline
     from ichseg.app.one_case import Options
 
+    ensemble = loaded()
     labels = ensemble.model.plans.labels
     if job.challenge and len(labels) > 2:
         raise WeightsError(
@@ -124,25 +202,31 @@ def segment(
     say(f"{ensemble.model.name} {ensemble.model.version}: {ensemble.model.description}")
     say(f"{counted(len(job.cases), 'case')}, preset {arguments.preset}, {ensemble.engine.name}")
     budget_s = arguments.time_budget
+    alone = not (job.platform or job.challenge)  # where no other file may lie beside the masks
     options = Options(
         output=arguments.output,
         preset=arguments.preset,
-        report=arguments.report,
+        pictures=arguments.report and alone,
+        dicom_seg=alone and importlib.util.find_spec("highdicom") is not None,
         resume=arguments.resume,
         deadline=None if budget_s is None else began + budget_s,
         made_from={
+            "version": __version__,
             "model_sha256": model_sha256,
+            "engine": ensemble.engine.kind,
+            "precision": "float16" if ensemble.engine.kind == "cuda" else "float32",
             "preset": arguments.preset,
             "time_budget_s": budget_s,
         },
     )
-    ended = pipeline.run(job, ensemble, options)
-    left = results.without_lost(ended, arguments.output)
-    if left != ended and not job.challenge:
-        results.write_results(left, arguments.output / results.FILE)
-    failed = [each.error for each in left if each.error]
+    return _status(pipeline.run(job, ensemble, options))
+
+
+def _status(ended: Sequence[CaseResult]) -> int:
+    """The exit status of a run; unless it is 0, its last line says what has failed."""
+    failed = [each.error for each in ended if each.error]
     if failed:
         more = [f"{len(failed) - 5} more, see {results.FILE}"] if len(failed) > 6 else []
         reasons = "; ".join([*failed[: 5 if more else None], *more])  # one line, not too long
-        return fail(f"{len(failed)} of {len(left)} cases failed: {reasons}")
+        return fail(f"{len(failed)} of {counted(len(ended), 'case')} failed: {reasons}")
     return 0

@@ -6,24 +6,24 @@ only what concerns every case is raised.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from ichseg.app import case_report, needs, results
 from ichseg.app.cases import InputCase
-from ichseg.app.console import Progress, say
+from ichseg.app.console import Progress, say, say_traceback
 from ichseg.app.results import CaseResult, Stamp
 from ichseg.engine import machine
 from ichseg.errors import BudgetError, DeviceError, IchsegError, WeightsError
-from ichseg.files import stem_of
 from ichseg.predict import components, memory
 from ichseg.predict.ensemble import Ensemble, Predicted, Prepared, Segmentation
 from ichseg.scan import plausibility, reader, volume
@@ -47,16 +47,18 @@ class Options:
     Attributes:
         output: The folder for the masks and ``results.json``.
         preset: How much of the ensemble runs, one of ``presets.PRESETS``.
-        report: Whether pictures are made.
+        pictures: Whether pictures and the page are made.
+        dicom_seg: Whether masks of DICOM slices are written as DICOM-SEG, too.
         resume: Whether cases that are finished are left as they are.
         deadline: When the whole run has to end, by ``time.monotonic()``; None for no time budget.
             What is left is shared evenly by the cases that are left.
-        made_from: What a result depends on beside the scan, see ``results.finished``.
+        made_from: What a result depends on beside the scan, see ``results.is_finished``.
     """
 
     output: Path
     preset: str
-    report: bool = False
+    pictures: bool = False
+    dicom_seg: bool = True
     resume: bool = False
     deadline: float | None = None
     made_from: dict[str, Any] = field(default_factory=dict)
@@ -82,6 +84,15 @@ class Task:
             InputError: The scan cannot be looked at.
         """
         return results.stamp_of(self.case.image)
+
+    def made_from(self, options: Options) -> dict[str, Any]:
+        """What the case's result depends on.
+
+        Raises:
+            InputError: The scan cannot be looked at.
+        """
+        made = self.stamp | options.made_from | {"pictures": options.pictures}
+        return made | ({"dicom_seg": options.dicom_seg} if self.case.image.is_dir() else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +156,7 @@ def stage(
             most = f"; {allowed.by} allows {byte_size(allowed.total)}" if allowed else ""
             reason = f"{task.case.image}: out of memory{most}"
         except Exception as error:  # a fault of ours; the other cases may well succeed
-            say(traceback.format_exc().rstrip())
+            say_traceback()
             reason = f"{task.case.image}: {type(error).__name__}: {error}"
         return CaseResult(task.case.name, None, reason, {})
 
@@ -224,17 +235,17 @@ def predict_case(
 
 
 @stage
-def write_case(
-    task: Task, done: Done, ensemble: Ensemble, options: Options, *, pictures: bool
-) -> CaseResult:
+def write_case(task: Task, done: Done, ensemble: Ensemble, options: Options) -> CaseResult:
     """Restore what the networks found to the scan's grid, measure it and write it.
+
+    Once the mask is written no failure takes it away: that of a picture, or of anything else that
+    is made of the mask, is a warning.
 
     Args:
         task: The case.
         done: From ``predict_case``; its scores are given up.
         ensemble: The networks that ran.
         options: What the user chose.
-        pictures: Whether pictures are made, too.
     """
     case, scan = task.case, done.scan.volume
     segmentation = ensemble.finish(done.predicted)
@@ -242,15 +253,25 @@ def write_case(
     began = time.perf_counter()
     lesions = components.lesions(segmentation.mask.voxels.astype(np.uint8, copy=False), scan)
     volume.write(segmentation.mask, case.output)
+    warnings: list[str] = []
     if done.scan.series is not None:
-        segmentation = _onto_slices(segmentation, done.scan.series, ensemble, case.output)
-    if pictures:
-        _write_pictures(case, done.scan, segmentation, ensemble, options.output)
+        seg_path(case.output).unlink(missing_ok=True)  # an earlier run's
+        with optional("not measured on the slices, and no DICOM-SEG", warnings):
+            labels = straighten.onto_slices(
+                done.scan.series.stack, segmentation.mask.voxels.astype(np.uint8, copy=False)
+            )
+            volume_ml = straighten.volume_ml(done.scan.series.stack, labels)
+            segmentation = dataclasses.replace(segmentation, volume_ml=volume_ml)
+            if options.dicom_seg:
+                warnings += _write_seg(labels, done.scan.series, ensemble, case.output)
+    if options.pictures:
+        with optional("no pictures", warnings):
+            _write_pictures(case, done.scan, segmentation, ensemble, options.output)
     write_s = time.perf_counter() - began
-    facts = case_report.facts(segmentation, lesions, done.scan.warnings)
+    facts = case_report.facts(segmentation, lesions, done.scan.warnings, warnings)
     facts["seconds"] |= {"read": round(done.read_s, 3), "write": round(write_s, 3)}
     facts |= {
-        "made_from": task.stamp | options.made_from,
+        "made_from": task.made_from(options),
         "mask_sha256": results.digest_of(case.output),
     }
     for warning in facts["warnings"]:
@@ -259,21 +280,28 @@ def write_case(
     return CaseResult(case.name, str(case.output.relative_to(options.output)), "", facts)
 
 
-def _onto_slices(
-    segmentation: Segmentation, series: Series, ensemble: Ensemble, mask: Path
-) -> Segmentation:
-    """Measured on the slices as they were taken, and written as DICOM-SEG if that can be."""
-    labels = straighten.onto_slices(
-        series.stack, segmentation.mask.voxels.astype(np.uint8, copy=False)
-    )
-    model = ensemble.model
-    algorithm = Algorithm(model.name, str(model.version), model.plans.labels[1:])
-    warning = write_seg(labels, series, seg_path(mask), algorithm)
-    return dataclasses.replace(
-        segmentation,
-        volume_ml=straighten.volume_ml(series.stack, labels),
-        warnings=segmentation.warnings + ((warning,) if warning else ()),
-    )
+@contextlib.contextmanager
+def optional(what: str, warnings: list[str]) -> Iterator[None]:
+    """Turn the failure of a step that no mask depends on into a warning."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, (IchsegError, MemoryError)):
+            say_traceback()
+        reason = str(error).strip() or type(error).__name__
+        warnings.append(f"{what} ({reason.splitlines()[0][:200]})")
+
+
+def _write_seg(
+    labels: npt.NDArray[np.uint8], series: Series, ensemble: Ensemble, mask: Path
+) -> list[str]:
+    """The mask as DICOM-SEG beside its file; why there is none, if it cannot be written."""
+    model, warnings = ensemble.model, list[str]()
+    with optional("no DICOM-SEG", warnings):
+        algorithm = Algorithm(model.name, str(model.version), model.plans.labels[1:])
+        why_not = write_seg(labels, series, seg_path(mask), algorithm)
+        warnings += [why_not] if why_not else []
+    return warnings
 
 
 def _write_pictures(
@@ -283,5 +311,8 @@ def _write_pictures(
     from ichseg.report import case_files, pictures
 
     found, mask, is_ct = scan.volume, segmentation.mask, ensemble.model.expects_hu
-    pictures.write_overlay(found, mask, output / f"{stem_of(Path(case.name))}.png", is_ct=is_ct)
+    overlay = output / case.picture
+    for earlier in (overlay, output / REPORT / "cases" / f"{case_files.slug_of(case.name)}.json"):
+        earlier.unlink(missing_ok=True)  # lest it be shown if one of these fails
+    pictures.write_overlay(found, mask, overlay, is_ct=is_ct)
     case_files.write_case(output / REPORT, case.name, found, {"prediction": mask}, is_ct=is_ct)

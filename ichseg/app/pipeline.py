@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 
 from ichseg.app import needs, results
-from ichseg.app.cases import Job
+from ichseg.app.cases import InputCase, Job
 from ichseg.app.console import say
 from ichseg.app.one_case import (
     REPORT,
@@ -22,13 +21,14 @@ from ichseg.app.one_case import (
     Options,
     Task,
     open_case,
+    optional,
     predict_case,
     write_case,
 )
-from ichseg.app.results import CaseResult
+from ichseg.app.results import CaseResult, Record, refuse_cases
 from ichseg.engine import machine
-from ichseg.errors import InputError
-from ichseg.files import remove_unfinished
+from ichseg.errors import InputError, OutputError
+from ichseg.files import abandon_unfinished
 from ichseg.predict.ensemble import Ensemble
 from ichseg.scan.dicom.dicom_seg import seg_path
 from ichseg.wording import counted
@@ -39,8 +39,8 @@ _LAST_WRITE_S = 3.0  # for what is being written to end; the platform kills 5 s 
 def run(job: Job, ensemble: Ensemble, options: Options) -> list[CaseResult]:
     """Segment every case that is not finished; one bad scan does not stop the others.
 
-    ``results.json`` is written anew after each case, so that an interruption loses the cases under
-    way and no others. What ends the run early leaves no half-written file.
+    Each result is on disk as soon as it is there, so that an interruption loses the cases under way
+    and no others. What ends the run early leaves no half-written file.
 
     Returns:
         A result for each case of the job, in its order.
@@ -50,46 +50,53 @@ def run(job: Job, ensemble: Ensemble, options: Options) -> list[CaseResult]:
         WeightsError: The bundle cannot be run.
         DeviceError: The device cannot be used.
     """
-    tasks = [
-        Task(case, f"[{i}/{len(job.cases)}] {case.name}") for i, case in enumerate(job.cases, 1)
-    ]
-    ended = _finished(tasks, options) if options.resume else {}
-    recorded = options.output / results.FILE
-
-    def in_order() -> list[CaseResult]:
-        return [ended[task.case.output] for task in tasks if task.case.output in ended]
-
-    if not job.challenge and recorded.exists():  # it names masks that this run will replace
-        results.write_results(in_order(), recorded)
-    pictures = options.report and not (job.platform or job.challenge)
+    tasks = _tasks(job)
+    record = Record(options.output, job.cases, on_disk=not job.challenge)
+    if options.resume:
+        record.ended |= _finished(tasks, options)
+        say(f"{len(record.ended)} of {counted(len(tasks), 'case')} are finished already")
+    record.begin()
+    refuse_cases(job, record)
 
     def finish(task: Task, case: Done | CaseResult) -> None:
-        result = write_case(task, case, ensemble, options, pictures=pictures)
-        ended[task.case.output] = result
+        result = write_case(task, case, ensemble, options)
         if result.error:
             for earlier in (task.case.output, seg_path(task.case.output)):
                 earlier.unlink(missing_ok=True)  # it would be taken for this run's
             say(f"{task.name}: failed: {result.error}")
-        if not job.challenge:
-            results.write_results(in_order(), recorded)
+        record.add(task.case, result)
 
-    _overlapping([t for t in tasks if t.case.output not in ended], ensemble, options, finish)
-    if pictures:
-        _write_page(in_order(), ensemble, options)
-    return in_order()
+    waiting = [task for task in tasks if task.case not in record.ended]
+    try:
+        _overlapping(waiting, ensemble, options, finish)
+    except BaseException:
+        with contextlib.suppress(OutputError):  # what ends the run is what has to be said
+            if record.ended:
+                record.save()
+        raise
+    record.keep_what_is_there()
+    if options.pictures:
+        _write_page(record, ensemble, options)
+    record.save()
+    return record.in_order()
 
 
-def _finished(tasks: Sequence[Task], options: Options) -> dict[Path, CaseResult]:
-    """By their masks, the cases whose earlier results are what this run would make."""
-    earlier = results.read_results(options.output / results.FILE)
+def _tasks(job: Job) -> list[Task]:
+    count = len(job.cases)
+    return [Task(case, f"[{i}/{count}] {case.name}") for i, case in enumerate(job.cases, 1)]
+
+
+def _finished(tasks: Sequence[Task], options: Options) -> dict[InputCase, CaseResult]:
+    """The cases whose earlier results are what this run would make."""
+    earlier = results.read_results(options.output)
     found = {}
     for task in tasks:
-        with contextlib.suppress(InputError):  # which will be said when it is read
-            made = task.stamp | options.made_from
-            result = results.finished(task.case, options.output, earlier, made)
-            if result is not None:
-                found[task.case.output] = result
-    say(f"{len(found)} of {counted(len(tasks), 'case')} are finished already")
+        case = task.case
+        result = earlier.get((case.name, str(case.output.relative_to(options.output))))
+        if result is not None and not case.refusal:
+            with contextlib.suppress(InputError):  # which will be said when it is read
+                if results.is_finished(result, case.output, task.made_from(options)):
+                    found[case] = result
     return found
 
 
@@ -108,8 +115,7 @@ def _overlapping(
         finish: Called in the thread that writes, for one case after the other.
     """
     base = machine.resident_bytes()
-    folders = {options.output, *(task.case.output.parent for task in tasks)}
-    with _two_threads(folders) as (reader, writer):
+    with _two_threads() as (reader, writer):
         ahead: list[Future[Opened | CaseResult]] = []
         behind: list[Future[None]] = []
         written = 0  # bytes that the case behind takes
@@ -148,33 +154,35 @@ def _may_open(following: Task, task: Task, case: Opened | CaseResult, base: int)
     return needs.both_fit(case.need, factor, base)
 
 
-def _write_page(ended: Sequence[CaseResult], ensemble: Ensemble, options: Options) -> None:
+def _write_page(record: Record, ensemble: Ensemble, options: Options) -> None:
+    """The page of all cases; if it fails, every case has a warning, and nothing else is lost."""
     from ichseg.report import inference_page
 
-    model = ensemble.model
-    page = inference_page.write(
-        options.output / REPORT,
-        [inference_page.Entry(case.image, case.error, case.report) for case in ended],
-        title=f"Segmentation of {counted(len(ended), 'scan')}",
-        subtitle=f"{model.name} {model.version}, preset {options.preset}, {ensemble.engine.name}",
-    )
-    say(f"a page to open in a browser: {page}")
+    model, ended = ensemble.model, record.in_order()
+    warnings: list[str] = []
+    with optional("no page of all scans", warnings):
+        page = inference_page.write(
+            options.output / REPORT,
+            [inference_page.Entry(result.image, result.error, result.report) for result in ended],
+            title=f"Segmentation of {counted(len(ended), 'scan')}",
+            subtitle=f"{model.name} {model.version}, preset {options.preset}, "
+            f"{ensemble.engine.name}",
+        )
+        say(f"a page to open in a browser: {page}")
+    for warning in warnings:
+        say(f"warning: {warning}")
+        record.warn(warning)
 
 
 @contextlib.contextmanager
-def _two_threads(folders: set[Path]) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
-    """For reading and for writing; if the block is left early, with nothing half-written.
-
-    Args:
-        folders: Where temporary files of ``files.replacing`` may be left.
-    """
+def _two_threads() -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
+    """For reading and for writing; if the block is left early, with nothing half-written."""
     reader, writer = ThreadPoolExecutor(1, "reader"), ThreadPoolExecutor(1, "writer")
     try:
         yield reader, writer
     except BaseException as error:
         wait([writer.submit(lambda: None)], _LAST_WRITE_S)  # so long for what it is at
-        for folder in folders:
-            remove_unfinished(folder)
+        abandon_unfinished()
         if isinstance(error, Exception):  # no signal: time enough, and its reason is the last line
             reader.shutdown(cancel_futures=True)
             writer.shutdown(cancel_futures=True)

@@ -1,19 +1,29 @@
-"""``results.json``: one entry per case, in evalutils' list layout, with our ``report`` added."""
+"""``results.json``: one entry per case, in evalutils' list layout, with our ``report`` added.
+
+While a run is under way, the results since ``results.json`` was last written are lines of
+``results.jsonl``, each an entry: adding one takes the same time for the first case and the 4,000th.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ichseg.app.cases import InputCase
+from ichseg.app.cases import InputCase, Job
+from ichseg.app.console import say
 from ichseg.errors import InputError, OutputError
 from ichseg.files import replacing, sha256
 from ichseg.scan.dicom import files as dicom_files
 
 FILE = "results.json"
+JOURNAL = "results.jsonl"
+FILES = (FILE, JOURNAL)
+_EVERY_S = 30.0  # the file is written anew, for those who look at it while the run goes on
 
 
 class Stamp(TypedDict):
@@ -28,8 +38,8 @@ class CaseResult:
     """How one case ended.
 
     Attributes:
-        image: Path of the scan as it is named in the file.
-        mask: Path of its mask relative to the output folder, or None if the case failed.
+        image: The scan as it is named in the file.
+        mask: The path of its mask relative to the output folder, or None if the case failed.
         error: The reason of a failure, or an empty string.
         report: What was found (see ``case_report``), and for ``--resume`` made_from and
             mask_sha256; empty if the case failed.
@@ -41,50 +51,158 @@ class CaseResult:
     report: dict[str, Any]
 
 
+@dataclass(slots=True)
+class Record:
+    """The results of a run.
+
+    Attributes:
+        output: The folder of the masks and of the files.
+        cases: The cases of the run, in the order that the results get.
+        on_disk: Whether there are files; INSTANCE 2022's batch has none.
+        ended: The results so far.
+        saved_s: When ``results.json`` was last written, by ``time.monotonic()``.
+    """
+
+    output: Path
+    cases: Sequence[InputCase]
+    on_disk: bool = True
+    ended: dict[InputCase, CaseResult] = field(default_factory=dict)
+    saved_s: float = field(default_factory=time.monotonic)
+
+    def begin(self) -> None:
+        """Take back the results of an earlier run: this one will replace its masks.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        if any((self.output / name).exists() for name in FILES):
+            self.save()
+
+    def add(self, case: InputCase, result: CaseResult) -> None:
+        """Keep a case's result, from which an interrupted run can go on.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        self.ended[case] = result
+        if not self.on_disk:
+            return
+        append_result(result, self.output / JOURNAL)
+        if time.monotonic() - self.saved_s > _EVERY_S:
+            self.save()
+
+    def save(self) -> None:
+        """Write ``results.json``, after which there is nothing that only the journal knows.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        if self.on_disk:
+            write_results(self.in_order(), self.output / FILE)
+            (self.output / JOURNAL).unlink(missing_ok=True)
+            self.saved_s = time.monotonic()
+
+    def in_order(self) -> list[CaseResult]:
+        """The results so far, in the order of the cases."""
+        ended = dict(self.ended)  # the thread that writes may add another meanwhile
+        return [ended[case] for case in self.cases if case in ended]
+
+    def warn(self, warning: str) -> None:
+        """Add a warning to every case that has a mask."""
+        for case, result in self.ended.items():
+            if result.mask is not None:
+                warnings = [*result.report.get("warnings", ()), warning]
+                report = result.report | {"warnings": warnings}
+                self.ended[case] = dataclasses.replace(result, report=report)
+
+    def keep_what_is_there(self) -> None:
+        """Make a mask that is no longer there an error.
+
+        Somebody may have removed the output folder in the meantime; the later masks made it again.
+        """
+        for case, result in self.ended.items():
+            if result.mask is not None and not (self.output / result.mask).is_file():
+                error = f"{self.output / result.mask}: was removed during the run; "
+                self.ended[case] = CaseResult(
+                    image=result.image,
+                    mask=None,
+                    error=error + "--resume does it again",
+                    report={},
+                )
+
+
+def refuse_cases(job: Job, record: Record) -> None:
+    """Record the cases that were refused as they were found.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    for case in job.cases:
+        if case.refusal:
+            reason = case.refusal
+            if str(case.image) not in reason:
+                reason = f"{case.image}: {reason}"
+            say(f"{case.name}: failed: {reason}")
+            record.add(case, CaseResult(case.name, None, reason, {}))
+
+
 def write_results(results: Sequence[CaseResult], path: Path) -> None:
     """Write strict JSON, whole or not at all.
 
     Raises:
         OutputError: The folder cannot be written.
     """
-    entries = [
-        {
-            "outputs": [] if result.mask is None else [_image(result.mask)],
-            "inputs": [_image(result.image)],
-            "error_messages": [result.error] if result.error else [],
-            "report": result.report,
-        }
-        for result in results
-    ]
+    entries = [_entry(result) for result in results]
     with replacing(path, suffix=".json") as temporary:
         temporary.write_text(
             json.dumps(entries, indent=1, allow_nan=False) + "\n", encoding="utf-8"
         )
 
 
-def read_results(path: Path) -> tuple[CaseResult, ...]:
-    """What ``write_results`` wrote; nothing if there is no such file.
+def append_result(result: CaseResult, journal: Path) -> None:
+    """Add a line to the journal.
 
     Raises:
-        OutputError: There is one, and it is something else.
+        OutputError: The folder cannot be written.
     """
+    line = json.dumps(_entry(result), allow_nan=False) + "\n"
     try:
-        return tuple(
-            CaseResult(
-                image=entry["inputs"][0]["filename"],
-                mask=next((output["filename"] for output in entry["outputs"]), None),
-                error=next(iter(entry["error_messages"]), ""),
-                report=dict(entry["report"]),
-            )
-            for entry in json.loads(path.read_text(encoding="utf-8"))
-        )
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        with journal.open("a", encoding="utf-8") as stream:
+            stream.write(line)
+    except OSError as error:
+        raise OutputError(f"{journal}: cannot write ({error.strerror or error})") from error
+
+
+def read_results(output: Path) -> dict[tuple[str, str | None], CaseResult]:
+    """What a run has left in its output folder, by the names of scan and mask.
+
+    Of a journal the lines that are whole; a killed run may have cut off the last one.
+
+    Raises:
+        OutputError: ``results.json`` is there, and is something else.
+    """
+    path = output / FILE
+    found = []
+    try:
+        found = [_result(entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
     except FileNotFoundError:
-        return ()
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        pass
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise OutputError(
-            f"{path}: not the results of an earlier run ({error!r}), from which --resume could go "
-            "on; move it away"
+            f"{path}: not the results of an earlier run ({repr(error)[:160]}), from which --resume "
+            "could go on; move it away"
         ) from error
+    try:
+        lines = (output / JOURNAL).read_bytes().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        try:
+            found.append(_result(json.loads(line)))
+        except (ValueError, LookupError, TypeError, RecursionError):
+            continue  # its case is done again
+    return {(result.image, result.mask): result for result in found}
 
 
 def stamp_of(image: Path) -> Stamp:
@@ -107,35 +225,27 @@ def stamp_of(image: Path) -> Stamp:
     )
 
 
-def finished(
-    case: InputCase, output: Path, earlier: Sequence[CaseResult], made: dict[str, Any]
-) -> CaseResult | None:
-    """The case's earlier result, if it is what would be made now and its mask is unaltered."""
-    mask = str(case.output.relative_to(output))
-    for result in earlier:
-        same = (result.image, result.mask) == (case.name, mask)
-        if same and result.report.get("made_from") == made:
-            digest = digest_of(case.output)
-            return result if digest and digest == result.report.get("mask_sha256") else None
-    return None
+def is_finished(result: CaseResult, mask: Path, made_from: dict[str, Any]) -> bool:
+    """Whether an earlier result is what would be made now, and its mask is unaltered.
 
-
-def without_lost(results: Sequence[CaseResult], output: Path) -> list[CaseResult]:
-    """The results, in which a mask that is no longer there is an error.
-
-    Somebody may have removed the output folder in the meantime; the later masks made it again.
+    Args:
+        result: The earlier result of the case.
+        mask: The file of its mask.
+        made_from: What the result would be made from now. A picture or DICOM-SEG that is not asked
+            for now may have been made then.
     """
-    return [
-        result
-        if result.mask is None or (output / result.mask).is_file()
-        else CaseResult(
-            image=result.image,
-            mask=None,
-            error=f"{output / result.mask}: was removed during the run; --resume does it again",
-            report={},
-        )
-        for result in results
-    ]
+    before = result.report.get("made_from")
+    if not isinstance(before, dict):
+        return False
+    extras = {
+        key: before[key]
+        for key in ("pictures", "dicom_seg")
+        if key in before and made_from.get(key) is False
+    }
+    if before != made_from | extras:
+        return False
+    digest = digest_of(mask)
+    return digest is not None and digest == result.report.get("mask_sha256")
 
 
 def digest_of(mask: Path) -> str | None:
@@ -144,6 +254,25 @@ def digest_of(mask: Path) -> str | None:
         return sha256(mask)
     except OSError:
         return None
+
+
+def _entry(result: CaseResult) -> dict[str, Any]:
+    return {
+        "outputs": [] if result.mask is None else [_image(result.mask)],
+        "inputs": [_image(result.image)],
+        "error_messages": [result.error] if result.error else [],
+        "report": result.report,
+    }
+
+
+def _result(entry: Any) -> CaseResult:
+    """What ``_entry`` was made of."""
+    return CaseResult(
+        image=str(entry["inputs"][0]["filename"]),
+        mask=next((str(output["filename"]) for output in entry["outputs"]), None),
+        error=str(next(iter(entry["error_messages"]), "")),
+        report=dict(entry["report"]),
+    )
 
 
 def _image(name: str) -> dict[str, str]:

@@ -1,9 +1,10 @@
 """The platform's ``invoke`` API: one server, the networks loaded once, one job a POST.
 
-``GET /health`` answers 200 once the networks are loaded and 503 before; ``POST /invoke`` runs one
-job and answers 201, or 500 if it failed, after which the server goes on. HTTP has a
-thread of its own and jobs run in the main thread, one after another, because there a signal can end
-them: SIGTERM raises in the middle of a job as it does in a run without a server.
+``GET /health`` answers 200 once the networks are loaded, and 503 before that and as soon as the
+server cannot do another job; ``POST /invoke`` runs one job and answers 201, or 500 if it failed,
+after which the server goes on. HTTP has a thread of its own and jobs run in the main thread, one
+after another, because there a signal can end them: SIGTERM raises in the middle of a job as it does
+in a run without a server.
 
 Not imported unless it is used: FastAPI alone takes as long as all the rest of a refusal.
 """
@@ -14,9 +15,7 @@ import asyncio
 import contextlib
 import queue
 import socket
-import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
@@ -25,10 +24,12 @@ import fastapi
 import uvicorn
 from fastapi.responses import JSONResponse
 
-from ichseg.errors import OutputError
+from ichseg.app.console import say, say_traceback
+from ichseg.errors import DeviceError, OutputError
 
 PORT = 4743
 Loaded = TypeVar("Loaded")
+_LOOK_EVERY_S = 0.2  # whether the client of a job that waits is still there
 _Jobs = queue.SimpleQueue["Future[int]"]
 
 
@@ -36,36 +37,54 @@ def serve(load: Callable[[], Loaded], run_job: Callable[[Loaded], int], port: in
     """Load, then run a job for each POST, until a signal's handler raises.
 
     What it raises while there is no job ends the server in peace; in the middle of a job it passes
-    through, after the job has cleaned up and its POST was answered.
+    through, after the job has cleaned up. Either way every POST is answered. A job whose client has
+    gone before it began is not done.
 
     Args:
         load: Called once; the server answers ``/health`` with 503 meanwhile. What it raises ends
             the server.
         run_job: Called with what ``load`` returned, in this thread and never twice at a time.
             Returns the exit status of the same run without a server, and has said why it failed.
-        port: On all interfaces, as the platform asks for.
+        port: The port, on all interfaces, as the platform asks for.
 
     Raises:
         OutputError: The port cannot be had.
+        DeviceError: A job found the device lost, so that no other one can succeed.
     """
     jobs: _Jobs = queue.SimpleQueue()
     ready = threading.Event()
     with _listening(_application(jobs, ready), port):
-        loaded = load()
-        ready.set()
-        _say(f"listening on port {port}")
-        while True:
-            try:
-                job = jobs.get()
-            except BaseException:
-                return
-            status = 1
-            try:
-                status = run_job(loaded)
-            except Exception:  # a fault of ours: the next job may well succeed
-                traceback.print_exc()
-            finally:
-                job.set_result(status)
+        try:
+            loaded = load()
+            ready.set()
+            say(f"listening on port {port}")
+            while True:
+                try:
+                    job = jobs.get()
+                except BaseException:
+                    return
+                if job.set_running_or_notify_cancel():  # else its client has gone
+                    _run(job, loaded, run_job)
+        finally:
+            ready.clear()
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    waiting = jobs.get_nowait()
+                    if waiting.set_running_or_notify_cancel():
+                        waiting.set_result(1)
+
+
+def _run(job: Future[int], loaded: Loaded, run_job: Callable[[Loaded], int]) -> None:
+    """Run a job, whose POST is answered whatever happens."""
+    status = 1
+    try:
+        status = run_job(loaded)
+    except DeviceError:
+        raise
+    except Exception:  # a fault of ours: the next job may well succeed
+        say_traceback()
+    finally:
+        job.set_result(status)
 
 
 def _application(jobs: _Jobs, ready: threading.Event) -> fastapi.FastAPI:
@@ -77,16 +96,20 @@ def _application(jobs: _Jobs, ready: threading.Event) -> fastapi.FastAPI:
     @application.get("/health")
     async def health() -> JSONResponse:
         if not ready.is_set():
-            return JSONResponse({"status": "loading"}, status_code=503)
+            return JSONResponse({"status": "not ready"}, status_code=503)
         return JSONResponse({"status": "ok"})
 
     @application.post("/invoke")
-    async def invoke() -> JSONResponse:
+    async def invoke(request: fastapi.Request) -> JSONResponse:
         if not ready.is_set():
-            return JSONResponse({"error": "still loading"}, status_code=503)
+            return JSONResponse({"error": "loading, or ending"}, status_code=503)
         job: Future[int] = Future()
         jobs.put(job)
-        if await asyncio.wrap_future(job) != 0:
+        waiting = asyncio.wrap_future(job)
+        while not (await asyncio.wait([waiting], timeout=_LOOK_EVERY_S))[0]:
+            if await request.is_disconnected():
+                job.cancel()  # if it has not begun
+        if waiting.cancelled() or waiting.result() != 0:
             error = "the job failed or was stopped; the last line of the log says why"
             return JSONResponse({"error": error}, status_code=500)
         return JSONResponse({"status": "done"}, status_code=201)
@@ -96,7 +119,11 @@ def _application(jobs: _Jobs, ready: threading.Event) -> fastapi.FastAPI:
 
 @contextlib.contextmanager
 def _listening(application: fastapi.FastAPI, port: int) -> Iterator[None]:
-    """The application served in a thread; answers under way go out before the block is left."""
+    """Serve the application in a thread; answers under way go out before the block is left.
+
+    Raises:
+        OutputError: The port cannot be had.
+    """
     try:
         listener = socket.create_server(("0.0.0.0", port), backlog=16)
     except OSError as error:
@@ -114,8 +141,3 @@ def _listening(application: fastapi.FastAPI, port: int) -> Iterator[None]:
         server.should_exit = True
         thread.join(3)  # within the 5 s that the platform grants after SIGTERM
         listener.close()
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()

@@ -1,8 +1,9 @@
 import json
+import os
 
 import pytest
 
-from ichseg.app.cases import InputCase, find_cases, find_challenge_cases
+from ichseg.app.cases import InputCase, find_cases, find_challenge_cases, say_passed_over
 from ichseg.errors import InputError
 
 
@@ -42,9 +43,8 @@ def test_inputs_json_names_the_folder_even_where_it_differs_from_the_slug(tmp_pa
     write_inputs(tmp_path, {"anything": "images/ct-head"})
     job = find(tmp_path, tmp_path / "out")
     assert job.platform
-    assert job.cases == (
-        InputCase("1-2-3.mha", image, tmp_path / "out" / "images" / "bleed" / "1-2-3.mha"),
-    )
+    mask = tmp_path / "out" / "images" / "bleed" / "1-2-3.mha"
+    assert job.cases == (InputCase("1-2-3.mha", image, mask, picture="1-2-3.png"),)
 
 
 def test_images_folder_without_inputs_json(tmp_path):
@@ -102,20 +102,31 @@ def test_relative_path_is_a_path_inside(tmp_path, named):
     assert "\n" not in str(refused.value)
 
 
-def test_links_that_lead_out_are_refused_in_every_layout(tmp_path):
+def refused(job):
+    return {case.name: case.refusal for case in job.cases if case.refusal}
+
+
+def test_a_link_that_leads_out_is_a_case_that_failed_and_stops_no_other(tmp_path):
     folder = tmp_path / "input"
     secret = touch(tmp_path / "secret" / "x.mha")
     touch(tmp_path / "secret" / "y.nii.gz")
-    folder.mkdir()
-
+    touch(folder / "good.nii.gz")
     (folder / "scan.mha").symlink_to(secret)
-    with pytest.raises(InputError, match=r"scan\.mha: a link that leads out of .*input"):
-        find(folder, tmp_path)
     (folder / "scan.nii.gz").symlink_to("../secret/y.nii.gz")
-    with pytest.raises(InputError, match=r"scan\.nii\.gz: a link that leads out"):
-        find_challenge_cases(folder, tmp_path)
+    (folder / "slices").symlink_to(secret.parent)
+    why = f"a link that leads out of {folder}; expected the file itself (cp -L makes one)"
+    job = find(folder, tmp_path)
+    assert refused(job) == dict.fromkeys(("scan.mha", "scan.nii.gz", "slices"), why)
+    assert [case.name for case in job.cases if not case.refusal] == ["good.nii.gz"]
+    batch = find_challenge_cases(folder, tmp_path)
+    assert refused(batch) == {"scan.nii.gz": why}
+    assert [case.name for case in batch.cases if not case.refusal] == ["good.nii.gz"]
 
-    (folder / "images").mkdir()
+
+def test_a_socket_outside_the_input_is_refused(tmp_path):
+    folder = tmp_path / "input"
+    secret = touch(tmp_path / "secret" / "x.mha")
+    (folder / "images").mkdir(parents=True)
     (folder / "images" / "ct").symlink_to(secret.parent)
     with pytest.raises(InputError, match="ct: a link that leads out"):
         find(folder, tmp_path)
@@ -132,9 +143,77 @@ def test_links_that_stay_inside_and_a_folder_that_is_one(tmp_path):
     folder = tmp_path / "data"
     touch(folder / "store" / "1")
     (folder / "a.mha").symlink_to("store/1")
-    (folder / "b.mha").symlink_to("b.mha")  # in a circle: no file
     (tmp_path / "input").symlink_to(folder)
-    assert [c.name for c in find(tmp_path / "input", tmp_path).cases] == ["a.mha"]
+    job = find(tmp_path / "input", tmp_path)
+    assert [(c.name, c.refusal) for c in job.cases] == [("a.mha", "")]
+
+
+def test_what_looks_like_a_scan_and_is_none_has_failed(tmp_path):
+    touch(tmp_path / "good.mha")
+    (tmp_path / "circle.mha").symlink_to("circle.mha")
+    (tmp_path / "broken.nii").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.nii.gz")
+    touch(tmp_path / "folder.mha" / "notes.txt")
+    touch(tmp_path / "other.NRRD")
+    touch(tmp_path / "other.mhd")
+    job = find(tmp_path, tmp_path / "out")
+    assert refused(job) == {
+        "circle.mha": "a link that leads in a circle, expected the file itself",
+        "broken.nii": "a link to nothing, expected a scan",
+        "pipe.nii.gz": "neither a file nor a folder, expected a scan",
+        "folder.mha": "a folder, expected a file",
+        "other.NRRD": "not read, expected .mha, .nii.gz, .nii or DICOM",
+        "other.mhd": "not read, expected .mha, .nii.gz, .nii or DICOM",
+    }
+    assert job.passed_over == ()
+
+
+def test_everything_else_is_named_with_the_reason(tmp_path, capsys):
+    touch(tmp_path / "good.mha")
+    for number in range(7):
+        touch(tmp_path / f"notes{number}.txt")
+    touch(tmp_path / "._good.mha")
+    touch(tmp_path / ".DS_Store")
+    touch(tmp_path / "later" / "deep" / "x.mha")
+    touch(tmp_path / "later" / "y.nii.gz")
+    touch(tmp_path / "papers" / "a.pdf")
+    touch(tmp_path / "out" / "earlier.mha")
+    job = find(tmp_path, tmp_path / "out")
+    assert [case.name for case in job.cases] == ["good.mha"]
+    say_passed_over(job)
+    assert capsys.readouterr().err.splitlines() == [
+        "passed over, hidden: ._good.mha",
+        "passed over, no scan by its name or content: notes0.txt, notes1.txt, notes2.txt, "
+        "notes3.txt, notes4.txt and 2 more",
+        "passed over, holds 2 scans, expected directly in the input: later/",
+        "passed over, a folder without a scan: papers/",
+    ]
+
+
+def test_where_nothing_is_a_scan_the_error_says_what_is_there(tmp_path):
+    touch(tmp_path / "sub" / "x.mha")
+    with pytest.raises(InputError, match=r"passed over: sub/ \(holds 1 scan, expected directly"):
+        find(tmp_path, tmp_path / "out")
+
+
+def test_scans_beside_the_platforms_folder_and_other_sockets_are_named(tmp_path):
+    touch(tmp_path / "images" / "head-ct" / "x.mha")
+    touch(tmp_path / "images" / "mr" / "y.mha")
+    touch(tmp_path / "beside.nii.gz")
+    job = find(tmp_path, tmp_path / "out")
+    assert [case.name for case in job.cases] == ["x.mha"]
+    assert job.passed_over == (
+        ("beside.nii.gz", "not in the socket's folder, images/head-ct"),
+        ("images/mr", "of another socket"),
+    )
+
+
+def test_no_two_scans_have_one_picture(tmp_path):
+    for name in ("a.mha", "a.nii", "b.mha", "c.mha", "c.mha.nii", "c.nii"):
+        touch(tmp_path / name)
+    assert [case.picture for case in find(tmp_path, tmp_path / "out").cases] == [
+        "a.mha.png", "a.nii.png", "b.png", "c.mha.png", "c.mha.nii.png", "c.nii.png",
+    ]  # fmt: skip
 
 
 TWO_SHAPES = '[{"image": {}, "interface": {"slug": ["a"], "relative_path": "b"}}, {"image": 1}]'
@@ -168,8 +247,9 @@ def test_a_bundle_cannot_name_a_folder(tmp_path, slug):
 def test_scans_whose_masks_would_be_one_file(tmp_path):
     for name in ("x.mha", "x.nii.gz", "y.mha"):
         touch(tmp_path / "images" / "ct" / name)
-    with pytest.raises(InputError, match=r"2 scans named x, expected one.* all be x\.mha"):
-        find(tmp_path, tmp_path)
+    job = find(tmp_path, tmp_path)
+    why = "2 scans whose masks would be x.mha"
+    assert refused(job) == {"x.mha": why, "x.nii.gz": why}
 
 
 def test_challenge_batch_takes_nifti_only_and_keeps_names(tmp_path):

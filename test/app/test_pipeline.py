@@ -10,8 +10,10 @@ import pytest
 from ichseg.app import case_report, needs, one_case, pipeline, results
 from ichseg.app.cases import find_cases
 from ichseg.app.one_case import Options
+from ichseg.app.results import Record
 from ichseg.engine import machine
-from ichseg.errors import InputError, WeightsError
+from ichseg.errors import InputError, OutputError, WeightsError
+from ichseg.files import replacing
 from ichseg.predict import memory
 from ichseg.predict.ensemble import Segmentation
 from ichseg.report import case_files, inference_page, pictures
@@ -274,14 +276,18 @@ def test_an_interruption_loses_the_cases_under_way_and_leaves_nothing_half_writt
 
     def stop(name):
         if name == 104:
-            (place / "output" / ".writing-half.mha").write_bytes(b"half")
+            (place / "output" / ".writing-others.mha").write_bytes(b"of another run")
+            half.append(replacing(place / "output" / "half.mha"))
+            half[0].__enter__()  # as in a thread that will not come to its end
             raise KeyboardInterrupt
 
+    half = []
     ensemble.during_predict = stop
     with pytest.raises(KeyboardInterrupt):
         run(place, ensemble)
     done = ["101.mha", "102.mha", "103.mha"]
-    assert sorted(p.name for p in (place / "output").iterdir()) == [*done, "results.json"]
+    left = sorted(p.name for p in (place / "output").iterdir())
+    assert left == [".writing-others.mha", *done, "results.json"]
     assert [entry["inputs"][0]["filename"] for entry in entries(place)] == done
 
     again = Pretended()
@@ -364,5 +370,111 @@ def test_pictures_are_of_what_the_model_expects(place, monkeypatch, is_ct):
     ensemble.model = SimpleNamespace(expects_hu=is_ct, name="m", version="1")
     ensemble.engine = SimpleNamespace(name="none")
     job = find_cases(place / "input", place / "out", input_slug="ct", output_slug="mask")
-    pipeline.run(job, ensemble, Options(place / "out", "fast", report=True))
+    pipeline.run(job, ensemble, Options(place / "out", "fast", pictures=True))
     assert seen == [is_ct] * 10
+
+
+def with_pictures(place, **options):
+    ensemble = Pretended()
+    ensemble.model = SimpleNamespace(expects_hu=False, name="m", version="1")
+    ensemble.engine = SimpleNamespace(name="none")
+    return run(place, ensemble, pictures=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("home", "part"), [(pictures, "write_overlay"), (case_files, "write_case")]
+)
+@pytest.mark.parametrize("error", [OutputError("disk full"), MemoryError(), ValueError("a\nb")])
+def test_a_failing_picture_is_a_warning_and_the_mask_stays(
+    place, monkeypatch, capsys, home, part, error
+):
+    def failing(*_, **__):
+        raise error
+
+    (place / "output").mkdir()
+    (place / "output" / "101.png").write_bytes(b"of an earlier run's mask")
+    monkeypatch.setattr(home, part, failing)
+    ended = with_pictures(place)
+    assert [result.error for result in ended] == [""] * 5
+    assert (place / "output" / "101.mha").exists()
+    assert part == "write_case" or not (place / "output" / "101.png").exists()
+    reason = str(error).split("\n")[0] or "MemoryError"
+    assert entries(place)[0]["report"]["warnings"] == ["odd", f"no pictures ({reason})"]
+    assert f"[1/5] 101.mha: warning: no pictures ({reason})" in capsys.readouterr().err
+
+
+def test_a_failing_page_is_a_warning_and_the_masks_stay(place, monkeypatch, capsys):
+    def failing(*_, **__):
+        raise OutputError("disk full")
+
+    monkeypatch.setattr(inference_page, "write", failing)
+    assert [result.error for result in with_pictures(place)] == [""] * 5
+    assert all((place / "output" / f"{name}.mha").exists() for name in range(101, 106))
+    said = [entry["report"]["warnings"] for entry in entries(place)]
+    assert said == [["odd", "no page of all scans (disk full)"]] * 5
+    assert "warning: no page of all scans (disk full)" in capsys.readouterr().err
+
+
+def test_results_json_is_not_written_for_each_case(place, monkeypatch):
+    """4,000 damaged scans would write 8 million entries."""
+    for name in range(200, 260):
+        (place / "input" / f"{name}.mha").write_bytes(b"damaged")
+    written, write_results = [], results.write_results
+
+    def counted(ended, path):
+        written.append(len(ended))
+        write_results(ended, path)
+
+    monkeypatch.setattr(results, "write_results", counted)
+    run(place, Pretended())
+    assert written == [65]
+    assert len(entries(place)) == 65
+    assert not (place / "output" / "results.jsonl").exists()
+
+
+def test_what_a_killed_run_left_in_the_journal_is_gone_on_from(place, monkeypatch):
+    """The journal's last line is cut off, as by SIGKILL; results.json was never written."""
+    with monkeypatch.context() as killed:
+        killed.setattr(Record, "save", lambda self: None)
+        run(place, Pretended())
+    journal = place / "output" / "results.jsonl"
+    assert not (place / "output" / "results.json").exists()
+    journal.write_bytes(journal.read_bytes()[:-20])
+    assert predicted_by_resume(place) == ["predict 105"]
+    assert not journal.exists()
+    assert len(entries(place)) == 5
+
+
+@pytest.mark.parametrize(("every_s", "expected"), [(30.0, [0] * 5), (-1.0, [0, 1, 2, 3, 4])])
+def test_a_long_run_writes_results_json_meanwhile(place, monkeypatch, every_s, expected):
+    monkeypatch.setattr(results, "_EVERY_S", every_s)
+    ensemble, seen = Pretended(), []
+    path = place / "output" / "results.json"
+    ensemble.during_finish = lambda _: seen.append(len(entries(place)) if path.exists() else 0)
+    run(place, ensemble)
+    assert seen == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "again"),
+    [
+        ({"pictures": True}, {"pictures": False}, False),
+        ({"pictures": False}, {"pictures": True}, True),
+    ],
+)
+def test_a_picture_that_is_asked_for_now_is_made(place, before, now, again):
+    run_as = {True: with_pictures, False: lambda place, **more: run(place, Pretended(), **more)}
+    run_as[before["pictures"]](place)
+    (place / "output" / "101.mha").touch()
+    inode = (place / "output" / "101.mha").stat().st_ino
+    run_as[now["pictures"]](place, resume=True)
+    assert ((place / "output" / "101.mha").stat().st_ino != inode) == again
+
+
+def test_a_refused_case_is_in_the_results_and_takes_nothing(place):
+    (place / "input" / "100.mha").symlink_to("nowhere")
+    ended = run(place, Pretended())
+    assert [bool(result.error) for result in ended] == [True] + [False] * 5
+    assert entries(place)[0]["error_messages"] == [
+        f"{place / 'input'}/100.mha: a link to nothing, expected a scan"
+    ]

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import SimpleITK as sitk
 from conftest import make_bundle
 
+import ichseg
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 
@@ -167,7 +169,7 @@ def test_results_that_are_none_are_not_gone_on_from(place):
     assert (place / "output" / "results.json").read_text() == "[{}]"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_at_once_and_leaves_nothing_half_done(place, scan, number):
     """While hours of work are before it."""
     large = np.tile(scan.voxels, (8, 20, 20))
@@ -243,3 +245,107 @@ def test_the_same_input_gives_the_same_bytes(place, scan):
     first = [mask.read_bytes() for mask in masks]
     run(place, "--preset", "full")
     assert [mask.read_bytes() for mask in masks] == first
+
+
+def entries(place):
+    return json.loads((place / "output" / "results.json").read_text())
+
+
+def test_nohup_is_honoured(place, scan):
+    """A signal that the process was started to ignore does not end it."""
+    large = np.tile(scan.voxels, (4, 8, 8))
+    volume.write(Volume(large, scan.spacing_mm), place / "input" / "zz.mha")
+    with subprocess.Popen(
+        command(place), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    ) as process:  # fmt: skip
+        for line in process.stderr:
+            if "zz.mha" in line:
+                break
+        process.send_signal(signal.SIGHUP)
+        process.communicate()
+        assert process.returncode == 0
+
+
+def test_without_stderr_the_masks_are_the_same(place):
+    run(place)
+    mask = (place / "output" / "scan.mha").read_bytes()
+    shell = 'exec "$@" 0<&- 1>&- 2>&-'
+    shutil.rmtree(place / "output")
+    subprocess.run(["sh", "-c", shell, "sh", *command(place)], check=True)
+    assert (place / "output" / "scan.mha").read_bytes() == mask
+    assert files(place / "output") == ["results.json", "scan.mha"]
+
+
+def test_names_that_are_not_text_or_would_forge_a_line(place, scan):
+    names = [b"caf\xe9.mha", b"x\nerror: forged.mha", b"\x1b[2J.nii.gz"]
+    for name in names:
+        target = os.fsdecode(os.path.join(os.fsencode(place / "input"), name))  # noqa: PTH118
+        volume.write(scan, Path(target))
+    (place / "input" / os.fsdecode(b"bad\xff\n.mha")).write_bytes(b"damaged")
+    lines = run(place, "--report", expect=1)
+    assert sum(line.startswith("error: ") for line in lines) == 1
+    assert lines[-1].startswith("error: 1 of 5 cases failed: ")
+    assert r"bad\udcff\n.mha" in lines[-1]
+    written = {os.fsencode(entry["inputs"][0]["filename"]) for entry in entries(place)}
+    assert written == {b"scan.mha", b"bad\xff\n.mha", *names}
+    masks = {os.fsencode(path.name) for path in (place / "output").glob("*.[mn]*")}
+    assert {name for name in masks if not name.endswith(b".png")} == {b"scan.mha", *names}
+    again = run(place, "--report", "--resume", expect=1)
+    assert "4 of 5 cases are finished already" in again
+
+
+def test_an_api_that_is_misspelt_in_the_environment(place):
+    lines = run(place, expect=2, env={**os.environ, "ICHSEG_API": "invok"})
+    assert lines[-1].endswith("error: ICHSEG_API is 'invok', expected exec or invoke")
+    run(place, env={**os.environ, "ICHSEG_API": ""})
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}" * 2, '[{"inputs": 7}]', "7", "[null]"])
+def test_an_earlier_results_json_of_any_other_shape(place, text):
+    (place / "output").mkdir()
+    (place / "output" / "results.json").write_text(text)
+    lines = run(place, "--resume", expect=1)
+    assert "results.json: not the results of an earlier run" in lines[-1]
+    assert len(lines[-1]) < 500
+    assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.parametrize("megabytes", [60, 150, 570, 580, 700, 1500])
+def test_an_address_space_that_does_not_suffice_is_one_line(place, megabytes):
+    def limited():
+        resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+
+    done = subprocess.run(
+        command(place), capture_output=True, text=True, check=False, preexec_fn=limited, timeout=60
+    )
+    assert done.returncode in (0, 1), done.stderr
+    if done.returncode:
+        assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
+    else:
+        assert (place / "output" / "scan.mha").exists()
+
+
+def test_warnings_of_libraries_stay_out_of_the_log(place, scan):
+    """Of numpy, about numbers that a case's result does not need."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); from ichseg.app import main, one_case; "
+        "import numpy as np; of_scan = one_case.needs.of_scan\n"
+        "def warned(*a, **k):\n    np.float32(1e30) * np.float32(1e30); return of_scan(*a, **k)\n"
+        "one_case.needs.of_scan = warned; sys.exit(main.main())"
+    )
+    given = command(place)
+    done = subprocess.run(
+        [given[0], "-c", code, str(PROCESS.parent), *given[2:]],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "Warning" not in done.stderr
+
+
+def test_what_a_result_was_made_from(place):
+    run(place)
+    made = entries(place)[0]["report"]["made_from"]
+    assert made["version"] == ichseg.__version__
+    assert (made["engine"], made["precision"], made["pictures"]) == ("openvino", "float32", False)
+    run(place, "--resume", "--device", "torch-cpu")
+    assert entries(place)[0]["report"]["made_from"]["engine"] == "torch-cpu"

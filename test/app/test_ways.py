@@ -130,6 +130,15 @@ def test_invoke(place, scan, served):
     volume.write(scan, folder / "1-2.mha")
     assert ask(port, "POST", "/invoke") == 201
     assert files(place / "output") == ["images/bleed/1-2.mha", "results.json"]
+    # what an earlier job left would be taken for this one's
+    (folder / "1-2.mha").rename(folder / "3-4.mha")
+    assert ask(port, "POST", "/invoke") == 201
+    assert files(place / "output") == ["images/bleed/3-4.mha", "results.json"]
+    (folder / "3-4.mha").rename(place / "aside.mha")
+    assert ask(port, "POST", "/invoke") == 500
+    assert files(place / "output") == []
+    (place / "aside.mha").rename(folder / "1-2.mha")
+
     shutil.rmtree(place / "output")
     assert ask(port, "POST", "/invoke") == 201
     assert files(place / "output") == ["images/bleed/1-2.mha", "results.json"]
@@ -138,9 +147,10 @@ def test_invoke(place, scan, served):
     _, said = begun.communicate(timeout=20)
     assert begun.returncode == 0
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 2
+    assert len(errors) == 3
     assert "found no scan" in errors[0]
     assert "broken.mha" in errors[1]
+    assert "found no scan" in errors[2]
 
 
 def test_a_plain_run_does_without_the_server(place):

@@ -16,10 +16,9 @@ from robustness import fault_runs, faults
 from robustness.faults import Ended, Trial
 
 from ichseg.app import console
-from ichseg.app import results as result
 from ichseg.app.cases import InputCase, Job, check_output
-from ichseg.app.results import CaseResult
-from ichseg.app.signals import Stopped
+from ichseg.app.results import CaseResult, Record
+from ichseg.app.start import Stopped
 from ichseg.engine import torch_engine
 from ichseg.errors import DeviceError, OutputError
 from ichseg.files import SCAN_SUFFIXES, replacing
@@ -242,7 +241,13 @@ def test_masks_that_are_gone_are_errors(tmp_path):
     there = CaseResult("there.mha", "there.mha", "", {"volume_ml": 1})
     failed = CaseResult("failed.mha", None, "damaged", {})
     gone = CaseResult("gone.mha", "gone.mha", "", {"volume_ml": 1})
-    found = result.without_lost([there, failed, gone], tmp_path)
+    cases = [
+        InputCase(each.image, tmp_path / "in" / each.image, tmp_path / each.image)
+        for each in (there, failed, gone)
+    ]
+    record = Record(tmp_path, cases, ended=dict(zip(cases, (there, failed, gone), strict=True)))
+    record.keep_what_is_there()
+    found = record.in_order()
     assert found[:2] == [there, failed]
     assert found[2].mask is None
     assert found[2].error.startswith(f"{tmp_path}/gone.mha: was removed during the run")

@@ -13,7 +13,6 @@ from helpers.dicom_files import make_slice, save, write_stack
 from ichseg.app import pipeline, results
 from ichseg.app.cases import find_cases
 from ichseg.app.one_case import Options
-from ichseg.errors import InputError
 from ichseg.predict.ensemble import Ensemble, Segmentation
 from ichseg.scan import volume
 from ichseg.scan.dicom import straighten
@@ -233,8 +232,10 @@ def test_slices_in_the_folder_itself_are_one_case(tmp_path):
 def test_masks_that_would_be_one_are_refused(tmp_path):
     a_slice(tmp_path / "a" / "1.dcm")
     (tmp_path / "a_straight.mha").write_bytes(b"")
-    with pytest.raises(InputError, match=r"2 scans whose masks would be a_straight\.mha"):
-        found(tmp_path, tmp_path / "out")
+    job = find_cases(tmp_path, tmp_path / "out", input_slug="ct", output_slug="bleed")
+    assert [case.refusal for case in job.cases] == [
+        "2 scans whose masks would be a_straight.mha"
+    ] * 2
 
 
 def test_a_folder_has_changed_when_a_slice_has(tmp_path):

@@ -1,0 +1,53 @@
+"""What a line of the log may hold, and where it goes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ichseg.app import console
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a\nerror: forged.mha", r"a\nerror: forged.mha"),
+        ("a\r\x1b[2Kb", r"a\r\x1b[2Kb"),
+        ("caf\udce9.mha", r"caf\udce9.mha"),
+        ("\u202egpj.mha", r"\u202egpj.mha"),
+        ("Käse 5 µm, 头.mha", "Käse 5 µm, 头.mha"),
+    ],
+)
+def test_a_line_stays_one_line(capsys, text, line):
+    console.say(text)
+    assert capsys.readouterr().err == line + "\n"
+    assert console.fail(text) == 1
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_a_traceback_can_forge_no_last_line(capsys):
+    try:
+        raise ValueError("a\nerror: forged")
+    except ValueError:
+        console.say_traceback()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "  | Traceback (most recent call last):"
+    assert all(line.startswith("  | ") for line in lines)
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
+def test_streams_that_were_closed_are_none_that_a_file_gets(tmp_path, closed):
+    code = (
+        "import os, sys; from ichseg.app import console, start; start.ensure_streams(); "
+        f"opened = os.open({str(tmp_path / 'mask')!r}, os.O_WRONLY | os.O_CREAT); "
+        "os.write(2, b'a library says so'); console.say('a line'); "
+        "sys.exit(opened)"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code], cwd=ROOT, check=False
+    )
+    assert done.returncode == 3
+    assert (tmp_path / "mask").read_bytes() == b""
