@@ -128,6 +128,14 @@ def test_a_corrected_label_arrives(work, caplog):
     preprocess.require_current(workspace, dataset.cases, "3d_fullres")
 
 
+def test_plans_for_other_labels_are_refused(work):
+    workspace, dataset, plans = work
+    more = replace(dataset, labels=("background", "bleed", "oedema"))
+    with pytest.raises(PlansError, match="and labels background, bleed, but the dataset has"):
+        preprocess_dataset(more, plans, "3d_fullres", workspace, 1)
+    assert not (workspace / "preprocessed").exists()
+
+
 def test_a_touched_file_is_not_done_again(work):
     workspace, dataset, plans = work
     preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)

@@ -63,6 +63,14 @@ class _Record:
     ignore_label: int | None = strict_json.optional(None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A case to preprocess, and the digest of its files."""
+
+    case: Case
+    source: str
+
+
 def preprocess_dataset(
     dataset: Dataset, plans: Plans, configuration_name: str, workspace: Path, workers: int
 ) -> int:
@@ -82,8 +90,9 @@ def preprocess_dataset(
     Raises:
         DatasetError: The folder was made with other plans, or cases failed: each failure is
             logged and the other cases are done all the same.
-        PlansError: There is no such configuration.
+        PlansError: There is no such configuration, or the plans are for other channels or labels.
     """
+    _refuse_other_dataset(dataset, plans)
     configuration = plans.configuration(configuration_name)
     folder = preprocessed_folder(workspace, configuration_name)
     _claim(folder, _record_of(dataset, plans, configuration))
@@ -99,11 +108,12 @@ def preprocess_dataset(
             plans_file(workspace),
         )
     failures = []
-    shared = (dataset.labels, dataset.ignore_label, plans, configuration, folder, digests)
-    results = each_case(_preprocess_case, waiting, *shared, workers=workers)
-    for case, failure in with_progress(results, len(waiting), f"preprocess {configuration_name}"):
+    jobs = [_Job(case, digests[case.name]) for case in waiting]
+    shared = (dataset.labels, dataset.ignore_label, plans, configuration, folder)
+    results = each_case(_preprocess_case, jobs, *shared, workers=workers)
+    for job, failure in with_progress(results, len(waiting), f"preprocess {configuration_name}"):
         if failure is not None:
-            failures.append(describe_failure(case, failure))
+            failures.append(describe_failure(job.case, failure))
             _log.error("%s", failures[-1])
     if failures:
         raise DatasetError(
@@ -181,6 +191,17 @@ def main(args: argparse.Namespace) -> int:
         f"-> {preprocessed_folder(args.workspace, args.configuration)}\n"
     )
     return 0
+
+
+def _refuse_other_dataset(dataset: Dataset, plans: Plans) -> None:
+    """Refuse plans whose channels or labels are not the dataset's."""
+    planned, found = (plans.channels, plans.labels), (dataset.channels, dataset.labels)
+    if planned != found:
+        raise PlansError(
+            f"the plans are for channels {', '.join(plans.channels)} and labels "
+            f"{', '.join(plans.labels)}, but the dataset has channels "
+            f"{', '.join(dataset.channels)} and labels {', '.join(dataset.labels)}; `plan` anew"
+        )
 
 
 def _waiting(folder: Path, cases: Sequence[Case], digests: Mapping[str, str]) -> list[Case]:
@@ -266,16 +287,15 @@ def _recorded(path: Path) -> _Record | None:
 
 
 def _preprocess_case(
-    case: Case,
+    job: _Job,
     labels: Sequence[str],
     ignore_label: int | None,
     plans: Plans,
     configuration: Configuration,
     folder: Path,
-    digests: Mapping[str, str],
 ) -> None:
     """Read, prepare and store one case."""
-    images, reference = read_case(case, labels, ignore_label)
+    images, reference = read_case(job.case, labels, ignore_label)
     placement = place(images, plans, configuration)
     if plans.crop == "head":
         _refuse_beyond(reference, placement, ignore_label)
@@ -286,10 +306,10 @@ def _preprocess_case(
     del images
     chunks.write_case(
         folder,
-        case.name,
+        job.case.name,
         data,
         target,
         plans.normalisations,
-        source=digests[case.name],
+        source=job.source,
         ignore_label=ignore_label,
     )
