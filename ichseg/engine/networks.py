@@ -11,6 +11,8 @@ from ichseg.model import bundle
 from ichseg.model.bundle import Member, Model
 from ichseg.model.plans import Configuration
 
+_LONGEST_REASON = 400  # a tensor may have any name, and is quoted
+
 
 @dataclass(frozen=True, slots=True)
 class Networks:
@@ -47,7 +49,8 @@ class Networks:
             try:
                 self._alive[member.file] = self.engine.load(spec, state)
             except ValueError as error:
+                reason = str(error)[:_LONGEST_REASON]
                 raise WeightsError(
-                    f"{self.folder / member.file}: does not fit its plan ({error})"
+                    f"{self.folder / member.file}: does not fit its plan ({reason})"
                 ) from error
         return self._alive[member.file]

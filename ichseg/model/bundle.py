@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # not imported: OpenVINO does without it
 SCHEMA_VERSION = 1
 MODEL_FILE = "model.json"
 _LONGEST_REASON = 400  # a file may hold anything, and is quoted
+_LONGEST_NAME = 100
+_FLOATS = ("F16", "F32", "F64")
 _SLUG = re.compile(r"[A-Za-z0-9_-]+")
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -181,7 +183,7 @@ def load_state(folder: Path, member: Member) -> dict[str, npt.NDArray[np.float32
         stored = safetensors.numpy.load_file(path)
         with np.errstate(over="ignore"):  # what becomes infinite is refused
             state = {name: tensor.astype(np.float32) for name, tensor in stored.items()}
-    except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         reason = str(error)[:_LONGEST_REASON]
         raise WeightsError(f"{path}: cannot read the weights ({reason})") from error
     require_finite(state, path)
@@ -270,13 +272,27 @@ def _inside(folder: Path, name: str, expected: str) -> Path:
 
 
 def _shapes(path: Path) -> list[list[int]]:
-    """The shapes of a file's tensors, from its header."""
+    """The shapes of a file's tensors, from its header.
+
+    Raises:
+        WeightsError: The file cannot be read, or a tensor is not of floating-point numbers.
+    """
+    shapes = []
     try:
         with safetensors.safe_open(path, framework="numpy") as opened:
-            return [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
+            for name in opened.keys():  # noqa: SIM118 (it is no dictionary)
+                check_name(name)
+                tensor = opened.get_slice(name)
+                if tensor.get_dtype() not in _FLOATS:
+                    raise ValueError(
+                        f"{name[:_LONGEST_NAME]} is of type {tensor.get_dtype()}, "
+                        f"expected one of {', '.join(_FLOATS)}"
+                    )
+                shapes.append(tensor.get_shape())
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         reason = str(error)[:_LONGEST_REASON]
         raise WeightsError(f"{path}: cannot read the weights ({reason})") from error
+    return shapes
 
 
 def _verify(path: Path, expected: str) -> None:

@@ -8,6 +8,8 @@ import re
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
+import torch
 from conftest import CONFIGURATION, PLANS, make_bundle
 
 from ichseg.errors import InputError, PredictionError, WeightsError
@@ -100,6 +102,39 @@ def test_a_description_that_no_export_writes(tmp_path, name):
     assert message in text
 
 
+def places(raw, path=()):
+    """Where there is a value in nested objects and lists."""
+    if path:
+        yield path
+    for key in range(len(raw)) if isinstance(raw, list) else raw if isinstance(raw, dict) else ():
+        yield from places(raw[key], (*path, key))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, -4, 0, 2**62, 1e300, -0.5, "", "../x", "x" * 5000, [], [[]], {"a": 1}, [-1, 0, 7]],
+    ids=lambda value: str(value)[:20],
+)
+def test_one_odd_value_anywhere_is_refused_in_one_line_or_taken(tmp_path, value):
+    make_bundle(tmp_path, folds=1)
+    path = tmp_path / "model.json"
+    good, texts = path.read_text(), []
+    for *way, last in places(json.loads(good)):
+        raw = json.loads(good)
+        holder = raw
+        for key in way:
+            holder = holder[key]
+        holder[last] = value
+        path.write_text(json.dumps(raw))
+        try:
+            bundle.load_model(tmp_path)
+        except WeightsError as error:
+            texts.append(str(error))
+    assert len(texts) > 50
+    assert [text for text in texts if not text.startswith(f"{tmp_path}/")] == []
+    assert [text for text in texts if not text.isprintable() or len(text) > 700] == []
+
+
 TEXTS = {
     "nested lists": ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
     "nested objects": ('{"a":' * 100_000, "nested too deeply"),
@@ -176,8 +211,12 @@ def replace_member(folder, content):
         (safetensors.numpy.save({}), "no tensors"),
         ((2**63).to_bytes(8, "little") + b"{}", "cannot read the weights"),
         (b"\x80\x04pickle" * 9, "cannot read the weights"),
+        (safetensors.numpy.save({"a": np.zeros(3, np.int8)}), "a is of type I8, expected one of"),
+        (safetensors.torch.save({"a": torch.zeros(3).bfloat16()}), "of type BF16"),
+        (safetensors.torch.save({"a": torch.zeros(3).to(torch.float8_e4m3fn)}), "of type F8_E4M3"),
+        (safetensors.numpy.save({"a\nb": np.zeros(3, np.float32)}), "cannot be printed"),
     ],
-    ids=["empty", "zeros", "no tensors", "a long header", "pickle"],
+    ids=["empty", "zeros", "no tensors", "long header", "pickle", "int", "half", "byte", "a line"],
 )
 def test_a_network_that_is_none(tmp_path, content, message):
     path = replace_member(tmp_path, content)
