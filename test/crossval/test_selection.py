@@ -158,3 +158,21 @@ def test_probabilities_stay_unless_dropped_and_are_then_missed(workspace):
     with pytest.raises(TrainingError, match=r"run `train 3d_fullres --fold 0`"):
         selection.select(workspace, NAMES, workers=1)
     assert len(selection.select(workspace, NAMES[:1], workers=1).candidates) == 1  # needs none
+
+
+def test_voxels_to_ignore_do_not_decide(workspace):
+    """What one finds too much lies where nobody could tell: it is as good as the other."""
+    data = dataset.load_dataset(workspace)
+    for case, image, blood in references(workspace):
+        hidden = blood.astype(np.uint8)
+        hidden[:, :, -3:] = 2
+        volume.write(image.with_voxels(hidden), case.reference)
+        told = blood.copy()
+        told[:, :, -3:] = False
+        too_much = told.copy()
+        too_much[:, :, -3:] = True
+        put(workspace, CONFIGURATION, case, image, 1.0 * too_much)
+        put(workspace, LOW, case, image, 0.0 * told)
+    dataset.save_dataset(dataclasses.replace(data, ignore_label=2), workspace)
+    chosen = selection.select(workspace, NAMES[:1], workers=1)
+    assert chosen.mean_dice == pytest.approx(1, abs=1e-6)

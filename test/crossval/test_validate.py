@@ -13,7 +13,8 @@ from ichseg.predict.dice import dice_of_masks
 from ichseg.scan import volume
 from training.crossval import validate as module
 from training.crossval.validate import is_validated, validate, weights_digest
-from training.data.workspace import LATEST_CHECKPOINT
+from training.data import dataset
+from training.data.workspace import LATEST_CHECKPOINT, mask_file
 from training.fit.checkpoint import SCHEMA_VERSION
 from training.fit.fold_run import open_run
 
@@ -171,6 +172,27 @@ def test_what_is_recorded_is_the_dice_of_the_mask(workspace):
         assert scores[name]["hemorrhage"] == pytest.approx(dice_of_masks(mask == 1, reference == 1))
     mean = np.mean([score["hemorrhage"] for score in scores.values()])
     assert record(run)["mean_dice"]["hemorrhage"] == pytest.approx(mean, abs=5e-5)
+
+
+def test_voxels_to_ignore_do_not_count_in_the_record(tmp_path):
+    """Half of the background and of the bleed is hidden: the Dice is of the other half."""
+    workspace = make_workspace(tmp_path, cases=7)
+    data = dataset.load_dataset(workspace)
+    run = run_of(workspace)
+    for case in data.labelled:
+        reference = volume.read(case.reference)
+        hidden = np.array(reference.voxels)
+        hidden[:, ::2] = 2
+        volume.write(reference.with_voxels(hidden), case.reference)
+    dataset.save_dataset(dataclasses.replace(data, ignore_label=2), workspace)
+    save_weights(workspace)
+    assert validate(workspace, run)
+    for case in data.labelled:
+        if case.name in run.spec.validation:
+            mask = volume.read(mask_file(run.folder, case.name)).voxels[:, 1::2]
+            told = volume.read(case.reference).voxels[:, 1::2]
+            expected = dice_of_masks(mask == 1, told == 1)
+            assert record(run)["dice"][case.name]["hemorrhage"] == pytest.approx(expected)
 
 
 def test_means_pass_over_cases_without_the_label(workspace):

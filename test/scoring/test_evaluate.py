@@ -17,7 +17,7 @@ from ichseg.errors import DatasetError, InputError, TrainingError
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.__main__ import main
-from training.scoring import summary
+from training.scoring import compare, summary
 from training.scoring.evaluate import evaluate, write_metrics
 from training.scoring.measures import score_masks
 
@@ -314,3 +314,48 @@ def test_merging_evaluations(folders):
         summary.make_evaluation([*merged, found.cases[0]], None, "instance")
     with pytest.raises(TrainingError, match="no cases"):
         summary.make_evaluation([], None, "instance")
+
+
+def test_voxels_that_nobody_could_tell_count_nowhere(tmp_path):
+    """Of the reference's 32 voxels 8 are hidden; found are 12 of the other 24, and hidden ones."""
+    predictions, references = tmp_path / "predictions", tmp_path / "references"
+    present = mask(STEP)
+    present[2, 2:6, 2:4] = 2  # 8 of the 32 voxels
+    present[0, :4, :4] = 2  # and 16 of the background
+    found = mask(np.s_[1, 2:6, 2:5])  # 12 of the 16 in that slice
+    found[present == 2] = 1
+    put(predictions, "a.nii.gz", found)
+    put(references, "a.nii.gz", present)
+    scored = evaluate(
+        predictions, references, tmp_path / "out", names=("bleed",), ignore_label=2, workers=1
+    )
+    (label,) = scored.cases[0].labels
+    assert label.scores.dice == pytest.approx((2 * 12 + 1e-5) / (12 + 24 + 1e-5))
+    assert label.scores.relative_volume_difference == pytest.approx(0.5)
+    assert (label.reference_ml, label.predicted_ml) == pytest.approx((24 * 1.25e-3, 12 * 1.25e-3))
+    assert len(label.predicted_lesions) == 1
+    same = evaluate(predictions, references, tmp_path / "all", ignore_label=2, workers=1)
+    assert same.labels == ("1",)
+    assert same.cases[0].labels[0].scores == label.scores
+    assert summary.load(tmp_path / "out").ignore_label == 2
+    with pytest.raises(TrainingError, match="A leaves out the voxels of label 2, B those of None"):
+        compare.compare(same, dataclasses.replace(same, ignore_label=None))
+
+
+@pytest.mark.parametrize(("names", "ignored"), [(("bleed",), 3), (("bleed",), 1), (None, 1)])
+def test_the_label_to_ignore_is_the_highest(folders, names, ignored):
+    predictions, references, out = folders
+    with pytest.raises(TrainingError, match="expected the one above all labels"):
+        evaluate(predictions, references, out, names=names, ignore_label=ignored)
+
+
+def test_a_prediction_may_not_have_the_label_to_ignore(tmp_path):
+    put(tmp_path / "predictions", "a.nii.gz", mask(STEP, values=[2]))
+    put(tmp_path / "references", "a.nii.gz", mask(STEP, values=[2]))
+    with pytest.raises(
+        InputError, match=r"predictions.*values 0\.\.2, expected whole labels 0\.\.1"
+    ):
+        evaluate(
+            tmp_path / "predictions", tmp_path / "references", tmp_path / "out",
+            ignore_label=2, workers=1,
+        )  # fmt: skip

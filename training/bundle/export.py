@@ -101,7 +101,6 @@ def export(
         for part in _finished(workspace, configuration, folds, checkpoint)
     ]
     data = dataset.load_dataset(workspace)
-    cases = {case.name: case for case in data.labelled}
     known = _checked_cases(out)
     checked: list[int] = []
     out.mkdir(parents=True, exist_ok=True)
@@ -113,7 +112,7 @@ def export(
             member = bundle.save_member(Path(beside), name, part.fold, weights)
             enough = min(check_cases, len(part.run.spec.validation))
             if known.get(member, -1) < enough:
-                checked.append(check_rounding(cases, part.run, weights, check_cases))
+                checked.append(check_rounding(data, part.run, weights, check_cases))
             else:
                 checked.append(known[member])
             members.append(member)

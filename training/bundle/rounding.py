@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+import numpy as np
 from torch import Tensor
 
 from ichseg.errors import TrainingError
 from ichseg.scan import volume
 from training.crossval.validate import score_labels, segment_case
-from training.data.dataset import Case
+from training.data.dataset import Dataset
 from training.fit.fold_run import FoldRun
 
 MAX_DICE_CHANGE = 1e-3  # of a label's mean Dice over the checked cases, up or down
@@ -19,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_rounding(
-    cases: Mapping[str, Case],
+    data: Dataset,
     run: FoldRun,
     weights: Mapping[str, Tensor],
     most_cases: int,
@@ -30,7 +31,7 @@ def check_rounding(
     undefined to 0.
 
     Args:
-        cases: The labelled cases of the workspace by name.
+        data: The dataset of the workspace.
         run: The fold.
         weights: Its network as trained, fp32.
         most_cases: How many validation cases to score at most.
@@ -42,6 +43,7 @@ def check_rounding(
         TrainingError: The mean Dice of a label changes by more than 0.001, or is defined only
             before or only after rounding.
     """
+    cases = {case.name: case for case in data.labelled}
     rounded = {key: value.half().float() for key, value in weights.items()}
     pairs: dict[str, list[tuple[float, float]]] = {}
     checked = 0
@@ -50,11 +52,13 @@ def check_rounding(
             break
         case = cases[name]
         reference = volume.read(case.reference).voxels
-        if not reference.any():
+        if not np.isin(reference, range(1, len(run.plans.labels))).any():
             continue
         checked += 1
-        before = score_labels(segment_case(case, run, weights), reference, run.plans)
-        after = score_labels(segment_case(case, run, rounded), reference, run.plans)
+        before, after = (
+            score_labels(segment_case(case, run, state), reference, run.plans, data.ignore_label)
+            for state in (weights, rounded)
+        )
         _log.info(
             "%s, case %s: Dice %s as trained, %s in fp16", run.folder.name, name, before, after
         )

@@ -53,7 +53,8 @@ def cross_validate(
         IchsegError: A mask cannot be read, or does not fit its reference.
     """
     masks = validated_masks(workspace, configuration)
-    cases = {case.name: case for case in dataset.load_dataset(workspace).labelled}
+    data = dataset.load_dataset(workspace)
+    cases = {case.name: case for case in data.labelled}
     labels = plans.load(plans_file(workspace)).labels[1:]
     out = evaluation_folder(workspace, configuration)
     out.mkdir(parents=True, exist_ok=True)
@@ -62,13 +63,17 @@ def cross_validate(
         predictions.mkdir()
         references.mkdir()
         for name, mask in masks.items():
-            label = cases[name].label
-            assert label is not None
-            for folder, path in ((predictions, mask), (references, label)):
+            for folder, path in ((predictions, mask), (references, cases[name].reference)):
                 link = folder / f"{name}{suffix_of(path)}"
                 link.symlink_to(os.path.relpath(path, folder))
         return evaluate.evaluate(
-            predictions, references, out, names=labels, empty=empty, workers=workers
+            predictions,
+            references,
+            out,
+            names=labels,
+            empty=empty,
+            ignore_label=data.ignore_label,
+            workers=workers,
         )
 
 

@@ -33,6 +33,7 @@ from training.data.workspace import (
     probabilities_folder,
     run_folder,
 )
+from training.scoring.ignored import leave_out
 from training.scoring.measures import SMOOTHING
 
 Labels = npt.NDArray[np.uint8]
@@ -46,11 +47,13 @@ class UnseenCase:
         case: The case.
         fold: The fold that validated it.
         masks: The file of its mask for each configuration.
+        ignore_label: The value of the reference's voxels that do not count; None without any.
     """
 
     case: Case
     fold: str
     masks: dict[str, Path]
+    ignore_label: int | None = None
 
 
 def unseen_cases(workspace: Path, configurations: Sequence[str]) -> list[UnseenCase]:
@@ -61,13 +64,15 @@ def unseen_cases(workspace: Path, configurations: Sequence[str]) -> list[UnseenC
     """
     masks = {name: merge.validated_masks(workspace, name) for name in configurations}
     first = masks[configurations[0]]
+    data = dataset.load_dataset(workspace)
     return [
         UnseenCase(
             case,
             fold_of(first[case.name].parent.parent),
             {name: found[case.name] for name, found in masks.items()},
+            data.ignore_label,
         )
-        for case in dataset.load_dataset(workspace).labelled
+        for case in data.labelled
     ]
 
 
@@ -106,8 +111,11 @@ def compare_case(
     image = volume.read(unseen.case.images[0])
     return tuple(
         _dice(
-            found_labels(unseen, image, workspace, planned, names),
-            reference.voxels,
+            *leave_out(
+                found_labels(unseen, image, workspace, planned, names),
+                reference.voxels,
+                unseen.ignore_label,
+            ),
             len(planned.labels),
         )
         for names in combinations
@@ -127,8 +135,11 @@ def try_rules(
     labels = found_labels(unseen, image, workspace, planned, names)
     return tuple(
         _dice(
-            components.apply_rules(labels, [rule], image.voxel_ml),
-            reference.voxels,
+            *leave_out(
+                components.apply_rules(labels, [rule], image.voxel_ml),
+                reference.voxels,
+                unseen.ignore_label,
+            ),
             len(planned.labels),
         )
         for rule in tried

@@ -48,6 +48,7 @@ from training.data.workspace import (
 from training.fit import history
 from training.fit.checkpoint import load_checkpoint
 from training.fit.fold_run import FoldRun
+from training.scoring.ignored import leave_out
 from training.store import chunks
 
 SCHEMA_VERSION = 1
@@ -115,7 +116,8 @@ def validate(
         )
     for stage in second:
         _warn_of_missing(workspace, stage, names)
-    cases = {case.name: case for case in dataset.load_dataset(workspace).labelled}
+    data = dataset.load_dataset(workspace)
+    cases = {case.name: case for case in data.labelled}
     network = load_network(run, weights)
 
     def stoppable(tiles: Tensor) -> Tensor:
@@ -127,10 +129,12 @@ def validate(
     for number, name in enumerate(waiting, start=1):
         started = time.monotonic()
         try:
-            scores = _validate_case(workspace, run, cases[name], stoppable, second)
+            labels = _segment_and_store(workspace, run, cases[name], stoppable, second)
         except _InterruptedError:
             _log.info("validation: stopped at case %s; the same command goes on from here", name)
             return False
+        reference = volume.read(cases[name].reference).voxels
+        scores = score_labels(labels, reference, run.plans, data.ignore_label)
         record = _extended(run, record, name, scores)
         _write(record, run.folder / VALIDATION_FILE)
         now = time.monotonic()
@@ -216,11 +220,22 @@ def predict_case(
 
 
 def score_labels(
-    labels: np.ndarray[Any, Any], reference: np.ndarray[Any, Any], planned: Plans
+    labels: np.ndarray[Any, Any],
+    reference: np.ndarray[Any, Any],
+    planned: Plans,
+    ignore_label: int | None,
 ) -> dict[str, float | None]:
-    """The Dice of each foreground label, by its name; None where neither mask has the label."""
+    """The Dice of each foreground label, by its name; None where neither mask has the label.
+
+    Args:
+        labels: The labels that were found, shape ``(z, y, x)``.
+        reference: The labels of the reference, of the same shape.
+        planned: The plans, which name the labels.
+        ignore_label: The value of the reference's voxels that do not count; None without any.
+    """
+    found, expected = leave_out(labels, reference, ignore_label)
     scores = {
-        name: dice_of_masks(labels == value, reference == value)
+        name: dice_of_masks(found == value, expected == value)
         for value, name in enumerate(planned.labels)
         if value
     }
@@ -236,14 +251,14 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _validate_case(
+def _segment_and_store(
     workspace: Path,
     run: FoldRun,
     case: dataset.Case,
     network: Network,
     second: Sequence[Configuration],
-) -> dict[str, float | None]:
-    """Segment, write and score one case."""
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Segment one case, and write its mask, its probabilities and its labels for a second stage."""
     channels = [volume.read(path) for path in case.images]
     scores, placement = predict_case(case.name, channels, run, network)
     labels = restore([(scores, placement)], run.plans)
@@ -254,7 +269,7 @@ def _validate_case(
             cascade_labels.store_labels(
                 workspace, run.plans, stage, case.name, channels, scores, placement
             )
-    return score_labels(labels, volume.read(case.reference).voxels, run.plans)
+    return labels
 
 
 def _continue_record(run: FoldRun, weights: str) -> Validation:

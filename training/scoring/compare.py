@@ -115,6 +115,11 @@ def main(args: argparse.Namespace) -> int:
 def _check_same(a: Evaluation, b: Evaluation) -> None:
     if a.empty != b.empty:
         raise TrainingError(f"A scores empty masks by {a.empty}, B by {b.empty}, expected the same")
+    if a.ignore_label != b.ignore_label:
+        raise TrainingError(
+            f"A leaves out the voxels of label {a.ignore_label}, B those of {b.ignore_label}, "
+            "expected the same"
+        )
     if a.labels != b.labels:
         raise TrainingError(f"A has the labels {a.labels}, B {b.labels}, expected the same")
     lone = sorted({case.name for case in a.cases} ^ {case.name for case in b.cases})

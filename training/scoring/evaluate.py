@@ -80,6 +80,7 @@ class _Evaluation(ClassificationEvaluation):
         output: The ``metrics.json`` to write.
         names: As for ``evaluate``.
         empty: As for ``evaluate``.
+        ignore_label: As for ``evaluate``.
         workers: As for ``evaluate``.
     """
 
@@ -90,6 +91,7 @@ class _Evaluation(ClassificationEvaluation):
         output: Path,
         names: tuple[str, ...] | None,
         empty: str,
+        ignore_label: int | None,
         workers: int | None,
     ) -> None:
         super().__init__(
@@ -102,7 +104,8 @@ class _Evaluation(ClassificationEvaluation):
             join_key="case",
             output_file=output,
         )  # fmt: skip
-        self._names, self._empty, self._workers = names, empty, workers
+        self._names, self._empty = names, empty
+        self._ignore_label, self._workers = ignore_label, workers
         self.evaluation: Evaluation | None = None
 
     def _load_cases(self, *, folder: Path) -> DataFrame:
@@ -131,8 +134,10 @@ class _Evaluation(ClassificationEvaluation):
             Pair(case["case"], case["path_prediction"], case["path_ground_truth"])
             for _, case in self._cases.iterrows()
         ]
-        scored = _score_pairs(pairs, self._names, self._empty, self._workers)
-        self.evaluation = summary.make_evaluation(scored, self._names, self._empty)
+        scored = _score_pairs(pairs, self._names, self._empty, self._ignore_label, self._workers)
+        self.evaluation = summary.make_evaluation(
+            scored, self._names, self._empty, self._ignore_label
+        )
         self._scored = {case.name: case for case in self.evaluation.cases}
         with np.errstate(invalid="ignore"):  # infinite measures have no deviation
             super().score()
@@ -154,6 +159,7 @@ def evaluate(
     *,
     names: tuple[str, ...] | None = None,
     empty: str = "instance",
+    ignore_label: int | None = None,
     workers: int | None = None,
 ) -> Evaluation:
     """Score every case of two folders.
@@ -167,15 +173,23 @@ def evaluate(
         out: The folder for the three files; it is made if need be.
         names: The names of the labels 1, 2, ...; None to take those that occur.
         empty: The policy for empty masks, see ``training.scoring.measures``.
+        ignore_label: The value of the references' voxels that are left out of all scores, the one
+            above all labels; None if there are none.
         workers: How many processes to use; None for as many as cores and memory allow.
 
     Raises:
         DatasetError: A case has no partner or stands twice, or its files differ in size or place.
         InputError: A file is not a volume of labels.
+        TrainingError: The label to ignore is not the one above all labels.
         OutputError: The folder cannot be written.
     """
     logging.getLogger("evalutils").setLevel(logging.ERROR)  # warns of each file that is no volume
-    run = _Evaluation(predictions, references, out / METRICS_FILE, names, empty, workers)
+    above = range(2, 256) if names is None else [len(names) + 1]
+    if ignore_label is not None and ignore_label not in above:
+        raise TrainingError(f"label {ignore_label} to ignore, expected the one above all labels")
+    run = _Evaluation(
+        predictions, references, out / METRICS_FILE, names, empty, ignore_label, workers
+    )
     try:
         run.evaluate()
     except ValidationError as error:
@@ -238,6 +252,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="what an empty mask scores: as INSTANCE does (infinite distance), "
                         "the volume's diagonal, or nothing where it is not defined "
                         "[%(default)s]")  # fmt: skip
+    parser.add_argument("--ignore-label", type=int, metavar="N",
+                        help="value of the references' voxels that nobody could tell: they are "
+                        "left out [none]")  # fmt: skip
     parser.add_argument("--workers", type=int, metavar="N",
                         help="processes [as many as cores and memory allow]")  # fmt: skip
 
@@ -249,7 +266,7 @@ def main(args: argparse.Namespace) -> int:
         raise TrainingError(f"--labels {args.labels}: expected different names with commas between")
     found = evaluate(
         args.predictions, args.references, args.out,
-        names=names, empty=args.empty, workers=args.workers,
+        names=names, empty=args.empty, ignore_label=args.ignore_label, workers=args.workers,
     )  # fmt: skip
     sys.stdout.write(tables.describe(found))
     sys.stdout.write(f"\nwrote {METRICS_FILE}, {summary.EVALUATION_FILE} and "
@@ -258,11 +275,15 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _score_pairs(
-    pairs: Sequence[Pair], names: tuple[str, ...] | None, empty: str, workers: int | None
+    pairs: Sequence[Pair],
+    names: tuple[str, ...] | None,
+    empty: str,
+    ignore_label: int | None,
+    workers: int | None,
 ) -> list[CaseScore]:
     """Score all cases; what is wrong with the first bad one, by name, is raised."""
     results = parallel.each_case(
-        score_pair, pairs, names, empty, workers=workers or _default_workers(pairs)
+        score_pair, pairs, names, empty, ignore_label, workers=workers or _default_workers(pairs)
     )
     scored, failures = [], {}
     for pair, result in parallel.with_progress(results, len(pairs), "evaluate"):

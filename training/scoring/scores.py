@@ -14,6 +14,7 @@ from ichseg.errors import DatasetError, InputError
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.data.examine import compare, grid_of
+from training.scoring.ignored import leave_out
 from training.scoring.lesions import Lesion, find_lesions
 from training.scoring.measures import Scores, diagonal_mm, score_masks
 from training.scoring.surface import bounding_box
@@ -84,7 +85,9 @@ class CaseScore:
     labels: tuple[LabelScore, ...]
 
 
-def score_pair(pair: Pair, names: tuple[str, ...] | None, empty: str) -> CaseScore:
+def score_pair(
+    pair: Pair, names: tuple[str, ...] | None, empty: str, ignore_label: int | None = None
+) -> CaseScore:
     """Read a case's two files, see that they fit each other, and score each label.
 
     Args:
@@ -92,17 +95,24 @@ def score_pair(pair: Pair, names: tuple[str, ...] | None, empty: str) -> CaseSco
         names: The names of the labels 1, 2, ...; or None to score, under their numbers, the labels
             that either file has.
         empty: The policy for empty masks, see ``training.scoring.measures``.
+        ignore_label: The value of the reference's voxels that are left out of all scores, the one
+            above all labels; None if there are none.
 
     Raises:
         InputError: A file is not a volume of labels.
         DatasetError: The files differ in size or place.
     """
-    reference, prediction = (read_labels(p, names) for p in (pair.reference, pair.prediction))
+    highest = _MOST_LABELS - 1 if names is None else len(names)
+    if ignore_label is not None:
+        highest = ignore_label - 1
+    reference = read_labels(pair.reference, highest if ignore_label is None else ignore_label)
+    prediction = read_labels(pair.prediction, highest)
     for difference, _ in compare(grid_of(prediction), grid_of(reference)):
         raise DatasetError(f"{pair.prediction}: {difference} as {pair.reference}")
+    found, expected = leave_out(prediction.voxels, reference.voxels, ignore_label)
     labels = score_labels(
-        np.asarray(prediction.voxels, np.uint8),
-        np.asarray(reference.voxels, np.uint8),
+        np.asarray(found, np.uint8),
+        np.asarray(expected, np.uint8),
         reference.spacing_mm,
         names=names,
         empty=empty,
@@ -149,26 +159,25 @@ def absent(label: str, empty: str) -> LabelScore:
     return score
 
 
-def read_labels(path: Path, names: Sequence[str] | None) -> Volume:
+def read_labels(path: Path, highest: int) -> Volume:
     """Read a volume whose voxels are whole numbers from 0 on.
 
     Args:
         path: The file.
-        names: The names of the labels 1, 2, ... that may occur; None for any label up to 63.
+        highest: The highest label that may occur.
 
     Raises:
         InputError: The file cannot be read, or has other values.
     """
     found = volume.read(path)
-    most = _MOST_LABELS - 1 if names is None else len(names)
     low, high = float(found.voxels.min()), float(found.voxels.max())
     whole = found.voxels.dtype.kind in "iub" or bool(
         np.array_equal(found.voxels, np.rint(found.voxels))
     )
-    if low < 0 or high > most or not whole:
+    if low < 0 or high > highest or not whole:
         raise InputError(
             f"{path}: values {low:g}..{high:g}{'' if whole else ' that are not all whole'}, "
-            f"expected whole labels 0..{most}"
+            f"expected whole labels 0..{highest}"
         )
     return found.with_voxels(found.voxels.astype(np.uint8))
 

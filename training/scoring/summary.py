@@ -99,6 +99,7 @@ class Evaluation:
         labels: The names of the foreground labels.
         summaries: One summary for each label.
         cases: The cases, sorted by name, each with the scores of all labels.
+        ignore_label: The value of the references' voxels that were left out; None if none were.
     """
 
     schema_version: int
@@ -106,13 +107,17 @@ class Evaluation:
     labels: tuple[str, ...]
     summaries: tuple[LabelSummary, ...]
     cases: tuple[CaseScore, ...]
+    ignore_label: int | None = strict_json.optional(None)
 
     def __post_init__(self) -> None:
         strict_json.check_schema("evaluation", self.schema_version, SCHEMA_VERSION)
 
 
 def make_evaluation(
-    cases: Iterable[CaseScore], labels: Sequence[str] | None, empty: str
+    cases: Iterable[CaseScore],
+    labels: Sequence[str] | None,
+    empty: str,
+    ignore_label: int | None = None,
 ) -> Evaluation:
     """Put cases together and summarise them.
 
@@ -120,6 +125,7 @@ def make_evaluation(
         cases: The scored cases in any order, each name once.
         labels: The names of the labels; None for those that occur, which are then numbers.
         empty: The policy for empty masks that the cases were scored with.
+        ignore_label: The value of the references' voxels that were left out; None if none were.
 
     Raises:
         TrainingError: A case is given twice, or no case is given.
@@ -139,7 +145,7 @@ def make_evaluation(
         summarise(label, [(case.name, case.labels[i]) for case in complete])
         for i, label in enumerate(labels)
     )
-    return Evaluation(SCHEMA_VERSION, empty, tuple(labels), summaries, complete)
+    return Evaluation(SCHEMA_VERSION, empty, tuple(labels), summaries, complete, ignore_label)
 
 
 def summarise(label: str, scored: Sequence[tuple[str, LabelScore]]) -> LabelSummary:
