@@ -1,0 +1,192 @@
+"""Head CT that was published as pictures becomes a dataset."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from ichseg.errors import DatasetError
+from training.data import real_heads, windowed
+from training.data.layouts import read_source
+
+SIZE = 240
+
+
+def head(slices=9, *, brain=29.0, bleed=None, bleed_hu=65.0, calcified=None):
+    """A round head in HU -20..100: skull 10 pixels thick, brain inside, air outside."""
+    rows, columns = np.mgrid[:SIZE, :SIZE] - SIZE / 2
+    radius = np.hypot(rows, columns)
+    plane = np.where(radius < 100, brain, np.where(radius < 110, 100.0, -20.0))
+    hu = np.repeat(plane[None], slices, axis=0).astype(np.float32)
+    noise = np.random.default_rng(0).normal(0, 3, hu.shape).astype(np.float32)
+    hu = np.where((radius < 100), hu + noise, hu)
+    for place, value in ((bleed, bleed_hu), (calcified, 100.0)):
+        if place is not None:
+            hu[place] = value
+    return hu.clip(-20, 100)
+
+
+def as_png(folder, name, plane):
+    folder.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.GetImageFromArray(plane), str(folder / f"{name}.png"))
+
+
+def test_ranks_become_hu_whatever_grey_they_were_shown_in():
+    hu = np.rint(head())
+    hu[0, 0, :121] = np.arange(-20, 101)
+    grey = np.array([0, *np.arange(1, 120) * 2 + 1, 255])[(hu + 20).astype(int)].astype(np.uint8)
+    np.testing.assert_array_equal(windowed.hu_of_ranks(grey), hu)
+
+
+def test_another_window_is_placed_by_the_brain():
+    shown = np.rint(head(brain=41.0)).clip(0, 80)
+    shown[0, 0, :81] = np.arange(81)
+    found = windowed.hu_of_ranks(shown.astype(np.uint8))
+    assert np.median(found[:, 80:160, 80:160]) == pytest.approx(29, abs=1)
+    near = np.rint(head(brain=31.0)).clip(0, 80)
+    near[0, 0, :81] = np.arange(81)
+    np.testing.assert_array_equal(windowed.hu_of_ranks(near.astype(np.uint8)), near)
+
+
+def test_spacing_is_that_of_an_adults_head():
+    found = windowed.head_spacing_mm(head())
+    assert found == pytest.approx(147.6 / (np.pi * 110**2) ** 0.5, rel=0.01)
+
+
+def test_a_bleed_is_marked_in_its_box_and_beyond_it_where_it_goes_on():
+    bleed = np.s_[3:7, 100:120, 130:150]
+    hu = head(bleed=bleed)
+    boxes = [[(125, 95, 155, 125)] if z in (4, 5) else [] for z in range(len(hu))]
+    found, doubtful = windowed.mark_bleeds(hu, boxes)
+    expected = np.zeros(hu.shape, bool)
+    expected[bleed] = True
+    overlap = 2 * (found & expected).sum() / (found.sum() + expected.sum())
+    assert overlap > 0.93
+    assert found[3].any()  # no box, but the bleed goes on
+    assert not found[2].any()
+    assert not (found & doubtful).any()
+    assert doubtful[4].any()  # its rim
+    assert not doubtful[:, :90].any()
+
+
+def test_calcifications_and_what_lies_outside_the_skull_are_no_bleeds():
+    hu = head(bleed=np.s_[4, 118:123, 10:16], bleed_hu=70.0, calcified=np.s_[4, 118:124, 118:124])
+    hu[4, 5:25, 5:25] = 70.0  # scalp
+    boxes = [[(0, 0, SIZE - 1, SIZE - 1)] if z == 4 else [] for z in range(len(hu))]
+    found, _ = windowed.mark_bleeds(hu, boxes)
+    assert not found.any()
+
+
+def test_what_is_fainter_is_left_to_nobody_can_tell():
+    hu = head(bleed=np.s_[3:6, 100:120, 130:150])
+    hu[3:6, 100:120, 150:170] = 43.0  # 14 HU over the brain, connected to the bleed
+    boxes = [[(120, 90, 175, 130)] if z in (3, 4, 5) else [] for z in range(len(hu))]
+    found, doubtful = windowed.mark_bleeds(hu, boxes)
+    assert doubtful[4, 103:117, 154:166].mean() > 0.9
+    assert found[4, 103:117, 154:166].mean() < 0.05
+
+
+@pytest.mark.parametrize("outside", [0.0, -20.0, -1000.0])
+def test_a_stripped_head_is_its_brain(outside):
+    hu = head()
+    stripped, kept = windowed.strip_skull(hu, 0, outside)
+    inside = np.hypot(*(np.mgrid[:SIZE, :SIZE] - SIZE / 2)) < 95
+    assert kept[:, inside].all()
+    assert not kept[:, np.hypot(*(np.mgrid[:SIZE, :SIZE] - SIZE / 2)) > 101].any()
+    assert (stripped[~kept] == outside).all()
+    np.testing.assert_array_equal(stripped[kept], hu[kept])
+    tight = windowed.strip_skull(hu, 2, outside)[1]
+    loose = windowed.strip_skull(hu, -2, outside)[1]
+    assert tight.sum() < kept.sum() < loose.sum()
+
+
+@pytest.fixture
+def downloads(tmp_path):
+    """Two patients of each set, as pictures."""
+    boxes = ["slice,xmin,ymin,xmax,ymax"]
+    for patient in ("0001", "0002"):
+        hu = np.rint(head(5, bleed=np.s_[1:4, 100:130, 130:160]))
+        hu[0, 0, :121] = np.arange(-20, 101)
+        for z, plane in enumerate(hu):
+            as_png(
+                tmp_path / "phe" / "images",
+                f"{patient}_{z + 1:02d}",
+                (plane + 20).astype(np.uint8) * 2,
+            )
+        boxes += [f"{patient}_{z + 1:02d},125,95,165,135" for z in (1, 2, 3)]
+    (tmp_path / "phe" / "boxes.csv").write_text("\n".join(boxes) + "\n")
+    rows = ["PatientNumber,SliceNumber,No_Hemorrhage"]
+    for patient in ("051", "060"):
+        for z, plane in enumerate(head(4)):
+            grey = np.rint((plane + 20) / 120 * 255).astype(np.uint8)
+            as_png(tmp_path / "ich" / "brain", f"{patient}_{z + 1:02d}", grey)
+            rows.append(f"{int(patient)},{z + 1},{0 if patient == '060' and z == 2 else 1}")
+    (tmp_path / "ich" / "hemorrhage_diagnosis.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path
+
+
+def read(path):
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def test_a_dataset_with_its_copies_groups_and_record(downloads):
+    out = downloads / "out"
+    phe, ich = downloads / "phe", downloads / "ich"
+    real_heads.write_dataset(out, phe_sich=phe, ct_ich=ich, workers=1)
+    names = ["phesich_0001", "phesich_0002", "ctich_051", "ctich_060"]
+    expected = sorted([*names, *(f"{name}_copy" for name in names)])
+    assert [case.name for case in read_source(out).cases] == expected
+    assert json.loads((out / "dataset.json").read_text())["labels"]["2"] == "ignore"
+    groups = dict(csv.reader((out / "groups.csv").open()))
+    assert groups["phesich_0001_copy"] == groups["phesich_0001"] == "phesich_0001"
+    labels = read(out / "labelsTr" / "phesich_0001.nii.gz")
+    image = sitk.ReadImage(str(out / "imagesTr" / "phesich_0001.nii.gz"))
+    assert labels.shape == (5, SIZE // 2, SIZE // 2)
+    # the pictures lie on their side: x of the picture is y of the scan
+    assert (labels[2, 67:78, 52:63] == 1).all()
+    assert sitk.GetArrayFromImage(image)[2, 70, 57] == pytest.approx(65, abs=2)
+    assert image.GetSpacing()[0] == pytest.approx(147.6 / (np.pi * 55**2) ** 0.5, rel=0.02)
+    bleeding = read(out / "labelsTr" / "ctich_060.nii.gz")
+    assert (bleeding[2] == 2).all()  # somewhere in this slice
+    assert (np.delete(bleeding, 2, axis=0) == 0).all()
+    record = {row["case"]: row for row in csv.DictReader((out / "record.csv").open())}
+    assert float(record["phesich_0001"]["bleed_ml"]) > 1
+    assert record["phesich_0001"]["copy"] == ""
+    assert record["phesich_0001_copy"]["copy"] != ""
+
+
+def test_the_same_bytes_again(downloads):
+    for name in ("a", "b"):
+        real_heads.write_dataset(downloads / name, phe_sich=downloads / "phe", workers=1)
+    for path in sorted((downloads / "a").rglob("*.nii.gz")):
+        other = downloads / "b" / path.relative_to(downloads / "a")
+        np.testing.assert_array_equal(read(path), read(other))
+
+
+def test_what_is_missing_is_named(downloads):
+    phe, ich = downloads / "phe", downloads / "ich"
+    with pytest.raises(DatasetError, match="nothing to make"):
+        real_heads.write_dataset(downloads / "out")
+    with pytest.raises(DatasetError, match=r"boxes.csv: cannot read \(No such file"):
+        real_heads.write_dataset(downloads / "out", phe_sich=ich)
+    (phe / "boxes.csv").write_text("slice,xmin,ymin,xmax\n0001_01,1,2,3\n")
+    with pytest.raises(DatasetError, match=r"boxes.csv: lacks the columns ymax"):
+        real_heads.write_dataset(downloads / "out", phe_sich=phe)
+    (phe / "boxes.csv").write_text("slice,xmin,ymin,xmax,ymax\n0001_01,1,2,3,4\n")
+    with pytest.raises(DatasetError, match="no box for any slice of 0002"):
+        real_heads.write_dataset(downloads / "out", phe_sich=phe)
+    rows = (ich / "hemorrhage_diagnosis.csv").read_text().splitlines()
+    (ich / "hemorrhage_diagnosis.csv").write_text("\n".join(rows[:-1]) + "\n")
+    with pytest.raises(DatasetError, match="no row for slice 4 of patient 060"):
+        real_heads.write_dataset(downloads / "out", ct_ich=ich)
+    (ich / "brain" / "note.png").write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"note.png: expected a name such as"):
+        real_heads.write_dataset(downloads / "out", ct_ich=ich)
+
+
+def test_a_dataset_is_not_written_over(downloads):
+    (downloads / "dataset.json").write_text("{}")
+    with pytest.raises(DatasetError, match="holds a dataset already"):
+        real_heads.write_dataset(downloads, phe_sich=downloads / "phe")
