@@ -23,6 +23,11 @@ COMMANDS = {
         "make head-CT phantoms with bleeds, as an MSD dataset",
         "synthesize --out data/Task01_Bleeds --cases 100 --seed 1",
     ),
+    "real-heads": (
+        "training.data.real_heads",
+        "make a training set of real head CT from two public downloads",
+        "real-heads --phe-sich PHE-SICH-CT-IDS --ct-ich CT-ICH --out data/Task02_RealHeads",
+    ),
     "convert": (
         "training.data.convert",
         "bring an MSD, nnU-Net or INSTANCE dataset into a workspace",
