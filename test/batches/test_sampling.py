@@ -246,3 +246,21 @@ def test_oversampled_samples_are_counted_over_all_processes(spec):
 def test_refuses_an_impossible_share(spec, share, message):
     with pytest.raises(TrainingError, match=message):
         dataclasses.replace(spec, batch=4, share=share)
+
+
+def test_where_voxels_are_to_be_ignored_patches_are_centred_on_others():
+    rng = np.random.default_rng(4)
+    annotated = np.array([[10, 10, 10], [5, 6, 7]])
+    foreground = {1: np.array([[3, 3, 3]])}
+
+    def lowers(foreground, patch, **options):
+        drawn = (
+            draw_lower(rng, (20,) * 3, foreground, patch, annotated=annotated, **options)
+            for _ in range(50)
+        )
+        return set(drawn)
+
+    assert lowers(foreground, (2,) * 3, on_foreground=False) == {(9, 9, 9), (4, 5, 6)}
+    assert lowers(foreground, (2,) * 3, on_foreground=True) == {(2, 2, 2)}
+    assert lowers({}, (2,) * 3, on_foreground=True) == {(9, 9, 9), (4, 5, 6)}
+    assert lowers({}, (1, 2, 2), on_foreground=False) == {(10, 9, 9), (5, 5, 6)}

@@ -271,6 +271,27 @@ def test_workers_end_when_the_trainer_is_killed(spec, tmp_path):
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_voxels_to_ignore_come_through_both_engines(tmp_path, engine):
+    """The right half is to be ignored: so it is in patches, however they are warped."""
+    rng = np.random.default_rng(0)
+    target = np.zeros((6, 30, 30), np.int8)
+    target[2:4, 10:20, 4:10] = 1
+    target[..., 15:] = 2
+    data = rng.normal(size=(1, *target.shape)).astype(np.float32)
+    write_case(tmp_path, "a", data, target, (Normalisation("zscore"),), ignore_label=2)
+    augmentation = dataclasses.replace(WARPED, mirror_probability=0)
+    spec = BatchSpec(
+        tmp_path, ("a",), ("a",), (4, 16, 16), 2, True, (False,), 0.5, augmentation, 0, 0
+    )
+    batches = made(spec, [BatchKey(0, number) for number in range(10)], engine)
+    labels = torch.stack([batch.target for batch in batches])
+    assert set(labels.unique().tolist()) == {0, 1, 2}
+    assert 0.1 < (labels == 2).float().mean() < 0.6
+    (plain,) = made(dataclasses.replace(spec, augmentation=NO_AUGMENTATION), KEYS[:1], engine)
+    assert ((plain.target == 2).diff(dim=3) >= 0).all()  # to the right it stays ignored
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("cached", ["yes", "no"])
 def test_batches_come_to_the_gpu_as_to_the_cpu(spec, cached):

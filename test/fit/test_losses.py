@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from training.fit.losses import deep_supervision_weights, dice_cross_entropy, one_hot, soft_dice
+from training.fit.losses import (
+    cross_entropy,
+    deep_supervision_weights,
+    dice_cross_entropy,
+    one_hot,
+    soft_dice,
+)
 
 
 def logits_of(foreground):
@@ -123,3 +129,47 @@ def test_a_coarser_target_is_the_label_at_its_voxels_centres():
         for coarse in (right, -right)
     ]
     assert losses[0] < 0.2 < 2 < losses[1]
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_voxels_to_ignore_are_as_if_they_were_not_there(batch_dice):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 3, (2, 4, 6))
+    target[:, :, 4:] = 3
+    loss = dice_cross_entropy(logits, target, batch_dice=batch_dice, ignoring=True)
+    kept = dice_cross_entropy(logits[..., :4], target[..., :4], batch_dice=batch_dice)
+    torch.testing.assert_close(loss, kept)
+    loss.backward()
+    assert (logits.grad[..., 4:] == 0).all()
+    assert (logits.grad[..., :4] != 0).all()
+
+
+def test_cross_entropy_with_voxels_to_ignore_is_that_of_torch():
+    torch.manual_seed(1)
+    scores, target = torch.randn(2, 3, 5, 7).log_softmax(1), torch.randint(0, 4, (2, 5, 7))
+    found = cross_entropy(scores, one_hot(target, 3), ignoring=True)
+    torch.testing.assert_close(found, functional.cross_entropy(scores, target, ignore_index=3))
+
+
+def test_a_patch_of_nothing_but_voxels_to_ignore_teaches_nothing():
+    logits = torch.randn(1, 2, 4, requires_grad=True)
+    loss = dice_cross_entropy(logits, torch.full((1, 4), 2), batch_dice=False, ignoring=True)
+    loss.backward()
+    assert loss.item() == pytest.approx(-1)  # no cross-entropy, and Dice of nothing with nothing
+    assert (logits.grad == 0).all()
+
+
+def test_heads_of_deep_supervision_ignore_alike():
+    torch.manual_seed(2)
+    target = torch.randint(0, 2, (1, 4, 8))
+    target[..., 4:] = 2
+    heads = [torch.randn(1, 2, *size) for size in ((4, 8), (2, 4), (1, 2))]
+    other = [head.clone() for head in heads]
+    for head in other:
+        head[..., head.shape[-1] // 2 :] = 9.0
+    one, two = (
+        dice_cross_entropy(found, target, batch_dice=True, ignoring=True)
+        for found in (heads, other)
+    )
+    assert one.item() == two.item()

@@ -211,3 +211,22 @@ def test_deterministic_is_on_while_training_only(fresh, monkeypatch):
         assert set(seen) == {(deterministic, not deterministic)}
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cudnn.benchmark == before
+
+
+def test_voxels_to_ignore_count_neither_in_the_loss_nor_in_dice(fresh):
+    run = dataclasses.replace(open_run(fresh, "3d_fullres", "0", QUICK), ignore_label=2)
+    state = begin(run)
+    state.network.eval()
+    torch.manual_seed(0)
+    data = torch.randn(2, 1, 4, 16, 16)
+    target = torch.randint(0, 2, (2, 4, 16, 16), dtype=torch.int8)
+    target[:, :2] = 2
+    loss, counts = validation_step(run, state, Batch(data, target))
+    found = state.network(data).argmax(1)[:, 2:]
+    left = target[:, 2:]
+    expected = [int((found & left).sum()), int(found.sum() + left.sum())]
+    assert counts.tolist() == [expected]
+    assert math.isfinite(loss)
+    unaware = dataclasses.replace(run, ignore_label=None)
+    _, more = validation_step(unaware, state, Batch(data, target))
+    assert more.tolist() != [expected]  # what is found there counts as wrong

@@ -169,16 +169,6 @@ def test_what_has_changed_is_done_again(copy, dataset):
     assert what_is_left(dataset, copy) == ["export"]
 
 
-def test_training_does_not_pass_over_voxels_to_ignore(copy, capsys):
-    path = copy / "dataset.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"ignore_label": 2}))
-    words = ["train", "3d_fullres", "--workspace", str(copy), "--fold", "0", "--epochs", "2"]
-    assert command(words) == 1
-    assert "voxels of label 2 are to be ignored, which training does not do yet" in (
-        capsys.readouterr().err
-    )
-
-
 def test_a_corrected_label_goes_all_the_way(copy, dataset, capsys):
     path = copy / "raw" / "labels" / "case_2.nii.gz"
     os.utime(path, (1, 1))  # the content decides

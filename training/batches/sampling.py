@@ -243,12 +243,17 @@ def read_regions(spec: BatchSpec, key: BatchKey, *, cached: bool = False) -> Reg
         lowers=lowers,
         size=size,
         augmentation=spec.augmentation_of(key),
-        classes=1 + max(spec.previous_labels, *(max(c.foreground, default=0) for c in cases)),
+        classes=1 + max(spec.previous_labels, *(_highest_label(case) for case in cases)),
         warps=tuple(draw.warp for draw in draws),
         rngs=tuple(draw.rng for draw in draws),
         voxels=voxels,
         previous=previous,
     )
+
+
+def _highest_label(case: StoredCase) -> int:
+    """The highest value that a case's target may have."""
+    return max(max(case.foreground, default=0), case.ignore_label or 0)
 
 
 def draw_batch(spec: BatchSpec, key: BatchKey) -> list[Draw]:
@@ -271,6 +276,7 @@ def _draw_sample(spec: BatchSpec, key: BatchKey, index: int, rng: np.random.Gene
         case.foreground,
         spec.tile,
         on_foreground=is_oversampled(index, spec.batch, spec.foreground_fraction),
+        annotated=case.annotated,
         jitter=spec.centre_jitter,
     )
     warp = draw_warp(rng, spec.augmentation_of(key), spec.patch, in_plane=spec.in_plane)
@@ -289,6 +295,7 @@ def draw_lower(
     patch: Shape,
     *,
     on_foreground: bool,
+    annotated: npt.NDArray[np.integer] | None = None,
     jitter: float = 0.0,
 ) -> Shape:
     """First voxel of a patch; negative along an axis where the case is smaller and gets centred.
@@ -296,7 +303,8 @@ def draw_lower(
     On foreground: a class that the case has is drawn uniformly, then one of its voxels, which
     becomes the centre as far as the patch stays in the case. A slice (patch one thick) is first
     drawn among the slices with that class, so a slice with much of it is no likelier. Otherwise, or
-    where the case has no foreground, the patch lies anywhere, uniformly.
+    where the case has no foreground, the patch lies anywhere, uniformly; but where voxels are to be
+    ignored, it is centred on one that is not.
 
     Args:
         rng: Source of the draw.
@@ -304,14 +312,17 @@ def draw_lower(
         foreground: Voxels ``(n, 3)`` of each class.
         patch: Size ``(z, y, x)``.
         on_foreground: Whether to centre the patch on foreground (foreground oversampling).
+        annotated: Voxels ``(n, 3)`` that are not to be ignored; None where none is.
         jitter: How far from the centre that voxel may lie, uniformly along each axis, as a fraction
             of the way to the patch's border: 0 is the centre always (the reference's way), with 1
             it may lie anywhere in the patch.
     """
     span = [size - p for size, p in zip(shape, patch, strict=True)]
     classes = sorted(label for label, voxels in foreground.items() if label > 0 and len(voxels))
+    voxels = annotated
     if on_foreground and classes:
         voxels = foreground[classes[int(rng.integers(len(classes)))]]
+    if voxels is not None and len(voxels):
         if patch[0] == 1:
             slices = np.unique(voxels[:, 0])
             voxels = voxels[voxels[:, 0] == slices[int(rng.integers(len(slices)))]]

@@ -60,6 +60,8 @@ class StreamOptions:
 class Batch(NamedTuple):
     """``data`` float32 ``(B, C, *patch)`` and ``target`` int8 ``(B, *patch)``, labels from 0.
 
+    The label above the last one marks voxels to be ignored, where a dataset has such.
+
     In a cascade's second stage C counts the image's channels, then one for each foreground class of
     the first stage: 1 where it was found.
     """

@@ -33,6 +33,8 @@ class FoldRun:
         config: What the user chose.
         spec: What the fold's batches have in common; it names the fold's cases.
         device: Where the network trains.
+        ignore_label: The label of voxels that count neither in the loss nor in Dice; None where
+            there is none.
         group: The processes that train this fold together.
     """
 
@@ -43,6 +45,7 @@ class FoldRun:
     config: TrainingConfig
     spec: BatchSpec
     device: torch.device
+    ignore_label: int | None = None
     group: ProcessGroup = ALONE
 
     @property
@@ -89,7 +92,8 @@ def open_run(
         raise TrainingError("precision fp16 on the CPU, expected fp32, bf16 or auto there")
     planned = plans.load(plans_file(workspace))
     chosen = planned.configuration(configuration)
-    names = [case.name for case in dataset.load_dataset(workspace).labelled]
+    listed = dataset.load_dataset(workspace)
+    names = [case.name for case in listed.labelled]
     if fold == ALL_FOLD:
         number, split = _ALL_FOLD_NUMBER, splits.Split(tuple(names), tuple(names))
     else:
@@ -121,5 +125,6 @@ def open_run(
         config=config,
         spec=spec,
         device=device,
+        ignore_label=listed.ignore_label,
         group=group,
     )

@@ -22,6 +22,7 @@ def dice_cross_entropy(
     target: Tensor,
     *,
     batch_dice: bool,
+    ignoring: bool = False,
     group: ProcessGroup = ALONE,
 ) -> Tensor:
     """Mean cross-entropy minus mean soft Dice of the foreground classes; the best is -1.
@@ -30,6 +31,8 @@ def dice_cross_entropy(
         logits: ``(B, K, *patch)``, or a list of such, finest first, under deep supervision.
         target: Labels ``(B, *patch)``, integer.
         batch_dice: Dice of the batch as one volume (True), or mean Dice of its samples.
+        ignoring: Whether voxels whose label is K or more are left out, as nnU-Net v2 does with
+            those of its label ``ignore``.
         group: The processes that have the rest of the batch.
 
     Returns:
@@ -37,12 +40,12 @@ def dice_cross_entropy(
         gradients over the processes is the gradient of the whole batch.
     """
     if isinstance(logits, Tensor):
-        return _one_scale(logits, target, batch_dice, group)
+        return _one_scale(logits, target, batch_dice, ignoring, group)
     total = torch.zeros((), device=target.device)
     for weight, scale in zip(deep_supervision_weights(len(logits)), logits, strict=True):
         if weight > 0:
             total = total + weight * _one_scale(
-                scale, _shrink(target, tuple(scale.shape[2:])), batch_dice, group
+                scale, _shrink(target, tuple(scale.shape[2:])), batch_dice, ignoring, group
             )
     return total
 
@@ -56,20 +59,28 @@ def deep_supervision_weights(heads: int) -> tuple[float, ...]:
 
 
 def cross_entropy(
-    log_probabilities: Tensor, truth: Tensor, *, group: ProcessGroup = ALONE
+    log_probabilities: Tensor,
+    truth: Tensor,
+    *,
+    ignoring: bool = False,
+    group: ProcessGroup = ALONE,
 ) -> Tensor:
-    """Mean over all voxels, background included.
+    """Mean over all voxels that are not to be ignored, background included; 0 if all are.
 
     Args:
         log_probabilities: ``(B, K, *patch)``.
         truth: Target of the same shape, 0 or 1, as :func:`one_hot` gives it.
+        ignoring: See :func:`dice_cross_entropy`.
         group: The processes that have the rest of the batch.
     """
     # Not nll_loss, which has no deterministic form on CUDA
     likelihood = (log_probabilities * truth).sum()
-    voxels = likelihood.new_tensor(truth.numel() // truth.shape[1])
+    if ignoring:
+        voxels = truth.count_nonzero().to(likelihood.dtype)  # each voxel has one label, or none
+    else:
+        voxels = likelihood.new_tensor(truth.numel() // truth.shape[1])
     total = group.total(torch.stack([likelihood, voxels]))
-    return -total[0] / total[1]
+    return -total[0] / total[1].clamp(min=1)
 
 
 def soft_dice(
@@ -100,17 +111,25 @@ def soft_dice(
 
 
 def one_hot(target: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Labels ``(B, *patch)`` as ``(B, classes, *patch)``: 1 where the label is the class."""
+    """Labels ``(B, *patch)`` as ``(B, classes, *patch)``: 1 where the label is the class.
+
+    A voxel whose label is none of the classes, as one to be ignored, is 0 in all of them.
+    """
     labels = torch.arange(classes, device=target.device, dtype=target.dtype)
     return (target[:, None] == labels.view(-1, *(1,) * (target.ndim - 1))).to(dtype)
 
 
-def _one_scale(logits: Tensor, target: Tensor, batch_dice: bool, group: ProcessGroup) -> Tensor:
+def _one_scale(
+    logits: Tensor, target: Tensor, batch_dice: bool, ignoring: bool, group: ProcessGroup
+) -> Tensor:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_probabilities = functional.log_softmax(logits, dim=1, dtype=dtype)
     truth = one_hot(target, logits.shape[1], dtype)
-    dice = soft_dice(log_probabilities.exp(), truth, batch_dice=batch_dice, group=group)
-    return cross_entropy(log_probabilities, truth, group=group) - dice
+    probabilities = log_probabilities.exp()
+    if ignoring:
+        probabilities = probabilities * truth.sum(1, keepdim=True)  # nothing is found there, either
+    dice = soft_dice(probabilities, truth, batch_dice=batch_dice, group=group)
+    return cross_entropy(log_probabilities, truth, ignoring=ignoring, group=group) - dice
 
 
 def _shrink(target: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -149,6 +149,8 @@ def validation_step(run: FoldRun, state: TrainingState, batch: Batch) -> tuple[f
     assert isinstance(logits, Tensor)  # the network is in evaluation mode: one head
     loss = _loss(run, logits, batch.target)
     found, target = logits.argmax(1), batch.target
+    if run.ignore_label is not None:  # nothing counts as found there
+        found = found.masked_fill(target == run.ignore_label, 0)
     counts = []
     for label in range(1, logits.shape[1]):
         ours, theirs = found == label, target == label
@@ -171,7 +173,11 @@ def _forward(run: FoldRun, state: TrainingState, data: Tensor) -> Tensor | list[
 
 def _loss(run: FoldRun, logits: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
     return dice_cross_entropy(
-        logits, target, batch_dice=run.configuration.batch_dice, group=run.group
+        logits,
+        target,
+        batch_dice=run.configuration.batch_dice,
+        ignoring=run.ignore_label is not None,
+        group=run.group,
     )
 
 

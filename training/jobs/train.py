@@ -116,18 +116,11 @@ def open_fold(
 
     Raises:
         DatasetError: Cases are not stored, or have changed since.
-        TrainingError: Cases lack the labels of a cascade's first stage, which its second needs, or
-            voxels are to be ignored.
+        TrainingError: Cases lack the labels of a cascade's first stage, which its second needs.
         IchsegError: Something else is missing, see ``open_run``.
     """
     run = open_run(workspace, configuration, fold, config, group)
-    found = dataset.load_dataset(workspace)
-    if found.ignore_label is not None:
-        raise TrainingError(
-            f"{workspace}: voxels of label {found.ignore_label} are to be ignored, which training "
-            "does not do yet"
-        )
-    cases = found.labelled
+    cases = dataset.load_dataset(workspace).labelled
     needed = sorted({*run.spec.train, *run.spec.validation})
     require_current(workspace, [case for case in cases if case.name in needed], configuration)
     if run.configuration.previous_stage is not None:
