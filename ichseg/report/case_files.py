@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ichseg.errors import OutputError
 from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.report import pictures, viewer
@@ -62,7 +63,8 @@ def write_case(
     """Write a case's pictures and volumes, for a page to show.
 
     They lie in ``folder/cases``: ``.jpg`` a strip of slices, ``.js`` the volumes for the viewer, at
-    most 8 MB, and ``.json`` what the page has to know of them.
+    most 8 MB, and ``.json`` what the page has to know of them. The last one is written last and an
+    earlier one removed first, so that where anything fails the page has no pictures of the case.
 
     Args:
         folder: The folder of the page, made if need be.
@@ -80,6 +82,7 @@ def write_case(
     framed = frame(image, masks, is_ct=is_ct)
     window = pictures.BRAIN if is_ct else pictures.fitting_window(framed)
     cases = folder / "cases"
+    _remove(cases / f"{slug}.json")
     slices, panel_px = pictures.write_strip(framed, cases / f"{slug}.jpg", window=window)
     script = viewer.make_script(framed, slug, is_ct=is_ct)
     with replacing(cases / f"{slug}.js", suffix=".js") as temporary:
@@ -103,6 +106,13 @@ def write_case(
     )
     with replacing(cases / f"{slug}.json", suffix=".json") as temporary:
         temporary.write_text(strict_json.dumps(shown), encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot remove ({error.strerror})") from error
 
 
 def _largest_slice(framed: Framed, slices: Sequence[int]) -> int:

@@ -124,6 +124,40 @@ def test_wilson_interval():
     assert statistics.wilson(0, 0) == (0, 1)
 
 
+def texts(chart):
+    """Each text of a chart with the places from which to which it reaches, across the picture."""
+    letter_px = 7.2  # of a digit in the sheet's 12 px, wider than in most fonts
+    found = []
+    for x, anchor, text in re.findall(
+        r'<text x="([\d.-]+)" y="[^"]*" text-anchor="(\w+)">([^<]*)', chart
+    ):
+        long = letter_px * len(text)
+        left = float(x) - {"start": 0, "middle": long / 2, "end": long}[anchor]
+        found.append((text, left, left + long))
+    return found
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1, 1e3, 1e5])
+def test_no_number_is_cut_off_or_lies_on_another_text(size):
+    volumes = [0.9 * size, size]
+    agreement = statistics.volume_agreement(volumes, volumes[::-1])
+    points = [Point(None, "", v, d * size) for v, d in zip(volumes, (-0.2, 0.3), strict=True)]
+    rows = [EpochRow(e, -size / 2 * e, size, 0.5, 1e-3, 1.0, 0.0) for e in (1, 2)]
+    drawn = [
+        charts.bland_altman(points, agreement),
+        charts.dice_by_volume([Point(None, "", v, 0.5) for v in (0.1 * size, size)]),
+        charts.curves(rows, "Fold 0"),
+    ]
+    for chart in drawn:
+        for text, left, right in texts(chart):
+            assert left >= 0, text
+            assert right <= 420, text
+    beside = 12 + 4  # half of the height of the text that runs up
+    number = re.compile(r"[\N{MINUS SIGN}\d.e+]+")
+    numbers = [left for text, left, _ in texts(drawn[0]) if number.fullmatch(text)]
+    assert min(numbers) >= beside
+
+
 def test_curve_is_interrupted_where_there_is_no_dice():
     rows = [
         EpochRow(e, 0.0, 0.0, d, 1e-3, 1.0, 0.0)

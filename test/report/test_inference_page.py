@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.pages import page_in
 
+from ichseg.errors import OutputError
 from ichseg.report import case_files, inference_page
 from ichseg.scan.volume import Volume
 
@@ -153,6 +154,31 @@ def test_case_whose_name_is_not_utf_8_is_listed(tmp_path):
         tmp_path, [inference_page.Entry("a\udcff.mha", "broken", {})], title="t", subtitle="s"
     )
     assert page_in(tmp_path).cards[0]["data-name"] == r"a\udcff.mha"
+
+
+def test_a_case_that_could_not_be_drawn_again_has_no_pictures(tmp_path, monkeypatch):
+    """A strip of today beside what is known of yesterday's would be shown with wrong numbers."""
+    image, mask = scan()
+    case_files.write_case(tmp_path, "a.mha", image, {"prediction": mask})
+    assert case_files.read_case(tmp_path, "a.mha") is not None
+
+    def fail(*_, **__):
+        raise OutputError("a full disk")
+
+    monkeypatch.setattr(case_files.viewer, "make_script", fail)
+    with pytest.raises(OutputError, match="a full disk"):
+        case_files.write_case(tmp_path, "a.mha", image, {"prediction": mask})
+    assert case_files.read_case(tmp_path, "a.mha") is None
+
+
+def test_a_page_that_fails_leaves_the_one_before(tmp_path):
+    inference_page.write(tmp_path, entries()[:1], title="t", subtitle="s")
+    before = (tmp_path / "index.html").read_bytes()
+    broken = dataclasses.replace(entries()[0], facts={"volume_ml": 1, "lesions": [{"label": 1}]})
+    with pytest.raises(LookupError):
+        inference_page.write(tmp_path, [broken], title="t", subtitle="s")
+    assert (tmp_path / "index.html").read_bytes() == before
+    assert not list(tmp_path.rglob(".writing-*"))
 
 
 def test_what_write_case_left_is_strict(folder):

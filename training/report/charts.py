@@ -20,6 +20,7 @@ from training.scoring.summary import MeasureSummary
 SHARES = ("dice", "surface_dice")  # measures that lie between 0 and 1
 _MOST_POINTS = 400  # of a curve
 _WIDTH = 420
+_LEFT = 48  # where the frame of most charts begins
 _LETTER_PX = 7.5  # no letter of a number is wider
 
 
@@ -49,9 +50,9 @@ def curves(rows: Sequence[EpochRow], title: str) -> Markup:
         rows: The epochs; at least one.
         title: What the fold is called.
     """
-    height, left, right = 236, 44, 40
     losses = [v for row in rows for v in (row.train_loss, row.validation_loss) if math.isfinite(v)]
     low, high = _padded(losses or [0.0])
+    left, right = _left(_ticks(low, high, 5), beside=14), 40
     x = _linear(rows[0].epoch, max(rows[-1].epoch, rows[0].epoch + 1), left, _WIDTH - right)
     loss, dice = _linear(low, high, 196, 26), _linear(0, 1, 196, 26)
     parts = [_line(left, loss(v), _WIDTH - right, loss(v), "grid") for v in _ticks(low, high, 5)]
@@ -76,7 +77,7 @@ def curves(rows: Sequence[EpochRow], title: str) -> Markup:
     ]
     best = max((row.pseudo_dice for row in rows if row.pseudo_dice is not None), default=None)
     note = f"{len(rows)} epochs" + ("" if best is None else f", best Dice {best:.3f}")
-    return _figure(title, note, parts, height)
+    return _figure(title, note, parts, 236)
 
 
 def strip(found: MeasureSummary, points: Sequence[Point], title: str, *, places: int) -> Markup:
@@ -130,14 +131,15 @@ def bland_altman(points: Sequence[Point], found: VolumeAgreement) -> Markup:
     limits = [v for v in (found.low_ml, found.high_ml) if v is not None]
     low, high = _padded([0.0, *(p.y for p in points), *limits])
     right = max([1.0, *(p.x for p in points)]) * 1.04
-    x, y = _linear(0, right, 48, _WIDTH - 10), _linear(low, high, 250, 12)
-    parts = _grid(x, y, _ticks(0, right, 6), _ticks(low, high, 6))
+    left = _left(_ticks(low, high, 6))
+    x, y = _linear(0, right, left, _WIDTH - 10), _linear(low, high, 250, 12)
+    parts = _grid(x, y, _ticks(0, right, 6), _ticks(low, high, 6), left=left)
     if found.low_ml is not None and found.high_ml is not None:
         top, bottom = y(found.high_ml), y(found.low_ml)
-        parts.append(_rect(48, top, _WIDTH - 58, bottom - top, "band"))
-        parts += [_line(48, at, _WIDTH - 10, at, "limit") for at in (top, bottom)]
+        parts.append(_rect(left, top, _WIDTH - 10 - left, bottom - top, "band"))
+        parts += [_line(left, at, _WIDTH - 10, at, "limit") for at in (top, bottom)]
     if found.bias_ml is not None:
-        parts.append(_line(48, y(found.bias_ml), _WIDTH - 10, y(found.bias_ml), "bias"))
+        parts.append(_line(left, y(found.bias_ml), _WIDTH - 10, y(found.bias_ml), "bias"))
     parts += [_dot(point, x(point.x), y(point.y)) for point in points]
     parts += [
         _below(234, 284, "mean of both volumes, mL"),
@@ -228,20 +230,33 @@ def _grid(
     y: Callable[[float], float],
     across: Sequence[float],
     up: Sequence[float],
+    *,
+    left: float = _LEFT,
 ) -> list[Markup]:
-    """Lines and numbers of a chart whose frame is 48 to 410 px wide and begins 12 px from the top.
+    """Lines and numbers of a chart; its frame begins 12 px below the top, ends 10 px from right.
 
     Args:
         x: Where a value lies across the picture.
         y: Where a value lies down the picture.
         across: The values that have a line and a number across.
         up: The values that have a line and a number up.
+        left: Where the frame begins.
     """
     bottom = 250 if across or y(0) > 210 or not up else y(up[0])
-    parts = [_line(48, y(value), _WIDTH - 10, y(value), "grid") for value in up]
-    parts += [_text(44, y(value) + 4, _short(value), "end") for value in up]
+    parts = [_line(left, y(value), _WIDTH - 10, y(value), "grid") for value in up]
+    parts += [_text(left - 4, y(value) + 4, _short(value), "end") for value in up]
     parts += [_line(x(value), 12, x(value), bottom, "grid") for value in across]
     return parts + [_below(x(value), bottom + 16, _short(value)) for value in across]
+
+
+def _left(up: Sequence[float], *, beside: float = 20) -> float:
+    """Where the frame begins, so that the numbers beside it are whole, and what stands beside them.
+
+    Args:
+        up: The values whose numbers stand there.
+        beside: Pixels that are taken by other things.
+    """
+    return max(_LEFT, beside + _LETTER_PX * max((len(_short(value)) for value in up), default=0))
 
 
 def _dot(point: Point, x: float, y: float) -> Markup:
