@@ -26,6 +26,7 @@ _LEAST_TISSUE = 0.005  # of the volume; a head in a field of 500 x 500 x 300 mm 
 _BRAIN_HU = (0, 110)  # where most tissue may lie: brain is 20 to 45, plastic heads are 100
 _USUAL_BRAIN_HU = (15, 60)  # 89 real heads have 22 to 43
 _AIR_HU = (-1150, -850)
+_MOST_AT_THE_TOP = 0.3  # of the volume: bone in a narrow window; 129 real heads have 0.15 and less
 _LEAST_RANGE = 50  # from the lowest to the highest value; the narrowest window is 80 HU
 _SMALL_MM = 100.0  # a head is 140 mm wide and more
 _SHORT_MM = 30.0  # from below to above
@@ -134,6 +135,9 @@ def _why_not_hu(values: _Distribution, whole: bool) -> str:
     high = values.share(5000, _HIGHEST, spikes=True)
     if high > 0.01:
         return f"{100 * high:.0f} % of it lie above 5000"
+    top = float(values.counts[np.flatnonzero(values.counts)[-1]])
+    if top > _MOST_AT_THE_TOP:
+        return f"{100 * top:.0f} % of it have the highest value, as if tissue had been cut off"
     near = values.share(brain - 2, brain + 2)
     if not whole and near > 0.7 * values.share(brain - 10, brain + 10):
         return f"tissue lies within 2 of {brain}, where brain alone spans 20 HU"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import json
 import os
 import resource
@@ -25,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from robustness import fuzz_corpus as corpus
+from robustness import fuzz_scans
 from robustness.fuzz_corpus import Mutant
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -128,6 +130,7 @@ def work() -> None:
         home = path if path.is_dir() else path.parent
         allowed[:] = [str(home), own]
         foreign.clear()
+        wrong = ""
         try:
             if given["kind"] in ("model.json", "safetensors"):
                 model = bundle.load_model(path)
@@ -138,9 +141,11 @@ def work() -> None:
                 for case in job.cases:
                     if not case.image.resolve().is_relative_to(home):
                         foreign.append(str(case.image))
+            elif given["kind"] in ("hu", "nifti-frames", "dicom-mixture"):
+                wrong = _read_scans(path, home)
             else:
                 reader.read_scan(path)
-            ending = {"how": "read"}
+            ending = {"how": "wrong in silence" if wrong else "read", "words": wrong}
         except IchsegError as error:
             words = str(error)
             clear = "\n" not in words and len(words) < 1000 and str(home) in words
@@ -153,6 +158,36 @@ def work() -> None:
         sys.stdout.flush()
     allowed.clear()
     shutil.rmtree(own)
+
+
+def _read_scans(path: Path, home: Path) -> str:
+    """Read a scan, or every case of a folder, as a run does.
+
+    Returns:
+        What is wrong about one that raised nothing; empty if nothing is.
+    """
+    from ichseg.app import cases
+    from ichseg.errors import InputError
+    from ichseg.scan import plausibility, reader
+
+    wrong, refusal = "", None
+    found = [(path, "")]
+    if path.is_dir():
+        job = cases.find_cases(path, home / "out", input_slug="head-ct", output_slug="m")
+        found = [(case.image, case.study) for case in job.cases]
+    for image, study in found:
+        try:
+            scan = reader.read_scan(image, study=study)
+            if not path.is_dir():
+                volume, warnings = plausibility.check(scan.volume, image)
+                scan = dataclasses.replace(scan, volume=volume, warnings=scan.warnings + warnings)
+        except InputError as error:
+            refusal = error
+        else:
+            wrong = wrong or fuzz_scans.is_wrong(path, scan)
+    if refusal is not None and not wrong:
+        raise refusal
+    return wrong
 
 
 def main() -> int:

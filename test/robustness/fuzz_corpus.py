@@ -21,13 +21,19 @@ import pydicom
 import SimpleITK as sitk
 from helpers.dicom_files import make_slice, save
 from pydicom.dataset import Dataset
+from robustness import fuzz_scans
 
 from ichseg.scan.dicom.elements import PLAIN
 from ichseg.scan.volume import Volume, write
 
+SCANS = {
+    "hu": fuzz_scans.tricked,
+    "nifti-frames": fuzz_scans.framed,
+    "dicom-mixture": fuzz_scans.mixture,
+}
 KINDS = (
     "mha", "mha-packed", "nii", "nii.gz", "dicom", "dicom-packed", "model.json", "safetensors",
-    "inputs.json",
+    "inputs.json", *SCANS,
 )  # fmt: skip
 HUGE = ("99999999999", "-1", "0", "1e9", "4294967296", "2147483647", "nan", "", "65536 65536")
 PATHS = (
@@ -70,6 +76,8 @@ def make(folder: Path, kind: str, number: int, seed: int, bundle: Path) -> Mutan
         path = home / f"case.{kind.removesuffix('-packed')}"
         path.write_bytes(_volume(home, kind, rng))
         return Mutant(name, kind, path)
+    if kind in SCANS:
+        return Mutant(name, kind, SCANS[kind](home, rng))
     if kind.startswith("dicom"):
         _slices(home, kind == "dicom-packed", rng)
         return Mutant(name, kind, home)

@@ -131,6 +131,7 @@ def test_what_is_not_in_hu_is_refused(head, change, reason):
         (lambda v: v - 100, "most of what could be tissue lies near -5"),
         (lambda v: (v + 1024) * 0.5, "values gather near .*, and none are air's"),
         (lambda v: v.astype(np.int16).view(np.uint16), "% of it lie above 5000"),
+        (lambda v: np.clip(v + 1000, -20, 100), "% of it have the highest value, as if tissue"),
     ],
 )
 def test_values_of_another_scale_are_refused(path, change, reason):
