@@ -82,7 +82,8 @@ echo "base:  $base"
 "${engine[@]}" image inspect --format '       id {{.Id}}{{range .RepoDigests}}
        digest {{.}}{{end}}' "$base"
 
-labels=(--label "org.opencontainers.image.base.name=$base")
+version="$(sed -n 's/^__version__ = "\(.*\)"/\1/p' ichseg/__init__.py)"
+labels=(--label "org.opencontainers.image.base.name=$base" --label "org.opencontainers.image.version=$version")
 [[ "$api" == exec ]] || labels+=(--label "org.grand-challenge.api-method=$api")
 if revision="$(git rev-parse HEAD 2>/dev/null)"; then
     git diff --quiet HEAD -- process.py ichseg weights requirements.txt Dockerfile || revision+="-changed"

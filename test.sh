@@ -11,9 +11,10 @@ and /input, /input a link, /tmp empty, no capabilities and no new ones, 8 GB of 
 a process, 256 processes, 64 MB of shared memory. Tests the three ways in, or those that are named:
 
   exec       all samples in a plain folder; one laid out as Grand Challenge does, by the image's own user, with the
-             weights from /opt/ml/model; a damaged scan, after which the exit status and the last line say so
-  invoke     the server, asked from inside as there is no network: health, a case, a damaged scan, a case in the
-             older layout, a second server stopped while idle
+             weights from /opt/ml/model; one as a socket of DICOM slices; a damaged scan, after which the exit status and
+             the last line say so
+  invoke     the server, asked from inside as there is no network: health, a case as it was laid out before December
+             2025, a damaged scan, a case in the layout before that, a second server stopped while idle
   instance   INSTANCE 2022's batch of .nii.gz, by the mount of /predict alone and by the challenge's own command
 
 Each way is also stopped by SIGTERM in mid-run: it ends within the platform's 5 seconds and leaves no partial output.
@@ -83,8 +84,8 @@ clean_up() {
     trap - EXIT
     "${engine[@]}" rm -f "$named" || true
     for user in "$uid:$uid" "$image_user"; do
-        "${engine[@]}" run --rm "${seal[@]}" --user "$user" -v "$work/out:/out" --entrypoint find "$image" \
-            /out -user "${user%%:*}" -exec chmod a+rwX {} + || true
+        "${engine[@]}" run --rm "${seal[@]}" --user "$user" -v "$work/out:/out" -v "$work/in:/in" --entrypoint find \
+            "$image" /out /in -user "${user%%:*}" -exec chmod a+rwX {} + || true
     done
     "${engine[@]}" rmi -f "$sealed" || true
     rm -rf "$work" || true
@@ -116,7 +117,7 @@ entrypoint="$("${engine[@]}" image inspect --format '{{json .Config.Entrypoint}}
 
 # Copies, not mounts of the clone: readable by any uid even from a clone made under umask 077.
 mkdir "$work/in" "$work/out" "$work/test" "$work/samples" "$work/damaged"
-cp -R test/check_output.py test/sample/expected "$work/test/"
+cp -R test/check_output.py test/dicom_slices.py test/sample/expected "$work/test/"
 cp -R test/sample/input/. "$work/samples"
 scan="$(find "$work/samples" -name '*.mha' | sort | head -n 1)"
 other="$(find "$work/samples" -name '*.mha' | sort | tail -n 1)"
@@ -130,24 +131,41 @@ new() {
     chmod 0777 "$out"
 }
 
-# As the platform lays out a case: by inputs.json, under another name.
-lay_out() {
-    local uuid=7d1b2c44-55f0-4c1e-9a3e-0d6f3a9c2e10
-    mkdir -p "$in/images/$input_slug"
-    cp "$1" "$in/images/$input_slug/$uuid.mha"
+uuid=7d1b2c44-55f0-4c1e-9a3e-0d6f3a9c2e10
+
+# The image's name, under which key inputs.json describes the socket, of which kind it is.
+write_inputs() {
     cat >"$in/inputs.json" <<JSON
 [
   {
     "pk": 1, "value": null, "file": null,
-    "image": {"pk": "$uuid", "name": "$(basename "$1")"},
-    "interface": {
-      "pk": 1, "title": "Head CT", "slug": "$input_slug", "kind": "Image", "super_kind": "Image",
+    "image": {"pk": "$uuid", "name": "$1"},
+    "$2": {
+      "pk": 1, "title": "Head CT", "slug": "$input_slug", "kind": "$3", "super_kind": "Image",
       "relative_path": "images/$input_slug"
     }
   }
 ]
 JSON
     chmod -R a+rX "$in"
+}
+
+# As the platform lays out a case: by inputs.json, under another name; the key is socket, or interface before
+# December 2025.
+lay_out() {
+    mkdir -p "$in/images/$input_slug"
+    cp "$1" "$in/images/$input_slug/$uuid.mha"
+    write_inputs "$(basename "$1")" "${2:-socket}" Image
+}
+
+# The same case as a DICOM image set: many files, whose names are in another order than the slices.
+lay_out_slices() {
+    mkdir -p "$in/images"
+    chmod 0777 "$in" "$in/images"
+    sealed_run --user "$uid:$uid" -v "$work/test:/test:ro" -v "$work/samples:/samples:ro" -v "$in:/in" \
+        --entrypoint python "$sealed" /test/dicom_slices.py "/samples/$(basename "$1")" "/in/images/$input_slug" ||
+        fail "the slices cannot be written"
+    write_inputs "$(basename "$1")" socket "DICOM Image Set"
 }
 
 # The arguments are those of `run` after the seal, the image among them.
@@ -281,6 +299,14 @@ test_exec() {
     check_output platform
     grep -qE '"version": *"mounted"' "$out/results.json" || fail "the weights in /opt/ml/model were not used"
 
+    echo "== exec: a socket of DICOM slices, preset $preset"
+    new slices
+    lay_out_slices "$scan"
+    logged_run --user "$uid:$uid" -v "$in:/mnt/input:ro" -v "$out:/output" "$sealed" \
+        ${as_exec[@]+"${as_exec[@]}"} --preset "$preset"
+    [[ "$status" -eq 0 ]] || fail "exit status $status (137: out of memory)"
+    check_output platform
+
     echo "== exec: a damaged scan"
     new damaged
     logged_run --user "$uid:$uid" -v "$work/damaged:/mnt/input:ro" -v "$out:/output" "$sealed" \
@@ -336,11 +362,11 @@ test_invoke() {
     new invoke
     start_server
     expect 200 GET /health
-    lay_out "$scan"
+    lay_out "$scan" interface
     expect 201 POST /invoke
     check_output platform
 
-    echo "== invoke: a damaged scan, and then a case in the older layout"
+    echo "== invoke: a damaged scan, and then a case in the oldest layout"
     clean_io
     lay_out "$work/damaged/scan.mha"
     expect 500 POST /invoke

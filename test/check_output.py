@@ -5,14 +5,15 @@
 LAYOUT says where masks must lie and how they are called:
 
     flat       one a scan, of the same name; results.json beside them
-    platform   one images/SOCKET/NAME.mha for the scan of INPUT/inputs.json, or INPUT/images/SOCKET/
-               in the older layout; results.json beside images/
+    platform   one images/SOCKET/NAME.mha for the scan of INPUT/inputs.json (whose socket stands
+               under `socket` or `interface`), or INPUT/images/SOCKET/ in the older layout; DICOM
+               slices are one scan, called as their folder is; results.json beside images/
     challenge  one a scan, of the same name; no results.json
 
 Nothing else may lie in OUT. Each mask must be uint8, 0 and 1 only, with the scan's size, spacing,
-origin and direction, and agree with the mask in EXPECTED that has the scan's original name: a Dice
-of at least 0.98, or volumes within 0.1 mL where the stored mask is under 0.1 mL (there one voxel
-moves Dice). Exits 1 when anything differs, and says what.
+origin and direction (of DICOM to a micrometre), and agree with the mask in EXPECTED that has the
+scan's original name: a Dice of at least 0.98, or volumes within 0.1 mL where the stored mask is
+under 0.1 mL (there one voxel moves Dice). Exits 1 when anything differs, and says what.
 """
 
 from __future__ import annotations
@@ -38,31 +39,50 @@ def find_scans(layout: str, folder: Path) -> dict[Path, str]:
         return {path: path.name for path in sorted(folder.iterdir())}
     if not (folder / "inputs.json").is_file():
         return {path: path.name for path in sorted(folder.glob("images/*/*"))}
-    images = [e for e in json.loads((folder / "inputs.json").read_text()) if e["image"]]
-    return {
-        path: entry["image"]["name"]
-        for entry in images
-        for path in (folder / entry["interface"]["relative_path"]).iterdir()
-    }
+    found = {}
+    for entry in json.loads((folder / "inputs.json").read_text()):
+        if entry["image"]:
+            socket = folder / entry.get("socket", entry.get("interface"))["relative_path"]
+            scans = sorted(socket.iterdir())
+            if all(path.suffix == ".dcm" for path in scans):
+                scans = [socket]
+            found |= dict.fromkeys(scans, entry["image"]["name"])
+    return found
+
+
+def read(scan: Path) -> Any:
+    """A volume from its file, or from the folder of its slices, which ITK puts in order."""
+    if scan.is_dir():
+        return sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(scan)))
+    return sitk.ReadImage(str(scan))
 
 
 def mask_name(layout: str, scan: Path, found: set[str]) -> str:
     """Where the scan's mask must lie in the output folder; on the platform, in any one socket."""
     if layout != "platform":
         return scan.name
-    stem = next(scan.name.removesuffix(s) for s in SUFFIXES if scan.name.endswith(s))
+    stem = next((scan.name.removesuffix(s) for s in SUFFIXES if scan.name.endswith(s)), scan.name)
     sockets = {name.split("/")[1] for name in found if name.startswith("images/")}
     return f"images/{sockets.pop() if len(sockets) == 1 else 'ONE SOCKET'}/{stem}.mha"
 
 
-def find_differences(scan: Any, stored: Any, mask: Any) -> tuple[str, list[str]]:
-    """What the two masks measure, in words, and everything that is wrong with the new one."""
+def find_differences(
+    scan: Any, stored: Any, mask: Any, within: float = 0.0
+) -> tuple[str, list[str]]:
+    """What the two masks measure, in words, and everything that is wrong with the new one.
+
+    Args:
+        scan: The scan.
+        stored: The mask that is expected.
+        mask: The new one.
+        within: By how much the numbers of its geometry may differ from the scan's.
+    """
     differences = []
     if mask.GetPixelID() != sitk.sitkUInt8:
         differences.append(f"type is {mask.GetPixelIDTypeAsString()}, not 8-bit unsigned integer")
     for name in GEOMETRY:
         ours, theirs = getattr(mask, f"Get{name}")(), getattr(scan, f"Get{name}")()
-        if ours != theirs:
+        if len(ours) != len(theirs) or np.abs(np.subtract(ours, theirs)).max() > within:
             differences.append(f"{name.lower()} is {ours}, the scan's {theirs}")
     labels = np.unique(sitk.GetArrayViewFromImage(mask))
     if not np.isin(labels, (0, 1)).all():
@@ -115,8 +135,8 @@ def check(layout: str, given: Path, out: Path, expected: Path) -> dict[str, tupl
         elif not (expected / name).is_file():
             report[mask] = ("", [f"there is no stored mask {name} to compare it with"])
         else:
-            images = (sitk.ReadImage(str(path)) for path in (scan, expected / name, out / mask))
-            report[mask] = find_differences(*images)
+            images = (read(path) for path in (scan, expected / name, out / mask))
+            report[mask] = find_differences(*images, within=1e-3 if scan.is_dir() else 0.0)
     masks = set(report)
     if layout != "challenge":
         report[RESULT_FILE] = ("", check_results(out / RESULT_FILE, masks))

@@ -30,7 +30,8 @@ examples:
 Each mask has its scan's name, format and geometry: 0 background, 1 and up the bundle's labels.
 results.json says for each scan the volume in mL, a table of lesions, warnings, what ran and how
 long it took. A scan that cannot be segmented gets no mask and does not stop the others; then the
-exit status is 1 and the last line on stderr says why.
+exit status is 1 and the last line on stderr says why. Whatever else lies in the input folder is
+named at the start, with the reason why it is no scan; volumes in folders of it are not looked for.
 """
 
 
@@ -85,8 +86,9 @@ def _add_places(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--resume",
         action="store_true",
-        help="leave scans alone whose mask is unaltered and whose entry in results.json is of the "
-        "same weights, preset and time budget and of a scan of this size and date",
+        help="go on with an earlier run: leave scans alone whose mask is unaltered, and was made "
+        "of a scan of this size and date by this version, with these weights, engine, preset and "
+        "time budget",
     )
 
 

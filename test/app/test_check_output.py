@@ -2,6 +2,7 @@
 
 import json
 
+import dicom_slices
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -145,3 +146,29 @@ def test_platform_without_inputs_json(flat, tmp_path):
     write(image(bleed(100)), out / "images" / "bleed" / "a.mha")
     write_results(out / "results.json", "images/bleed/a.mha")
     assert not wrong("platform", (given, out, expected))
+
+
+@pytest.mark.parametrize("key", ["socket", "interface"])
+@pytest.mark.parametrize("slices", [True, False])
+def test_sockets_of_the_platform(tmp_path, key, slices):
+    given, out, expected = (tmp_path / name for name in ("in", "out", "expected"))
+    scan = image(np.arange(400, dtype=np.int16).reshape(4, 10, 10))
+    write(scan, tmp_path / "scan.mha")
+    write(image(bleed(100)), expected / "scan.mha")
+    place = given / "images" / "ct"
+    if slices:
+        assert dicom_slices.write(tmp_path / "scan.mha", place) == 4
+        names = [path.name for path in sorted(place.iterdir())]
+        first = [sitk.ReadImage(str(place / name)).GetOrigin()[2] for name in names]
+        assert first != sorted(first)  # their names are not in order
+    else:
+        write(scan, place / "1-2.mha")
+    entry = {"image": {"name": "scan.mha"}, key: {"relative_path": "images/ct"}}
+    (given / "inputs.json").write_text(json.dumps([{"image": None}, entry]))
+    mask = "images/bleed/ct.mha" if slices else "images/bleed/1-2.mha"
+    write(image(bleed(100), origin=(1.0, 2.0, 3.0)), out / mask)
+    write_results(out / "results.json", mask)
+    assert not wrong("platform", (given, out, expected))
+    write(image(bleed(100), origin=(1.0, 2.0, 3.01)), out / mask)
+    (found,) = wrong("platform", (given, out, expected))[mask]
+    assert found.startswith("origin is")
