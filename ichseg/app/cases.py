@@ -14,14 +14,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ichseg.app import grand_challenge
 from ichseg.app.console import say
 from ichseg.errors import InputError, OutputError
 from ichseg.files import SCAN_SUFFIXES, UNFINISHED, stem_of
 from ichseg.scan.dicom import files
-from ichseg.scan.dicom.studies import Study, find_studies
 from ichseg.wording import counted
+
+if TYPE_CHECKING:
+    from ichseg.scan.dicom.studies import Study
 
 # Volumes in formats that are not read; each is a scan that somebody expects a mask of.
 OTHER_SUFFIXES = (".nrrd", ".nhdr", ".mhd", ".hdr", ".mgz", ".mgh", ".mnc", ".tif", ".tiff")
@@ -242,7 +245,10 @@ def _look_into(
             may_be_dicom.append(path)
         else:
             found.passed_over.append((path.name, "no scan by its name or content"))
-    found.studies += find_studies(folder, may_be_dicom)
+    if may_be_dicom:
+        from ichseg.scan.dicom.studies import find_studies  # loads numpy and ITK
+
+        found.studies += find_studies(folder, may_be_dicom)
     for path in may_be_dicom:
         if path.is_dir() and not any(s.folder.is_relative_to(path) for s in found.studies):
             _look_into_other(path, found)

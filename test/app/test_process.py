@@ -108,7 +108,7 @@ def test_missing_and_altered_weights(place):
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     assert "fold_1.safetensors: altered" in run(place, expect=1)[-1]
     path.unlink()
-    assert "fold_1.safetensors: cannot read the weights" in run(place, expect=1)[-1]
+    assert "fold_1.safetensors: no such file, which model.json names" in run(place, expect=1)[-1]
     (place / "weights" / "model.json").unlink()
     assert "model.json: cannot read" in run(place, expect=1)[-1]
     assert files(place / "output") == []
