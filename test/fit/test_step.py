@@ -173,9 +173,13 @@ def test_a_compiled_network_is_used_and_its_trial_leaves_no_trace(fresh, monkeyp
     assert torch.equal(parameters(plain), parameters(compiled))
 
 
-def test_out_of_memory_says_what_to_lower_and_to_what(fresh, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError()],
+)
+def test_out_of_memory_says_what_to_lower_and_to_what(fresh, monkeypatch, error):
     def exhausted(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise error
 
     monkeypatch.setattr(step, "dice_cross_entropy", exhausted)
     with pytest.raises(

@@ -240,14 +240,14 @@ def determinism(run: FoldRun) -> Iterator[None]:
 
 @contextlib.contextmanager
 def memory_advice(run: FoldRun) -> Iterator[None]:
-    """Turn CUDA's running out of memory into one line that says what to lower, and to what.
+    """Turn running out of memory into one line that says what to lower, and to what.
 
     Raises:
         TrainingError: It ran out.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         c = run.configuration
         tried = f"patch {'x'.join(map(str, c.patch))}, batch {c.batch}, {run.precision}"
         advice = []
