@@ -36,6 +36,7 @@ def workspace(tmp_path, monkeypatch):
             for case in dataset.load_dataset(folder).labelled
         },
     )
+    monkeypatch.setattr(merge, "fold_weights", lambda folder, name: f"weights of {name}")
     return tmp_path
 
 
@@ -143,6 +144,18 @@ def test_a_false_alarm_in_a_case_without_blood_costs_a_whole_case(workspace):
     chosen = selection.select(workspace, NAMES[:1], workers=1)
     assert chosen.candidates[0].mean_dice == pytest.approx(0.75, abs=1e-4)
     assert chosen.mean_dice == pytest.approx(1, abs=1e-6)
+
+
+def test_a_selection_is_of_the_weights_that_it_was_made_from(workspace, monkeypatch):
+    for case, image, blood in references(workspace):
+        put(workspace, CONFIGURATION, case, image, 1.0 * blood)
+    chosen = selection.select(workspace, NAMES[:1], workers=1)
+    selection.require_current(workspace, selection.load(workspace))
+    monkeypatch.setattr(merge, "fold_weights", lambda folder, name: "others")
+    with pytest.raises(TrainingError, match=r"from other weights than .* 3d_fullres"):
+        selection.require_current(workspace, chosen)
+    with pytest.raises(TrainingError, match="run `cross-validate` and `select` again"):
+        selection.require_current(workspace, dataclasses.replace(chosen, made_from=None))
 
 
 def test_probabilities_stay_unless_dropped_and_are_then_missed(workspace):

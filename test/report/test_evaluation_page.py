@@ -42,6 +42,7 @@ def workspace(tmp_path, monkeypatch):
         masks[case.name] = mask_file(folder, case.name)
         volume.write(reference.with_voxels(found), masks[case.name])
     monkeypatch.setattr(merge, "validated_masks", lambda *_: masks)
+    monkeypatch.setattr(merge, "fold_weights", lambda *_: "")
     rows = [
         EpochRow(e, -0.1 * e, 0.2, 0.1 * e if e > 1 else None, 1e-3, 2.0, 0.5) for e in (1, 2, 3)
     ]

@@ -281,6 +281,7 @@ def main(args: argparse.Namespace) -> int:
                 "or name a --configuration"
             )
         selected = selection.load(args.workspace)
+        selection.require_current(args.workspace, selected)
         configurations, rules = selected.configurations, selected.rules
     model = export(
         args.workspace,

@@ -13,7 +13,7 @@ from ichseg.files import replacing
 from ichseg.model.bundle import Model
 from ichseg.report import page
 from ichseg.wording import counted
-from training.crossval import rules, selection
+from training.crossval import merge, rules, selection
 from training.crossval.selection import Selection
 from training.data.workspace import evaluation_folder
 from training.scoring import summary
@@ -63,9 +63,10 @@ def write(model: Model, workspace: Path, out: Path) -> None:
 
 
 def _evaluation(workspace: Path, name: str) -> Evaluation | None:
-    """The cross-validation of a configuration, if there is one."""
+    """The cross-validation of a configuration, if there is one of the weights that it has now."""
     try:
-        return summary.load(evaluation_folder(workspace, name))
+        found = summary.load(evaluation_folder(workspace, name))
+        return found if found.made_from == merge.fold_weights(workspace, name) else None
     except IchsegError:
         return None
 
@@ -74,6 +75,7 @@ def _selection(workspace: Path, model: Model) -> Selection | None:
     """The workspace's selection, if it is of this ensemble."""
     try:
         selected = selection.load(workspace)
+        selection.require_current(workspace, selected)
     except IchsegError:
         return None
     same = (selected.configurations, selected.rules) == (model.averaged, model.rules)

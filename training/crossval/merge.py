@@ -7,6 +7,7 @@ may expect of one network.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 import tempfile
@@ -73,6 +74,7 @@ def cross_validate(
             names=labels,
             empty=empty,
             ignore_label=data.ignore_label,
+            made_from=fold_weights(workspace, configuration),
             workers=workers,
         )
 
@@ -104,6 +106,24 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
             )
         masks |= paths
     return masks
+
+
+def fold_weights(workspace: Path, configuration: str) -> str:
+    """A digest of the latest weights of all folds of a configuration.
+
+    Evaluations and selections keep it, so that none is taken for one of other weights.
+
+    Raises:
+        TrainingError: A fold has no checkpoint, or one of other plans or cases.
+    """
+    planned = plans.load(plans_file(workspace)).configuration(configuration)
+    names = [case.name for case in dataset.load_dataset(workspace).labelled]
+    digest = hashlib.sha256()
+    for number, split in enumerate(splits.find_splits(workspace, names)):
+        path = run_folder(workspace, configuration, str(number)) / LATEST_CHECKPOINT
+        weights = load_checkpoint(path, planned, split)["network"]
+        digest.update(validate.weights_digest(weights).encode())
+    return digest.hexdigest()
 
 
 def trained_configurations(workspace: Path) -> tuple[str, ...]:

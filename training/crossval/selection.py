@@ -11,7 +11,7 @@ import argparse
 import itertools
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +70,8 @@ class Selection:
         mean_dice: The mean foreground Dice of the chosen configurations with these rules.
         candidates: All candidates that were compared, the simplest first.
         trials: All component rules that were tried.
+        made_from: For each configuration that was compared a digest of its folds' weights, see
+            ``merge.fold_weights``; None in files of earlier versions.
     """
 
     schema_version: int
@@ -80,6 +82,7 @@ class Selection:
     mean_dice: float
     candidates: tuple[Candidate, ...]
     trials: tuple[Trial, ...]
+    made_from: Mapping[str, str] | None = strict_json.optional(None)
 
     def __post_init__(self) -> None:
         strict_json.check_schema("selection", self.schema_version, SCHEMA_VERSION)
@@ -137,6 +140,7 @@ def select(
         mean_dice=float(np.mean(by_label)),
         candidates=candidates,
         trials=trials,
+        made_from={name: merge.fold_weights(workspace, name) for name in configurations},
     )
     with replacing(selection_file(workspace)) as temporary:
         temporary.write_text(strict_json.dumps(selection), encoding="utf-8")
@@ -158,6 +162,20 @@ def load(workspace: Path) -> Selection:
         return strict_json.load(Selection, path)
     except PlansError as error:
         raise TrainingError(str(error)) from error
+
+
+def require_current(workspace: Path, selection: Selection) -> None:
+    """Refuse a selection whose folds have other weights by now.
+
+    Raises:
+        TrainingError: It was made from other weights; says what to do.
+    """
+    for name in selection.configurations:
+        if (selection.made_from or {}).get(name) != merge.fold_weights(workspace, name):
+            raise TrainingError(
+                f"{selection_file(workspace)}: made from other weights than the folds of {name} "
+                "have now; run `cross-validate` and `select` again"
+            )
 
 
 def describe(selection: Selection) -> str:

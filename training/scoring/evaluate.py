@@ -8,6 +8,7 @@ imports it. Beside it stand ``evaluation.json`` and ``cases.csv``, see
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -160,6 +161,7 @@ def evaluate(
     names: tuple[str, ...] | None = None,
     empty: str = "instance",
     ignore_label: int | None = None,
+    made_from: str = "",
     workers: int | None = None,
 ) -> Evaluation:
     """Score every case of two folders.
@@ -175,6 +177,7 @@ def evaluate(
         empty: The policy for empty masks, see ``training.scoring.measures``.
         ignore_label: The value of the references' voxels that are left out of all scores, the one
             above all labels; None if there are none.
+        made_from: A digest of the networks that found the masks, which is kept.
         workers: How many processes to use; None for as many as cores and memory allow.
 
     Raises:
@@ -195,8 +198,9 @@ def evaluate(
     except ValidationError as error:
         raise DatasetError(str(error)) from error
     assert run.evaluation is not None
-    summary.save(run.evaluation, out)
-    return run.evaluation
+    found = dataclasses.replace(run.evaluation, made_from=made_from)
+    summary.save(found, out)
+    return found
 
 
 def case_columns(case: CaseScore) -> dict[str, float | str]:

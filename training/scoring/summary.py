@@ -100,6 +100,7 @@ class Evaluation:
         summaries: One summary for each label.
         cases: The cases, sorted by name, each with the scores of all labels.
         ignore_label: The value of the references' voxels that were left out; None if none were.
+        made_from: A digest of the networks that found the masks; empty where that is not known.
     """
 
     schema_version: int
@@ -108,6 +109,7 @@ class Evaluation:
     summaries: tuple[LabelSummary, ...]
     cases: tuple[CaseScore, ...]
     ignore_label: int | None = strict_json.optional(None)
+    made_from: str = strict_json.optional("")
 
     def __post_init__(self) -> None:
         strict_json.check_schema("evaluation", self.schema_version, SCHEMA_VERSION)
