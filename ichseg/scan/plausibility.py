@@ -50,22 +50,13 @@ def check(volume: Volume, name: Path | str) -> tuple[Volume, tuple[str, ...]]:
             a head's can have.
     """
     about_size = _check_size(volume, name)
-    warnings = []
     sample = _sampled(volume.voxels)
-    low, high = float(sample.min()), float(sample.max())
-    if low == high:
-        raise InputError(f"{name}: every voxel is {low:g}, expected a head CT in HU")
-    if high - low < _LEAST_RANGE:
-        raise InputError(
-            f"{name}: values from {low:.4g} to {high:.4g}, expected HU (air is -1000, bone 1000)"
-        )
     whole = bool((sample == np.rint(sample)).all())
-    if low >= 0 and 200 <= high <= 255 and whole:
-        raise InputError(
-            f"{name}: whole numbers from {low:g} to {high:g}, expected HU (air is -1000, bone "
-            "1000); this seems to be a picture of 8 bits, in which HU are lost"
-        )
+    low, high = float(sample.min()), float(sample.max())
+    if reason := _why_no_ct(low, high, whole):
+        raise InputError(f"{name}: {reason}")
     values = _distribution(sample)
+    mended = []
     if values.is_raised:
         brain = values.mode(OFFSET_HU - 60, OFFSET_HU + 300)
         if brain < OFFSET_HU + 21:  # brain is darker than that only where less was added
@@ -75,23 +66,48 @@ def check(volume: Volume, name: Path | str) -> tuple[Volume, tuple[str, ...]]:
             )
         volume = volume.with_voxels(_without_offset(volume.voxels))
         values = _distribution(sample - OFFSET_HU)
-        warnings.append(f"stored with {OFFSET_HU} added to HU, which was taken off")
-    reason = _why_not_hu(values, whole)
-    if reason:
+        mended = [f"stored with {OFFSET_HU} added to HU, which was taken off"]
+    if reason := _why_not_hu(values, whole):
         raise InputError(
             f"{name}: {reason}; expected a head CT in HU (values are {low:g} to {high:g})"
         )
+    return volume, (*mended, *_about_values(values), *about_size)
+
+
+def _why_no_ct(low: float, high: float, whole: bool) -> str:
+    """Why values in this range are those of no CT; empty if they can be.
+
+    Args:
+        low: The lowest value.
+        high: The highest value.
+        whole: Whether all values are whole numbers.
+    """
+    if low == high:
+        return f"every voxel is {low:g}, expected a head CT in HU"
+    if high - low < _LEAST_RANGE:
+        return f"values from {low:.4g} to {high:.4g}, expected HU (air is -1000, bone 1000)"
+    if low >= 0 and 200 <= high <= 255 and whole:
+        return (
+            f"whole numbers from {low:g} to {high:g}, expected HU (air is -1000, bone "
+            "1000); this seems to be a picture of 8 bits, in which HU are lost"
+        )
+    return ""
+
+
+def _about_values(values: _Distribution) -> list[str]:
+    """What a reader of the mask should know about values that can be HU."""
+    words = []
     if values.share(-2000, -200, spikes=True) < 0.01:
         removed = values.share(0, 0, spikes=True) > 0.2
-        warnings.append(
+        words.append(
             "no air around the head"
             + (", and 0 instead: is the skull removed? " if removed else "; ")
             + "the networks have learned on whole heads"
         )
     brain = values.tissue
     if not _USUAL_BRAIN_HU[0] <= brain <= _USUAL_BRAIN_HU[1]:
-        warnings.append(f"most tissue lies near {brain} HU, where brain is 20 to 45; is it in HU?")
-    return volume, (*warnings, *about_size)
+        words.append(f"most tissue lies near {brain} HU, where brain is 20 to 45; is it in HU?")
+    return words
 
 
 def _check_size(volume: Volume, name: Path | str) -> list[str]:

@@ -17,7 +17,7 @@ from ichseg.errors import InputError
 from ichseg.scan.dicom import decompress, pixels
 from ichseg.scan.dicom.choosing import choose, is_axial, is_plain, says_head
 from ichseg.scan.dicom.elements import DicomFile
-from ichseg.scan.dicom.sorting import sort_folder
+from ichseg.scan.dicom.sorting import Sorted, sort_folder
 from ichseg.scan.dicom.stacking import Candidate, describe, group_by_frame, stack_slices
 from ichseg.scan.dicom.straighten import Stack, grid_of, straighten
 from ichseg.scan.volume import Volume
@@ -59,17 +59,11 @@ def find_series(folder: Path, study: str = "") -> Series:
             slices make no volume, or too many are missing.
     """
     found = sort_folder(folder, study)
-    slices = found.slices
-    _refuse_several(folder, slices)
-    if not slices:
-        if found.faults and not found.others:
-            path, reason = found.faults[0]
-            more = f" (and {counted(len(found.faults) - 1, 'more file')})"
-            raise InputError(f"{path}: {reason}{more if len(found.faults) > 1 else ''}")
-        what = f" of a CT's slices, but {found.words()}" if found.others else ""
-        raise InputError(f"{folder}: no DICOM file{what}; expected the slices of a CT series")
+    if not found.slices:
+        raise _nothing_found(folder, found)
+    _refuse_several(folder, found.slices)
     candidates, refusals = [], []
-    for group in group_by_frame(slices):
+    for group in group_by_frame(found.slices):
         try:
             candidates.append(stack_slices(group))
         except InputError as error:
@@ -96,6 +90,17 @@ def find_series(folder: Path, study: str = "") -> Series:
         + (f"; others were left out as: {', '.join(whys)}" if whys else ""),
         warnings=(*left_out, *best.warnings, *_about_header(best)),
     )
+
+
+def _nothing_found(folder: Path, found: Sorted) -> InputError:
+    """The error for a folder without a CT slice, which says what lies there instead."""
+    if found.faults and not found.others:
+        path, reason = found.faults[0]
+        more = len(found.faults) - 1
+        rest = f" (and {counted(more, 'more file')})" if more else ""
+        return InputError(f"{path}: {reason}{rest}")
+    what = f" of a CT's slices, but {found.words()}" if found.others else ""
+    return InputError(f"{folder}: no DICOM file{what}; expected the slices of a CT series")
 
 
 def _refuse_several(folder: Path, slices: Sequence[DicomFile]) -> None:
