@@ -6,6 +6,7 @@ While a run is under way, the results since ``results.json`` was last written ar
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -132,7 +133,7 @@ class Record:
 
 
 def refuse_cases(job: Job, record: Record) -> None:
-    """Record the cases that were refused as they were found.
+    """Record the cases that were refused as they were found; a mask of an earlier run goes.
 
     Raises:
         OutputError: The folder cannot be written.
@@ -143,6 +144,9 @@ def refuse_cases(job: Job, record: Record) -> None:
             if str(case.image) not in reason:
                 reason = f"{case.image}: {reason}"
             say(f"{case.name}: failed: {reason}")
+            if case.output.parent.resolve() != case.image.parent.resolve():  # else it is the scan
+                with contextlib.suppress(OSError):
+                    case.output.unlink(missing_ok=True)
             record.add(case, CaseResult(case.name, None, reason, {}))
 
 

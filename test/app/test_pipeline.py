@@ -473,8 +473,19 @@ def test_a_picture_that_is_asked_for_now_is_made(place, before, now, again):
 
 def test_a_refused_case_is_in_the_results_and_takes_nothing(place):
     (place / "input" / "100.mha").symlink_to("nowhere")
+    (place / "output").mkdir()
+    (place / "output" / "100.mha").write_bytes(b"of an earlier run")
     ended = run(place, Pretended())
+    assert not (place / "output" / "100.mha").exists()
     assert [bool(result.error) for result in ended] == [True] + [False] * 5
     assert entries(place)[0]["error_messages"] == [
         f"{place / 'input'}/100.mha: a link to nothing, expected a scan"
     ]
+
+
+def test_a_refused_case_in_the_output_folder_itself_stays(place):
+    """Its mask would have its name."""
+    (place / "input" / "100.mha").symlink_to("nowhere")
+    job = find_cases(place / "input", place / "input", input_slug="a", output_slug="b")
+    results.refuse_cases(job, Record(place / "input", job.cases))
+    assert (place / "input" / "100.mha").is_symlink()
