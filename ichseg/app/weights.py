@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ichseg.errors import WeightsError
+from ichseg.errors import PlansError, WeightsError
+from ichseg.files import sha256
+from ichseg.model import strict_json
 from ichseg.model.default_weights import default_weights
 
 MOUNTED_WEIGHTS = Path("/opt/ml/model")  # where the platform unpacks a model tarball
@@ -37,25 +37,18 @@ def choose(given: Path | None) -> Path:
 
 
 def describe(weights: Path) -> Described:
-    """Read a bundle's description, in no time and without torch; loading it checks the rest.
+    """Read a bundle's description, in no time and without torch; its tensors are not looked at.
 
     Raises:
         WeightsError: The folder holds no description of a bundle.
     """
-    path = weights / "model.json"
+    from ichseg.model.bundle import MODEL_FILE, Model
+
+    path = weights / MODEL_FILE
     try:
-        content = path.read_bytes()
-        model = json.loads(content)
-        return Described(
-            input_slug=model["input_slug"],
-            output_slug=model["output_slug"],
-            sha256=hashlib.sha256(content).hexdigest(),
-        )
+        model = strict_json.load(Model, path)
+        return Described(model.input_slug, model.output_slug, sha256(path))
+    except PlansError as error:
+        raise WeightsError(f"{str(error)[:400]}; expected a weights bundle in {weights}") from error
     except OSError as error:
-        raise WeightsError(
-            f"{path}: cannot read ({error.strerror}), expected a weights bundle in {weights}"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(
-            f"{path}: not the description of a weights bundle ({error!r})"
-        ) from error
+        raise WeightsError(f"{path}: cannot read ({error.strerror})") from error
