@@ -6,18 +6,8 @@ from helpers.workspaces import BUSY, make_workspace
 
 from ichseg.errors import TrainingError
 from training.batches.augmentation import NO_AUGMENTATION
-from training.batches.sampling import (
-    BatchKey,
-    BatchSpec,
-    centred,
-    draw_batch,
-    draw_lower,
-    is_oversampled,
-    make_patches,
-    overlap,
-    read_region,
-    read_regions,
-)
+from training.batches.reading import centred, make_patches, overlap, read_region, read_regions
+from training.batches.sampling import BatchKey, BatchSpec, draw_batch, draw_lower, is_oversampled
 
 FULL_JITTER = {"on_foreground": True, "jitter": 1.0}
 KEYS = [BatchKey(0, 0), BatchKey(0, 1), BatchKey(0, 0, validation=True), BatchKey(1, 0)]

@@ -17,7 +17,7 @@ from helpers.workspaces import BUSY, make_workspace
 
 from ichseg.errors import DatasetError, TrainingError
 from ichseg.model.plans import Normalisation
-from training.batches import sampling
+from training.batches import reading
 from training.batches.augmentation import NO_AUGMENTATION
 from training.batches.sampling import BatchKey, BatchSpec
 from training.batches.stream import Batch, BatchStream, StreamOptions, choose_engine, open_batches
@@ -164,7 +164,7 @@ def test_only_training_batches_have_their_previous_labels_spoiled(spec, engine, 
         seen.append((classes, patch_voxels, rng.random()))
         return np.zeros_like(previous)
 
-    monkeypatch.setattr(sampling, "corrupt", erase)
+    monkeypatch.setattr(reading, "corrupt", erase)
     training, validation = made(spec, [KEYS[0], VALIDATION], engine)
     assert not training.data[:, 1].any()
     assert training.target.any()

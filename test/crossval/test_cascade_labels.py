@@ -18,7 +18,8 @@ from ichseg.scan.orientation import AxisOrder
 from training.__main__ import main as command
 from training.batches.augment_cascade import dilate
 from training.batches.augmentation import NO_AUGMENTATION
-from training.batches.sampling import BatchKey, make_patches
+from training.batches.reading import make_patches
+from training.batches.sampling import BatchKey
 from training.crossval import cascade_labels
 from training.crossval.validate import is_validated, load_network, predict_case, validate
 from training.data import dataset, splits

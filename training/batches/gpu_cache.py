@@ -21,7 +21,8 @@ from ichseg.engine import machine
 from ichseg.errors import TrainingError
 from ichseg.wording import byte_size
 from training.batches.augmentation import OUTSIDE
-from training.batches.sampling import Shape, overlap
+from training.batches.reading import overlap
+from training.batches.sampling import Shape
 from training.store.chunks import open_case
 
 _RESERVE_BYTES = 8 * 2**30  # for the training itself: about what the reference's plans are made for

@@ -27,14 +27,8 @@ from ichseg.errors import TrainingError
 from training.batches.augment_device import augment_batch
 from training.batches.augmentation import OUTSIDE
 from training.batches.gpu_cache import GpuCache, cut_regions, fill_cache
-from training.batches.sampling import (
-    BatchKey,
-    BatchSpec,
-    Patches,
-    Regions,
-    make_patches,
-    read_regions,
-)
+from training.batches.reading import Patches, Regions, make_patches, read_regions
+from training.batches.sampling import BatchKey, BatchSpec
 from training.data import parallel
 
 
