@@ -1,0 +1,96 @@
+"""A slice's pixels in HU, in every byte order; what are none of a CT's is refused."""
+
+import numpy as np
+import pytest
+from helpers.dicom_files import make_slice, save
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+from pydicom.uid import (
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
+
+from ichseg.errors import InputError
+from ichseg.scan.dicom import decompress
+from ichseg.scan.dicom.elements import read_elements
+from ichseg.scan.dicom.pixels import hounsfield
+from ichseg.scan.dicom.straighten import NOTHING_HU
+
+
+def in_hu(path):
+    with decompress.decoder() as decode:
+        return hounsfield(read_elements(path), decode)
+
+
+@pytest.fixture
+def pixels():
+    return np.random.default_rng(5).integers(-1000, 1500, (24, 20))
+
+
+@pytest.mark.parametrize(
+    "syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian]
+)
+def test_every_byte_order_gives_the_same_pixels(tmp_path, pixels, syntax):
+    """With sequences of either length and private elements to step over."""
+    made = make_slice(pixels, (1, 2, 3))
+    inner = Dataset()
+    inner.ReferencedSOPInstanceUID = "1.2"
+    inner.PurposeOfReferenceCodeSequence = Sequence([Dataset()])
+    made.ReferencedImageSequence = Sequence([inner, inner])
+    made["ReferencedImageSequence"].is_undefined_length = True
+    made.add_new(0x00291010, "OB", b"private" * 11)
+    made.SourceImageSequence = Sequence([inner])
+    path = save(made, tmp_path / "a.dcm", syntax)
+    file = read_elements(path)
+    assert file.syntax == syntax
+    assert file.numbers("ImagePositionPatient", 3) == (1, 2, 3)
+    assert file.integer("Rows") == 24
+    np.testing.assert_array_equal(in_hu(path), pixels)
+
+
+def test_signed_pixels_of_twelve_bits_with_an_overlay_above_them(tmp_path):
+    stored = np.array([[-1024, -1, 0], [5, 2047, -2048]])
+    raw = (stored & 0xFFF) | 0x3000
+    made = make_slice(
+        np.zeros((2, 3)), (0, 0, 0), PixelData=raw.astype("<u2").tobytes(), BitsStored=12,
+        HighBit=11, PixelRepresentation=1, RescaleSlope=0.5, RescaleIntercept=-10,
+    )  # fmt: skip
+    found = in_hu(save(made, tmp_path / "a.dcm"))
+    np.testing.assert_array_equal(found, [[-522, -10, -10], [-8, 1014, -1024]])  # 0.5s to even
+
+
+def test_padding_and_what_lies_below_air_is_nothing(tmp_path, pixels):
+    pixels[0, :5] = 3000  # unlike any other
+    pixels[1, :5] = 2990
+    changes = {"PixelPaddingValue": 3000 + 1024, "PixelPaddingRangeLimit": 2985 + 1024}
+    made = make_slice(pixels, (0, 0, 0), **changes)
+    for name in changes:
+        made[name].VR = "US"
+    found = in_hu(save(made, tmp_path / "a.dcm"))
+    assert (found[:2, :5] == NOTHING_HU).all()
+    np.testing.assert_array_equal(found[2:], pixels[2:])
+    made = make_slice(pixels, (0, 0, 0), RescaleIntercept=-2000)
+    assert in_hu(save(made, tmp_path / "a.dcm")).min() == NOTHING_HU
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"RescaleSlope": None}, "rescaled by None and"),
+        ({"RescaleSlope": 0}, "rescaled by"),
+        ({"RescaleType": "OD"}, "'OD', expected a slope"),
+        ({"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}, "8 bits of 8"),
+        ({"HighBit": 14}, "16 bits of 16 up to bit 14"),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, "'MONOCHROME1', expected MONOCHROME2"),
+        ({"SamplesPerPixel": 3}, "several samples"),
+        ({"NumberOfFrames": 2}, "several samples or frames"),
+        ({"PixelRepresentation": None}, "have a sign"),
+        ({"Rows": 23}, "960 bytes of pixels, expected 920"),
+        ({"PixelData": None}, "0 bytes of pixels"),
+    ],
+)
+def test_pixels_that_are_no_ct_are_refused(tmp_path, pixels, changes, words):
+    path = save(make_slice(pixels, (0, 0, 0), **changes), tmp_path / "a.dcm")
+    with pytest.raises(InputError, match=f"a.dcm: .*{words}"):
+        in_hu(path)
