@@ -141,6 +141,8 @@ def work() -> None:
                 for case in job.cases:
                     if not case.image.resolve().is_relative_to(home):
                         foreign.append(str(case.image))
+            elif given["kind"] == "nnunet":
+                _import(path, Path(own) / "bundle")
             elif given["kind"] in ("hu", "nifti-frames", "dicom-mixture"):
                 wrong = _read_scans(path, home)
             else:
@@ -158,6 +160,18 @@ def work() -> None:
         sys.stdout.flush()
     allowed.clear()
     shutil.rmtree(own)
+
+
+def _import(path: Path, out: Path) -> None:
+    """Import a trained nnU-Net, and read the bundle that it becomes."""
+    from ichseg.model import bundle
+    from training.bundle.import_nnunet import import_folders
+
+    try:
+        for member in import_folders([path], out).members:
+            bundle.load_state(out, member)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def _read_scans(path: Path, home: Path) -> str:

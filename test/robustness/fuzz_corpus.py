@@ -21,7 +21,7 @@ import pydicom
 import SimpleITK as sitk
 from helpers.dicom_files import make_slice, save
 from pydicom.dataset import Dataset
-from robustness import fuzz_scans
+from robustness import fuzz_nnunet, fuzz_scans
 
 from ichseg.scan.dicom.elements import PLAIN
 from ichseg.scan.volume import Volume, write
@@ -33,7 +33,7 @@ SCANS = {
 }
 KINDS = (
     "mha", "mha-packed", "nii", "nii.gz", "dicom", "dicom-packed", "model.json", "safetensors",
-    "inputs.json", *SCANS,
+    "inputs.json", "nnunet", *SCANS,
 )  # fmt: skip
 HUGE = ("99999999999", "-1", "0", "1e9", "4294967296", "2147483647", "nan", "", "65536 65536")
 PATHS = (
@@ -49,8 +49,8 @@ class Mutant:
     Attributes:
         name: For the table, such as ``nii-0012``.
         kind: One of ``KINDS``.
-        path: What is read: the file, or the folder of a bundle, of slices or of the platform's
-            input.
+        path: What is read: the file, or the folder of a bundle, of slices, of a trained nnU-Net or
+            of the platform's input.
     """
 
     name: str
@@ -76,6 +76,8 @@ def make(folder: Path, kind: str, number: int, seed: int, bundle: Path) -> Mutan
         path = home / f"case.{kind.removesuffix('-packed')}"
         path.write_bytes(_volume(home, kind, rng))
         return Mutant(name, kind, path)
+    if kind == "nnunet":
+        return Mutant(name, kind, fuzz_nnunet.folder(home, rng, _model, _noise))
     if kind in SCANS:
         return Mutant(name, kind, SCANS[kind](home, rng))
     if kind.startswith("dicom"):

@@ -104,7 +104,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     except PlansError as error:
         raise WeightsError(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         reason = repr(error)[:_LONGEST_REASON]
         raise WeightsError(
             f"{path}: not a checkpoint of nnU-Net v2, {reason} in its contents"

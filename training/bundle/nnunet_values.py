@@ -13,7 +13,7 @@ from pathlib import Path
 from ichseg.errors import PlansError
 
 _LONGEST_TEXT = 200
-_LONGEST_REASON = 80  # a file may hold anything, and is quoted
+_LONGEST_VALUE, _LONGEST_LINE = 80, 250  # a file may hold anything, and is quoted
 
 
 def whole(what: str, value: object, least: int, most: int) -> int:
@@ -83,14 +83,18 @@ def refused_as(path: Path) -> Iterator[None]:
     try:
         yield
     except PlansError as error:
-        raise PlansError(f"{path}: {error}") from error
+        raise PlansError(f"{path}: {_in_one_line(error)}") from error
     except KeyError as error:
         raise PlansError(f"{path}: {_quoted(error.args[0])} is missing") from error
     except (
         TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError,
     ) as error:  # fmt: skip
-        reason = str(error).replace("\n", " ")[:_LONGEST_REASON]
-        raise PlansError(f"{path}: not as nnU-Net writes it ({reason})") from error
+        raise PlansError(f"{path}: not as nnU-Net writes it ({_in_one_line(error)})") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    """What an error says, cut short."""
+    return " ".join(str(error).split())[:_LONGEST_LINE]
 
 
 def _quoted(value: object) -> str:
@@ -99,4 +103,4 @@ def _quoted(value: object) -> str:
         shown = repr(value)
     except ValueError:  # a whole number of thousands of digits
         shown = "with more digits than can be shown"
-    return shown if len(shown) <= _LONGEST_REASON else f"{shown[:_LONGEST_REASON]}..."
+    return shown if len(shown) <= _LONGEST_VALUE else f"{shown[:_LONGEST_VALUE]}..."
