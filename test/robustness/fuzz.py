@@ -139,7 +139,7 @@ def work() -> None:
             elif given["kind"] == "inputs.json":
                 job = cases.find_cases(path, home / "out", input_slug="head-ct", output_slug="m")
                 for case in job.cases:
-                    if not case.image.resolve().is_relative_to(home):
+                    if not case.refusal and not case.image.resolve().is_relative_to(home):
                         foreign.append(str(case.image))
             elif given["kind"] == "nnunet":
                 _import(path, Path(own) / "bundle")
@@ -188,7 +188,7 @@ def _read_scans(path: Path, home: Path) -> str:
     found = [(path, "")]
     if path.is_dir():
         job = cases.find_cases(path, home / "out", input_slug="head-ct", output_slug="m")
-        found = [(case.image, case.study) for case in job.cases]
+        found = [(case.image, case.study) for case in job.cases if not case.refusal]
     for image, study in found:
         try:
             scan = reader.read_scan(image, study=study)

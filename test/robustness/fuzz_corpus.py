@@ -348,7 +348,12 @@ def _inputs(rng: random.Random) -> list[object]:
     where = rng.choice(("images/ct", *PATHS, "images/../images/ct", "images/ct/../../.."))
     entry: dict[str, object] = {
         "image": rng.choice((None, {"name": "a.mha"}, 3, [], {"name": "../../x"})),
-        "interface": {"slug": rng.choice(("head-ct", "../x", "", 7)), "relative_path": where,
-                      "super_kind": rng.choice(("Image", "File", None, 9))},
-    }  # fmt: skip
-    return rng.choice(([entry], [entry] * 3, [], [[]], [None], [{}], [{"interface": None}]))
+        rng.choice(("interface", "socket")): {
+            "slug": rng.choice(("head-ct", "../x", "", 7)),
+            "relative_path": where,
+            "super_kind": rng.choice(("Image", "File", None, 9)),
+        },
+    }
+    return rng.choice(
+        ([entry], [entry] * 3, [], [[]], [None], [{}], [{"interface": None}], [{"socket": None}])
+    )
