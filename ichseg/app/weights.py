@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ichseg.errors import PlansError, WeightsError
 from ichseg.files import sha256
-from ichseg.model import strict_json
 from ichseg.model.default_weights import default_weights
+from ichseg.model.folder import MODEL_FILE, check_slug, read_description, refused
 
 MOUNTED_WEIGHTS = Path("/opt/ml/model")  # where the platform unpacks a model tarball
 
@@ -20,8 +19,8 @@ class Described:
     Attributes:
         input_slug: The platform's input socket that the bundle is made for.
         output_slug: The platform's output socket for its masks.
-        sha256: Of ``model.json``, which holds the checksums of all networks and so stands for the
-            whole bundle.
+        sha256: The checksum of ``model.json``, which holds the checksums of all networks and so
+            stands for the whole bundle.
     """
 
     input_slug: str
@@ -33,7 +32,7 @@ def choose(given: Path | None) -> Path:
     """The folder of the bundle to use: the user's, else the platform's, else the default one."""
     if given is not None:
         return given
-    return MOUNTED_WEIGHTS if (MOUNTED_WEIGHTS / "model.json").is_file() else default_weights()
+    return MOUNTED_WEIGHTS if (MOUNTED_WEIGHTS / MODEL_FILE).is_file() else default_weights()
 
 
 def describe(weights: Path) -> Described:
@@ -42,13 +41,13 @@ def describe(weights: Path) -> Described:
     Raises:
         WeightsError: The folder holds no description of a bundle.
     """
-    from ichseg.model.bundle import MODEL_FILE, Model
-
-    path = weights / MODEL_FILE
+    raw, path = read_description(weights), weights / MODEL_FILE
+    described = raw if isinstance(raw, dict) else {}
     try:
-        model = strict_json.load(Model, path)
-        return Described(model.input_slug, model.output_slug, sha256(path))
-    except PlansError as error:
-        raise WeightsError(f"{str(error)[:400]}; expected a weights bundle in {weights}") from error
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot read ({error.strerror})") from error
+        return Described(
+            input_slug=check_slug(described.get("input_slug")),
+            output_slug=check_slug(described.get("output_slug")),
+            sha256=sha256(path),
+        )
+    except ValueError as error:
+        raise refused(path, error) from error

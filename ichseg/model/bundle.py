@@ -7,7 +7,6 @@ Files are checked against the sha256 in ``model.json`` before they are used.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import safetensors.numpy
 from ichseg.errors import PlansError, WeightsError
 from ichseg.files import replacing, sha256
 from ichseg.model import strict_json
+from ichseg.model.folder import MODEL_FILE, check_slug, plain_file, read_description, refused
 from ichseg.model.plans import Plans, check_name
 from ichseg.model.rules import ComponentRule
 
@@ -28,11 +28,9 @@ if TYPE_CHECKING:  # not imported: OpenVINO does without it
     from torch import Tensor
 
 SCHEMA_VERSION = 1
-MODEL_FILE = "model.json"
 _LONGEST_REASON = 400  # a file may hold anything, and is quoted
 _LONGEST_NAME = 100
 _FLOATS = ("F16", "F32", "F64")
-_SLUG = re.compile(r"[A-Za-z0-9_-]+")
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -112,8 +110,7 @@ class Model:
         for text in (self.name, self.version):
             check_name(text)
         for slug in (self.input_slug, self.output_slug):
-            if not _SLUG.fullmatch(slug):
-                raise ValueError(f"socket {slug!r}, expected letters, digits and hyphens")
+            check_slug(slug)
         if not self.members:
             raise ValueError("no members")
         for member in self.members:
@@ -161,14 +158,14 @@ def load_model(folder: Path) -> Model:
     Raises:
         WeightsError: Something is missing, altered or of another version.
     """
-    path = _inside(folder, MODEL_FILE, f"expected a weights bundle in {folder}")
+    raw, path = read_description(folder), folder / MODEL_FILE
     try:
-        model = strict_json.load(Model, path)
+        model = strict_json.from_json(Model, raw, where=str(path))
     except PlansError as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        raise WeightsError(f"{path}: {reason[:_LONGEST_REASON]}") from error
+        raise refused(path, error) from error
     for member in model.members:
-        _verify(_inside(folder, member.file, f"which {MODEL_FILE} names"), member.sha256)
+        file = plain_file(folder, member.file, f"which {MODEL_FILE} names")
+        _verify(file, member.sha256)
     return model
 
 
@@ -248,27 +245,6 @@ def save_model(folder: Path, model: Model) -> None:
     files = [*(folder / member.file for member in model.members), folder / MODEL_FILE]
     with replacing(folder / "SHA256SUMS") as temporary:
         temporary.write_text("".join(f"{sha256(f)}  {f.name}\n" for f in files), encoding="utf-8")
-
-
-def _inside(folder: Path, name: str, expected: str) -> Path:
-    """The path of a file of the bundle, which must be a plain one that lies there.
-
-    A link may lead elsewhere, and reading a pipe or a device may never end.
-
-    Raises:
-        WeightsError: It is not there, no plain file, or a link that leads out of the folder.
-    """
-    path = folder / name
-    try:
-        if not path.exists():
-            raise WeightsError(f"{path}: no such file, {expected}")
-        if not path.is_file():
-            raise WeightsError(f"{path}: not a plain file")
-        if path.resolve().parent != folder.resolve():
-            raise WeightsError(f"{path}: a link that leads out of {folder}, expected the file")
-    except (OSError, RuntimeError) as error:  # links in a circle
-        raise WeightsError(f"{path}: cannot read ({error})") from error
-    return path
 
 
 def _shapes(path: Path) -> list[list[int]]:

@@ -14,7 +14,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,16 +90,32 @@ def load(cls: type[T], path: Path) -> T:
             deeply, or holds NaN, a number beyond a float's or a 64-bit integer's range, a NUL or
             half a character.
     """
-    return from_json(cls, _parse(path, _strict), where=str(path))
+    return from_json(cls, load_object(path, strict=True), where=str(path))
 
 
-def load_object(path: Path) -> Any:
-    """Parse a JSON file of another software, whose values are yet to be looked at.
+def load_object(path: Path, *, strict: bool) -> Any:
+    """Parse a JSON file.
+
+    Args:
+        path: The file.
+        strict: Whether it is one of ours: its numbers must be finite and fit 64 bits, and its texts
+            must be text. The values of another software's are yet to be looked at.
 
     Raises:
-        PlansError: The file is missing, cannot be read, is not JSON or is nested too deeply.
+        PlansError: The file is missing, cannot be read, is not JSON, is nested too deeply, or holds
+            what it must not.
     """
-    return _parse(path, json.loads)
+    try:
+        if path.exists() and not path.is_file():
+            raise PlansError(f"{path}: not a plain file")  # reading a pipe or a device may not end
+        text = path.read_text(encoding="utf-8")
+        return _strict(text) if strict else json.loads(text)
+    except OSError as error:
+        raise PlansError(f"{path}: cannot read ({error.strerror})") from error
+    except RecursionError:
+        raise PlansError(f"{path}: not JSON that can be read (it is nested too deeply)") from None
+    except ValueError as error:
+        raise PlansError(f"{path}: not JSON ({error})") from error
 
 
 def check_schema(kind: str, found: object, expected: int) -> None:
@@ -120,19 +136,6 @@ def check_schema(kind: str, found: object, expected: int) -> None:
 def dumps(value: object) -> str:
     """Strict JSON text (no NaN), indented, with a final newline."""
     return json.dumps(to_json(value), indent=1, allow_nan=False) + "\n"
-
-
-def _parse(path: Path, loads: Callable[[str], Any]) -> Any:
-    try:
-        if path.exists() and not path.is_file():
-            raise PlansError(f"{path}: not a plain file")  # reading a pipe or a device may not end
-        return loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlansError(f"{path}: cannot read ({error.strerror})") from error
-    except RecursionError:
-        raise PlansError(f"{path}: not JSON that can be read (it is nested too deeply)") from None
-    except ValueError as error:
-        raise PlansError(f"{path}: not JSON ({error})") from error
 
 
 def _strict(text: str) -> Any:

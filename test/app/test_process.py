@@ -110,7 +110,7 @@ def test_missing_and_altered_weights(place):
     path.unlink()
     assert "fold_1.safetensors: no such file, which model.json names" in run(place, expect=1)[-1]
     (place / "weights" / "model.json").unlink()
-    assert "model.json: cannot read" in run(place, expect=1)[-1]
+    assert "model.json: no such file, expected a weights bundle in" in run(place, expect=1)[-1]
     assert files(place / "output") == []
 
 

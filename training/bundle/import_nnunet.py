@@ -21,6 +21,7 @@ from ichseg.errors import OutputError, WeightsError
 from ichseg.files import UNFINISHED
 from ichseg.model import bundle
 from ichseg.model.bundle import Member, Model
+from ichseg.model.folder import MODEL_FILE
 from ichseg.model.plans import Configuration, Plans
 from training.bundle.identity import (
     BY_DEFAULT,
@@ -89,7 +90,7 @@ def import_folders(
         PlansError: The plans ask for something that this code does otherwise or not at all.
         OutputError: There is a bundle already.
     """
-    if (out / bundle.MODEL_FILE).exists():
+    if (out / MODEL_FILE).exists():
         raise OutputError(f"{out}: holds a bundle already, expected a new or empty folder")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=UNFINISHED) as beside:

@@ -69,12 +69,12 @@ def read_plans(folder: Path, name: str) -> Plans:
             code cannot do; the text names the file and the value.
     """
     path = folder / DATASET_FILE
-    dataset = strict_json.load_object(path)
+    dataset = strict_json.load_object(path, strict=False)
     with refused_as(path):
         labels, regions = _labels(dataset)
         channels = _channels(dataset)
     path = folder / PLANS_FILE
-    plans = strict_json.load_object(path)
+    plans = strict_json.load_object(path, strict=False)
     with refused_as(path):
         _expect_name(name)
         raw = _resolve(plans, name)

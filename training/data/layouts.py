@@ -67,7 +67,7 @@ def read_source(folder: Path) -> Source:
         raise DatasetError(f"{folder}: no such folder")
     path = folder / DATASET_FILE
     if path.is_file():
-        raw = strict_json.load_object(path)
+        raw = strict_json.load_object(path, strict=False)
         if not isinstance(raw, Mapping):
             raise DatasetError(f"{path}: found {type(raw).__name__}, expected an object")
         source = _read_described(folder, path, raw)

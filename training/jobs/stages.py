@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ichseg.errors import DatasetError, PlansError, TrainingError, WeightsError
 from ichseg.model import bundle, plans
+from ichseg.model.folder import MODEL_FILE
 from ichseg.report import page
 from training.crossval import selection
 from training.data import convert, layouts, verify
@@ -233,7 +234,7 @@ def _exported(choices: Choices, target: str) -> str:
         members = {(member.configuration, member.fold) for member in bundle.load_model(out).members}
     except WeightsError:
         return ""
-    made_ns = (out / bundle.MODEL_FILE).stat().st_mtime_ns
+    made_ns = (out / MODEL_FILE).stat().st_mtime_ns
     if made_ns < chosen_ns:
         return ""
     for name in names:
