@@ -272,3 +272,15 @@ def test_what_is_skipped_changes_nothing_elsewhere(tmp_path, scan, monkeypatch, 
     assert plain.mask.voxels[inside].any()  # or there was nothing to leave out
     assert plain.mask.voxels[outside].any()
     np.testing.assert_array_equal(found.mask.voxels[outside], plain.mask.voxels[outside])
+
+
+def test_what_is_no_head_ct_in_hu_is_mended_or_refused_from_python_too(tmp_path, scan):
+    make_bundle(tmp_path)
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    expected = ensemble.segment(scan, "fast")
+    raised = scan.with_voxels(scan.voxels + np.int16(1024))
+    found = ensemble.segment(raised, "fast")
+    np.testing.assert_array_equal(found.mask.voxels, expected.mask.voxels)
+    assert "stored with 1024 added to HU, which was taken off" in found.warnings
+    with pytest.raises(InputError, match=r"the volume: .*expected a head CT in HU"):
+        ensemble.segment(scan.with_voxels(-scan.voxels), "fast")
