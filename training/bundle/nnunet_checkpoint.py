@@ -90,11 +90,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise WeightsError(f"{path}: cannot read ({reason})") from error
     try:
-        axes = raw.get("inference_allowed_mirroring_axes")
+        axes, settings = raw.get("inference_allowed_mirroring_axes"), raw["init_args"]
+        if not isinstance(settings, Mapping):
+            raise TypeError(f"init_args is of type {type(settings).__name__}")
         return Checkpoint(
             path=path,
             trainer=text("trainer_name", raw["trainer_name"]),
-            configuration=text("configuration", raw["init_args"]["configuration"]),
+            configuration=text("configuration", settings["configuration"]),
             mirror_axes=wholes(
                 "mirroring axes", [] if axes is None else list(axes), 0, 2, longest=3
             ),
