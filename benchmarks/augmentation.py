@@ -26,7 +26,7 @@ SAMPLES = 200
 
 
 def region(size: tuple[int, ...]) -> tuple[Any, Any]:
-    """Noise with two boxes as labels 1 and 2."""
+    """Make a patch of noise with two boxes as labels 1 and 2."""
     data = np.random.default_rng(0).standard_normal((1, *size), dtype=np.float32)
     labels = np.zeros((1, *size), np.int8)
     labels[0, :, 20:40, 20:30], labels[0, :, 30:50, 22:30] = 1, 2
@@ -34,7 +34,7 @@ def region(size: tuple[int, ...]) -> tuple[Any, Any]:
 
 
 def spend(make: Callable[[int], Callable[[], object]]) -> float:
-    """Milliseconds of CPU time a sample; what ``make`` prepares for each is not counted."""
+    """Measure milliseconds of CPU time a sample; what ``make`` prepares for each is not counted."""
     spent = 0.0
     for index in range(SAMPLES):
         run = make(index)
@@ -45,7 +45,7 @@ def spend(make: Callable[[int], Callable[[], object]]) -> float:
 
 
 def measure_ours(patch: tuple[int, int, int]) -> tuple[float, float]:
-    """Host and device engine."""
+    """Measure the host and the device engine."""
     import torch
 
     from training.batches.augment_device import augment_batch
@@ -75,7 +75,7 @@ def measure_ours(patch: tuple[int, int, int]) -> tuple[float, float]:
 
 
 def measure_rival(patch: tuple[int, int, int]) -> float:
-    """The transforms of nnunetv2's default trainer; runs in the rival's environment."""
+    """Measure the transforms of nnunetv2's default trainer, in the rival's environment."""
     import torch
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 

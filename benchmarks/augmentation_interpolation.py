@@ -48,7 +48,7 @@ def prepare(data: Path, work: Path, features: str) -> Path:
 
 
 def train(shared: Path, work: Path, engine: str, seed: int, args: argparse.Namespace) -> Path:
-    """One training in a workspace of its own over the shared cases; the validation's record."""
+    """Train once, in a workspace of its own over the shared cases; the validation's record."""
     workspace = work / f"{engine}-seed{seed}"
     workspace.mkdir(parents=True, exist_ok=True)
     for entry in shared.iterdir():
@@ -66,7 +66,7 @@ def train(shared: Path, work: Path, engine: str, seed: int, args: argparse.Names
 
 
 def case_dice(record: Path) -> npt.NDArray[np.float64]:
-    """Mean Dice over the labels of each held-out case, by name of the case."""
+    """The mean Dice over the labels of each held-out case, by name of the case."""
     found = json.loads(record.read_text())["dice"]
     return np.array(
         [np.mean([d for d in found[n].values() if d is not None]) for n in sorted(found)]
@@ -74,7 +74,7 @@ def case_dice(record: Path) -> npt.NDArray[np.float64]:
 
 
 def interval(differences: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """95 % interval of the mean of ``(seed, case)`` differences, over resampled seeds and cases."""
+    """The 95 % interval of the mean of ``(seed, case)`` differences, by resampling both."""
     rng = np.random.default_rng(0)
     seeds, cases = differences.shape
     means = [

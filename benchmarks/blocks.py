@@ -20,12 +20,12 @@ PAUSE_S = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some iterations of one side.
+    """What some iterations of one side took.
 
     Attributes:
-        iterations: How many.
-        seconds: That they took, waiting for data included.
-        wait: Seconds of that spent waiting for data.
+        iterations: How many iterations they were.
+        seconds: The seconds that they took, waiting for data included.
+        wait: The seconds of these that were spent waiting for data.
         cpu: Processor time of the training process, that of its data workers not included; on a
             busy machine steadier than ``seconds``.
     """
@@ -81,10 +81,10 @@ def take_turns(
     """Time both sides; block i of one stands beside block i of the other.
 
     Args:
-        ours: Ready.
-        rival: Ready.
-        blocks: Of each side.
-        iterations: Of a block.
+        ours: Our process, ready to train.
+        rival: The rival's process, ready to train.
+        blocks: How many blocks each side trains.
+        iterations: How many iterations a block has.
     """
     processes = dict(zip(SIDES, (ours, rival), strict=True))
     found: dict[str, list[Block]] = {side: [] for side in SIDES}
@@ -102,7 +102,7 @@ def take_turns(
 
 
 def our_process(pair: FoldPair, workers: int) -> BlockProcess:
-    """Our training, with so many processes that make batches."""
+    """Start our training, with so many processes that make batches."""
     command = [sys.executable, str(HERE / "hippocampus_ours.py")]
     # another fold than the one that is scored, and no end of the epoch within a block
     command += [*map(str, pair.our_flags(0, fold=1)), "--workers", str(workers)]
@@ -111,7 +111,7 @@ def our_process(pair: FoldPair, workers: int) -> BlockProcess:
 
 
 def rival_process(pair: FoldPair, workers: int) -> BlockProcess:
-    """nnunetv2's, with as many."""
+    """Start nnunetv2's training, with so many processes that make batches."""
     environment = pair.rival_environment(None, workers)
     log = pair.folder / "blocks-rival.log"
     return BlockProcess(pair.rival_command("blocks"), environment, log)
@@ -124,22 +124,22 @@ def save(blocks: Mapping[str, Sequence[Block]], path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, list[Block]]:
-    """What was kept."""
+    """Read what was kept."""
     kept = json.loads(path.read_text())
     return {side: [Block(**block) for block in kept[side]] for side in SIDES}
 
 
 def median_of(blocks: Sequence[Block], what: str) -> float:
-    """``seconds`` or ``cpu`` of one iteration."""
+    """The median ``seconds`` or ``cpu`` of one iteration."""
     return statistics.median(getattr(block, what) / block.iterations for block in blocks)
 
 
 def median_ratio(kept: Mapping[str, Sequence[Block]], what: str) -> float:
-    """Ours over the rival's, pair by pair, so that a change of load falls on both."""
+    """The median of ours over the rival's, pair by pair, so that a change of load falls on both."""
     pairs = zip(*(kept[side] for side in SIDES), strict=True)
     return statistics.median(getattr(mine, what) / getattr(its, what) for mine, its in pairs)
 
 
 def median_wait(blocks: Sequence[Block]) -> float:
-    """Share of the time that is spent waiting for data, in percent."""
+    """The share of the time that is spent waiting for data, in percent."""
     return statistics.median(100 * block.wait / block.seconds for block in blocks)

@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def show(name: str, found: Intensities) -> None:
-    """One row."""
+    """Print one row."""
     print(
         f"{name:<17} {found.percentile_00_5:>7.5g} {found.median:>8.5g} "
         f"{found.percentile_99_5:>8.5g} {found.mean:>8.5g} {found.deviation:>11.5g}"

@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def score_heldout(ensemble: Ensemble, preset: str, folder: Path) -> list[dict[str, object]]:
-    """Mean Dice of all, of each kind of bleed, and of bleeds under 1 mL."""
+    """Score the held-out phantoms: all, each kind of bleed, and bleeds under 1 mL."""
     data = folder / "dataset"
     if not data.exists():
         command = ["-m", "training", "synthesize", "--out", str(data), "--cases", "20"]
@@ -88,7 +88,7 @@ def score_heldout(ensemble: Ensemble, preset: str, folder: Path) -> list[dict[st
 
 
 def score_samples(ensemble: Ensemble, preset: str) -> list[dict[str, object]]:
-    """Dice of the sample cases with a bleed, and the volume found in the one without."""
+    """Score the sample cases: Dice where there is a bleed, and the volume found where not."""
     rows = []
     for name, bar in SAMPLE_BARS.items():
         found = ensemble.segment(volume.read(SAMPLES / "input" / name), preset)
@@ -102,7 +102,7 @@ def score_samples(ensemble: Ensemble, preset: str) -> list[dict[str, object]]:
 
 
 def segment(ensemble: Ensemble, image: Volume, preset: str, path: Path) -> tuple[Volume, float]:
-    """The mask, from ``path`` if an earlier run left it there, and the seconds it took."""
+    """Segment a scan, unless an earlier run left its mask in ``path``; mask and seconds."""
     note = path.with_name(path.name + ".seconds")
     if not note.exists():
         found = ensemble.segment(image, preset)

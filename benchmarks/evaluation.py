@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def make_pairs() -> dict[str, tuple[Mask, Mask]]:
-    """Predictions and references that take little and much time."""
+    """Make predictions and references that take little and much time."""
     random = np.random.default_rng(1)
     large = _bleed(random, (16, 250, 220), 42, rough=0.1)
     drawn = _bleed(random, (16, 252, 222), 42, rough=0.1)
@@ -83,7 +83,7 @@ def make_pairs() -> dict[str, tuple[Mask, Mask]]:
 def compare_measures(
     name: str, prediction: Mask, reference: Mask, repeats: int
 ) -> tuple[Row, float]:
-    """The measures of one pair of masks: the time of both, and the largest relative difference."""
+    """Time both sides on one pair of masks; also their largest relative difference."""
     across = diagonal_mm(SHAPE, SPACING_MM)
 
     def ours() -> list[float]:
@@ -106,7 +106,7 @@ def compare_measures(
 
 
 def rival_measures(prediction: Mask, reference: Mask) -> list[float]:
-    """The same measures by the rival, whose Dice has no smoothing."""
+    """Take the same measures by the rival, whose Dice has no smoothing."""
     with warnings.catch_warnings():  # it uses SciPy by names of old
         warnings.simplefilter("ignore", DeprecationWarning)
         found = surface_distance.compute_surface_distances(reference, prediction, SPACING_MM)
@@ -121,7 +121,7 @@ def rival_measures(prediction: Mask, reference: Mask) -> list[float]:
 
 
 def time_case(name: str, prediction: Mask, reference: Mask, folder: Path, repeats: int) -> Row:
-    """A whole case; its files stay in ``predictions`` and ``references``."""
+    """Time a whole case; its files stay in ``predictions`` and ``references``."""
     stem = name.replace(" ", "_")
     for copy in range(COPIES):
         for side, mask in (("predictions", prediction), ("references", reference)):
@@ -138,7 +138,7 @@ def time_case(name: str, prediction: Mask, reference: Mask, folder: Path, repeat
 
 
 def time_command(folder: Path, repeats: int) -> Row:
-    """``evaluate`` on all files, by case."""
+    """Time ``evaluate`` on all files; the seconds a case."""
     # One worker: the time of others, which are no children of the command, would not be counted.
     command = [sys.executable, "-m", "training", "evaluate", "--workers", "1"]
     for side in ("predictions", "references", "out"):
@@ -154,7 +154,7 @@ def time_command(folder: Path, repeats: int) -> Row:
 def _bleed(
     random: np.random.Generator, centre: tuple[int, int, int], radius_mm: float, *, rough: float
 ) -> Mask:
-    """A ball with bumps of a few millimetres."""
+    """Make a ball with bumps of a few millimetres."""
     bumps = ndimage.gaussian_filter(random.normal(size=SHAPE), (0.7, 4, 4))
     reach = radius_mm * (1 + rough * bumps / bumps.std())
     z, y, x = (

@@ -38,12 +38,16 @@ class Settings:
 
     Attributes:
         dataset: The rival's name for it, ``DatasetXXX_Name``.
-        batch, features: In place of what the planners find, or None.
-        epochs, batches, validation_batches: Length of the training, of an epoch, of its validation.
+        batch: The batch in place of what the planners find, or None.
+        features: The features in place of what the planners find, or None.
+        epochs: How many epochs a training has.
+        batches: How many batches an epoch has.
+        validation_batches: How many batches are validated after each epoch.
         device: ``cpu`` or ``cuda``.
-        precision: Of ours; nnunetv2 takes fp32 on the CPU and fp16 autocast on CUDA.
-        threads: Of torch.
-        workers: Processes that make batches while training; 0 makes them in between.
+        precision: The precision of our side; nnunetv2 takes fp32 on the CPU and fp16 autocast on
+            CUDA.
+        threads: How many threads torch has.
+        workers: How many processes make batches while training; 0 makes them in between.
     """
 
     dataset: str
@@ -64,9 +68,9 @@ class FoldPair:
 
     Attributes:
         source: The dataset, in the Decathlon's layout.
-        folder: Where everything goes.
-        settings: Of both sides.
-        rival_python: Python of the rival's environment.
+        folder: The folder for all that is made.
+        settings: What both sides are told.
+        rival_python: The Python of the rival's environment.
     """
 
     source: Path
@@ -76,7 +80,7 @@ class FoldPair:
 
     @property
     def settings_file(self) -> Path:
-        """As the rival's script reads them."""
+        """The file of settings that the rival's script reads."""
         return self.folder / "settings.json"
 
     @property
@@ -85,18 +89,18 @@ class FoldPair:
         return self.folder / "rival" / "nnUNet_preprocessed" / self.settings.dataset
 
     def workspace(self, seed: int) -> Path:
-        """Ours; one a seed, so that each of their trainings can be resumed."""
+        """Our workspace of a seed; each has one, so that its training can be resumed."""
         return self.folder / f"workspace-seed{seed}"
 
     def done(self, side: str, seed: int) -> Path:
-        """What is kept of a training that has ended."""
+        """The file that is kept of a training that has ended."""
         return self.folder / f"{side}-seed{seed}.json"
 
     def check_settings(self) -> None:
-        """The folder is new, or of the same settings.
+        """See that the folder is new, or of the same settings.
 
         Raises:
-            SystemExit: It is of others.
+            SystemExit: It is of other settings.
         """
         asked = json.loads(json.dumps(dataclasses.asdict(self.settings)))
         if self.settings_file.exists():
@@ -140,7 +144,7 @@ class FoldPair:
         marker.touch()
 
     def check_same(self, seed: int) -> None:
-        """Both sides hold out the same cases and have the same plan.
+        """See that both sides hold out the same cases and have the same plan.
 
         Raises:
             SystemExit: They differ.
@@ -161,7 +165,7 @@ class FoldPair:
             _same("held-out cases", sorted(self.fold(seed).validation), held_out)
 
     def fold(self, seed: int) -> splits.Split:
-        """Fold 0 of our workspace."""
+        """The folder of fold 0 in our workspace."""
         workspace = self.workspace(seed)
         names = [case.name for case in dataset.load_dataset(workspace).labelled]
         return splits.find_splits(workspace, names)[0]
@@ -197,7 +201,7 @@ class FoldPair:
         self.done("ours", seed).write_text(json.dumps(kept, indent=1))
 
     def our_flags(self, seed: int, fold: int = 0) -> list[object]:
-        """Arguments of ``train``: the recipe, with length and machine of the settings."""
+        """The arguments of ``train``: the recipe, with length and machine of the settings."""
         settings = self.settings
         return [
             CONFIGURATION, "--fold", fold, "--workspace", self.workspace(seed),
@@ -209,7 +213,7 @@ class FoldPair:
         ]  # fmt: skip
 
     def scores(self, side: str, seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Dice of the held-out cases, ``(cases, foreground labels)``, NaN where there is none."""
+        """The Dice of the held-out cases, ``(cases, foreground labels)``; NaN where undefined."""
         kept = json.loads(self.done(side, seed).read_text())
         cases = {case.name: case for case in dataset.load_dataset(self.workspace(seed)).labelled}
         labels = range(1, len(dataset.load_dataset(self.workspace(seed)).labels))
@@ -223,12 +227,12 @@ class FoldPair:
         return np.array(found)
 
     def call_ours(self, *arguments: object) -> None:
-        """A command of ours, to its end."""
+        """Run a command of ours to its end."""
         command = [sys.executable, "-m", "training", *map(str, arguments)]
         subprocess.run(command, cwd=ROOT, check=True, env=self.our_environment())
 
     def call_rival(self, *arguments: object, workers: int, seed: int | None = None) -> None:
-        """A step of the rival's script, to its end; what it prints goes to a file."""
+        """Run a step of the rival's script to its end; what it prints goes to a file."""
         path = self.folder / f"rival-{'prepare' if seed is None else f'seed{seed}'}.log"
         with path.open("w") as stream:
             failed = subprocess.run(
@@ -239,15 +243,15 @@ class FoldPair:
             raise SystemExit(f"error: the rival failed, see {path}")
 
     def rival_command(self, step: str, *arguments: object) -> list[str]:
-        """A step of the rival's script."""
+        """The command line of a step of the rival's script."""
         script, settings = HERE / "hippocampus_rival.py", self.settings_file
         return [*map(str, (self.rival_python, script, step, settings, *arguments))]
 
     def rival_environment(self, seed: int | None, workers: int) -> dict[str, str]:
-        """Variables by which nnunetv2 is told of its folders and of the machine.
+        """The variables by which nnunetv2 is told of its folders and of the machine.
 
         Args:
-            seed: Its results' folder, or None where there is none.
+            seed: The seed that names the folder for results, or None where there is none.
             workers: Processes that make batches; 0 makes them in between.
         """
         found = self._environment({k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
@@ -262,7 +266,7 @@ class FoldPair:
         return found
 
     def our_environment(self) -> dict[str, str]:
-        """Variables of our commands."""
+        """The variables of our commands."""
         return self._environment(os.environ)
 
     def _environment(self, base: Mapping[str, str]) -> dict[str, str]:
@@ -270,7 +274,7 @@ class FoldPair:
         return {**base, **{name: str(self.settings.threads) for name in names}}
 
     def _lay_out_for_rival(self) -> None:
-        """nnunetv2's raw folder, copied."""
+        """Copy the dataset to nnunetv2's raw folder."""
         raw = self.folder / "rival" / "nnUNet_raw" / self.settings.dataset
         described = json.loads((self.source / "dataset.json").read_text())
         for name in ("imagesTr", "labelsTr"):
@@ -290,7 +294,7 @@ class FoldPair:
 
 
 def mean_dice(scores: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-    """Mean over cases, ``(seeds, labels)``, of one ``(cases, labels)`` a seed."""
+    """The mean over cases, shape ``(seeds, labels)``, of one array ``(cases, labels)`` a seed."""
     return np.array([np.nanmean(found, axis=0) for found in scores])
 
 

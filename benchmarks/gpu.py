@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def time_instance(args: argparse.Namespace, rival: Path | None) -> list[Row]:
-    """Seconds per iteration of both sides, in blocks that take turns."""
+    """Measure seconds per iteration of both sides, in blocks that take turns."""
     source = args.work / "made" / "Task01_Made"
     if not (source / "dataset.json").exists():
         make_scans(source, count=6 if args.tiny else 20, size=64 if args.tiny else 512)
@@ -94,7 +94,7 @@ def time_instance(args: argparse.Namespace, rival: Path | None) -> list[Row]:
 
 
 def time_inference(args: argparse.Namespace, rival: Path | None) -> list[Row]:
-    """Five folds, eight mirrorings, the plan of the made scans."""
+    """Measure inference with five folds, eight mirrorings and the plan of the made scans."""
     return gpu_inference.compare(
         args.work / "inference",
         args.work / "instance" / "workspace-seed0" / "plans.json",
@@ -107,7 +107,7 @@ def time_inference(args: argparse.Namespace, rival: Path | None) -> list[Row]:
 
 
 def train_hippocampus(args: argparse.Namespace, rival: Path | None) -> list[Row]:
-    """Dice of both after equally many epochs."""
+    """Train both sides on the Hippocampus; the Dice after equally many epochs."""
     settings = _settings(
         args, "Dataset004_Hippocampus", features=(8, 16, 16, 16) if args.tiny else None
     )
@@ -150,7 +150,7 @@ def prepare(pair: FoldPair, rival: Path | None) -> None:
 def take_turns(
     pair: FoldPair, rival: Path | None, args: argparse.Namespace
 ) -> dict[str, list[timing.Block]]:
-    """Blocks of ours and of nnunetv2, or of what stands in for it."""
+    """Train blocks of ours and of nnunetv2, or of what stands in for it."""
     workers = pair.settings.workers
     if rival:
         its = timing.rival_process(pair, workers)
@@ -165,7 +165,7 @@ def take_turns(
 
 
 def operations(pair: FoldPair) -> float:
-    """Floating-point operations of one iteration: convolutions, there and back."""
+    """Count the floating-point operations of one iteration's convolutions, there and back."""
     planned = plans.load(pair.workspace(0) / "plans.json")
     chosen = planned.configuration(CONFIGURATION)
     channels = len(planned.channels)
@@ -177,7 +177,7 @@ def operations(pair: FoldPair) -> float:
 
 
 def make_scans(folder: Path, *, count: int, size: int) -> None:
-    """Noisy ellipsoids in air with a bright ball, as a Decathlon task: shape and spacing count."""
+    """Make noisy ellipsoids in air with a bright ball, as a Decathlon task."""
     random = np.random.default_rng(2022)
     for name in ("imagesTr", "labelsTr"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def make_scans(folder: Path, *, count: int, size: int) -> None:
 
 
 def _settings(args: argparse.Namespace, dataset: str, features: tuple[int, ...] | None) -> Settings:
-    """nnunetv2's lengths of an epoch, and as many data workers as it takes."""
+    """The settings: nnunetv2's lengths of an epoch, and as many data workers as it takes."""
     cores = os.cpu_count() or 1
     return Settings(
         dataset=dataset,
@@ -227,7 +227,7 @@ def _informs(row: str, values: dict[str, float], unit: str) -> Row:
 
 
 def _nnunetv2(folder: Path) -> Path | None:
-    """Python of the rival's environment, if it has nnunetv2; nothing is installed."""
+    """The Python of the rival's environment, if it has nnunetv2; nothing is installed."""
     python = folder.absolute() / "bin" / "python"
     if not python.exists():
         return None

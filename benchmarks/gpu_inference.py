@@ -46,16 +46,16 @@ def compare(
     tiny: bool,
     repeats: int,
 ) -> list[Row]:
-    """Both command lines, then ours in memory.
+    """Measure both command lines, then ours in memory.
 
     Args:
-        folder: Made anew.
+        folder: The folder for all that is made; it is made anew.
         trained_for: The plans that the training was measured with.
-        rival: Python of nnunetv2's environment; without it plain torch stands in.
-        device: Of both sides.
-        peak_tflops: Of the card, dense, fp16.
-        tiny: Two folds on a small scan.
-        repeats: Of the pair of commands.
+        rival: The Python of nnunetv2's environment; without it plain torch stands in.
+        device: The device of both sides.
+        peak_tflops: The card's peak rate in fp16, dense.
+        tiny: Whether to take two folds on a small scan.
+        repeats: How often the pair of commands is run.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -83,7 +83,7 @@ def compare(
 
 
 def draw_bundle(folder: Path, planned: Plans, folds: int) -> None:
-    """Networks at random."""
+    """Write a bundle of networks with random weights."""
     architecture = planned.configuration(CONFIGURATION).architecture
     members = []
     for fold in range(folds):
@@ -101,7 +101,7 @@ def draw_bundle(folder: Path, planned: Plans, folds: int) -> None:
 
 
 def _plans(trained_for: Path) -> Plans:
-    """With the scans' exact spacing, so that nothing is resampled, and their orientation."""
+    """The plans with the scans' orientation and exact spacing: nothing is resampled."""
     planned = plans.load(trained_for)
     configuration = planned.configuration(CONFIGURATION)
     return dataclasses.replace(
@@ -114,7 +114,7 @@ def _plans(trained_for: Path) -> Plans:
 def _compare_plain(
     folder: Path, cases: Cases, weights: Path, passes: int, *, device: str, repeats: int
 ) -> tuple[list[Run], list[Run]]:
-    """Our command, and ``gpu_plain_predict.py`` with the same weights."""
+    """Time our command, and ``gpu_plain_predict.py`` with the same weights."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ours = [
         sys.executable, ROOT / "benchmarks" / "inference_ours.py", "predict", "--input", cases.ours,

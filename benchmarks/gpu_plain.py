@@ -35,7 +35,7 @@ def block(inputs: int, outputs: int, kernel: list[int], stride: list[int]) -> nn
 
 
 class PlainUNet(nn.Module):
-    """Two blocks a level, and a head at each level of the decoder."""
+    """A U-Net of two blocks a level, and a head at each level of the decoder."""
 
     def __init__(self, planned: dict[str, Any], channels: int, classes: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def loss_of(logits: list[Tensor], targets: list[Tensor]) -> Tensor:
 
 
 class Trainer:
-    """Network, optimiser, and the one batch."""
+    """A network, its optimiser, and the one batch."""
 
     def __init__(self, plans: Path, device: torch.device, *, compiled: bool) -> None:
         raw = json.loads(plans.read_text())
@@ -114,7 +114,7 @@ class Trainer:
             self.network = torch.compile(self.network)
 
     def step(self) -> float:
-        """One iteration; its loss."""
+        """Train one iteration; its loss."""
         self.optimiser.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
             loss = loss_of(self.network(self.data), self.targets)
@@ -127,7 +127,7 @@ class Trainer:
 
 
 def main() -> int:
-    """Answer until the input ends."""
+    """Answer requests until the input ends."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("plans", type=Path)
     parser.add_argument("--device", default="cuda")
@@ -149,7 +149,7 @@ def main() -> int:
 
 
 def begin(plans: Path, device: torch.device) -> Trainer:
-    """Warmed up; not compiled where that fails, which a machine without a C compiler does."""
+    """Build, compile where the machine has a C compiler, and warm up."""
     for compiled in (True, False) if device.type == "cuda" else (False,):
         trainer = Trainer(plans, device, compiled=compiled)
         try:

@@ -28,7 +28,7 @@ from torch import nn
 
 
 def main() -> int:
-    """Write the mask."""
+    """Segment the scan and write its mask."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("scan", type=Path)
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def normalised(voxels: np.ndarray, scheme: dict[str, Any]) -> torch.Tensor:
-    """CT: clipped, then brought to mean 0 and deviation 1; ``(1, z, y, x)``."""
+    """The CT clipped and brought to mean 0 and deviation 1; ``(1, z, y, x)``."""
     clipped = np.clip(voxels.astype(np.float32), scheme["clip_low"], scheme["clip_high"])
     return torch.from_numpy((clipped - scheme["mean"]) / max(scheme["deviation"], 1e-8))[None]
 
@@ -80,7 +80,7 @@ def take(network: PlainUNet, state: dict[str, torch.Tensor]) -> None:
 def predict(
     network: PlainUNet, data: torch.Tensor, patch: list[int], device: torch.device
 ) -> tuple[torch.Tensor, int]:
-    """Weighted mean of the logits of all tiles, each averaged over its mirrorings."""
+    """The weighted mean of the logits of all tiles, each averaged over its mirrorings."""
     shape = data.shape[1:]
     starts = [
         np.rint(np.linspace(0, size - tile, 1 + math.ceil((size - tile) / (tile / 2)))).astype(int)

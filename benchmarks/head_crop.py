@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def check(plain: Plans, head: Plans) -> None:
-    """The two plans differ in the crop and in nothing that it does not bring with it.
+    """See that two plans differ in the crop and what it brings with it alone.
 
     Raises:
         SystemExit: They differ in more.
@@ -90,7 +90,7 @@ def check(plain: Plans, head: Plans) -> None:
 
 
 def dice(spaces: Sequence[Path], folds: Sequence[str]) -> list[Row]:
-    """Validation Dice of both, and the paired difference."""
+    """Compare the validation Dice of both: the means, and the paired difference."""
     rows, gathered = [], []
     for fold in folds:
         evaluations = []
@@ -116,7 +116,7 @@ def dice(spaces: Sequence[Path], folds: Sequence[str]) -> list[Row]:
 
 
 def references_of(space: Path, predictions: Path, folder: Path) -> Path:
-    """A folder of links to the references of these predictions, by their names."""
+    """Make a folder of links to the references of these predictions, by their names."""
     folder.mkdir()
     labels = {path.name.split(".")[0]: path for path in (space / "raw" / "labels").iterdir()}
     for mask in predictions.glob("*.nii.gz"):
@@ -125,7 +125,7 @@ def references_of(space: Path, predictions: Path, folder: Path) -> Path:
 
 
 def sizes(spaces: Sequence[Path]) -> list[Row]:
-    """Voxels of the stored cases, of a store on disk, and of the median case of the plans."""
+    """Compare voxels of the stored cases, size of the store, and median case of the plans."""
     stored, disk, medians = [], [], []
     for space in spaces:
         folder = space / "preprocessed" / NAME
@@ -148,7 +148,7 @@ def benchmark_plans() -> Plans:
 
 
 def tiles(row: str, scan: Volume, planned: Plans) -> list[Row]:
-    """Tiles that a network has to see with and without the cut, air left out; nothing is run."""
+    """Count the tiles that a network would see with and without the cut, air left out."""
     configuration: Configuration = planned.configuration(NAME)
     counts = []
     for crop in ARMS:
@@ -161,7 +161,7 @@ def tiles(row: str, scan: Volume, planned: Plans) -> list[Row]:
 
 
 def export(space: Path, fold: str, out: Path) -> Path:
-    """One fold's bundle."""
+    """Export one fold as a bundle."""
     command = [
         sys.executable, "-m", "training", "export", "--workspace", str(space),
         "--configuration", NAME, "--folds", fold, "--check-cases", "1", "--out", str(out),
@@ -171,7 +171,7 @@ def export(space: Path, fold: str, out: Path) -> Path:
 
 
 def inference(path: Path, scan: Volume, bundles: Sequence[Path], repeats: int) -> list[Row]:
-    """Tiles, passes, seconds and memory of one scan."""
+    """Measure tiles, passes, seconds and memory of one scan."""
     ensembles = [Ensemble.load(bundle, "cpu") for bundle in bundles]
     found = [[ensemble.segment(scan, "fast") for ensemble in ensembles] for _ in range(repeats)]
     rows = []
@@ -189,7 +189,7 @@ def inference(path: Path, scan: Volume, bundles: Sequence[Path], repeats: int) -
 
 
 def peak(path: Path, bundle: Path) -> float:
-    """MB of `process.py` on one scan."""
+    """The peak memory in MB of ``process.py`` on one scan."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "in").mkdir()
         shutil.copy(path, Path(folder) / "in")

@@ -82,7 +82,7 @@ def time_both(pair: FoldPair, count: int, iterations: int, workers: int) -> None
 
 
 def print_table(pair: FoldPair, seeds: tuple[int, ...]) -> int:
-    """What is kept, against the bars; 1 if one is missed or something is not there yet."""
+    """Print what is kept, against the bars; 1 if one is missed or something is not there yet."""
     rows: list[Row] = []
     missing = [
         f"{side}, seed {n}" for n in seeds for side in SIDES if not pair.done(side, n).exists()
@@ -103,7 +103,7 @@ def print_table(pair: FoldPair, seeds: tuple[int, ...]) -> int:
 
 
 def _accuracy_rows(pair: FoldPair, seeds: tuple[int, ...]) -> list[Row]:
-    """Dice of both by seed, printed; and the means over seeds."""
+    """Print the Dice of both by seed; the rows of the means over seeds."""
     for seed in seeds:
         pair.check_same(seed)
     labels = dataset.load_dataset(pair.workspace(seeds[0])).labels[1:]
@@ -126,12 +126,12 @@ def _accuracy_rows(pair: FoldPair, seeds: tuple[int, ...]) -> list[Row]:
 
 
 def _deviation(by_seed: np.ndarray) -> np.ndarray:
-    """Over seeds; NaN where there is one."""
+    """The deviation over seeds; NaN where there is one seed."""
     return by_seed.std(axis=0, ddof=1) if len(by_seed) > 1 else np.full(by_seed.shape[1], np.nan)
 
 
 def _difference(row: str, ours: np.ndarray, rival: np.ndarray, bar: float | None) -> Row:
-    """Ours less the rival's stands where other rows have their ratio."""
+    """A row in which ours less the rival's stands where other rows have their ratio."""
     mine, its = float(ours.mean()), float(rival.mean())
     reached = None if bar is None else mine - its >= bar
     return Row(f"{row} (difference)", mine, its, "", mine - its, bar, reached)

@@ -68,7 +68,7 @@ class HeldStream:
 
 
 def main() -> int:
-    """Answer until the input ends."""
+    """Answer requests until the input ends."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     train.add_arguments(parser)
     loop.open_batches = HeldStream  # type: ignore[assignment, misc]

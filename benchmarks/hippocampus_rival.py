@@ -35,7 +35,7 @@ WARM_UP = 3  # iterations that are not timed
 
 
 def main() -> None:
-    """Do one of the three."""
+    """Do the one of three steps that the command line names."""
     parser = argparse.ArgumentParser()
     parser.add_argument("step", choices=("prepare", "train", "blocks"))
     parser.add_argument("settings", type=Path, help="those of fold_pair.py")
@@ -77,19 +77,19 @@ def prepare(settings: dict[str, Any]) -> None:
 
 
 def preprocessed(settings: dict[str, Any]) -> Path:
-    """Where nnunetv2 keeps the prepared dataset."""
+    """The folder where nnunetv2 keeps the prepared dataset."""
     return Path(os.environ["nnUNet_preprocessed"]) / settings["dataset"]  # noqa: SIM112
 
 
 def seed_all(seed: int) -> None:
-    """All three generators that nnunetv2 draws from; it sets none itself."""
+    """Seed the three generators that nnunetv2 draws from; it seeds none itself."""
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     random.seed(seed)
 
 
 def make_trainer(settings: dict[str, Any]) -> nnUNetTrainer:
-    """Fold 0 of the prepared dataset; the schedule ends with the length given."""
+    """Make the trainer of fold 0; its schedule ends with the length given."""
     plans = json.loads((preprocessed(settings) / "nnUNetPlans.json").read_text())
     plans["continue_training"] = False
     dataset = json.loads((preprocessed(settings) / "dataset.json").read_text())
@@ -103,7 +103,7 @@ def make_trainer(settings: dict[str, Any]) -> nnUNetTrainer:
 
 
 def train(trainer: nnUNetTrainer) -> dict[str, Any]:
-    """To the end, and the predictions of the held-out cases."""
+    """Train to the end, and predict the held-out cases."""
     began = time.perf_counter()
     trainer.run_training()
     seconds = time.perf_counter() - began

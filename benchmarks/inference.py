@@ -46,10 +46,10 @@ class Bench:
     """What every row needs.
 
     Attributes:
-        folder: For what is written.
-        rival_python: Of the rival's environment.
-        repeats: Of each pair of runs.
-        device: Of both sides.
+        folder: The folder for all that is written.
+        rival_python: The Python of the rival's environment.
+        repeats: How often each pair is run.
+        device: The device of both sides.
     """
 
     folder: Path
@@ -58,7 +58,7 @@ class Bench:
     device: str = "cpu"
 
     def rival_environment(self, results: Path) -> dict[str, str]:
-        """Variables by which the rival finds its models."""
+        """The variables by which the rival finds its models."""
         found = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         for name in ("raw", "preprocessed"):
             found[f"nnUNet_{name}"] = str(self.folder)
@@ -70,8 +70,8 @@ class Run:
     """One run of a command.
 
     Attributes:
-        seconds: Until the command ended.
-        said: Its last line, JSON.
+        seconds: The seconds until the command ended.
+        said: What its last line says, which is JSON.
     """
 
     seconds: float
@@ -99,7 +99,7 @@ def main() -> int:
 
 
 def say_what_a_tile_costs() -> None:
-    """One line for each network."""
+    """Print one line for each network."""
     planned = plans.load(COMPACT)
     for configuration in planned.configurations:
         cost = inference_data.gflop(configuration, 1, planned.scores)
@@ -108,7 +108,7 @@ def say_what_a_tile_costs() -> None:
 
 
 def compare_one_case(bench: Bench) -> list[Row]:
-    """One fold, no mirrorings, 75 tiles; and what of it was not the network's forward."""
+    """Compare one fold, no mirrorings, 75 tiles; and what of it was not the network's forward."""
     network = inference_data.make_network(bench.folder, "3d_fullres", 1, bench.rival_python)
     cases = inference_data.make_cases(bench.folder, (28, 512, 512), 1)
     ours, theirs = compare_runs(bench, network, cases, "fast", 75)
@@ -120,7 +120,7 @@ def compare_one_case(bench: Bench) -> list[Row]:
 
 
 def compare_mirrors(bench: Bench) -> list[Row]:
-    """Two folds, 8 mirrorings, 4 tiles."""
+    """Compare two folds, 8 mirrorings, 4 tiles."""
     network = inference_data.make_network(bench.folder, "3d_fullres", 2, bench.rival_python)
     cases = inference_data.make_cases(bench.folder, (16, 288, 288), 1)
     ours, theirs = compare_runs(bench, network, cases, "full", 64)
@@ -128,7 +128,7 @@ def compare_mirrors(bench: Bench) -> list[Row]:
 
 
 def compare_folder(bench: Bench) -> list[Row]:
-    """Five cases of 8 slices in one call, by nnU-Net's 2D network."""
+    """Compare five cases of 8 slices in one call, by nnU-Net's 2D network."""
     network = inference_data.make_network(bench.folder, "2d", 1, bench.rival_python)
     cases = inference_data.make_cases(bench.folder, (8, 512, 512), 5)
     ours, theirs = compare_runs(bench, network, cases, "fast", 40)
@@ -138,7 +138,7 @@ def compare_folder(bench: Bench) -> list[Row]:
 def compare_runs(
     bench: Bench, network: Network, cases: Cases, preset: str, passes: int
 ) -> tuple[list[Run], list[Run]]:
-    """Both command lines on the same cases; both have to make so many forward passes."""
+    """Run both command lines on the same cases; both have to make so many forward passes."""
     masks, rival_masks = bench.folder / "masks", bench.folder / "rival-masks"
     command = [
         sys.executable, ROOT / "benchmarks" / "inference_ours.py", "predict",
@@ -175,7 +175,7 @@ def compare_runs(
 
 
 def compare_restore(bench: Bench) -> list[Row]:
-    """Restoring and writing a mask of 512x512x400 from logits of another grid."""
+    """Compare restoring and writing a mask of 512x512x400 from logits of another grid."""
     planned = plans.load(COMPACT)
     paths = {name: bench.folder / name for name in ("scores.npy", "plans.json", "dataset.json")}
     np.save(paths["scores.npy"], inference_data.make_scores(LARGE_GRID))
@@ -215,7 +215,7 @@ def compare_restore(bench: Bench) -> list[Row]:
 
 
 def measure_forward(bench: Bench) -> list[Row]:
-    """The forward pass beside the product of two large matrices, in turn, in this process."""
+    """Measure the forward pass beside the product of two large matrices, turn by turn."""
     del bench
     planned = plans.load(COMPACT)
     configuration = planned.configuration("3d_fullres")
@@ -248,7 +248,7 @@ def measure_forward(bench: Bench) -> list[Row]:
 
 
 def draw_state(spec: NetworkSpec, random: np.random.Generator) -> dict[str, Any]:
-    """Tensors of the network at random."""
+    """Draw the network's tensors at random."""
     from ichseg.model.network import build_network
 
     network = build_network(spec.architecture, spec.input_channels, spec.scores)
@@ -259,7 +259,7 @@ def draw_state(spec: NetworkSpec, random: np.random.Generator) -> dict[str, Any]
 
 
 def openvino_product(right: np.ndarray) -> Callable[[np.ndarray], object]:
-    """The product with a matrix, by the library and with the settings that run the network."""
+    """Make the product with a matrix, by the library and with the settings that run the network."""
     openvino: Any = openvino_graph.import_openvino()
     op = openvino.opset13
     left = op.parameter(list(right.shape), np.float32)
@@ -270,7 +270,7 @@ def openvino_product(right: np.ndarray) -> Callable[[np.ndarray], object]:
 
 
 def measure_start(bench: Bench) -> list[Row]:
-    """Importing process.py, in pairs with importing torch and SimpleITK."""
+    """Time importing process.py, in pairs with importing torch and SimpleITK."""
 
     def importing(code: str) -> Callable[[], Run]:
         return lambda: run_command(
@@ -298,7 +298,7 @@ ROWS: dict[str, Callable[[Bench], list[Row]]] = {
 def in_pairs(
     ours: Callable[[], Run], rival: Callable[[], Run], repeats: int
 ) -> tuple[list[Run], list[Run]]:
-    """Runs of both; who begins changes from pair to pair."""
+    """Run both in pairs; who begins changes from pair to pair."""
     runs: tuple[list[Run], list[Run]] = ([], [])
     for repeat in range(repeats):
         for side in (0, 1) if repeat % 2 == 0 else (1, 0):
@@ -308,7 +308,7 @@ def in_pairs(
 
 
 def run_command(command: list[Any], environment: dict[str, str]) -> Run:
-    """Until it ends; its last line is JSON.
+    """Run a command until it ends; its last line is JSON.
 
     Raises:
         SystemExit: It failed.

@@ -31,8 +31,8 @@ class Network:
     """Networks of one configuration with the same weights on both sides.
 
     Attributes:
-        configuration: Of the plan ``compact.json``.
-        weights: Our bundle.
+        configuration: The configuration of the plan ``compact.json``.
+        weights: The folder of our bundle.
         results: The rival's folder of trained models.
     """
 
@@ -43,7 +43,7 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class Cases:
-    """The same scans by each side's rules of naming."""
+    """The same scans, named by each side's rules."""
 
     ours: Path
     rival: Path
@@ -53,14 +53,14 @@ class Cases:
 def make_network(
     folder: Path, name: str, folds: int, rival_python: Path, plans_file: Path = COMPACT
 ) -> Network:
-    """Networks that the rival draws at random and saves, and that ``import-nnunet`` reads.
+    """Make networks that the rival draws at random and saves, and that ``import-nnunet`` reads.
 
     Args:
-        folder: Where everything goes.
-        name: Of the configuration.
-        folds: How many networks.
-        rival_python: Of the rival's environment.
-        plans_file: Of a plan with that configuration.
+        folder: The folder for all that is made.
+        name: The name of the configuration.
+        folds: How many networks to draw.
+        rival_python: The Python of the rival's environment.
+        plans_file: The file of a plan with that configuration.
     """
     planned = plans.load(plans_file)
     configuration = planned.configuration(name)
@@ -89,7 +89,7 @@ def make_network(
 
 
 def make_cases(folder: Path, shape: tuple[int, int, int], count: int) -> Cases:
-    """Scans without air, so that both sides see the same tiles: ours skips none."""
+    """Make scans without air, so that both sides see the same tiles: ours skips none."""
     names = tuple(f"case{number}" for number in range(count))
     cases = Cases(folder / "ours", folder / "rival", names)
     for number, name in enumerate(names):
@@ -101,7 +101,7 @@ def make_cases(folder: Path, shape: tuple[int, int, int], count: int) -> Cases:
 
 
 def make_scan(shape: tuple[int, int, int], seed: int) -> npt.NDArray[np.int16]:
-    """Tissue with noise, and a brighter ball in it."""
+    """Make a scan of tissue with noise, and a brighter ball in it."""
     random = np.random.default_rng(seed)
     z, y, x = np.ogrid[tuple(slice(-1, 1, size * 1j) for size in shape)]
     voxels = random.normal(30, 3, shape)
@@ -110,7 +110,7 @@ def make_scan(shape: tuple[int, int, int], seed: int) -> npt.NDArray[np.int16]:
 
 
 def make_scores(shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
-    """Smooth logits ``(2, z, y, x)``: a background, and a foreground of a few blobs."""
+    """Make smooth logits ``(2, z, y, x)``: a background, and a foreground of a few blobs."""
     axes = (
         np.linspace(0, turns * math.pi, size) for turns, size in zip((3, 5, 4), shape, strict=True)
     )
@@ -120,7 +120,7 @@ def make_scores(shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
 
 
 def gflop(configuration: Configuration, channels: int, scores: int) -> float:
-    """Of one tile's convolutions, a multiplication and an addition counted as two."""
+    """Count the operations of one tile's convolutions; a multiply-add counts as two."""
     a: Architecture = configuration.architecture
     size = list(configuration.patch)
     voxels = []

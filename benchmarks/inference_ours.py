@@ -19,7 +19,7 @@ import numpy as np
 
 
 def predict(arguments: list[str]) -> dict[str, float]:
-    """``process.py``, and the seconds that the network's forward took of it."""
+    """Run ``process.py``; the seconds that the network's forward took of it."""
     import process
     from ichseg.engine.engine import Engine, LoadedNetwork
     from ichseg.predict import ensemble
@@ -50,7 +50,7 @@ def predict(arguments: list[str]) -> dict[str, float]:
 
 
 def restore(request: dict[str, Any]) -> dict[str, float]:
-    """Scores to a mask file."""
+    """Restore scores to a mask file."""
     from ichseg.model import plans
     from ichseg.predict.prepare import Placement
     from ichseg.predict.restore import restore
@@ -79,7 +79,7 @@ def restore(request: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Do it."""
+    """Do what the command line says."""
     step, *arguments = sys.argv[1:]
     if step == "predict":
         found = predict(arguments)

@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def magnified() -> Volume:
-    """The sample in voxels of 0.5 mm: nearest ones, mirrored at its ends, and noise of 3 HU."""
+    """The sample scan in voxels of 0.5 mm: nearest ones, mirrored at its ends, and noise."""
     sample = volume.read(SAMPLE)
     index = []
     for wanted, size, spacing_mm in zip(SHAPE, sample.voxels.shape, sample.spacing_mm, strict=True):

@@ -14,12 +14,12 @@ _EVERY_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Resident memory in MB.
+    """The most resident memory, in MB.
 
     Attributes:
-        largest_mb: Of the largest process, by the kernel's own account (VmHWM).
-        together_mb: Of all processes at once, what they share counted once (the sum of Pss), as
-            seen every 50 ms.
+        largest_mb: The peak of the largest process, by the kernel's own account (VmHWM).
+        together_mb: The peak of all processes at once, what they share counted once (the sum of
+            Pss), as seen every 50 ms.
     """
 
     largest_mb: float

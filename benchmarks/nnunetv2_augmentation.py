@@ -66,7 +66,7 @@ def make_transforms(patch: tuple[int, ...], *, cascaded: bool) -> tuple[list[Any
 
 
 def find(transforms: list[Any]) -> dict[str, Any]:
-    """Those that happen at random, by our names, and the spatial one."""
+    """Find the transforms that happen at random, by our names, and the spatial one."""
     found = {}
     for transform in transforms:
         inner = getattr(transform, "transform", transform)
@@ -83,7 +83,7 @@ def find(transforms: list[Any]) -> dict[str, Any]:
 
 
 def probabilities(found: dict[str, Any]) -> dict[str, float]:
-    """How likely each is, and each channel or label where that is asked again."""
+    """How likely each transform is, and each channel or label where that is asked again."""
     spatial = found["spatial"]
     likely = {
         "elastic": spatial.p_elastic_deform,
@@ -100,7 +100,7 @@ def probabilities(found: dict[str, Any]) -> dict[str, float]:
 
 
 def sample(operation: str, in_plane: bool) -> dict[str, list[float]]:
-    """Quantiles of all numbers after one operation alone."""
+    """The quantiles of all numbers after one operation alone."""
     import torch
 
     patch = PATCHES[in_plane]

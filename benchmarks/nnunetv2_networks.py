@@ -67,7 +67,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 def build(described: dict[str, Any], channels: int, classes: int) -> Any:
-    """The network as nnunetv2 builds it, with a head at every decoder level."""
+    """Build the network as nnunetv2 builds it, with a head at every decoder level."""
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
     axes = len(described["kernels"][0])
@@ -101,7 +101,7 @@ def build(described: dict[str, Any], channels: int, classes: int) -> Any:
 
 
 def count_parameters() -> list[dict[str, Any]]:
-    """One row for each planned network."""
+    """Count the parameters, in one row for each planned network."""
     import torch
 
     tasks = json.loads(PLANS.read_text())["tasks"]
@@ -120,7 +120,7 @@ def count_parameters() -> list[dict[str, Any]]:
 
 
 def answer(described: dict[str, Any]) -> dict[str, Any]:
-    """Logits of a tiny network whose weights and input are formulas."""
+    """The logits of a tiny network whose weights and input are formulas."""
     import torch
 
     network = build(described, described["input"][1], described["classes"]).double().train()

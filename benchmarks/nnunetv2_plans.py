@@ -38,12 +38,12 @@ class Task:
     """What is planned for; one spacing and shape ``(z, y, x)`` per case, or one for all.
 
     Attributes:
-        about: Why it is here.
-        cases: How many.
-        spacings_mm: Voxel sizes, as stored in the files.
-        shapes: Voxels after the crop.
-        channels: Their names.
-        labels: How many, background included.
+        about: Why the task is here.
+        cases: How many cases it has.
+        spacings_mm: The voxel sizes, as stored in the files.
+        shapes: The sizes in voxels after the crop.
+        channels: The names of the channels.
+        labels: How many labels there are, background included.
     """
 
     about: str
@@ -55,7 +55,7 @@ class Task:
 
 
 def made_tasks() -> dict[str, Task]:
-    """All but the Hippocampus."""
+    """All tasks but the Hippocampus."""
     fine = (5.0, 0.45, 0.45)
     found = {
         f"instance_{slices}": Task(
@@ -82,7 +82,7 @@ def made_tasks() -> dict[str, Task]:
 
 
 def mixed_task() -> Task:
-    """Spacings and sizes over INSTANCE's ranges, so that the slices' 10th percentile counts."""
+    """A task over INSTANCE's ranges, in which the 10th percentile of the slices counts."""
     draw = random.Random(2022)
     spacings, shapes = [], []
     for _ in range(100):
@@ -135,7 +135,7 @@ def make_all(hippocampus: Path, out: Path, command: str) -> None:
 
 
 def write_fingerprint(scratch: Path, task: Task) -> None:
-    """The two files that a planner reads, and no image."""
+    """Write the two files that a planner reads, and no image."""
     explicit = {"case": {"images": ["case_0000.nii.gz"], "label": "case.nii.gz"}}
     write_dataset(scratch, task.channels, task.labels, task.cases, explicit)
     spacings, shapes = list(task.spacings_mm), list(task.shapes)
@@ -156,7 +156,7 @@ def write_fingerprint(scratch: Path, task: Task) -> None:
 
 
 def extract_hippocampus(scratch: Path, source: Path) -> Task:
-    """The dataset where it lies, its fingerprint taken by nnunetv2."""
+    """Read the dataset where it lies, its fingerprint taken by nnunetv2."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset
 
     msd = json.loads((source / "dataset.json").read_text())
@@ -186,7 +186,7 @@ def extract_hippocampus(scratch: Path, source: Path) -> Task:
 def write_dataset(
     scratch: Path, channels: Sequence[str], labels: int, cases: int, explicit: dict[str, Any]
 ) -> None:
-    """dataset.json in nnunetv2's layout, with the files of each case named."""
+    """Write dataset.json in nnunetv2's layout, with the files of each case named."""
     names = ("background", *(f"label{index}" for index in range(1, labels)))
     dataset = {
         "channel_names": {str(index): name for index, name in enumerate(channels)},
@@ -202,7 +202,7 @@ def write_dataset(
 
 
 def run_planner(planner: str, task: str, scratch: Path) -> dict[str, Any]:
-    """What a planner writes, less what is the same for all."""
+    """Run a planner; what it writes, less what is the same for all."""
     import torch
     from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager

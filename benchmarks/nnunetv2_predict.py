@@ -43,7 +43,7 @@ def draw(model: Path, configuration: str, folds: int) -> dict[str, float]:
 
 
 def predict(arguments: list[str]) -> dict[str, float]:
-    """``nnUNetv2_predict``, and the seconds that the network's forward took of it."""
+    """Run ``nnUNetv2_predict``; the seconds that the network's forward took of it."""
     from dynamic_network_architectures.architectures.unet import PlainConvUNet
     from nnunetv2.inference.predict_from_raw_data import predict_entry_point
 
@@ -63,7 +63,7 @@ def predict(arguments: list[str]) -> dict[str, float]:
 
 
 def restore(request: dict[str, object]) -> dict[str, float]:
-    """Logits to a mask file, as nnunetv2's export does."""
+    """Restore logits to a mask file, as nnunetv2's export does."""
     from nnunetv2.inference.export_prediction import export_prediction_from_logits
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -89,7 +89,7 @@ def restore(request: dict[str, object]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Do it."""
+    """Do what the command line says."""
     step, *arguments = sys.argv[1:]
     if step == "draw":
         found = draw(Path(arguments[0]), arguments[1], int(arguments[2]))

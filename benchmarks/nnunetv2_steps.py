@@ -24,7 +24,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 
 def resample(request: dict[str, Any]) -> tuple[float, np.ndarray]:
-    """A single-channel image to another shape, as nnunetv2's preprocessing does."""
+    """Resample a single-channel image to another shape, as nnunetv2's preprocessing does."""
     image = np.load(request["input"])[None]
     began = time.perf_counter()
     found = resample_data_or_seg_to_shape(
@@ -35,7 +35,7 @@ def resample(request: dict[str, Any]) -> tuple[float, np.ndarray]:
 
 
 def logits(request: dict[str, Any]) -> tuple[float, np.ndarray]:
-    """Logits to labels in the input's grid, as nnunetv2's export does."""
+    """Bring logits to labels in the input's grid, as nnunetv2's export does."""
     plans = PlansManager(request["plans"])
     configuration = plans.get_configuration("3d_fullres")
     configuration.configuration["spacing"] = request["spacing_mm"]
@@ -66,7 +66,7 @@ def stored(request: dict[str, Any]) -> tuple[float, np.ndarray]:
 
 
 def lossless(request: dict[str, Any]) -> tuple[float, np.ndarray]:
-    """Bytes of a stored image: as nnunetv2 keeps it, and by zstd with the best filter."""
+    """The bytes of a stored image as nnunetv2 keeps it, and by zstd with the best filter."""
     began = time.perf_counter()
     image = blosc2.open(f"{request['folder']}/{request['case']}.b2nd")
     sizes = []
@@ -78,7 +78,7 @@ def lossless(request: dict[str, Any]) -> tuple[float, np.ndarray]:
 
 
 def main() -> None:
-    """Answer until the input ends."""
+    """Answer requests until the input ends."""
     steps = {"resample": resample, "logits": logits, "stored": stored, "lossless": lossless}
     for line in sys.stdin:
         request = json.loads(line)

@@ -62,12 +62,12 @@ class Model:
     """A model folder and how it came about.
 
     Attributes:
-        name: For the table.
-        folder: As nnU-Net v2 leaves it.
-        configuration: Which.
-        folds: To train; 0 where it is trained.
-        steps: Of training.
-        previous: The first stage, of a cascade.
+        name: What the table calls it.
+        folder: The model folder, as nnU-Net v2 leaves it.
+        configuration: The name of its configuration.
+        folds: How many folds to train; 0 where it is trained already.
+        steps: How many steps to train.
+        previous: The first stage, where this is a cascade's second.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Model:
         return str(self.folder.parent / f"rival-{self.folder.name}")
 
     def request(self) -> dict[str, Any]:
-        """For ``parity_rival.py``."""
+        """What ``parity_rival.py`` is asked to predict."""
         return {
             "name": self.name,
             "folder": str(self.folder),
@@ -137,7 +137,7 @@ def main() -> int:
 
 
 def make_cases(folder: Path) -> list[Case]:
-    """The samples, and labels made of smoothed HU: 1 for bone, 2 for dense tissue."""
+    """Make the cases: the samples, with labels 1 for bone and 2 for dense tissue."""
     cases = []
     for name in SAMPLES:
         image = middle(volume.read(ROOT / "test" / "sample" / "input" / name))
@@ -160,7 +160,7 @@ def middle(image: Volume) -> Volume:
 
 
 def make_models(folder: Path, network: str, steps: int) -> list[Model]:
-    """One untrained model of each configuration; 3d_fullres with two folds."""
+    """Make one untrained model of each configuration; 3d_fullres with two folds."""
     plans = make_plans(network)
     for name in plans["configurations"]:
         write_model(folder / f"nnUNetTrainer__nnUNetPlans__{name}", plans, DATASET)
@@ -175,7 +175,7 @@ def make_models(folder: Path, network: str, steps: int) -> list[Model]:
 
 
 def link_trained(folder: Path, trained: Path) -> Model:
-    """A model that is trained already; nothing is written into its folder."""
+    """Take a model that is trained already; nothing is written into its folder."""
     folder.mkdir()
     (folder / trained.name).symlink_to(trained.resolve())
     name = trained.name.rpartition("__")[2]
@@ -183,14 +183,14 @@ def link_trained(folder: Path, trained: Path) -> Model:
 
 
 def make_regions(folder: Path, steps: int) -> Model:
-    """A network of regions that overlap."""
+    """Make a network of regions that overlap."""
     path = folder / "nnUNetTrainer__nnUNetPlans__3d_fullres"
     write_model(path, make_plans("PlainConvUNet"), REGIONS)
     return Model("regions 3d_fullres", path, "3d_fullres", 1, steps)
 
 
 def write_model(folder: Path, plans: dict[str, Any], dataset: dict[str, Any]) -> None:
-    """What stands in a model folder beside its folds."""
+    """Write what stands in a model folder beside its folds."""
     folder.mkdir(parents=True)
     (folder / "plans.json").write_text(json.dumps(plans))
     (folder / "dataset.json").write_text(json.dumps(dataset))
@@ -251,7 +251,7 @@ def make_plans(network: str) -> dict[str, Any]:
 
 
 def architecture(network: str, axes: int) -> dict[str, Any]:
-    """Three levels; the first is thick-sliced, as in nnU-Net's plans for head CT."""
+    """An architecture of three levels; the first is thick-sliced, as in nnU-Net's plans for head CT."""
     plain = network == "PlainConvUNet"
     encoder = {"n_conv_per_stage": [2, 2, 2]} if plain else {"n_blocks_per_stage": [1, 2, 2]}
     return {
@@ -277,7 +277,7 @@ def architecture(network: str, axes: int) -> dict[str, Any]:
 
 
 def compare(models: Sequence[Model], cases: Sequence[Case], python: Path) -> list[Row]:
-    """Both predict every case by every model."""
+    """Let both sides predict every case by every model."""
     folder = models[0].folder.parent
     request = {
         "models": [model.request() for model in models],
@@ -304,7 +304,7 @@ def compare(models: Sequence[Model], cases: Sequence[Case], python: Path) -> lis
 
 
 def compare_model(model: Model, cases: Sequence[Case], unpatched: float) -> list[Row]:
-    """Rows for one model, the worst of its cases."""
+    """The rows for one model, the worst of its cases."""
     weights = model.folder.parent / f"bundle-{model.folder.name}"
     stages = [model.folder] if model.previous is None else [model.previous.folder, model.folder]
     _call([sys.executable, "-m", "training", "import-nnunet", *map(str, stages), "--out",
@@ -349,7 +349,7 @@ def compare_model(model: Model, cases: Sequence[Case], unpatched: float) -> list
 
 
 def segment(case: Case, weights: Path, scratch: Path) -> npt.NDArray[np.integer]:
-    """Labels, by the command line."""
+    """Segment by the command line; the labels."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         source, out = Path(folder) / "in", Path(folder) / "out"
         source.mkdir()
@@ -363,7 +363,7 @@ def segment(case: Case, weights: Path, scratch: Path) -> npt.NDArray[np.integer]
 
 
 def margin_of(probabilities: npt.NDArray[Any], *, regions: bool) -> npt.NDArray[Any]:
-    """Between the two best, or of regions from a half, for each voxel of ``(K, n)``."""
+    """The margin of each voxel of ``(K, n)``: between the two best scores, or from a half."""
     if regions:
         margin: npt.NDArray[Any] = 2 * np.abs(probabilities - 0.5).min(0)
         return margin

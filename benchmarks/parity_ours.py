@@ -21,7 +21,7 @@ from ichseg.scan.volume import Volume
 
 
 def probabilities_of(weights: Path, scan: Volume, device: str = "cpu") -> npt.NDArray[np.float32]:
-    """Of labels or regions, ``(K, z, y, x)`` in the volume's grid, by all folds and mirrorings."""
+    """Probabilities ``(K, z, y, x)`` in the volume's grid, by all folds and mirrorings."""
     model, scores, placement = scores_of(weights, scan, device)
     separate_axis = None
     if "score" in model.plans.resampling.separate_z:

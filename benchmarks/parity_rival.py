@@ -92,7 +92,7 @@ def train(model: dict[str, Any], cases: list[dict[str, str]], fold: int) -> None
 def draw(
     image: np.ndarray, labels: np.ndarray, patch: list[int], random: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A patch somewhere, and its labels; of a 2D network a slice's."""
+    """Draw a patch somewhere, and its labels; of a 2D network a slice's."""
     size = [1] * (3 - len(patch)) + list(patch)
     missing = [max(0, wanted - there) for wanted, there in zip(size, labels.shape[1:], strict=True)]
     around = [(0, 0), *((m // 2, m - m // 2) for m in missing)]
@@ -107,7 +107,7 @@ def draw(
 
 
 def loss_of(logits: torch.Tensor, target: torch.Tensor, labels: Any) -> torch.Tensor:
-    """Cross-entropy; of regions, one for each."""
+    """The cross-entropy; of regions one for each."""
     if not labels.has_regions:
         return torch.nn.functional.cross_entropy(logits, target)
     inside = [
@@ -143,12 +143,12 @@ def fp32_accumulators() -> Iterator[None]:
 
 
 def predict(model: dict[str, Any], image: str, previous: str | None) -> tuple[Any, Any]:
-    """Labels ``(z, y, x)`` and probabilities ``(K, z, y, x)`` in the file's grid.
+    """Predict labels ``(z, y, x)`` and probabilities ``(K, z, y, x)`` in the file's grid.
 
     Args:
-        model: With its ``folder``.
-        image: File.
-        previous: File with the first stage's labels, of a cascade.
+        model: The model, with its ``folder``.
+        image: The file of the image.
+        previous: The file with the first stage's labels, for a cascade's second.
     """
     with contextlib.redirect_stdout(sys.stderr):
         predictor = nnUNetPredictor(
@@ -185,12 +185,12 @@ def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def previous_of(model: dict[str, Any], case: dict[str, str]) -> str | None:
-    """Where the first stage's labels of a case are, of a cascade."""
+    """The file with the first stage's labels of a case, in a cascade."""
     return model["previous"] and f"{model['previous']}_{case['name']}_labels.npy"
 
 
 def say(text: str) -> None:
-    """One line, at once."""
+    """Print one line at once."""
     print(text, file=sys.stderr, flush=True)
 
 

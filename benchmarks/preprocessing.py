@@ -48,10 +48,10 @@ class Sides:
     """How to call both.
 
     Attributes:
-        pair: The dataset, laid out for each.
-        rival_python: Python of the rival's environment.
-        rival_environment: Its variables.
-        repeats: Of each pair.
+        pair: The dataset, laid out for each side.
+        rival_python: The Python of the rival's environment.
+        rival_environment: The variables of the rival's commands.
+        repeats: How often each pair is run.
     """
 
     pair: Pair
@@ -69,11 +69,11 @@ class Sides:
         return [str(self.rival_python), str(folder / script), *map(str, arguments)]
 
     def call_ours(self, *arguments: object) -> float:
-        """Run it; seconds."""
+        """Run a command; the seconds that it took."""
         return _seconds(self.ours(*arguments), os.environ)
 
     def call_rival(self, script: str, *arguments: object) -> float:
-        """Run it; seconds."""
+        """Run a command; the seconds that it took."""
         return _seconds(self.rival(script, *arguments), self.rival_environment)
 
 
@@ -103,7 +103,7 @@ def main() -> int:
 
 
 def compare_fingerprint(sides: Sides) -> Row:
-    """The fingerprint, each time in a workspace that knows nothing yet."""
+    """Compare the fingerprint, each time in a workspace that knows nothing yet."""
 
     def ours() -> float:
         sides.pair.convert()
@@ -118,7 +118,7 @@ def compare_fingerprint(sides: Sides) -> Row:
 
 
 def compare_preprocessing(sides: Sides) -> list[Row]:
-    """3d_fullres of all cases: time, size on disk, and whether the results are the same."""
+    """Compare preprocessing of all cases: time, size on disk, and whether results are the same."""
     pair = sides.pair
     sides.call_ours("plan", "--workspace", pair.workspace, "--recipe", "nnunetv2")
     sides.call_rival("nnUNetv2_plan_experiment", "-d", RIVAL_DATASET)
@@ -143,7 +143,7 @@ def compare_preprocessing(sides: Sides) -> list[Row]:
 
 
 def compare_results(sides: Sides) -> list[Row]:
-    """The stored images and labels of all cases; the difference is what the store rounds to.
+    """Compare the stored images and labels of all cases; the difference is what the store rounds to.
 
     Beside it the size of the images, the rival's and what a better codec makes of the same values.
     """
@@ -170,7 +170,7 @@ def compare_results(sides: Sides) -> list[Row]:
 
 
 def compare_functions(sides: Sides, scratch: Path) -> list[Row]:
-    """Resampling of one image, and of two-channel logits back to the input's grid."""
+    """Compare resampling of one image, and of two-channel logits back to the input's grid."""
     random = np.random.default_rng(1)
     image = random.normal(size=(28, 512, 512)).astype(np.float32)
     logits = random.normal(size=(2, 28, 549, 549)).astype(np.float32)
@@ -257,7 +257,7 @@ def _compare_logits(
 
 
 def compare_memory(sides: Sides, folder: Path) -> list[Row]:
-    """Peak memory of the whole command, all its processes, for one large resampled volume."""
+    """Compare the peak memory of the whole command for one large resampled volume."""
     pair = preprocessing_data.make_large(folder)
     sides = dataclasses.replace(sides, pair=pair, rival_environment=pair.rival_environment())
     pair.convert()
@@ -289,7 +289,7 @@ def _in_pairs(
     *,
     warm_up: bool = False,
 ) -> tuple[float, float]:
-    """Medians of both; who begins changes from pair to pair."""
+    """The medians of both; who begins changes from pair to pair."""
     if warm_up:
         ours()
         rival()

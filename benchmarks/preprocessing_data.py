@@ -38,7 +38,7 @@ class Pair:
 
     @property
     def workspace(self) -> Path:
-        """Ours."""
+        """Our workspace."""
         return self.folder / "workspace"
 
     @property
@@ -62,7 +62,7 @@ class Pair:
         return self.folder / "raw" / _RIVAL_NAME / "dataset.json"
 
     def rival_environment(self) -> dict[str, str]:
-        """Variables by which the rival finds its folders."""
+        """The variables by which the rival finds its folders."""
         found = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         for name in ("raw", "preprocessed", "results"):
             found[f"nnUNet_{name}"] = str(self.folder / name)
@@ -97,7 +97,7 @@ class Pair:
 
 
 def make_phantoms(folder: Path) -> Pair:
-    """Ten phantoms from ``training synthesize``: INSTANCE's spacings, sizes and bleeds."""
+    """Make ten phantoms from ``training synthesize``: INSTANCE's spacings, sizes and bleeds."""
     pair = Pair(folder)
     folder.mkdir(parents=True)
     print(f"data: {CASES} head-CT phantoms, seed {SEED}", flush=True)
@@ -112,7 +112,7 @@ def make_phantoms(folder: Path) -> Pair:
 
 
 def make_large(folder: Path) -> Pair:
-    """One volume of 400x512x512: a noisy ellipsoid in air with a ball in it."""
+    """Make one volume of 400x512x512: a noisy ellipsoid in air with a ball in it."""
     pair = Pair(folder)
     random = np.random.default_rng(SEED)
     z, y, x = np.ogrid[-1 : 1 : LARGE_SHAPE[0] * 1j, -1 : 1 : LARGE_SHAPE[1] * 1j,
@@ -143,7 +143,7 @@ def make_large(folder: Path) -> Pair:
 
 
 def _lay_out_for_rival(pair: Pair) -> None:
-    """nnunetv2's raw folder, hard-linked."""
+    """Hard-link the dataset into nnunetv2's raw folder."""
     raw = pair.folder / "raw" / _RIVAL_NAME
     for name in ("imagesTr", "labelsTr"):
         (raw / name).mkdir(parents=True)

@@ -23,7 +23,7 @@ NNUNET = ("torch==2.13.0", "torchvision==0.28.0", "nnunetv2==2.8.1")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The argument that every benchmark with a rival has."""
+    """Add the argument that every benchmark with a rival has."""
     parser.add_argument(
         "--rival-env",
         type=Path,
@@ -34,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def python_of(folder: Path, packages: tuple[str, ...] = NNUNET) -> Path:
-    """Python of the rival's environment, which is made if need be.
+    """The Python of the rival's environment, which is made if need be.
 
     Args:
-        folder: Where it is or is to be; what stands there and is no whole environment is completed.
-        packages: Exact pins.
+        folder: Where the environment is or is to be; what stands there and is no whole environment is completed.
+        packages: The packages that it holds, with exact pins.
 
     Raises:
         SystemExit: It cannot be made, or holds other versions.
@@ -64,8 +64,8 @@ class Steps:
     """A process in the rival's environment that times single functions, see nnunetv2_steps.py.
 
     Args:
-        python: Of the rival's environment.
-        environment: Its variables.
+        python: The Python of the rival's environment.
+        environment: The variables of the process.
     """
 
     def __init__(self, python: Path, environment: Mapping[str, str]) -> None:
@@ -99,7 +99,7 @@ class Steps:
 
 
 def _missing(python: Path, packages: tuple[str, ...]) -> list[str]:
-    """Which pins the environment does not hold; all when there is none."""
+    """The pins that the environment does not hold; all when there is no environment."""
     if not python.exists():
         return list(packages)
     code = (

@@ -12,12 +12,13 @@ class Row:
     """One comparison; ``row`` says what is measured, ``bar`` what ``ratio`` has to reach.
 
     Attributes:
-        row: Name.
-        ours, rival: In ``unit``; ``rival`` is None where there is none.
-        unit: Of both.
-        ratio: Of ours and the rival's, or None; see ``faster`` and ``smaller``.
-        bar: What has to be reached, or None for a row that only informs.
-        ok: Whether it is; None without a bar.
+        row: What is measured.
+        ours: Our figure, in ``unit``.
+        rival: The rival's figure, in ``unit``; None where there is no rival.
+        unit: The unit of both figures.
+        ratio: The ratio of both figures, or None; see ``faster`` and ``smaller``.
+        bar: What the ratio has to reach, or None for a row that only informs.
+        ok: Whether the bar is met; None without a bar.
     """
 
     row: str
@@ -30,19 +31,19 @@ class Row:
 
 
 def faster(row: str, ours: float, rival: float, unit: str, bar: float) -> Row:
-    """How many times faster ours is; the bar is the least."""
+    """A row that says how many times faster ours is; the bar is the least."""
     ratio = rival / ours
     return Row(row, ours, rival, unit, ratio, bar, ratio >= bar)
 
 
 def smaller(row: str, ours: float, rival: float, unit: str, bar: float | None) -> Row:
-    """What fraction of the rival's ours is; the bar is the most."""
+    """A row that says what fraction of the rival's ours is; the bar is the most."""
     ratio = ours / rival
     return Row(row, ours, rival, unit, ratio, bar, None if bar is None else ratio <= bar)
 
 
 def at_most(row: str, ours: float, unit: str, bar: float) -> Row:
-    """A figure of ours alone, which the bar limits."""
+    """A row with a figure of ours alone, which the bar limits."""
     return Row(row, ours, None, unit, None, bar, ours <= bar)
 
 
