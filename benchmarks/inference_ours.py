@@ -80,7 +80,10 @@ def restore(request: dict[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     """Do what the command line says."""
-    step, *arguments = sys.argv[1:]
+    step, *arguments = sys.argv[1:] or ["--help"]
+    if step in ("-h", "--help"):
+        print(__doc__)
+        return
     if step == "predict":
         found = predict(arguments)
     else:

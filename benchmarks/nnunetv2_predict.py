@@ -90,7 +90,10 @@ def restore(request: dict[str, object]) -> dict[str, float]:
 
 def main() -> None:
     """Do what the command line says."""
-    step, *arguments = sys.argv[1:]
+    step, *arguments = sys.argv[1:] or ["--help"]
+    if step in ("-h", "--help"):
+        print(__doc__)
+        return
     if step == "draw":
         found = draw(Path(arguments[0]), arguments[1], int(arguments[2]))
     elif step == "predict":

@@ -251,7 +251,7 @@ def make_plans(network: str) -> dict[str, Any]:
 
 
 def architecture(network: str, axes: int) -> dict[str, Any]:
-    """An architecture of three levels; the first is thick-sliced, as in nnU-Net's plans for head CT."""
+    """An architecture of three levels, the first thick-sliced as in plans for head CT."""
     plain = network == "PlainConvUNet"
     encoder = {"n_conv_per_stage": [2, 2, 2]} if plain else {"n_blocks_per_stage": [1, 2, 2]}
     return {

@@ -143,7 +143,7 @@ def compare_preprocessing(sides: Sides) -> list[Row]:
 
 
 def compare_results(sides: Sides) -> list[Row]:
-    """Compare the stored images and labels of all cases; the difference is what the store rounds to.
+    """Compare the stored images and labels of all cases; they differ by rounding.
 
     Beside it the size of the images, the rival's and what a better codec makes of the same values.
     """

@@ -37,7 +37,7 @@ def python_of(folder: Path, packages: tuple[str, ...] = NNUNET) -> Path:
     """The Python of the rival's environment, which is made if need be.
 
     Args:
-        folder: Where the environment is or is to be; what stands there and is no whole environment is completed.
+        folder: Where the environment is or is to be; one that is not whole is completed.
         packages: The packages that it holds, with exact pins.
 
     Raises:
