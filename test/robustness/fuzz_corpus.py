@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import random
+import shutil
 import struct
 import tempfile
 import warnings
@@ -91,8 +92,11 @@ def make(folder: Path, kind: str, number: int, seed: int, bundle: Path) -> Mutan
             _noise(text.encode(), rng) if rng.random() < 0.4 else text.encode()
         )
         return Mutant(name, kind, home)
-    for file in bundle.iterdir():
-        (home / file.name).symlink_to(file.resolve())
+    for file in bundle.iterdir():  # no links by name: those lead out of the bundle
+        try:
+            (home / file.name).hardlink_to(file.resolve())
+        except OSError:  # another disk
+            shutil.copy(file, home)
     victim = min(home.glob("*.safetensors")) if kind == "safetensors" else home / kind
     change = _safetensors if kind == "safetensors" else _model
     changed = change(victim.read_bytes(), rng)
