@@ -8,6 +8,7 @@ The names of the files have nothing to do with the slices' order, as in the plat
 from __future__ import annotations
 
 import hashlib
+import locale
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def write(scan: Path, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
+    spoken = locale.setlocale(locale.LC_ALL)  # GDCM sets another, for the whole process
     for index in range(count):
         image = volume[:, :, index]
         place = volume.TransformIndexToPhysicalPoint((0, 0, index))
@@ -45,6 +47,7 @@ def write(scan: Path, folder: Path) -> int:
             str(folder / f"{hashlib.sha256(str(index).encode()).hexdigest()[:16]}.dcm")
         )
         writer.Execute(image)
+    locale.setlocale(locale.LC_ALL, spoken)
     return count
 
 

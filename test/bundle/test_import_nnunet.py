@@ -318,7 +318,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, content, message):
 def test_what_is_no_checkpoint_of_nnunet_is_refused(tmp_path):
     folder = theirs.write(tmp_path, SMALL, "2d")
     torch.save({"state_dict": {}}, folder / "fold_0" / "checkpoint_final.pth")
-    with pytest.raises(WeightsError, match=r"not a checkpoint of nnU-Net v2, .*trainer_name"):
+    with pytest.raises(WeightsError, match=r"not a checkpoint of nnU-Net v2, .*init_args"):
         import_folders([folder], tmp_path / "bundle")
 
 
