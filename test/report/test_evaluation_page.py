@@ -210,6 +210,29 @@ def test_evaluation_of_other_cases_is_refused(workspace):
         draw.write(evaluation, files, workspace / "report", context, is_ct=True, workers=1)
 
 
+def test_evaluation_of_other_weights_is_refused(workspace, monkeypatch, capsys):
+    monkeypatch.setattr(merge, "fold_weights", lambda *_: "a digest")
+    merge.cross_validate(workspace, "3d_fullres", workers=1)
+    assert main(["report", str(workspace), "--workers", "1"]) == 0
+    monkeypatch.setattr(merge, "fold_weights", lambda *_: "another")
+    capsys.readouterr()
+    assert main(["report", str(workspace), "--workers", "1"]) == 1
+    assert "run `cross-validate 3d_fullres` again" in capsys.readouterr().err
+
+
+def test_what_nobody_could_tell_is_not_drawn(workspace, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(draw, "write_case", lambda *given, **_: drawn.append(given[3]["reference"]))
+    case = dataset.load_dataset(workspace).labelled[0]
+    reference = volume.read(case.label)
+    labels = reference.voxels.copy()
+    labels[0, 0, 0] = 2
+    volume.write(reference.with_voxels(labels), case.label)
+    files = draw.CaseVolumes(case.name, case.images[0], case.label, case.label, ignore_label=2)
+    draw.draw_case(files, workspace, True)
+    np.testing.assert_array_equal(drawn[0].voxels, np.where(labels == 2, 0, labels))
+
+
 def test_no_evaluation_says_which_command_makes_it(tmp_path, capsys):
     make_workspace(tmp_path, cases=2)
     assert main(["report", str(tmp_path)]) == 1

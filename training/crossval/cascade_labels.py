@@ -91,7 +91,7 @@ def require_labels(
     missing = {name for name in needed if not has_labels(workspace, configuration, name)}
     if not missing:
         return
-    folds = splits.load_or_make_splits(workspace, names)
+    folds = splits.find_splits(workspace, names)
     numbers = [str(k) for k, split in enumerate(folds) if missing & set(split.validation)]
     if not numbers:
         raise TrainingError(

@@ -88,7 +88,7 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
     planned = plans.load(plans_file(workspace)).configuration(configuration)
     names = [case.name for case in dataset.load_dataset(workspace).labelled]
     masks: dict[str, Path] = {}
-    for number, split in enumerate(splits.load_or_make_splits(workspace, names)):
+    for number, split in enumerate(splits.find_splits(workspace, names)):
         folder = run_folder(workspace, configuration, str(number))
         again = f"`train {configuration} --fold {number}` goes on with it"
         weights = load_checkpoint(folder / LATEST_CHECKPOINT, planned, split)["network"]

@@ -40,13 +40,19 @@ def write(workspace: Path, configuration: str | None, out: Path, workers: int | 
         The path of the page.
 
     Raises:
-        TrainingError: There is no evaluation, or it is not of the cases that are there now.
+        TrainingError: There is no evaluation, or it is not of the cases or the weights that are
+            there now.
         IchsegError: A file cannot be read or written.
     """
     found = dataset.load_dataset(workspace)
     selected = _selection(workspace)
     name = configuration or _best(workspace, selected)
     evaluation = summary.load(evaluation_folder(workspace, name))
+    if evaluation.made_from and evaluation.made_from != merge.fold_weights(workspace, name):
+        raise TrainingError(
+            f"{evaluation_folder(workspace, name)}: of other weights than the folds have now; "
+            f"run `cross-validate {name}` again"
+        )
     unseen = unseen_cases(workspace, [name])
     context = Context(
         title=f"{found.name}: cross-validation of {name}",
@@ -56,7 +62,13 @@ def write(workspace: Path, configuration: str | None, out: Path, workers: int | 
         selection=selected,
     )
     volumes = [
-        CaseVolumes(each.case.name, each.case.images[0], each.masks[name], each.case.reference)
+        CaseVolumes(
+            each.case.name,
+            each.case.images[0],
+            each.masks[name],
+            each.case.reference,
+            found.ignore_label,
+        )
         for each in unseen
     ]
     is_ct = dataset.is_ct(found.channels[0])

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ichseg.errors import DatasetError, IchsegError, TrainingError
 from ichseg.report.case_files import write_case
 from ichseg.scan import volume
@@ -27,12 +29,15 @@ class CaseVolumes:
         image: The scan.
         prediction: The mask that was scored.
         reference: The mask that it was scored by.
+        ignore_label: The value of the reference's voxels that nobody could tell; they are not
+            drawn.
     """
 
     name: str
     image: Path
     prediction: Path
     reference: Path
+    ignore_label: int | None = None
 
 
 def write(
@@ -91,6 +96,10 @@ def draw_case(case: CaseVolumes, out: Path, is_ct: bool) -> None:
                 f"{path}: shape {masks[name].voxels.shape}, expected {image.voxels.shape} as of "
                 f"{case.image}"
             )
+    if case.ignore_label is not None:
+        labels = masks["reference"].voxels
+        told = np.where(labels == case.ignore_label, 0, labels)
+        masks["reference"] = masks["reference"].with_voxels(told.astype(labels.dtype))
     write_case(out, case.name, image, masks, is_ct=is_ct)
 
 
