@@ -81,7 +81,7 @@ def both_fit(need: memory.Need, factor: float, base: int) -> bool:
     """Whether the next case may be opened while the networks run on one.
 
     Args:
-        need: Of the one.
+        need: What the one that the networks run on needs.
         factor: The size of the next one's files beside that of the one's.
         base: Bytes that everything else takes.
     """

@@ -34,7 +34,7 @@ def add_identity_arguments(parser: argparse.ArgumentParser, *, name: str, descri
     """Add one flag for each field of ``Identity``.
 
     Args:
-        parser: Of a command that writes a bundle.
+        parser: The parser of a command that writes a bundle.
         name: What the bundle is called without ``--name``, for the help text.
         description: What describes the bundle without ``--description``, for the help text.
     """

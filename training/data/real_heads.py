@@ -59,8 +59,8 @@ class Scan:
     """One scan to make, and what of it to mark.
 
     Attributes:
-        name: Of the case.
-        group: Of the patient; scans of one patient stay in one fold.
+        name: The name of the case.
+        group: The patient's name; scans of one patient stay in one fold.
         source: ``phe-sich``, ``ct-ich`` or ``other``.
         files: Pictures of its slices from the feet up, or image and label of a finished scan.
         boxes: For each slice the boxes around its bleeds (PHE-SICH).
