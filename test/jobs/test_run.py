@@ -188,6 +188,16 @@ def test_a_corrected_label_goes_all_the_way(copy, dataset, capsys):
     )
     assert command(["preprocess", *workspace]) == 0
     assert "1 cases preprocessed" in capsys.readouterr().out
+    assert command(train_again) == 1
+    said = capsys.readouterr().err
+    assert (
+        "trained with 1 case whose image or label has been corrected since, such as case_2" in said
+    )
+    quickly = shlex.split(
+        "--batches-per-epoch 2 --validation-batches 1 --threads 1 --workers 0 --device cpu"
+    )
+    assert command([*train_again, *quickly, "--restart"]) == 0
+    assert command([*train_again, *quickly]) == 0
 
 
 def test_a_fold_that_fails_stops_the_run_and_the_others_are_kept(

@@ -15,6 +15,7 @@ from ichseg.errors import OutputError, PlansError, TrainingError
 from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.model.plans import Configuration
+from ichseg.wording import counted
 from training.data.splits import Split
 from training.data.workspace import BEST_CHECKPOINT, CONFIG_FILE, LATEST_CHECKPOINT
 from training.fit import schedule
@@ -46,6 +47,7 @@ def checkpoint_of(run: FoldRun, state: TrainingState) -> dict[str, Any]:
         "optimiser_name": run.config.optimiser,
         "learning_rate": run.config.learning_rate,
         "cases": {"train": run.cases.train, "validation": run.cases.validation},
+        "sources": dict(run.sources),
         "schedule": dataclasses.asdict(state.schedule),
         "losses": state.losses,
         "seconds": state.seconds,
@@ -163,6 +165,25 @@ def load_checkpoint(
     raw = read_checkpoint(path, configuration, device)
     require_cases(path, Split(**raw["cases"]), cases)
     return raw
+
+
+def require_sources(run: FoldRun) -> None:
+    """Refuse to go on with a network that was trained on files that have been corrected since.
+
+    Raises:
+        TrainingError: They have; says which, and what to do.
+    """
+    path = run.folder / LATEST_CHECKPOINT
+    if not path.exists():
+        return
+    seen = load_checkpoint(path, run.configuration, run.cases)["sources"]
+    changed = sorted(n for n, was in seen.items() if was and run.sources.get(n, was) != was)
+    if changed:
+        raise TrainingError(
+            f"{path}: was trained with {counted(len(changed), 'case')} whose image or label has "
+            f"been corrected since, such as {changed[0]}; begin anew with --restart, or leave the "
+            "fold as it is and go on with the commands after `train`"
+        )
 
 
 def require_cases(path: Path, seen: Split, now: Split) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ class FoldRun:
         device: Where the network trains.
         ignore_label: The label of voxels that count neither in the loss nor in Dice; None where
             there is none.
+        sources: For each stored case a digest of the files that it was made from; empty where that
+            is not known.
         group: The processes that train this fold together.
     """
 
@@ -46,6 +49,7 @@ class FoldRun:
     spec: BatchSpec
     device: torch.device
     ignore_label: int | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
     group: ProcessGroup = ALONE
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import logging
 import sys
@@ -28,7 +29,7 @@ from training.data.workspace import (
     run_folder,
 )
 from training.fit import schedule
-from training.fit.checkpoint import load_checkpoint
+from training.fit.checkpoint import load_checkpoint, require_sources
 from training.fit.configuration import (
     TRAINING_RECIPES,
     TrainingConfig,
@@ -42,6 +43,7 @@ from training.fit.schedule import ScheduleState
 from training.fit.step import determinism
 from training.jobs import job_log, queue
 from training.jobs.signals import Signals
+from training.store import chunks
 from training.store.preprocess import require_current
 
 _log = logging.getLogger(__name__)
@@ -73,7 +75,7 @@ def run_fold(
         TrainingError: The loss is not finite, memory ran out, or the checkpoint is of other plans.
         IchsegError: Something that earlier commands make is missing or damaged.
     """
-    run = open_fold(workspace, configuration, fold, config, group)
+    run = open_fold(workspace, configuration, fold, config, group, restart=restart)
 
     def tell(name: str) -> None:
         _log.info("%s: ending after this step with a checkpoint", name)
@@ -111,18 +113,25 @@ def open_fold(
     fold: str,
     config: TrainingConfig,
     group: ProcessGroup = ALONE,
+    *,
+    restart: bool = False,
 ) -> FoldRun:
     """Open a run for training, whose cases must be stored as their files are now.
 
     Raises:
         DatasetError: Cases are not stored, or have changed since.
-        TrainingError: Cases lack the labels of a cascade's first stage, which its second needs.
+        TrainingError: Cases lack the labels of a cascade's first stage, which its second needs, or
+            unless ``restart`` is given the fold was trained on files that were corrected since.
         IchsegError: Something else is missing, see ``open_run``.
     """
     run = open_run(workspace, configuration, fold, config, group)
     cases = dataset.load_dataset(workspace).labelled
     needed = sorted({*run.spec.train, *run.spec.validation})
     require_current(workspace, [case for case in cases if case.name in needed], configuration)
+    sources = {name: chunks.load_meta(run.spec.folder, name).source for name in needed}
+    run = dataclasses.replace(run, sources=sources)
+    if not restart:
+        require_sources(run)
     if run.configuration.previous_stage is not None:
         names = [case.name for case in cases]
         cascade_labels.require_labels(workspace, run.configuration, needed, names)
@@ -189,7 +198,9 @@ def main(args: argparse.Namespace) -> int:
         gpus = None if args.gpus is None else queue.find_gpus(args.gpus)
         waiting = []
         for fold in args.folds or (args.fold,):  # all are opened, so that they are refused now
-            run = open_fold(args.workspace, args.configuration, fold, config, group)
+            run = open_fold(
+                args.workspace, args.configuration, fold, config, group, restart=args.restart
+            )
             if not args.restart and is_finished(args.workspace, run):
                 _log.info("%s, fold %s: finished already", args.configuration, fold)
             else:
