@@ -51,7 +51,7 @@ def check(volume: Volume, name: Path | str) -> tuple[Volume, tuple[str, ...]]:
     """
     about_size = _check_size(volume, name)
     sample = _sampled(volume.voxels)
-    whole = bool((sample == np.rint(sample)).all())
+    whole = all(bool((plane == np.rint(plane)).all()) for plane in sample)
     low, high = float(sample.min()), float(sample.max())
     if reason := _why_no_ct(low, high, whole):
         raise InputError(f"{name}: {reason}")
@@ -65,7 +65,8 @@ def check(volume: Volume, name: Path | str) -> tuple[Volume, tuple[str, ...]]:
                 f"expected HU, or HU + {OFFSET_HU}"
             )
         volume = volume.with_voxels(_without_offset(volume.voxels))
-        values = _distribution(sample - OFFSET_HU)
+        sample -= OFFSET_HU
+        values = _distribution(sample)
         mended = [f"stored with {OFFSET_HU} added to HU, which was taken off"]
     if reason := _why_not_hu(values, whole):
         raise InputError(
@@ -215,8 +216,11 @@ class _Distribution:
 
 
 def _distribution(sample: npt.NDArray[np.float32]) -> _Distribution:
-    values = np.clip(np.rint(sample), _LOWEST, _HIGHEST).astype(np.intp).ravel() - _LOWEST
-    counts = np.bincount(values, minlength=_HIGHEST - _LOWEST + 1) / sample.size
+    found = np.zeros(_HIGHEST - _LOWEST + 1, np.intp)
+    for plane in sample:  # numpy counts in 8 bytes a voxel
+        values = np.clip(np.rint(plane), _LOWEST, _HIGHEST).astype(np.intp).ravel() - _LOWEST
+        found += np.bincount(values, minlength=len(found))
+    counts = found / sample.size
     present = np.flatnonzero(counts)
     beside = np.maximum.reduce([np.roll(counts, by) for by in (-3, -2, -1, 1, 2, 3)])
     smooth = np.where((counts > 0.02) & (counts > 5 * beside), 0.0, counts)
