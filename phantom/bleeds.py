@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from phantom.anatomy import Anatomy, enlarge, estimate_anatomy
+from phantom.anatomy import Anatomy, enlarge
 from phantom.head_atlas import smooth_noise
 
 Array = npt.NDArray[np.float32]
@@ -338,46 +338,3 @@ def label(fraction: Array, voxel_ml: float, volume_ml: float) -> npt.NDArray[np.
         return (fraction > 0.25).astype(np.uint8)
     level = float(np.partition(candidates, candidates.size - wanted)[candidates.size - wanted])
     return (fraction >= min(level, 0.65)).astype(np.uint8)
-
-
-def insert_bleed(
-    voxels: npt.NDArray[np.generic],
-    spacing_mm: tuple[float, float, float],
-    *,
-    kind: str,
-    volume_ml: float,
-    rng: np.random.Generator,
-) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]:
-    """Draw a bleed into a real scan, keeping the scan's own noise.
-
-    Args:
-        voxels: HU ``(z, y, x)``, first slice lowest, first row in front, as LPS volumes are.
-        spacing_mm: Voxel size ``(z, y, x)``.
-        kind: One of ``KINDS``.
-        volume_ml: Wanted volume.
-        rng: Draws place and shape.
-
-    Returns:
-        The scan with the bleed, int16, and its mask, uint8, of the same shape.
-
-    Raises:
-        ValueError: No brain is found, or it has no room for the bleed.
-    """
-    hu = voxels.astype(np.float32)
-    anatomy = estimate_anatomy(hu, spacing_mm)
-    bleed = draw_bleed(anatomy, kind=kind, volume_ml=volume_ml, rng=rng)
-    parts = max(round(spacing_mm[0] / 1.25), 1)
-    fine = (hu.shape[0] * parts, (hu.shape[1] + 1) // 2, (hu.shape[2] + 1) // 2)
-    box_ml = float(np.prod(spacing_mm)) * hu.size / 1000
-    fraction = rasterise(bleed, fine, box_ml / float(np.prod(fine)))
-    fraction = enlarge(fraction.reshape(hu.shape[0], parts, *fine[1:]).mean(1), hu.shape)
-    blood = enlarge(bleed.hu, hu.shape)
-    blurred = ndimage.gaussian_filter(hu, (0, 1.6, 1.6))
-    tissue = np.where(
-        np.abs(hu - blurred) < 20, blurred, hu
-    )  # keeps bone's edges out of what is blended
-    inserted = hu - oedema(bleed, fraction, spacing_mm) * (tissue > 10)
-    inserted += fraction * (blood - tissue)
-    fraction = np.where(cannot_be_blood(inserted, spacing_mm), 0, fraction)
-    mask = label(fraction, float(np.prod(spacing_mm)) / 1000, volume_ml)
-    return np.clip(np.round(inserted), -32768, 32767).astype(np.int16), mask

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
 from ichseg.errors import InputError
-from ichseg.scan.volume import read
 from phantom import bleeds, scanner
 from phantom.anatomy import Anatomy, enlarge
+from phantom.background import Background, paint
 from phantom.head import (
     BEND_NODES,
     BEND_STEP_MM,
@@ -33,6 +32,7 @@ _COMPANIONS = {
     "epidural": ("intraparenchymal", "subdural"),
     "subarachnoid": ("intraventricular", "intraparenchymal", "subdural"),
 }
+_TRIES = 6  # a real scan may show no ventricles, or be too small for what was drawn
 _COARSE_MM = (2.5, 1.9)  # slice and in-plane step of the grid that bleeds are drawn on
 
 
@@ -49,8 +49,8 @@ class SynthesisConfig:
     balanced: bool = False
     """One kind a case, the five in turn, instead of drawing kinds and companions by their
     frequency."""
-    background: Path | None = None
-    """A real scan to draw the bleeds into."""
+    backgrounds: tuple[Background, ...] = ()
+    """Real scans to draw the bleeds into, in turn, instead of phantoms."""
     shrink: int = 1
     """Divides the in-plane matrix; above 1 for tests."""
 
@@ -61,7 +61,7 @@ class Case:
 
     Attributes:
         voxels: HU, ``(z, y, x)``.
-        mask: 1 where there is blood, of the same shape.
+        mask: 1 where there is blood, of the same shape; a real scan's own labels are kept.
         spacing_mm: Voxel size ``(z, y, x)``.
         lesions: Kind and wanted volume in mL of each bleed.
         volumes_ml: Labelled volume of each kind.
@@ -78,8 +78,8 @@ def make_case(config: SynthesisConfig, index: int) -> Case:
     """One scan, a function of the configuration and the case's number only."""
     rng = np.random.default_rng([config.seed, index])
     lesions = draw_lesions(config, index, rng)
-    if config.background is not None:
-        return _make_on_background(config.background, lesions, rng)
+    if config.backgrounds:
+        return _make_on_background(config, index, lesions, rng)
     head_parameters = draw_head(rng)
     scan = scanner.draw_scan(head_parameters, rng, shrink=config.shrink)
     return make_phantom(head_parameters, scan, lesions, rng)
@@ -244,24 +244,22 @@ def mass_effect(
 
 
 def _make_on_background(
-    path: Path, lesions: tuple[tuple[str, float], ...], rng: np.random.Generator
+    config: SynthesisConfig,
+    index: int,
+    lesions: tuple[tuple[str, float], ...],
+    rng: np.random.Generator,
 ) -> Case:
-    """Draw the bleeds into a real scan, one after the other."""
-    scan = read(path)
-    if scan.voxels.min() > -500:
-        raise InputError(
-            f"{path}: lowest value {scan.voxels.min()}, expected HU with air around the head"
-        )
-    voxels = scan.voxels.astype(np.int16)
-    mask = np.zeros(voxels.shape, np.uint8)
-    volumes: dict[str, float] = {}
-    for kind, volume in lesions:
-        voxels, added = bleeds.insert_bleed(
-            voxels, scan.spacing_mm, kind=kind, volume_ml=volume, rng=rng
-        )
-        volumes[kind] = volumes.get(kind, 0.0) + float((added & ~mask & 1).sum()) * scan.voxel_ml
-        mask |= added
-    return Case(voxels, mask, scan.spacing_mm, lesions, volumes)
+    """Draw the bleeds into a real scan; others where it has no room for those that were drawn."""
+    background = config.backgrounds[index % len(config.backgrounds)]
+    for _ in range(_TRIES - 1):
+        try:
+            painted = paint(background, lesions, rng)
+            break
+        except InputError:
+            lesions = draw_lesions(config, int(rng.integers(len(bleeds.KINDS))), rng)
+    else:
+        painted = paint(background, lesions, rng)
+    return Case(painted.voxels, painted.labels, painted.spacing_mm, lesions, painted.volumes_ml)
 
 
 def _span(axis: npt.NDArray[np.float32], half_mm: float) -> slice:

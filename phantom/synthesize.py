@@ -21,10 +21,13 @@ import SimpleITK as sitk
 import torch
 
 from ichseg.engine import machine
-from ichseg.errors import DatasetError
+from ichseg.errors import DatasetError, InputError
 from ichseg.scan.volume import Volume
 from phantom import check
+from phantom.background import find_backgrounds
 from phantom.cases import SynthesisConfig, make_case
+
+Row = dict[str, object]  # of cases.csv
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="dataset folder to make; must not exist or be empty"
     )
-    parser.add_argument("--cases", type=int, default=100)
+    parser.add_argument(
+        "--cases",
+        type=int,
+        help="how many [100; with --background FOLDER one for each of its scans]",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=machine.cpus())
     parser.add_argument(
@@ -44,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--balanced", action="store_true", help="the five kinds in turn, one a case"
     )
     parser.add_argument(
-        "--background", type=Path, help="real scan to draw the bleeds into, instead of a phantom"
+        "--background",
+        type=Path,
+        metavar="SCAN|FOLDER",
+        help="real scan to draw the bleeds into, instead of a phantom, or a dataset of such scans; "
+        "their own labels are kept",
     )
     parser.add_argument(
         "--check", type=Path, metavar="CT", help="compare the phantoms with this scan, and stop"
@@ -57,7 +68,9 @@ def main(args: argparse.Namespace) -> int:
         return check.check(args.check, seed=args.seed, picture=args.out)
     if args.out is None:
         raise DatasetError("synthesize needs --out DIR (or --check CT)")
-    config = SynthesisConfig(args.cases, args.seed, args.negatives, args.balanced, args.background)
+    backgrounds = find_backgrounds(args.background) if args.background else ()
+    cases = args.cases or (len(backgrounds) if len(backgrounds) > 1 else 100)
+    config = SynthesisConfig(cases, args.seed, args.negatives, args.balanced, backgrounds)
     write_dataset(config, args.out, workers=args.workers)
     return 0
 
@@ -83,8 +96,13 @@ def write_dataset(config: SynthesisConfig, out: Path, *, workers: int = 1) -> No
         jobs = [(config, index, building) for index in range(config.cases)]
         rows = []
         for row in _run(jobs, workers):
+            if isinstance(row, str):
+                logger.warning("left out: %s", row)
+                continue
             rows.append(row)
             logger.info("%s: %s", row["case"], row["kinds"] or "no bleed")
+        if not rows:
+            raise DatasetError("none of the real scans has room for a bleed")
         _write_tables(config, rows, building)
         building.chmod(0o755)
         if out.exists():
@@ -94,9 +112,7 @@ def write_dataset(config: SynthesisConfig, out: Path, *, workers: int = 1) -> No
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _run(
-    jobs: list[tuple[SynthesisConfig, int, Path]], workers: int
-) -> Iterator[dict[str, object]]:
+def _run(jobs: list[tuple[SynthesisConfig, int, Path]], workers: int) -> Iterator[Row | str]:
     """Make the cases, in order; with one thread each, on which their last bits depend."""
     if workers == 1:
         threads = torch.get_num_threads()
@@ -129,11 +145,19 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _write_case(job: tuple[SynthesisConfig, int, Path]) -> dict[str, object]:
-    """Make one case and write its files; its row of ``cases.csv``."""
+def _write_case(job: tuple[SynthesisConfig, int, Path]) -> Row | str:
+    """Make one case and write its files; its row of ``cases.csv``.
+
+    Of several real scans one without room for a bleed is left out: why comes back instead.
+    """
     config, index, folder = job
-    case = make_case(config, index)
-    name = f"ICH_{index + 1:04d}"
+    try:
+        case = make_case(config, index)
+    except InputError as error:
+        if len(config.backgrounds) < 2:
+            raise
+        return str(error)
+    name, _ = _name_and_group(config, index)
     for part, voxels in (("imagesTr", case.voxels), ("labelsTr", case.mask)):
         _write_nifti(Volume(voxels, case.spacing_mm), folder / part / f"{name}.nii.gz")
     volumes = ";".join(f"{kind}={ml:.3f}" for kind, ml in case.volumes_ml.items())
@@ -144,6 +168,16 @@ def _write_case(job: tuple[SynthesisConfig, int, Path]) -> dict[str, object]:
     }  # fmt: skip
 
 
+def _name_and_group(config: SynthesisConfig, index: int) -> tuple[str, str]:
+    """What a case is called, and whose it is: a scan drawn into is its patient's."""
+    if len(config.backgrounds) < 2:
+        name = f"ICH_{index + 1:04d}"
+        return name, name
+    again, which = divmod(index, len(config.backgrounds))
+    background = config.backgrounds[which]
+    return f"{background.name}_bled{again + 1 if again else ''}", background.group
+
+
 def _write_nifti(volume: Volume, path: Path) -> None:
     """Write packed at the lowest level: noise does not compress anyway, and this is fast."""
     image = sitk.GetImageFromArray(volume.voxels)
@@ -151,20 +185,24 @@ def _write_nifti(volume: Volume, path: Path) -> None:
     sitk.WriteImage(image, str(path), useCompression=True, compressionLevel=1)
 
 
-def _write_tables(config: SynthesisConfig, rows: list[dict[str, object]], folder: Path) -> None:
+def _write_tables(config: SynthesisConfig, rows: list[Row], folder: Path) -> None:
     training = [
         {"image": f"./imagesTr/{row['case']}.nii.gz", "label": f"./labelsTr/{row['case']}.nii.gz"}
         for row in rows
     ]
+    real = len(config.backgrounds) > 1
+    ignore = {"2": "ignore"} if real else {}  # of the backgrounds' own labels
     description = {
         "name": "SyntheticHeadCT",
-        "description": f"Head-CT phantoms with intracranial bleeds, seed {config.seed}",
+        "description": f"Head-CT phantoms with intracranial bleeds, seed {config.seed}"
+        if not real
+        else f"Real head CT with synthetic intracranial bleeds, seed {config.seed}",
         "reference": "anatomy: MNI Colin 27 and ICBM152, see phantom/atlas/README.md",
-        "licence": "Apache-2.0",
+        "licence": "Apache-2.0" if not real else "that of the real scans",
         "release": "1.0",
         "tensorImageSize": "3D",
         "modality": {"0": "CT"},
-        "labels": {"0": "background", "1": "hemorrhage"},
+        "labels": {"0": "background", "1": "hemorrhage"} | ignore,
         "numTraining": len(training),
         "numTest": 0,
         "training": training,
@@ -175,3 +213,9 @@ def _write_tables(config: SynthesisConfig, rows: list[dict[str, object]], folder
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    if real:
+        with (folder / "groups.csv").open("w", newline="") as stream:
+            table = csv.writer(stream, lineterminator="\n")
+            table.writerow(("case", "group"))
+            groups = dict(_name_and_group(config, index) for index in range(config.cases))
+            table.writerows((row["case"], groups[str(row["case"])]) for row in rows)

@@ -13,85 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from ichseg.model.architecture import Architecture
+from ichseg.model.instance_norm import InstanceNorm2d, InstanceNorm3d
 
 _CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED: dict[int, Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _POOL: dict[int, Any] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 LEAKY_SLOPE = 0.01
-
-
-class InstanceNorm2d(nn.InstanceNorm2d):
-    """Instance normalisation in two dimensions, see ``_normalise``."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (the base class' name)
-        """Maps ``(B, C, Y, X)`` to the same shape."""
-        return _normalise(self, input, torch.channels_last)
-
-
-class InstanceNorm3d(nn.InstanceNorm3d):
-    """Instance normalisation in three dimensions, see ``_normalise``."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (the base class' name)
-        """Maps ``(B, C, Z, Y, X)`` to the same shape."""
-        return _normalise(self, input, torch.channels_last_3d)
-
-
-def _normalise(
-    norm: nn.InstanceNorm2d | nn.InstanceNorm3d, x: torch.Tensor, layout: torch.memory_format
-) -> torch.Tensor:
-    """Instance normalisation that leaves channels-last tensors channels-last.
-
-    torch's own rearranges them there and back at each level, a sixth of a training step. On CUDA
-    the batch normalisation of one sample is the same thing, and works in either layout. On the CPU
-    that adds up a channel's voxels one after another in float32: where many are alike, as air is,
-    every addition rounds the same way, and probabilities come out wrong by up to 0.12.
-    """
-    weight, bias, eps = norm.weight, norm.bias, norm.eps
-    if x.is_contiguous() or not x.is_contiguous(memory_format=layout):
-        return functional.instance_norm(x, weight=weight, bias=bias, eps=eps)
-    if x.device.type == "cpu":
-        exact: torch.Tensor = _ChannelsLastNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
-        return exact
-    return torch.cat([
-        functional.batch_norm(sample, None, None, weight, bias, training=True, eps=eps)
-        for sample in torch.split(x, 1)
-    ])  # fmt: skip
-
-
-class _ChannelsLastNorm(torch.autograd.Function):
-    """Instance normalisation in the layout of its input, from means that are added up pairwise."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        """Maps ``(B, C, *size)`` to the same shape."""
-        axes = tuple(range(2, x.ndim))
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normal = wide - wide.mean(axes, keepdim=True)
-        inverse = (normal.square().mean(axes, keepdim=True) + eps).rsqrt()
-        normal *= inverse
-        shape = (1, -1) + (1,) * len(axes)
-        ctx.save_for_backward(normal, inverse, weight)
-        return torch.addcmul(bias.view(shape), normal, weight.view(shape)).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of the input, the weight and the bias."""
-        normal, inverse, weight = ctx.saved_tensors
-        axes = tuple(range(2, normal.ndim))
-        given = gradient.to(normal.dtype)
-        along = (given * normal).mean(axes, keepdim=True)  # (B, C, 1, ...)
-        mean = given.mean(axes, keepdim=True)
-        of_input = given - mean
-        of_input -= normal * along
-        of_input *= inverse * weight.view_as(along[:1])
-        voxels = normal[0, 0].numel()
-        of_weight, of_bias = (part.sum(0).flatten() * voxels for part in (along, mean))
-        return of_input.to(gradient.dtype), of_weight, of_bias, None
 
 
 _NORM: dict[int, Any] = {2: InstanceNorm2d, 3: InstanceNorm3d}

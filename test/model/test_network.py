@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ichseg.model.architecture import Architecture
-from ichseg.model.network import InstanceNorm2d, InstanceNorm3d, build_network
+from ichseg.model.instance_norm import InstanceNorm2d, InstanceNorm3d
+from ichseg.model.network import build_network
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 # made by benchmarks/nnunetv2_networks.py, of nnunetv2's own planners and networks

@@ -91,10 +91,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ct-ich", type=Path, metavar="FOLDER", help="brain/ and hemorrhage_diagnosis.csv"
     )
     parser.add_argument(
-        "--also", type=Path, metavar="FOLDER", help="another dataset to add, such as phantoms"
+        "--also",
+        type=Path,
+        metavar="FOLDER",
+        nargs="+",
+        default=[],
+        help="other datasets to add, such as phantoms; groups.csv in one says whose its cases are",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to make, in MSD layout")
     parser.add_argument("--seed", type=int, default=1, help="of the copies")
+    parser.add_argument(
+        "--copies",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="beside each scan one as people hand scans in",
+    )
     parser.add_argument("--workers", type=int, default=2)
 
 
@@ -106,6 +117,7 @@ def main(args: argparse.Namespace) -> int:
         ct_ich=args.ct_ich,
         also=args.also,
         seed=args.seed,
+        copies=args.copies,
         workers=args.workers,
     )
     return 0
@@ -116,8 +128,9 @@ def write_dataset(
     *,
     phe_sich: Path | None = None,
     ct_ich: Path | None = None,
-    also: Path | None = None,
+    also: Sequence[Path] = (),
     seed: int = 1,
+    copies: bool = True,
     workers: int = 1,
 ) -> None:
     """Write every scan and its copy, ``dataset.json``, ``groups.csv`` and a record of each case.
@@ -133,14 +146,14 @@ def write_dataset(
     scans = [
         *(find_phe_sich(phe_sich) if phe_sich else ()),
         *(find_ct_ich(ct_ich) if ct_ich else ()),
-        *(find_others(also) if also else ()),
+        *(scan for folder in also for scan in find_others(folder)),
     ]
     if not scans:
         raise DatasetError("nothing to make: name --phe-sich, --ct-ich or --also")
     for name in ("imagesTr", "labelsTr"):
         (out / name).mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, str]] = []
-    made = each_case(_make, scans, out, seed, workers=workers)
+    made = each_case(_make, scans, out, seed, copies, workers=workers)
     for scan, found in with_progress(made, len(scans), "scans"):
         if isinstance(found, Exception):
             raise DatasetError(f"{scan.name}: {found}") from found
@@ -209,12 +222,18 @@ def find_ct_ich(folder: Path) -> list[Scan]:
 
 
 def find_others(folder: Path) -> list[Scan]:
-    """The cases of another dataset of one channel; each is a patient of its own."""
+    """The cases of another dataset of one channel.
+
+    Each is a patient of its own, unless ``groups.csv`` beside them says whose it is.
+    """
     source = read_source(folder)
     if len(source.channels) != 1:
         raise DatasetError(f"{folder}: {len(source.channels)} channels, expected 1")
+    groups = {case.name: case.name for case in source.cases}
+    if (folder / GROUPS_FILE).exists():
+        groups |= {r["case"]: r["group"] for r in _rows(folder / GROUPS_FILE, ("case", "group"))}
     return [
-        Scan(case.name, case.name, "other", (case.images[0], case.label))
+        Scan(case.name, groups[case.name], "other", (case.images[0], case.label))
         for case in source.cases
         if case.label is not None
     ]
@@ -279,13 +298,14 @@ def as_handed_in(scan: Labelled, generator: np.random.Generator) -> tuple[Labell
     return Labelled(hu.astype(np.float32), labels, scan.spacing_mm), "; ".join(said) or "as it is"
 
 
-def _make(scan: Scan, out: Path, seed: int) -> list[dict[str, str]]:
-    """Write a scan and its copy, and tell of both."""
+def _make(scan: Scan, out: Path, seed: int, copies: bool) -> list[dict[str, str]]:
+    """Write a scan and, if wanted, its copy, and tell of both."""
     labelled = load(scan)
     generator = np.random.default_rng([seed, zlib.crc32(scan.name.encode())])
     copy, how = as_handed_in(labelled, generator)
     rows = []
-    for name, each, said in ((scan.name, labelled, ""), (f"{scan.name}_copy", copy, how)):
+    made = ((scan.name, labelled, ""), (f"{scan.name}_copy", copy, how))
+    for name, each, said in made[: 2 if copies else 1]:
         _write(out / "imagesTr" / f"{name}.nii.gz", np.rint(each.hu).astype(np.int16), each)
         _write(out / "labelsTr" / f"{name}.nii.gz", each.labels, each)
         voxel_ml = float(np.prod(each.spacing_mm)) / 1000

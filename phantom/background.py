@@ -1,0 +1,193 @@
+"""Bleeds drawn into real scans, which keep their own noise, skull and everything else.
+
+A scan whose values were cut to a window, as public sets are published, serves as well: bone that
+saturates is given the density of bone for as long as it takes to find the brain.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from ichseg.errors import DatasetError, InputError
+from ichseg.scan.volume import Volume, read
+from phantom.anatomy import enlarge, estimate_anatomy
+from phantom.bleeds import cannot_be_blood, draw_bleed, label, oedema, rasterise
+
+_BONE_HU, _AIR_HU = 900.0, -1000.0
+_WINDOW_TOP = (70, 130)  # where the upper end of a window lies whose bone saturates, in HU
+_SKULL_PIXELS = 300  # a saturated piece of a slice is skull from this on; less is a calcification
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """A real scan to draw bleeds into.
+
+    Attributes:
+        name: The name of its case.
+        group: Its patient: what is drawn into it belongs to the same fold.
+        image: Its file.
+        label: The file of its labels, which are kept where nothing is drawn; None for none.
+    """
+
+    name: str
+    group: str
+    image: Path
+    label: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Painted:
+    """A real scan with bleeds in it.
+
+    Attributes:
+        voxels: HU, ``(z, y, x)``.
+        labels: The scan's own labels, and 1 where blood was drawn.
+        spacing_mm: Voxel size ``(z, y, x)``.
+        volumes_ml: Labelled volume of each kind that was drawn.
+    """
+
+    voxels: npt.NDArray[np.int16]
+    labels: npt.NDArray[np.uint8]
+    spacing_mm: tuple[float, float, float]
+    volumes_ml: dict[str, float]
+
+
+def find_backgrounds(path: Path) -> tuple[Background, ...]:
+    """The scan of that name, or all training scans of a folder in MSD layout.
+
+    Raises:
+        DatasetError: The folder is no such dataset, or ``groups.csv`` beside it misses a case.
+    """
+    if not path.is_dir():
+        return (Background(path.name, path.name, path),)
+    try:
+        table = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
+        files = [(path / each["image"], path / each["label"]) for each in table["training"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{path}: expected a scan or a folder in MSD layout: {error!r}"
+        ) from error
+    names = [image.name.removesuffix(".gz").removesuffix(".nii") for image, _ in files]
+    groups = {name: name for name in names}
+    if (path / "groups.csv").is_file():
+        with (path / "groups.csv").open(newline="", encoding="utf-8") as stream:
+            groups = {row["case"]: row["group"] for row in csv.DictReader(stream)}
+    missing = [name for name in names if name not in groups]
+    if missing:
+        raise DatasetError(f"{path / 'groups.csv'}: no row for case {missing[0]}")
+    return tuple(
+        Background(name, groups[name], *pair) for name, pair in zip(names, files, strict=True)
+    )
+
+
+def paint(
+    background: Background, lesions: tuple[tuple[str, float], ...], rng: np.random.Generator
+) -> Painted:
+    """Draw bleeds into a real scan, one after the other.
+
+    Args:
+        background: The scan.
+        lesions: Kind and wanted volume in mL of each bleed.
+        rng: Draws places and shapes.
+
+    Raises:
+        InputError: The file is no CT, its brain is not found, or it has no room for the bleed.
+    """
+    scan = read(background.image)
+    voxels, window = unwindowed(scan, background.image)
+    labels = np.zeros(voxels.shape, np.uint8)
+    if background.label is not None:
+        labels = read(background.label).voxels.astype(np.uint8)
+    volumes: dict[str, float] = {}
+    for kind, volume_ml in lesions:
+        try:
+            voxels, added = insert_bleed(
+                voxels, scan.spacing_mm, kind=kind, volume_ml=volume_ml, rng=rng
+            )
+        except ValueError as error:
+            raise InputError(f"{background.image}: {error}") from error
+        blood = (added != 0) & (labels != 1)
+        volumes[kind] = volumes.get(kind, 0.0) + float(blood.sum()) * scan.voxel_ml
+        labels[blood] = 1
+    if window is not None:
+        voxels = np.clip(voxels, *window)
+    return Painted(voxels.astype(np.int16), labels, scan.spacing_mm, volumes)
+
+
+def unwindowed(scan: Volume, path: Path) -> tuple[npt.NDArray[np.int16], tuple[int, int] | None]:
+    """HU with air and bone as such, and the ends of the window that the scan had been cut to.
+
+    Raises:
+        InputError: The values are neither HU with air around the head nor a window of them.
+    """
+    voxels = np.round(scan.voxels.astype(np.float32)).astype(np.int16)
+    low, top = int(voxels.min()), int(voxels.max())
+    if low <= -500:
+        return voxels, None
+    if not (-100 <= low <= 0 and _WINDOW_TOP[0] <= top <= _WINDOW_TOP[1]):
+        raise InputError(
+            f"{path}: values from {low} to {top}, expected HU with air around the head, or a "
+            "window of them whose bone saturates"
+        )
+    skull = np.zeros(voxels.shape, bool)
+    inside = np.zeros(voxels.shape, bool)
+    for z, plane in enumerate(np.asarray(voxels >= top, bool)):
+        parts, count = ndimage.label(plane, np.ones((3, 3)))
+        if count:
+            sizes = ndimage.sum_labels(plane, parts, range(1, count + 1))
+            skull[z] = np.isin(parts, 1 + np.flatnonzero(np.asarray(sizes) > _SKULL_PIXELS))
+        closed = ndimage.binary_closing(skull[z], iterations=3)
+        inside[z] = np.asarray(ndimage.binary_fill_holes(closed), bool)
+    voxels[skull] = _BONE_HU
+    voxels[(voxels <= low) & ~inside] = _AIR_HU
+    return voxels, (low, top)
+
+
+def insert_bleed(
+    voxels: npt.NDArray[np.generic],
+    spacing_mm: tuple[float, float, float],
+    *,
+    kind: str,
+    volume_ml: float,
+    rng: np.random.Generator,
+) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]:
+    """Draw a bleed into a real scan, keeping the scan's own noise.
+
+    Args:
+        voxels: HU ``(z, y, x)``, first slice lowest, first row in front, as LPS volumes are.
+        spacing_mm: Voxel size ``(z, y, x)``.
+        kind: One of ``KINDS``.
+        volume_ml: Wanted volume.
+        rng: Draws place and shape.
+
+    Returns:
+        The scan with the bleed, int16, and its mask, uint8, of the same shape.
+
+    Raises:
+        ValueError: No brain is found, or it has no room for the bleed.
+    """
+    hu = voxels.astype(np.float32)
+    anatomy = estimate_anatomy(hu, spacing_mm)
+    bleed = draw_bleed(anatomy, kind=kind, volume_ml=volume_ml, rng=rng)
+    parts = max(round(spacing_mm[0] / 1.25), 1)
+    fine = (hu.shape[0] * parts, (hu.shape[1] + 1) // 2, (hu.shape[2] + 1) // 2)
+    box_ml = float(np.prod(spacing_mm)) * hu.size / 1000
+    fraction = rasterise(bleed, fine, box_ml / float(np.prod(fine)))
+    fraction = enlarge(fraction.reshape(hu.shape[0], parts, *fine[1:]).mean(1), hu.shape)
+    blood = enlarge(bleed.hu, hu.shape)
+    blurred = ndimage.gaussian_filter(hu, (0, 1.6, 1.6))
+    tissue = np.where(
+        np.abs(hu - blurred) < 20, blurred, hu
+    )  # keeps bone's edges out of what is blended
+    inserted = hu - oedema(bleed, fraction, spacing_mm) * (tissue > 10)
+    inserted += fraction * (blood - tissue)
+    fraction = np.where(cannot_be_blood(inserted, spacing_mm), 0, fraction)
+    mask = label(fraction, float(np.prod(spacing_mm)) / 1000, volume_ml)
+    return np.clip(np.round(inserted), -32768, 32767).astype(np.int16), mask

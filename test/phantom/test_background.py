@@ -1,0 +1,173 @@
+"""Bleeds drawn into real scans; a head made by hand stands for them."""
+
+import csv
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from helpers.hand_made_head import SPACING_MM, hand_made_head
+from scipy import ndimage
+
+from ichseg.errors import DatasetError, InputError
+from ichseg.scan.volume import read
+from phantom import bleeds
+from phantom.background import Background, find_backgrounds, insert_bleed, paint
+from phantom.cases import SynthesisConfig
+from phantom.synthesize import write_dataset
+
+
+@pytest.fixture(scope="module")
+def scan():
+    return hand_made_head()
+
+
+def write(path, voxels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(voxels)
+    image.SetSpacing(SPACING_MM[::-1])
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+@pytest.mark.parametrize("kind", bleeds.KINDS)
+def test_inserted_bleed_has_its_volume_and_only_changes_its_place(scan, kind):
+    after, mask = insert_bleed(
+        scan, SPACING_MM, kind=kind, volume_ml=8.0, rng=np.random.default_rng(2)
+    )
+    bleed = mask > 0
+    assert bleed.sum() * np.prod(SPACING_MM) / 1000 == pytest.approx(8.0, rel=0.2)
+    assert 45 <= after[bleed].mean() <= 95
+    assert (after[bleed].astype(int) - scan[bleed]).mean() > 10
+    assert (
+        2.0
+        < (after[bleed] - ndimage.uniform_filter(after.astype(float), (0, 3, 3))[bleed]).std()
+        < 8
+    )
+    bone = scan > 500
+    np.testing.assert_array_equal(after[scan < -500], scan[scan < -500])
+    assert np.abs(after[bone].astype(int) - scan[bone]).mean() < 5
+
+
+@pytest.mark.parametrize("kind", ["subdural", "epidural"])
+def test_bleeds_at_the_skull_touch_it(scan, kind):
+    _, mask = insert_bleed(
+        scan, SPACING_MM, kind=kind, volume_ml=20.0, rng=np.random.default_rng(7)
+    )
+    grown = ndimage.binary_dilation(mask > 0, np.ones((1, 3, 3)), iterations=4)
+    falx = np.abs(np.argwhere(mask)[:, 2].mean() - 80) < 15
+    assert falx or (grown & (scan > 500)).any()
+
+
+def test_ventricular_blood_stays_in_the_ventricles(scan):
+    _, mask = insert_bleed(
+        scan, SPACING_MM, kind="intraventricular", volume_ml=6.0, rng=np.random.default_rng(1)
+    )
+    assert (scan[mask > 0] < 18).mean() > 0.9  # it lies where fluid was
+
+
+def test_same_generator_same_bleed(scan):
+    runs = [
+        insert_bleed(scan, SPACING_MM, kind="epidural", volume_ml=4.0, rng=np.random.default_rng(9))
+        for _ in range(2)
+    ]
+    np.testing.assert_array_equal(runs[0][0], runs[1][0])
+    np.testing.assert_array_equal(runs[0][1], runs[1][1])
+
+
+def test_unknown_kind_and_volume_are_refused(scan):
+    with pytest.raises(ValueError, match="'stroke', expected one of"):
+        insert_bleed(scan, SPACING_MM, kind="stroke", volume_ml=4.0, rng=np.random.default_rng(9))
+    with pytest.raises(ValueError, match="at most 155"):
+        insert_bleed(
+            scan, SPACING_MM, kind="subdural", volume_ml=400.0, rng=np.random.default_rng(9)
+        )
+
+
+def test_a_scan_without_brain_is_refused():
+    air = np.full((10, 64, 64), -1000, np.int16)
+    with pytest.raises(ValueError, match="no brain found"):
+        insert_bleed(air, SPACING_MM, kind="subdural", volume_ml=4.0, rng=np.random.default_rng(9))
+
+
+@pytest.mark.parametrize("window", [(-20, 100), (0, 80)])
+def test_a_scan_cut_to_a_window_is_drawn_into_as_well(scan, window, tmp_path):
+    cut = write(tmp_path / "cut.nii.gz", np.clip(scan, *window))
+    whole = write(tmp_path / "whole.nii.gz", scan)
+    made = [
+        paint(Background("a", "a", path), (("subdural", 20.0),), np.random.default_rng(4))
+        for path in (cut, whole)
+    ]
+    found, expected = (each.labels == 1 for each in made)
+    assert 2 * (found & expected).sum() / (found.sum() + expected.sum()) > 0.85
+    both = found & expected
+    apart = made[0].voxels[both].astype(int) - made[1].voxels[both].clip(*window)
+    assert np.abs(apart).mean() < 4
+    assert (made[0].voxels.min(), made[0].voxels.max()) == window
+    bone = (scan > 500) & ~ndimage.binary_dilation(found, iterations=3)
+    assert (made[0].voxels[bone] == window[1]).all()
+    assert made[0].volumes_ml["subdural"] == pytest.approx(found.sum() * 0.005)
+
+
+def test_labels_of_the_scan_are_kept(scan, tmp_path):
+    labels = np.zeros(scan.shape, np.uint8)
+    labels[14:16, 60:70, 60:70] = 1
+    labels[10:20, 80:170, 120:150] = 2
+    background = Background(
+        "a", "a", write(tmp_path / "a.nii.gz", scan), write(tmp_path / "b.nii.gz", labels)
+    )
+    painted = paint(background, (("epidural", 25.0),), np.random.default_rng(9))
+    drawn = (painted.labels == 1) & (labels != 1)
+    assert drawn.sum() * 0.005 == pytest.approx(25, rel=0.2)
+    np.testing.assert_array_equal(painted.labels[~drawn], labels[~drawn])
+
+
+def test_values_that_are_no_window_are_refused(scan, tmp_path):
+    path = write(tmp_path / "a.nii.gz", np.clip(scan, 0, 255))
+    with pytest.raises(InputError, match=r"a\.nii\.gz: values from 0 to 255, expected HU"):
+        paint(Background("a", "a", path), (("epidural", 25.0),), np.random.default_rng(9))
+
+
+def test_a_scan_without_brain_is_named(tmp_path):
+    path = write(tmp_path / "air.nii.gz", np.full((10, 64, 64), -1000, np.int16))
+    with pytest.raises(InputError, match=r"air\.nii\.gz: no brain found"):
+        paint(Background("a", "a", path), (("subdural", 4.0),), np.random.default_rng(9))
+
+
+@pytest.fixture
+def backgrounds(scan, tmp_path):
+    """Two scans of one patient, and one in which no brain is found."""
+    folder = tmp_path / "real"
+    air = np.full(scan.shape, -1000, np.int16)
+    for name, voxels in (("p_1", scan), ("p_2", scan), ("q", air)):
+        write(folder / "imagesTr" / f"{name}.nii.gz", voxels)
+        write(folder / "labelsTr" / f"{name}.nii.gz", np.zeros(scan.shape, np.uint8))
+    entries = ", ".join(
+        f'{{"image": "./imagesTr/{n}.nii.gz", "label": "./labelsTr/{n}.nii.gz"}}'
+        for n in ("p_1", "p_2", "q")
+    )
+    (folder / "dataset.json").write_text(f'{{"training": [{entries}]}}')
+    (folder / "groups.csv").write_text("case,group\np_1,p\np_2,p\nq,q\n")
+    return folder
+
+
+def test_a_dataset_of_real_scans_becomes_one_with_bleeds(backgrounds, tmp_path, caplog):
+    found = find_backgrounds(backgrounds)
+    config = SynthesisConfig(6, 3, negatives=0.0, balanced=True, backgrounds=found)
+    write_dataset(config, tmp_path / "out")
+    with (tmp_path / "out" / "groups.csv").open() as stream:
+        groups = {row["case"]: row["group"] for row in csv.DictReader(stream)}
+    assert groups == dict.fromkeys(("p_1_bled", "p_2_bled", "p_1_bled2", "p_2_bled2"), "p")
+    assert caplog.text.count("q.nii.gz: no brain found") == 2
+    for name in groups:
+        assert read(tmp_path / "out" / "labelsTr" / f"{name}.nii.gz").voxels.any()
+
+
+def test_a_patient_without_a_group_is_refused(backgrounds):
+    (backgrounds / "groups.csv").write_text("case,group\np_1,p\n")
+    with pytest.raises(DatasetError, match=r"groups\.csv: no row for case p_2"):
+        find_backgrounds(backgrounds)
+
+
+def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
+    with pytest.raises(DatasetError, match="expected a scan or a folder in MSD layout"):
+        find_backgrounds(tmp_path)
