@@ -152,8 +152,10 @@ def test_each_parameter_is_registered_once():
     assert len(set(pointers)) == len(names)
 
 
+@pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("size", [(5, 6), (3, 5, 6)])
-def test_normalisation_is_torchs_own_and_keeps_the_layout(size):
+def test_normalisation_is_torchs_own_and_keeps_the_layout(size, compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     ours = (InstanceNorm2d if len(size) == 2 else InstanceNorm3d)(4, affine=True)
     theirs = (nn.InstanceNorm2d if len(size) == 2 else nn.InstanceNorm3d)(4, affine=True)
     torch.manual_seed(1)
@@ -172,16 +174,18 @@ def test_normalisation_is_torchs_own_and_keeps_the_layout(size):
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "channels last, compiled"])
 @pytest.mark.parametrize("size", [(192, 192), (16, 96, 96)])
-def test_normalisation_is_exact_where_most_voxels_are_alike(size, layout):
+def test_normalisation_is_exact_where_most_voxels_are_alike(size, layout, monkeypatch):
     """A tile of air: four fifths of a channel are one number, which no rounding may favour."""
     norm = (InstanceNorm2d if len(size) == 2 else InstanceNorm3d)(8, affine=True)
     torch.manual_seed(2)
     x = torch.randn(2, 8, *size)
     x[..., : size[-1] * 4 // 5] = -70.3
     given = torch.randn(x.shape)
-    if layout == "channels last":
+    # what a compiler is given, here without one
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: "compiled" in layout)
+    if layout != "contiguous":
         kept = torch.channels_last if len(size) == 2 else torch.channels_last_3d
         x, given = x.contiguous(memory_format=kept), given.contiguous(memory_format=kept)
     exact = x.double().requires_grad_()
