@@ -114,6 +114,13 @@ def _add_choices(group: argparse._ArgumentGroup) -> None:
         "several times slower (default auto)",
     )
     group.add_argument(
+        "--precision",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="of convolutions; auto takes float16 on a GPU, and on a CPU bfloat16 if the processor "
+        "computes it itself, which is about twice as fast, else float32 (default auto)",
+    )
+    group.add_argument(
         "--time-budget",
         type=_seconds,
         metavar="SECONDS",

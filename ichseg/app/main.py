@@ -161,7 +161,7 @@ def load(arguments: argparse.Namespace) -> Ensemble:
     """The networks of the chosen bundle, on the chosen device."""
     from ichseg.predict.ensemble import Ensemble
 
-    return Ensemble.load(weights.choose(arguments.weights), arguments.device)
+    return Ensemble.load(weights.choose(arguments.weights), arguments.device, arguments.precision)
 
 
 def segment(
@@ -214,7 +214,7 @@ def segment(
             "version": __version__,
             "model_sha256": model_sha256,
             "engine": ensemble.engine.kind,
-            "precision": "float16" if ensemble.engine.kind == "cuda" else "float32",
+            "precision": ensemble.engine.precision,
             "preset": arguments.preset,
             "time_budget_s": budget_s,
         },

@@ -11,37 +11,42 @@ from ichseg.engine.machine import cpu_threads
 from ichseg.errors import DeviceError
 
 DEVICES = ("auto", "cpu", "cuda", "torch-cpu")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-def choose_engine(device: str) -> Engine:
+def choose_engine(device: str, precision: str = "auto") -> Engine:
     """The engine for a device; neither torch nor OpenVINO is imported where the other one runs.
 
     Args:
         device: ``auto`` (CUDA if there is a GPU and torch can use it, else ``cpu``), ``cpu``
             (OpenVINO; torch if that is not installed), ``cuda``, or ``torch-cpu`` (the reference).
+        precision: Of convolutions. ``auto`` is float16 on CUDA, float32 by torch on the CPU, and by
+            OpenVINO bfloat16 on processors that compute it themselves, else float32.
 
     Raises:
-        DeviceError: Another word; or CUDA was asked for and is not usable.
+        DeviceError: Another word; or CUDA was asked for and is not usable; or torch on the CPU was
+            asked for bfloat16.
     """
-    if device not in DEVICES:
-        raise DeviceError(f"device {device!r}, expected one of {', '.join(DEVICES)}")
+    for word, given, known in (("device", device, DEVICES), ("precision", precision, PRECISIONS)):
+        if given not in known:
+            raise DeviceError(f"{word} {given!r}, expected one of {', '.join(known)}")
     notes = []
     if device == "cuda" or (device == "auto" and gpu_is_there()):
         from ichseg.engine import torch_engine
 
         if device == "cuda" or torch_engine.cuda_is_usable():
-            return torch_engine.engine_on(torch_engine.choose_device("cuda"))
+            return torch_engine.engine_on(torch_engine.choose_device("cuda"), precision)
         notes.append("; there is a GPU, but torch cannot use it, see --device cuda")
     if device != "torch-cpu":
         from ichseg.engine import openvino_engine
 
         try:
-            return _noted(openvino_engine.engine(cpu_threads()), notes)
+            return _noted(openvino_engine.engine(cpu_threads(), precision), notes)
         except ImportError as error:
             notes.append(f"; not by OpenVINO, which cannot be loaded ({error})")
     from ichseg.engine import torch_engine
 
-    return _noted(torch_engine.engine_on(torch_engine.choose_device("cpu")), notes)
+    return _noted(torch_engine.engine_on(torch_engine.choose_device("cpu"), precision), notes)
 
 
 def gpu_is_there() -> bool:

@@ -66,6 +66,7 @@ class Engine:
         kind: ``openvino``, ``torch-cpu`` or ``cuda``.
         keep: Like ``place``, but on the host, where scores are then added up as well: slower, for
             volumes that a GPU's memory does not hold.
+        precision: What its convolutions are computed in: ``float32``, ``bfloat16`` or ``float16``.
         free_bytes: Gives the free bytes of a GPU's memory; None for the CPU.
         memory_full: What is raised where a GPU's memory is full; nothing for OpenVINO.
         guard: A context around all that touches the device. A GPU that is lost is a
@@ -77,6 +78,7 @@ class Engine:
     load: Callable[[NetworkSpec, Mapping[str, FloatArray]], LoadedNetwork]
     kind: str
     keep: Callable[[FloatArray], Grid]
+    precision: str
     free_bytes: Callable[[], int | None]
     memory_full: tuple[type[Exception], ...] = ()
     guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext

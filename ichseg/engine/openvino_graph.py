@@ -41,18 +41,20 @@ def import_openvino() -> ModuleType:
     return module
 
 
-def build(spec: NetworkSpec, state: Mapping[str, FloatArray]) -> Any:
+def build(spec: NetworkSpec, state: Mapping[str, FloatArray], precision: str = "float32") -> Any:
     """An ``openvino.Model`` from one tile ``(1, C, *patch)`` to its scores ``(1, K, *patch)``.
 
     Args:
         spec: The network; its scores are probabilities if these are to be averaged.
         state: The network's tensors, by the names of ``network.UNet``.
+        precision: Of the convolutions, ``float32`` or ``bfloat16``. All between them, the means of
+            the normalisation above all, and the scores stay in float32.
 
     Raises:
         ValueError: A tensor is missing, left over or of another shape.
     """
     a = spec.architecture
-    graph = _Graph(import_openvino(), state, a.dimensions)
+    graph = _Graph(import_openvino(), state, a.dimensions, half=precision == "bfloat16")
     ones = (1,) * a.dimensions
     entry = graph.op.parameter([1, spec.input_channels, *spec.tile[-a.dimensions :]], np.float32)
     x, inputs = entry, spec.input_channels
@@ -76,6 +78,7 @@ def build(spec: NetworkSpec, state: Mapping[str, FloatArray]) -> Any:
         x = graph.block(
             both, f"decoder.{i}", 2 * features, features, a.kernels[i], ones, a.decoder_convs[i]
         )
+    graph.half = False  # what decides
     x = graph.convolution(x, "heads.0", a.features[0], spec.scores, ones, ones)
     if a.head_bias:
         x = graph.add_bias(x, "heads.0.bias", spec.scores)
@@ -104,12 +107,18 @@ class _Graph:
     """Layers, which take their tensors out of ``state``."""
 
     def __init__(
-        self, openvino: ModuleType, state: Mapping[str, FloatArray], dimensions: int
+        self,
+        openvino: ModuleType,
+        state: Mapping[str, FloatArray],
+        dimensions: int,
+        *,
+        half: bool,
     ) -> None:
         self.openvino: Any = openvino
         self.op: Any = openvino.opset13
         self.state = dict(state)
         self.dimensions = dimensions
+        self.half = half
         self.zeros = [0] * dimensions
 
     def take(self, name: str, *shape: int) -> FloatArray:
@@ -124,6 +133,14 @@ class _Graph:
     def channels(self, values: FloatArray) -> Any:
         """A constant with a value for each channel."""
         return self.op.constant(values.reshape(1, -1, *(1,) * self.dimensions))
+
+    def narrow(self, x: Any) -> Any:
+        """What goes into a convolution, in its precision."""
+        return self.op.convert(x, "bf16") if self.half else x
+
+    def wide(self, x: Any) -> Any:
+        """What comes out of a convolution, in float32."""
+        return self.op.convert(x, "f32") if self.half else x
 
     def convolution(
         self,
@@ -143,8 +160,10 @@ class _Graph:
         parts, first = [], 0
         for part in x if isinstance(x, list) else [x]:
             last = first + part.get_output_shape(0)[1]
-            own = self.op.constant(np.ascontiguousarray(weight[:, first:last]))
-            parts.append(self.op.convolution(part, own, list(stride), padding, padding, dilations))
+            own = self.narrow(self.op.constant(np.ascontiguousarray(weight[:, first:last])))
+            part = self.narrow(part)
+            part = self.op.convolution(part, own, list(stride), padding, padding, dilations)
+            parts.append(self.wide(part))
             first = last
         return parts[0] if len(parts) == 1 else self.op.add(*parts)
 
@@ -155,7 +174,8 @@ class _Graph:
         self, x: Any, name: str, inputs: int, features: int, stride: tuple[int, ...], bias: bool
     ) -> Any:
         weight = self.take(f"{name}.weight", inputs, features, *stride)
-        x = self.op.convolution_backprop_data(x, self.op.constant(weight), list(stride))
+        own = self.narrow(self.op.constant(weight))
+        x = self.wide(self.op.convolution_backprop_data(self.narrow(x), own, list(stride)))
         return self.add_bias(x, f"{name}.bias", features) if bias else x
 
     def normalise(self, x: Any, name: str, features: int) -> Any:

@@ -1,4 +1,4 @@
-"""torch: on CUDA in half precision, on the CPU as the reference."""
+"""torch: on CUDA in half precision unless told otherwise, on the CPU as the reference."""
 
 from __future__ import annotations
 
@@ -14,25 +14,41 @@ from ichseg.engine.engine import Engine, LoadedNetwork, NetworkSpec, tiles_at_on
 from ichseg.engine.machine import cpu_threads
 from ichseg.errors import DeviceError
 from ichseg.model.network import build_network
+from ichseg.wording import counted
 
 MOST_GPU_VOXELS = 16_000_000  # 10 tiles of 16x320x320: larger batches are no faster
 _GPU_SHARE = 0.7  # of the free memory for a batch; the volume's scores need some too
 
 _GPU_FAILED = re.compile(r"CUDA (driver )?error|CUDNN_STATUS_|CUBLAS_STATUS_|CUFFT_")
 
+_HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": None}
+
 TensorCallable = Callable[[torch.Tensor], torch.Tensor]
 
 
-def engine_on(device: torch.device) -> Engine:
-    """The engine; on the CPU with the threads that this process may really use."""
+def engine_on(device: torch.device, precision: str = "auto") -> Engine:
+    """The engine; on the CPU with the threads that this process may really use.
+
+    Args:
+        device: Where it runs.
+        precision: Of convolutions, see ``choose_engine``.
+
+    Raises:
+        DeviceError: bfloat16 on the CPU, where torch is the reference.
+    """
+    if device.type == "cpu" and precision == "bfloat16":
+        raise DeviceError("precision bfloat16: torch on the CPU is the reference, in float32 only")
+    if precision == "auto":
+        precision = "float16" if device.type == "cuda" else "float32"
     if device.type == "cpu":
         torch.set_num_threads(cpu_threads())
     return Engine(
-        name=describe(device),
+        name=f"{describe(device)}, {precision}",
         place=lambda data: torch.from_numpy(data).to(device),
-        load=functools.partial(_load, device),
+        load=functools.partial(_load, device, _HALVES[precision]),
         kind="cuda" if device.type == "cuda" else "torch-cpu",
         keep=torch.from_numpy,
+        precision=precision,
         free_bytes=functools.partial(_free_bytes, device),
         memory_full=(torch.cuda.OutOfMemoryError, DeviceError),
         guard=gpu_guard,
@@ -89,7 +105,7 @@ def describe(device: torch.device) -> str:
     version = torch.__version__.split("+")[0]
     if device.type == "cuda":
         return f"torch {version} on {torch.cuda.get_device_name(device)}"
-    return f"torch {version} on the CPU, {torch.get_num_threads()} threads, float32"
+    return f"torch {version} on the CPU, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def tensors(state: Mapping[str, FloatArray]) -> dict[str, torch.Tensor]:
@@ -97,22 +113,30 @@ def tensors(state: Mapping[str, FloatArray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in state.items()}
 
 
-def on_tiles(network: torch.nn.Module, device: torch.device, *, average: str) -> TensorCallable:
+def on_tiles(
+    network: torch.nn.Module,
+    device: torch.device,
+    *,
+    average: str,
+    half: torch.dtype | None = torch.float16,
+) -> TensorCallable:
     """A network as a callable on tiles: ``(B, C, Z, Y, X)`` to float32 scores ``(B, K, Z, Y, X)``.
 
-    A 2D network gets its one-slice tiles without the slice axis. On CUDA it runs in fp16 autocast,
-    and the tiles whose logits are not finite are redone in fp32; a batch that does not fit the
+    A 2D network gets its one-slice tiles without the slice axis. On CUDA it runs in autocast, and
+    the tiles whose logits are not finite are redone in fp32; a batch that does not fit the
     memory is halved.
 
     Args:
         network: A ``UNet`` with its weights; moved to ``device`` and set to evaluation.
         device: The device to run on. Tiles may be elsewhere; their scores are returned to there.
         average: ``probabilities`` (softmax is applied here) or ``logits``.
+        half: What autocast computes in on CUDA; None for float32. On the CPU it is float32.
     """
     two_dimensional = next(p for p in network.parameters() if p.ndim > 2).ndim == 4
-    half, layout = None, torch.contiguous_format
-    if device.type == "cuda":  # on the CPU torch normalises batches in channels-last badly
-        half = torch.float16
+    layout = torch.contiguous_format
+    if device.type == "cpu":
+        half = None
+    else:
         layout = torch.channels_last if two_dimensional else torch.channels_last_3d
     network = network.to(device).eval().to(memory_format=layout)  # type: ignore[call-overload]
 
@@ -169,7 +193,10 @@ def _free_bytes(device: torch.device) -> int | None:
 
 
 def _load(
-    device: torch.device, spec: NetworkSpec, state: Mapping[str, FloatArray]
+    device: torch.device,
+    half: torch.dtype | None,
+    spec: NetworkSpec,
+    state: Mapping[str, FloatArray],
 ) -> LoadedNetwork:
     with torch.device("meta"):  # its own first weights would be drawn for nothing
         network = build_network(spec.architecture, spec.input_channels, spec.scores)
@@ -178,7 +205,7 @@ def _load(
     except RuntimeError as error:
         raise ValueError(str(error).splitlines()[-1].strip()) from error
     try:
-        run = on_tiles(network, device, average=spec.average)
+        run = on_tiles(network, device, average=spec.average, half=half)
         if device.type == "cpu":
             return LoadedNetwork(run, tiles_at_once(spec.tile))
         return LoadedNetwork(run, _batch_that_fits(run, spec, device))

@@ -131,20 +131,23 @@ class Ensemble:
         object.__setattr__(self, "_networks", Networks(self.model, self.folder, self.engine))
 
     @classmethod
-    def load(cls, folder: Path | None = None, device: str = "auto") -> Ensemble:
+    def load(
+        cls, folder: Path | None = None, device: str = "auto", precision: str = "auto"
+    ) -> Ensemble:
         """Open a weights bundle.
 
         Args:
             folder: A folder with ``model.json``; by default that of the weights that come with this
                 software.
             device: ``auto``, ``cpu``, ``cuda`` or ``torch-cpu``, see ``choose_engine``.
+            precision: ``auto``, ``float32`` or ``bfloat16``, see ``choose_engine``.
 
         Raises:
             WeightsError: The bundle is missing, incomplete or altered.
             DeviceError: CUDA was asked for and is not usable.
         """
         folder = default_weights() if folder is None else folder
-        return cls(bundle.load_model(folder), folder, choose_engine(device))
+        return cls(bundle.load_model(folder), folder, choose_engine(device, precision))
 
     def segment(
         self,

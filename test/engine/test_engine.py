@@ -74,7 +74,7 @@ def test_openvino_equals_torch(spec):
     state, tiles = state_of(spec), tiles_of(spec)
     reference = torch_engine.engine_on(torch.device("cpu"))
     expected = reference.load(spec, state).run(reference.place(tiles)).numpy()
-    network = openvino_engine.engine(2).load(spec, state)
+    network = openvino_engine.engine(2, "float32").load(spec, state)
     found = network.run(tiles)
     assert found.shape == expected.shape == (3, spec.scores, *spec.tile)
     assert found.dtype == np.float32
@@ -82,6 +82,52 @@ def test_openvino_equals_torch(spec):
     tolerance = 1e-4 * (1 if spec.average == "probabilities" else np.ptp(expected))
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
     np.testing.assert_array_equal(network.run(tiles[1:2]), found[1:2])
+
+
+def in_bfloat16(spec, state):
+    """The network in float64, but that convolutions take and give numbers of bfloat16."""
+    network = build_network(spec.architecture, spec.input_channels, spec.scores).double().eval()
+    network.load_state_dict(torch_engine.tensors(state))
+
+    def rounded(tensor):
+        return tensor.bfloat16().double()
+
+    for name, module in network.named_modules():
+        if "Conv" in type(module).__name__ and not name.startswith("heads"):
+            module.weight.data = rounded(module.weight.data)
+            module.register_forward_pre_hook(lambda _, inputs: tuple(map(rounded, inputs)))
+            module.register_forward_hook(lambda _, inputs, output: rounded(output))
+    return network
+
+
+def test_in_bfloat16_only_convolutions_are(spec):
+    """Mean difference 0.4 % of the range: numbers round differently after other orders of sums."""
+    spec = dataclasses.replace(spec, average="logits")
+    state, tiles = state_of(spec), tiles_of(spec)
+    with torch.inference_mode():
+        given = torch.from_numpy(tiles).double()
+        flat = spec.architecture.dimensions == 2
+        expected = in_bfloat16(spec, state)(given.squeeze(2) if flat else given).numpy()
+    expected = expected[:, :, None] if flat else expected
+    found = openvino_engine.engine(2, "bfloat16").load(spec, state).run(tiles)
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).mean() < 0.004 * np.ptp(expected)
+    full = openvino_engine.engine(2, "float32").load(spec, state).run(tiles)
+    assert np.abs(found - full).max() > 0  # it is another precision
+
+
+def test_the_precision_is_the_one_that_was_asked_for_or_the_faster_one(monkeypatch):
+    assert choose_engine("cpu", "bfloat16").precision == "bfloat16"
+    assert choose_engine("cpu", "bfloat16").name.endswith(", bfloat16")
+    assert choose_engine("cpu", "float32").precision == "float32"
+    for can, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(openvino_engine, "computes_bfloat16", lambda *_, can=can: can)
+        assert choose_engine("cpu").precision == expected
+    assert choose_engine("torch-cpu").precision == "float32"
+    with pytest.raises(DeviceError, match="torch on the CPU is the reference, in float32 only"):
+        choose_engine("torch-cpu", "bfloat16")
+    with pytest.raises(DeviceError, match="precision 'int8', expected one of auto, float32"):
+        choose_engine("cpu", "int8")
 
 
 @pytest.mark.parametrize("device", ["cpu", "torch-cpu"])
@@ -94,7 +140,7 @@ def test_normalisation_is_exact_where_most_of_a_tile_is_air(device):
     network.load_state_dict(torch_engine.tensors(state))
     with torch.inference_mode():
         expected = network(torch.from_numpy(tiles).double()).softmax(1).numpy()
-    chosen = choose_engine(device)
+    chosen = choose_engine(device, "float32")
     found = chosen.load(spec, state).run(chosen.place(tiles))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
 
@@ -154,7 +200,7 @@ def test_choices_on_a_machine_without_a_gpu(monkeypatch):
     monkeypatch.setattr(choose, "cpu_threads", lambda: 1)
     assert choose_engine("auto").name == choose_engine("cpu").name
     assert choose_engine("cpu").name.startswith("OpenVINO ")
-    assert choose_engine("cpu").name.endswith(" on the CPU, 1 thread, float32")
+    assert choose_engine("cpu", "float32").name.endswith(" on the CPU, 1 thread, float32")
     assert choose_engine("torch-cpu").name.startswith("torch ")
     with pytest.raises(DeviceError, match="'gpu', expected one of auto, cpu, cuda, torch-cpu"):
         choose_engine("gpu")
