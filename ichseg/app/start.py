@@ -17,7 +17,7 @@ from ichseg.wording import byte_size
 
 # What the libraries take before any scan is read. With less OpenBLAS aborts, or tries for ever.
 _LEAST = (
-    ("RLIMIT_AS (ulimit -v)", resource.RLIMIT_AS, 600_000_000),
+    ("RLIMIT_AS (ulimit -v)", resource.RLIMIT_AS, 650_000_000),
     ("RLIMIT_DATA (ulimit -d)", resource.RLIMIT_DATA, 250_000_000),
 )
 

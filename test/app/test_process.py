@@ -311,7 +311,7 @@ def test_an_earlier_results_json_of_any_other_shape(place, text):
     assert not any("Traceback" in line for line in lines)
 
 
-@pytest.mark.parametrize("megabytes", [60, 150, 570, 580, 700, 1500])
+@pytest.mark.parametrize("megabytes", [60, 150, 570, 620, 640, 700, 1500])
 def test_an_address_space_that_does_not_suffice_is_one_line(place, megabytes):
     def limited():
         resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
