@@ -343,7 +343,7 @@ def test_warnings_of_libraries_stay_out_of_the_log(place, scan):
 
 
 def test_what_a_result_was_made_from(place):
-    run(place)
+    run(place, "--precision", "float32")
     made = entries(place)[0]["report"]["made_from"]
     assert made["version"] == ichseg.__version__
     assert (made["engine"], made["precision"], made["pictures"]) == ("openvino", "float32", False)
