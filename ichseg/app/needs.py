@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from ichseg.engine import machine
@@ -48,10 +49,19 @@ def of_scan(
         file_bytes=file_bytes,
         scan_bytes=plan.volume.voxels.nbytes,
     )
-    need, free = estimate(), ensemble.engine.free_bytes()
+    need, free = _with_networks(estimate, ensemble.engine.kind), ensemble.engine.free_bytes()
     if free is None or need.device <= free:
         return need, False
     return estimate(on_host=True), True
+
+
+def _with_networks(estimate: Callable[..., memory.Need], kind: str) -> memory.Need:
+    """All networks stay where that leaves half of the memory free, as on a CPU small ones do."""
+    if kind == "openvino":
+        every, allowed = estimate(keeps_networks=True), machine.memory_limit()
+        if allowed is None or 2 * every.alone <= allowed.total:
+            return every
+    return estimate()
 
 
 def refuse_beyond_memory(image: Path, needed: int, what: str) -> machine.MemoryLimit | None:

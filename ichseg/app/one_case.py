@@ -229,7 +229,11 @@ def predict_case(
                 f"alone take {duration(reserve_s)} each"
             )
     predicted = ensemble.predict(
-        opened.prepared, Progress(budget_s), budget_s, on_host=opened.on_host
+        opened.prepared,
+        Progress(budget_s),
+        budget_s,
+        on_host=opened.on_host,
+        keep_networks=opened.need.keeps_networks,
     )
     return Done(opened.scan, opened.read_s, predicted)
 

@@ -61,7 +61,7 @@ class Engine:
         name: For the log and for ``results.json``, such as ``OpenVINO 2026.4.1 on the CPU, 2
             threads``.
         place: Puts a prepared case ``(C, Z, Y, X)`` where the networks run.
-        load: Makes a network of its tensors. At most one should be alive at a time. Raises
+        load: Makes a network of its tensors, which takes several times their memory. Raises
             ``ValueError`` where the tensors do not fit.
         kind: ``openvino``, ``torch-cpu`` or ``cuda``.
         keep: Like ``place``, but on the host, where scores are then added up as well: slower, for

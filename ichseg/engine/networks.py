@@ -1,4 +1,4 @@
-"""The networks of a bundle, of which one is loaded at a time."""
+"""The networks of a bundle, loaded when they are wanted."""
 
 from __future__ import annotations
 
@@ -29,14 +29,20 @@ class Networks:
     engine: Engine
     _alive: dict[str, LoadedNetwork] = field(default_factory=dict, repr=False)  # by file, or none
 
-    def load(self, member: Member, configuration: Configuration) -> LoadedNetwork:
-        """A member's network, ready to run; the one before is given up first.
+    def load(self, member: Member, configuration: Configuration, *, keep: bool) -> LoadedNetwork:
+        """A member's network, ready to run.
+
+        Args:
+            member: Which network.
+            configuration: Its configuration.
+            keep: Whether those before stay ready, too; otherwise they are given up first.
 
         Raises:
             WeightsError: The network's file cannot be read or does not fit its plan.
         """
         if member.file not in self._alive:
-            self._alive.clear()
+            if not keep:
+                self._alive.clear()
             plans = self.model.plans
             spec = NetworkSpec(
                 architecture=configuration.architecture,

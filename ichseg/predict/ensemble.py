@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ichseg.engine import machine
 from ichseg.engine.arrays import FloatArray, Grid, on_host
 from ichseg.engine.choose import choose_engine
 from ichseg.engine.engine import Engine
@@ -23,7 +24,7 @@ from ichseg.engine.networks import Networks
 from ichseg.model import bundle
 from ichseg.model.bundle import Model
 from ichseg.model.default_weights import default_weights
-from ichseg.predict import components, passes, prepare, sliding_window
+from ichseg.predict import components, memory, passes, prepare, sliding_window
 from ichseg.predict.budget import Clock, Count
 from ichseg.predict.passes import MeanScores, Pass
 from ichseg.predict.prepare import Placement
@@ -207,6 +208,7 @@ class Ensemble:
         budget_s: float | None = None,
         *,
         on_host: bool = False,
+        keep_networks: bool | None = None,
     ) -> Predicted:
         """Run the networks; in one thread at a time.
 
@@ -220,6 +222,8 @@ class Ensemble:
                 of the time by its work, and at least one pass.
             on_host: Add up the scores there, for volumes that a GPU's memory does not hold. Where
                 it turns out to be full, all begins again so.
+            keep_networks: Whether every network stays ready for the next volume; by default where
+                all of them take less than a quarter of the free memory, on a CPU.
 
         Raises:
             WeightsError: A network's file is not finite or does not fit its plan.
@@ -232,14 +236,15 @@ class Ensemble:
         if budget_s is not None:
             deadline = time.perf_counter() + budget_s - self._restoring_s(plan.volume)
         efforts = [part.passes.effort for part in plan.parts]
+        keep = self._holds_all(plan) if keep_networks is None else keep_networks
         clock = Clock(progress, sum(e.forward_passes for e in efforts), deadline, efforts)
         with self.engine.guard():
             if not on_host:
                 with contextlib.suppress(*self.engine.memory_full):
                     return self._predict(
-                        prepared, dataclasses.replace(clock), budget_s, on_host=False
+                        prepared, dataclasses.replace(clock), budget_s, on_host=False, keep=keep
                     )
-            return self._predict(prepared, clock, budget_s, on_host=True)
+            return self._predict(prepared, clock, budget_s, on_host=True, keep=keep)
 
     def finish(self, predicted: Predicted) -> Segmentation:
         """Restore the scores to the volume's grid and decide; may run in any thread.
@@ -262,8 +267,28 @@ class Ensemble:
             disagreement=predicted.disagreement,
         )
 
+    def _holds_all(self, plan: Plan) -> bool:
+        """Whether all networks of a plan together take less than a quarter of the free memory."""
+        free = machine.free_memory_bytes()
+        if self.engine.kind != "openvino" or free is None:
+            return False
+        needed = sum(
+            memory.network_bytes(
+                self.engine.kind, part.configuration, bundle.weights_bytes(self.folder, member)
+            )[0]
+            for part in plan.parts
+            for member in part.passes.members
+        )
+        return 4 * needed < free
+
     def _predict(
-        self, prepared: Prepared, clock: Clock, budget_s: float | None, *, on_host: bool
+        self,
+        prepared: Prepared,
+        clock: Clock,
+        budget_s: float | None,
+        *,
+        on_host: bool,
+        keep: bool,
     ) -> Predicted:
         """Run all configurations, one after another."""
         place = self.engine.keep if on_host else self.engine.place
@@ -279,7 +304,7 @@ class Ensemble:
             later = {other.configuration.previous_stage for other in plan.parts[number:]}
             for served in found.keys() - later - {*averaged}:
                 del found[served]  # a first stage's scores: their memory is of use to others
-            mean = self._run(place(data), part, clock)
+            mean = self._run(place(data), part, clock, keep=keep)
             found[part.configuration.name] = (mean.scores, part.placement)
             ran.append(mean.ran)
             disagreements += mean.disagreements
@@ -298,14 +323,14 @@ class Ensemble:
             plan.volume, [found[name] for name in averaged], record, seconds, _mean(disagreements)
         )
 
-    def _run(self, data: Grid, part: Planned, clock: Clock) -> MeanScores:
+    def _run(self, data: Grid, part: Planned, clock: Clock, *, keep: bool) -> MeanScores:
         """Run one configuration's networks on its data ``(C, Z, Y, X)``."""
         plans, certain = self.model.plans, _CERTAIN[self.model.average]
         background = [certain] + [0.0] * (plans.scores - 1)
         if plans.regions:
             background = [-certain] * len(plans.regions)
         return passes.run(
-            load=lambda member: self._networks.load(member, part.configuration),
+            load=lambda member: self._networks.load(member, part.configuration, keep=keep),
             passes=part.passes,
             padded=sliding_window.pad(data, part.passes.tiles),
             background=background,

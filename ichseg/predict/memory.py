@@ -29,9 +29,10 @@ class Need:
         opening: What it takes while it is read and prepared.
         predicting: What it takes while the networks run on it.
         writing: What it takes while it is restored, measured and written.
-        network: What the largest network takes, which stays from the first case on.
+        network: What the networks take that stay from the first case on: the largest, or all.
         device: What it takes of a GPU's memory; more is taken where there is more, for larger
             batches.
+        keeps_networks: Whether all networks stay, so that the next case need not load them.
     """
 
     opening: int
@@ -39,6 +40,7 @@ class Need:
     writing: int
     network: int
     device: int = 0
+    keeps_networks: bool = False
 
     @property
     def alone(self) -> int:
@@ -72,6 +74,7 @@ def estimate(
     parts: Sequence[Part],
     *,
     on_host: bool = False,
+    keeps_networks: bool = False,
     file_bytes: int,
     scan_bytes: int,
 ) -> Need:
@@ -82,11 +85,12 @@ def estimate(
         plans: Say how many channels and labels there are.
         parts: The configurations, those of a cascade in order.
         on_host: Whether the scores are added up on the host though the networks run on a GPU.
+        keeps_networks: Whether all networks stay in memory, and not only the largest.
         file_bytes: The size of the scan on disk; it is read whole, checked and inflated.
         scan_bytes: The size of its voxels in memory.
     """
     on_gpu = kind == "cuda" and not on_host
-    data = scores = running = device = network = 0
+    data = scores = running = device = largest = together = 0
     for part in parts:
         shape, configuration = part.placement.grid_shape, part.configuration
         grid = math.prod(shape)
@@ -97,8 +101,9 @@ def estimate(
         own = joined + (_FLOAT * channels * padded if padded != grid else 0)
         summed = _FLOAT * plans.scores * padded
         at_once = own + part.sums * summed + (part.networks * padded if part.networks > 1 else 0)
-        host, on_device = _network(kind, configuration, part.weights)
-        network = max(network, host)
+        host, on_device = network_bytes(kind, configuration, part.weights)
+        largest = max(largest, host)
+        together += host * part.networks
         if on_gpu:
             device = max(device, scores + _FLOAT * channels * grid + at_once + on_device)
             running = max(running, joined)
@@ -113,12 +118,13 @@ def estimate(
         predicting=scan_bytes + data + running,
         # labels, and again in the scan's order; or components where their box is half of it
         writing=scan_bytes + max(held + 2 * voxels, 4 * voxels) + 30 * _MB,
-        network=network,
+        network=together if keeps_networks else largest,
         device=device,
+        keeps_networks=keeps_networks,
     )
 
 
-def _network(kind: str, configuration: Configuration, weights: int) -> tuple[int, int]:
+def network_bytes(kind: str, configuration: Configuration, weights: int) -> tuple[int, int]:
     """Bytes on the host and on the GPU of one network with its activations.
 
     Measured for U-Nets with 8 to 32 first features, of two and three dimensions; on CUDA not, and

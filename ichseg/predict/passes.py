@@ -98,7 +98,7 @@ def run(
     networks run, and a byte a voxel for each network.
 
     Args:
-        load: Gives a network; the one before is given up.
+        load: Gives a network, ready to run.
         passes: The networks, the tiles and the mirrorings.
         padded: The volume, ``(C, *tiles.padded)``.
         background: The K scores of voxels that no network sees.

@@ -52,7 +52,7 @@ class Pretended:
             raise ZeroDivisionError("our fault")
         return SimpleNamespace(scan=scan, name=name, parts=[])
 
-    def predict(self, prepared, progress, budget_s, on_host):
+    def predict(self, prepared, progress, budget_s, *, on_host, keep_networks):
         self.note("predict", prepared.name)
         self.budgets.append(budget_s)
         self.during_predict(prepared.name)

@@ -7,7 +7,7 @@ import torch
 from conftest import CONFIGURATION, PLANS, make_bundle
 from scipy import ndimage
 
-from ichseg.engine import torch_engine
+from ichseg.engine import machine, torch_engine
 from ichseg.errors import DeviceError, InputError, WeightsError
 from ichseg.model import bundle
 from ichseg.model.network import build_network
@@ -207,7 +207,10 @@ def test_scores_are_restored_on_the_host_where_a_gpus_memory_is_full(tmp_path, s
     assert len(tried) == 2
 
 
-def test_one_network_is_alive_at_a_time_and_folds_are_outermost(tmp_path, scan):
+def test_with_little_memory_one_network_is_alive_and_folds_are_outermost(
+    tmp_path, scan, monkeypatch
+):
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 10**6)
     make_bundle(tmp_path, folds=3)
     ensemble = Ensemble.load(tmp_path, "cpu")
     loads, alive = [], []
@@ -230,6 +233,25 @@ def test_one_network_is_compiled_once_for_many_volumes(tmp_path, scan):
     ensemble = Ensemble.load(tmp_path, "cpu")
     first, second = (ensemble.segment(scan, "fast").seconds["compile"] for _ in range(2))
     assert first > 0.001 > second
+
+
+@pytest.mark.parametrize(("free", "loaded"), [(10**12, 2), (10**6, 4)])
+def test_networks_stay_for_the_next_volume_where_there_is_memory(
+    tmp_path, scan, monkeypatch, free, loaded
+):
+    make_bundle(tmp_path)
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: free)
+    loads = []
+
+    def load(spec, state):
+        loads.append(spec)
+        return ensemble.engine.load(spec, state)
+
+    counted = dataclasses.replace(ensemble, engine=dataclasses.replace(ensemble.engine, load=load))
+    first, second = (counted.segment(scan, "balanced").mask.voxels for _ in range(2))
+    assert len(loads) == loaded
+    np.testing.assert_array_equal(first, second)
 
 
 def test_a_volume_of_air_needs_no_network(tmp_path, scan):

@@ -58,6 +58,16 @@ def test_several_networks_need_a_second_sum_and_what_each_found():
     assert five.predicting - one.predicting == (25 + 5 * 3.125) * MB
 
 
+def test_networks_that_stay_are_all_counted():
+    many = (part((100, 128, 256), sums=2, networks=3), part((100, 128, 256)))
+    kept = memory.estimate("openvino", PLANS, many, file_bytes=0, scan_bytes=0, keeps_networks=True)
+    assert kept.keeps_networks
+    assert kept.network == 4 * int((3.05 * 100 + 55) * MB)
+    alone = memory.estimate("openvino", PLANS, many, file_bytes=0, scan_bytes=0)
+    assert (alone.network, alone.keeps_networks) == (int((3.05 * 100 + 55) * MB), False)
+    assert (alone.opening, alone.predicting) == (kept.opening, kept.predicting)
+
+
 def test_what_is_smaller_than_a_tile_is_padded():
     found = needed(part((2, 10, 16)))  # to 4x16x16
     assert found.predicting - 20 * MB == 4 * (2 * 10 * 16 + 4 * 16 * 16 + 2 * 4 * 16 * 16)
