@@ -224,11 +224,11 @@ def measure_forward(bench: Bench) -> list[Row]:
     chosen = choose_engine("cpu")
     random = np.random.default_rng(0)
     network = chosen.load(spec, draw_state(spec, random))
-    tile = random.normal(size=(1, 1, *configuration.tile)).astype(np.float32)
+    tile = random.normal(size=(1, *configuration.tile)).astype(np.float32)
     square = [random.normal(size=(MATRIX, MATRIX)).astype(np.float32) for _ in range(2)]
     product = openvino_product(square[1])
     ways: dict[str, tuple[Callable[[], object], float]] = {
-        "forward": (lambda: network.run(tile), cost),
+        "forward": (lambda: list(network([tile])), cost),
         "product by OpenVINO": (lambda: product(square[0]), 2 * MATRIX**3 / 1e9),
         "product by numpy": (lambda: square[0] @ square[1], 2 * MATRIX**3 / 1e9),
     }

@@ -21,25 +21,29 @@ import numpy as np
 def predict(arguments: list[str]) -> dict[str, float]:
     """Run ``process.py``; the seconds that the network's forward took of it."""
     import process
-    from ichseg.engine.engine import Engine, LoadedNetwork
+    from ichseg.engine.engine import Engine, Network
     from ichseg.predict import ensemble
 
     choose, spent = ensemble.choose_engine, [0.0, 0]
 
-    def chosen(device: str) -> Engine:
-        real = choose(device)
+    def chosen(*given: str) -> Engine:
+        real = choose(*given)
 
-        def load(*of: Any) -> LoadedNetwork:
+        def load(*of: Any) -> Network:
             network = real.load(*of)
 
             def timed(tiles: Any) -> Any:
-                began = time.perf_counter()
-                scores = network.run(tiles)
-                spent[0] += time.perf_counter() - began
-                spent[1] += len(tiles)
-                return scores
+                batches = network(tiles)
+                while True:
+                    began = time.perf_counter()
+                    scores = next(batches, None)
+                    spent[0] += time.perf_counter() - began
+                    if scores is None:
+                        return
+                    spent[1] += len(scores)
+                    yield scores
 
-            return dataclasses.replace(network, run=timed)
+            return timed
 
         return dataclasses.replace(real, load=load)
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from ichseg.engine.arrays import FloatArray, Grid
+from ichseg.engine.arrays import FloatArray, Grid, stack
 from ichseg.model.architecture import Architecture
 
 BATCH_VOXELS = 1_200_000  # 8 tiles of 16x96x96: small tiles alone leave torch's convolutions idle
 
 
-# Tiles (B, C, *tile) to scores (B, K, *tile), float32, for any B. Each engine's networks take and
-# give arrays of the kind that its ``place`` makes.
-Network = Callable[[Any], Any]
+# Tiles (C, *tile), one after another, to their scores (B, K, *tile), float32, in the same order and
+# as many at a time as the engine likes; each holds until the next ones are asked for. An engine's
+# networks take and give arrays of the kind that its ``place`` makes.
+Network = Callable[[Iterable[Any]], Generator[Any]]
+# Tiles (B, C, *tile) to scores (B, K, *tile), float32, for any B.
+OnBatches = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +41,6 @@ class NetworkSpec:
     scores: int
     tile: tuple[int, int, int]
     average: str
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedNetwork:
-    """One fold's network, ready to run.
-
-    Attributes:
-        run: Maps tiles ``(B, C, *tile)`` to scores ``(B, K, *tile)``, float32, for any B, on the
-            device where ``Engine.place`` puts a case. The scores hold until the next call.
-        batch: How many tiles at once it runs fastest on.
-    """
-
-    run: Network
-    batch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +65,29 @@ class Engine:
 
     name: str
     place: Callable[[FloatArray], Grid]
-    load: Callable[[NetworkSpec, Mapping[str, FloatArray]], LoadedNetwork]
+    load: Callable[[NetworkSpec, Mapping[str, FloatArray]], Network]
     kind: str
     keep: Callable[[FloatArray], Grid]
     precision: str
     free_bytes: Callable[[], int | None]
     memory_full: tuple[type[Exception], ...] = ()
     guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+
+
+def in_batches(run: OnBatches, size: int) -> Network:
+    """A network that runs on batches, for tiles that come one after another.
+
+    Args:
+        run: Maps ``(B, C, *tile)`` to ``(B, K, *tile)``.
+        size: How many tiles it is given at once; of the last ones fewer.
+    """
+
+    def network(tiles: Iterable[Grid]) -> Generator[Grid]:
+        waiting = iter(tiles)
+        while batch := list(itertools.islice(waiting, size)):
+            yield run(stack(batch))
+
+    return network
 
 
 def tiles_at_once(tile: Sequence[int]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ichseg.engine.engine import Engine, LoadedNetwork, NetworkSpec
+from ichseg.engine.engine import Engine, Network, NetworkSpec
 from ichseg.errors import WeightsError
 from ichseg.model import bundle
 from ichseg.model.bundle import Member, Model
@@ -27,9 +27,9 @@ class Networks:
     model: Model
     folder: Path
     engine: Engine
-    _alive: dict[str, LoadedNetwork] = field(default_factory=dict, repr=False)  # by file, or none
+    _alive: dict[str, Network] = field(default_factory=dict, repr=False)  # by file, or none
 
-    def load(self, member: Member, configuration: Configuration, *, keep: bool) -> LoadedNetwork:
+    def load(self, member: Member, configuration: Configuration, *, keep: bool) -> Network:
         """A member's network, ready to run.
 
         Args:

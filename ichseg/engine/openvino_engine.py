@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from ichseg.engine.arrays import FloatArray
-from ichseg.engine.engine import Engine, LoadedNetwork, NetworkSpec
+from ichseg.engine.engine import Engine, Network, NetworkSpec
 from ichseg.engine.openvino_graph import build, import_openvino
 from ichseg.wording import counted
+
+_STREAMS = 1  # tiles that are computed at the same time
 
 
 def engine(threads: int, precision: str = "auto") -> Engine:
@@ -52,31 +55,45 @@ def _load(
     precision: str,
     spec: NetworkSpec,
     state: Mapping[str, FloatArray],
-) -> LoadedNetwork:
-    """Compile one fold's network for tiles of its static shape, one at a time; nothing is cached.
+) -> Network:
+    """Compile one fold's network for tiles of its static shape; nothing is cached.
 
-    More tiles at a time are no faster, and less of them fits the processor's caches.
+    While the scores of a tile are read, the next tiles are computed. A batch of tiles is no faster,
+    and less of it fits the processor's caches.
     """
     settings = {
         "INFERENCE_PRECISION_HINT": "f32",  # of all that the graph does not say
         "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
+        "NUM_STREAMS": _STREAMS,
         "INFERENCE_NUM_THREADS": threads,
         "ENABLE_CPU_PINNING": False,  # the cores may be shared with others
     }
-    request = core.compile_model(
-        build(spec, state, precision), "CPU", settings
-    ).create_infer_request()
+    compiled = core.compile_model(build(spec, state, precision), "CPU", settings)
+    requests = [compiled.create_infer_request() for _ in range(_STREAMS + 1)]
     two_dimensional = spec.architecture.dimensions == 2
 
-    def run(tiles: FloatArray) -> FloatArray:
-        inputs = tiles[:, :, 0] if two_dimensional else tiles
-        found = []
-        for index in range(len(inputs)):
-            one = np.ascontiguousarray(inputs[index : index + 1])
-            (scores,) = request.infer([one], share_inputs=True, share_outputs=True).values()
-            found.append(scores if len(inputs) == 1 else scores.copy())
-        scores = found[0] if len(found) == 1 else np.concatenate(found)
-        return scores[:, :, None] if two_dimensional else scores
+    def network(tiles: Iterable[FloatArray]) -> Generator[FloatArray]:
+        free, running = deque(requests), deque[tuple[Any, FloatArray]]()
 
-    return LoadedNetwork(run, batch=1)
+        def scores() -> Iterator[FloatArray]:
+            request, _ = running.popleft()
+            request.wait()
+            found: FloatArray = request.get_output_tensor().data
+            yield found[:, :, None] if two_dimensional else found
+            free.append(request)
+
+        try:
+            for tile in tiles:
+                given = np.ascontiguousarray(tile[:, 0] if two_dimensional else tile)[None]
+                request = free.popleft()
+                request.start_async([given], share_inputs=True)
+                running.append((request, given))  # which is not copied, and has to stay
+                if not free:
+                    yield from scores()
+            while running:
+                yield from scores()
+        finally:
+            for request, _ in running:
+                request.wait()
+
+    return network

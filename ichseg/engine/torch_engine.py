@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from ichseg.engine.arrays import FloatArray
-from ichseg.engine.engine import Engine, LoadedNetwork, NetworkSpec, tiles_at_once
+from ichseg.engine.engine import Engine, Network, NetworkSpec, in_batches, tiles_at_once
 from ichseg.engine.machine import cpu_threads
 from ichseg.errors import DeviceError
 from ichseg.model.network import build_network
@@ -197,7 +197,7 @@ def _load(
     half: torch.dtype | None,
     spec: NetworkSpec,
     state: Mapping[str, FloatArray],
-) -> LoadedNetwork:
+) -> Network:
     with torch.device("meta"):  # its own first weights would be drawn for nothing
         network = build_network(spec.architecture, spec.input_channels, spec.scores)
     try:
@@ -207,8 +207,8 @@ def _load(
     try:
         run = on_tiles(network, device, average=spec.average, half=half)
         if device.type == "cpu":
-            return LoadedNetwork(run, tiles_at_once(spec.tile))
-        return LoadedNetwork(run, _batch_that_fits(run, spec, device))
+            return in_batches(run, tiles_at_once(spec.tile))
+        return in_batches(run, _batch_that_fits(run, spec, device))
     except torch.cuda.OutOfMemoryError as error:
         raise DeviceError("the GPU's memory does not hold the network; use --device cpu") from error
 

@@ -7,14 +7,15 @@ many as there is time for.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from ichseg.engine.arrays import Grid, Mask, stack, zeros_like
-from ichseg.engine.engine import LoadedNetwork
+from ichseg.engine.engine import Network
 from ichseg.model.bundle import Member
 from ichseg.predict import sliding_window
 from ichseg.predict.budget import Budget, Clock, Effort, LateError, Watch
@@ -84,7 +85,7 @@ class MeanScores:
 
 
 def run(
-    load: Callable[[Member], LoadedNetwork],
+    load: Callable[[Member], Network],
     passes: Passes,
     padded: Grid,
     background: Sequence[float],
@@ -150,7 +151,7 @@ def _in_order(passes: Passes, *, singly: bool) -> Iterator[tuple[Member, Sequenc
 
 
 def _summed(
-    load: Callable[[Member], LoadedNetwork],
+    load: Callable[[Member], Network],
     member: Member,
     mirrors: Sequence[Mirror],
     padded: Grid,
@@ -165,14 +166,15 @@ def _summed(
     clock.compiling_s += loaded - began
     watch = None if budget is None else Watch(budget, began, loaded)
 
-    def counted(batch: Grid) -> Grid:
-        scores: Grid = network.run(batch)
-        clock.count(len(batch))
-        if watch is not None:
-            watch.after(len(batch))
-        return scores
+    def counted(views: Iterable[Grid]) -> Generator[Grid]:
+        with contextlib.closing(network(views)) as batches:
+            for scores in batches:
+                clock.count(len(scores))
+                if watch is not None:
+                    watch.after(len(scores))
+                yield scores
 
-    total = sliding_window.sum_tiles(counted, padded, tiles, mirrors=mirrors, batch=network.batch)
+    total = sliding_window.sum_tiles(counted, padded, tiles, mirrors=mirrors)
     ended = time.perf_counter()
     clock.predicting_s += ended - loaded
     if budget is not None:

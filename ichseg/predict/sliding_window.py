@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from ichseg.engine.arrays import Grid, all_finite, as_kind_of, copy_into, flip, stack, zeros_like
-from ichseg.engine.engine import Network, tiles_at_once
+from ichseg.engine.arrays import Grid, all_finite, as_kind_of, copy_into, flip, zeros_like
+from ichseg.engine.engine import Network, OnBatches, in_batches, tiles_at_once
 from ichseg.errors import InputError, PredictionError
 from ichseg.wording import times
 
@@ -132,7 +132,7 @@ def padded_shape(shape: Sequence[int], tile: Sequence[int]) -> tuple[int, int, i
 
 
 def predict_tiled(
-    network: Network,
+    network: OnBatches,
     data: Grid,
     tile: tuple[int, int, int],
     *,
@@ -153,7 +153,7 @@ def predict_tiled(
     """
     tiles, mirrors = cover(data.shape[1:], tile), mirrorings(mirror_axes)
     padded = pad(data, tiles)
-    total = sum_tiles(network, padded, tiles, mirrors=mirrors, batch=tiles_at_once(tile))
+    total = sum_tiles(in_batches(network, tiles_at_once(tile)), padded, tiles, mirrors=mirrors)
     return average(total, tiles, len(mirrors))
 
 
@@ -167,16 +167,15 @@ def pad(data: Grid, tiles: Tiles) -> Grid:
 
 
 def sum_tiles(
-    network: Network, padded: Grid, tiles: Tiles, *, mirrors: Sequence[tuple[int, ...]], batch: int
+    network: Network, padded: Grid, tiles: Tiles, *, mirrors: Sequence[tuple[int, ...]]
 ) -> Grid:
     """The sum of a network's scores of all tiles and mirrorings, weighted by importance.
 
     Args:
-        network: See ``predict_tiled``. What it gives is read before it is called again.
+        network: From tiles to their scores. They are added up in the order of the tiles.
         padded: The volume, from ``pad``.
         tiles: Where the tiles lie.
         mirrors: Sets of spatial axes to mirror, see ``mirrorings``.
-        batch: How many tiles the network is given at once; of the last ones fewer.
 
     Returns:
         Sums ``(K, *tiles.padded)``, float32.
@@ -186,11 +185,14 @@ def sum_tiles(
     """
     weights = [as_kind_of(padded, axis_importance(t)) for t in tiles.tile]
     importance = weights[0][:, None, None] * weights[1][:, None] * weights[2]
-    jobs = itertools.product(tiles.corners(), [tuple(a + 1 for a in axes) for axes in mirrors])
+    jobs, again = itertools.tee(
+        itertools.product(tiles.corners(), [tuple(a + 1 for a in axes) for axes in mirrors])
+    )
+    views = (flip(padded[tiles.where(corner)], axes) for corner, axes in jobs)
     total: Grid | None = None
-    for group in _batches(jobs, batch):
-        views = [flip(padded[tiles.where(corner)], axes) for corner, axes in group]
-        for (corner, axes), scores in zip(group, network(stack(views)), strict=True):
+    for batch in network(views):
+        for scores in batch:
+            corner, axes = next(again)
             if total is None:
                 total = zeros_like(padded, (scores.shape[0], *tiles.padded))
             part = total[tiles.where(corner)]  # a view
@@ -240,10 +242,3 @@ def average(
         for channel, score in zip(total[tiles.where(corner)], background, strict=True):
             channel[...] = score
     return total[(slice(None), *tiles.inner)]
-
-
-def _batches(
-    jobs: Iterator[tuple[Corner, tuple[int, ...]]], batch: int
-) -> Iterator[list[tuple[Corner, tuple[int, ...]]]]:
-    while group := list(itertools.islice(jobs, batch)):
-        yield group

@@ -206,7 +206,7 @@ def test_an_imported_cascade_runs_as_nnunet_predicts(tmp_path, cascade):
     voxels = np.random.default_rng(0).integers(-200, 300, (6, 20, 22)).astype(np.int16)
     voxels[voxels > 100] //= 6  # as dense as brain
     scan = Volume(voxels, (4.0, 0.8, 0.9))
-    ensemble = Ensemble.load(folder, "cpu")
+    ensemble = Ensemble.load(folder, "cpu", "float32")
     lowres = dataclasses.replace(model, members=model.members[:1])
     first = dataclasses.replace(ensemble, model=lowres).segment(scan).mask
     assert 0.1 < first.voxels.mean() < 0.9

@@ -87,7 +87,7 @@ def test_a_cascades_second_stage_sees_what_the_first_found(tmp_path, scan, way):
     data = np.concatenate((high.data, one_hot(previous, 1)))
     scores = scores_of(tmp_path, model, "3d_cascade_fullres", data)
     expected = restore([(scores, high.placement)], THREE)
-    ensemble = Ensemble.load(tmp_path, "cpu")
+    ensemble = Ensemble.load(tmp_path, "cpu", "float32")
     assert ensemble.model.averaged == ("3d_cascade_fullres",)
     found = ensemble.segment(scan, "full")
     assert 0.02 < expected.mean() < 0.98
@@ -111,14 +111,14 @@ def test_configurations_are_averaged_in_the_volumes_grid(tmp_path, scan):
     expected = restore(parts, THREE)
     alone = [restore([part], THREE) for part in parts]
     assert min(np.mean(one != expected) for one in alone) > 0.01
-    found = Ensemble.load(tmp_path, "cpu").segment(scan, "full")
+    found = Ensemble.load(tmp_path, "cpu", "float32").segment(scan, "full")
     assert np.mean(found.mask.voxels != expected) < 2e-3
 
 
 def test_a_first_stage_can_be_averaged_too(tmp_path, scan):
     names = ("3d_lowres", "3d_cascade_fullres")
     make(tmp_path, names, averages=names)
-    ensemble = Ensemble.load(tmp_path, "cpu")
+    ensemble = Ensemble.load(tmp_path, "cpu", "float32")
     assert ensemble.model.in_order == names
     predicted = ensemble.predict(ensemble.prepare(ensemble.plan(scan, "fast")))
     assert [placement.grid_spacing_mm for _, placement in predicted.parts] == [
@@ -131,11 +131,11 @@ def test_two_cascades_share_a_first_stage(tmp_path, scan):
     third = dataclasses.replace(SECOND, name="3d_cascade_other", spacing_mm=(5.0, 1.3, 1.3))
     plans = dataclasses.replace(PLANS, configurations=(LOW, SECOND, third))
     model = make(tmp_path, ["3d_lowres", SECOND.name, third.name], plans=plans)
-    ensemble = Ensemble.load(tmp_path, "cpu")
+    ensemble = Ensemble.load(tmp_path, "cpu", "float32")
     assert ensemble.model.averaged == (SECOND.name, third.name)
     both = ensemble.predict(ensemble.prepare(ensemble.plan(scan, "fast")))
     bundle.save_model(tmp_path, dataclasses.replace(model, averages=(third.name,)))
-    ensemble = Ensemble.load(tmp_path, "cpu")
+    ensemble = Ensemble.load(tmp_path, "cpu", "float32")
     alone = ensemble.predict(ensemble.prepare(ensemble.plan(scan, "fast")))
     assert both.ran["networks"] == [f"{name} fold 0" for name in model.in_order]
     assert alone.ran["networks"] == ["3d_lowres fold 0", f"{third.name} fold 0"]
@@ -170,18 +170,18 @@ def test_regions_run_through_the_ensemble(tmp_path, scan):
     case = prepare.prepare([scan], plans, CONFIGURATION)
     scores = scores_of(tmp_path, model, "3d_fullres", case.data)
     expected = restore([(scores, case.placement)], plans, average="logits")
-    found = Ensemble.load(tmp_path, "cpu").segment(scan, "full")
+    found = Ensemble.load(tmp_path, "cpu", "float32").segment(scan, "full")
     assert len(np.unique(expected)) == 3
     assert np.mean(found.mask.voxels != expected) < 2e-3
 
 
 def test_the_bundles_rules_are_applied(tmp_path, scan):
     model = make(tmp_path, ["3d_fullres"])
-    plain = Ensemble.load(tmp_path, "cpu").segment(scan, "fast")
+    plain = Ensemble.load(tmp_path, "cpu", "float32").segment(scan, "fast")
     rules = (ComponentRule(1, drop_below_ml=plain.volume_ml + 1),)
     ruled = dataclasses.replace(model, rules=rules)
     bundle.save_model(tmp_path, ruled)
-    kept = Ensemble.load(tmp_path, "cpu").segment(scan, "fast")
+    kept = Ensemble.load(tmp_path, "cpu", "float32").segment(scan, "fast")
     assert plain.volume_ml > kept.volume_ml == 0
     assert not kept.mask.voxels.any()
 
@@ -195,4 +195,4 @@ def test_a_second_stage_without_its_first_is_refused(tmp_path):
         path.read_text().replace('"configuration": "3d_lowres"', '"configuration": "3d_fullres"')
     )
     with pytest.raises(WeightsError, match="needs the segmentation of 3d_lowres"):
-        Ensemble.load(tmp_path, "cpu")
+        Ensemble.load(tmp_path, "cpu", "float32")

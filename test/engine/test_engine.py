@@ -64,6 +64,14 @@ def tiles_of(spec, count=3):
     return random.normal(size=(count, spec.input_channels, *spec.tile)).astype(np.float32)
 
 
+def scored(network, tiles):
+    """The scores of all tiles; each batch is copied before the next one is asked for."""
+    return np.concatenate([
+        batch.copy() if isinstance(batch, np.ndarray) else batch.cpu().numpy()
+        for batch in network(iter(tiles))
+    ])  # fmt: skip
+
+
 @pytest.fixture(params=SPECS.values(), ids=SPECS.keys())
 def spec(request):
     return request.param
@@ -73,15 +81,15 @@ def test_openvino_equals_torch(spec):
     """Largest difference of probabilities 1e-4; of logits 1e-4 of their range."""
     state, tiles = state_of(spec), tiles_of(spec)
     reference = torch_engine.engine_on(torch.device("cpu"))
-    expected = reference.load(spec, state).run(reference.place(tiles)).numpy()
+    expected = scored(reference.load(spec, state), reference.place(tiles))
     network = openvino_engine.engine(2, "float32").load(spec, state)
-    found = network.run(tiles)
+    found = scored(network, tiles)
     assert found.shape == expected.shape == (3, spec.scores, *spec.tile)
     assert found.dtype == np.float32
     assert expected.std() > 0.05
     tolerance = 1e-4 * (1 if spec.average == "probabilities" else np.ptp(expected))
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
-    np.testing.assert_array_equal(network.run(tiles[1:2]), found[1:2])
+    np.testing.assert_array_equal(scored(network, tiles[1:2]), found[1:2])
 
 
 def in_bfloat16(spec, state):
@@ -109,10 +117,10 @@ def test_in_bfloat16_only_convolutions_are(spec):
         flat = spec.architecture.dimensions == 2
         expected = in_bfloat16(spec, state)(given.squeeze(2) if flat else given).numpy()
     expected = expected[:, :, None] if flat else expected
-    found = openvino_engine.engine(2, "bfloat16").load(spec, state).run(tiles)
+    found = scored(openvino_engine.engine(2, "bfloat16").load(spec, state), tiles)
     assert found.dtype == np.float32
     assert np.abs(found - expected).mean() < 0.004 * np.ptp(expected)
-    full = openvino_engine.engine(2, "float32").load(spec, state).run(tiles)
+    full = scored(openvino_engine.engine(2, "float32").load(spec, state), tiles)
     assert np.abs(found - full).max() > 0  # it is another precision
 
 
@@ -141,7 +149,7 @@ def test_normalisation_is_exact_where_most_of_a_tile_is_air(device):
     with torch.inference_mode():
         expected = network(torch.from_numpy(tiles).double()).softmax(1).numpy()
     chosen = choose_engine(device, "float32")
-    found = chosen.load(spec, state).run(chosen.place(tiles))
+    found = scored(chosen.load(spec, state), chosen.place(tiles))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
 
 
@@ -157,10 +165,10 @@ def test_pooling_windows_by_hand():
 
 def test_logits_or_probabilities(spec):
     logits, probabilities = (
-        openvino_engine.engine(1)
-        .load(dataclasses.replace(spec, average=kind), state_of(spec))
-        .run(tiles_of(spec, 1))
-        .copy()
+        scored(
+            openvino_engine.engine(1).load(dataclasses.replace(spec, average=kind), state_of(spec)),
+            tiles_of(spec, 1),
+        )
         for kind in ("logits", "probabilities")
     )
     np.testing.assert_allclose(torch.from_numpy(logits).softmax(1), probabilities, atol=1e-6)
@@ -171,9 +179,39 @@ def test_the_same_tile_gives_the_same_bytes():
     spec = SPECS["residual 3d"]
     tiles = tiles_of(spec, 1)
     runs = [
-        openvino_engine.engine(2).load(spec, state_of(spec)).run(tiles).tobytes() for _ in range(2)
+        scored(openvino_engine.engine(2).load(spec, state_of(spec)), tiles).tobytes()
+        for _ in range(2)
     ]
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3])
+def test_tiles_under_way_at_the_same_time_keep_their_order_and_bytes(streams, monkeypatch):
+    spec = SPECS["plain 3d"]
+    tiles = tiles_of(spec, 7)
+    expected = scored(openvino_engine.engine(3).load(spec, state_of(spec)), tiles)
+    monkeypatch.setattr(openvino_engine, "_STREAMS", streams)
+    network = openvino_engine.engine(3).load(spec, state_of(spec))
+    np.testing.assert_array_equal(scored(network, tiles), expected)
+    assert list(network(iter([]))) == []
+
+
+def test_a_network_that_is_left_in_mid_way_can_be_used_again():
+    spec = SPECS["plain 3d"]
+    tiles = tiles_of(spec, 5)
+    network = openvino_engine.engine(2).load(spec, state_of(spec))
+    begun = network(iter(tiles))
+    first = next(begun).copy()
+    begun.close()
+    np.testing.assert_array_equal(scored(network, tiles)[:1], first)
+
+    def broken():
+        yield tiles[0]
+        raise OSError("the volume is gone")
+
+    with pytest.raises(OSError, match="the volume is gone"):
+        scored(network, broken())
+    np.testing.assert_array_equal(scored(network, tiles)[:1], first)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +322,7 @@ def test_a_network_that_does_not_fit_the_gpu_is_said(monkeypatch):
 def test_cuda_equals_torch_on_the_cpu(spec):
     state, tiles = state_of(spec), tiles_of(spec)
     expected, found = (
-        chosen.load(spec, state).run(chosen.place(tiles)).cpu()
+        torch.from_numpy(scored(chosen.load(spec, state), chosen.place(tiles)))
         for chosen in (choose_engine("torch-cpu"), choose_engine("cuda"))
     )
     tolerance = 0.02 * (1 if spec.average == "probabilities" else expected.std())
@@ -296,9 +334,9 @@ def test_cuda_equals_torch_on_the_cpu(spec):
 def test_scores_kept_on_the_host_are_the_same(spec):
     chosen = choose_engine("cuda")
     network, tiles = chosen.load(spec, state_of(spec)), tiles_of(spec)
-    found = network.run(chosen.keep(tiles))
+    found = torch.from_numpy(scored(network, chosen.keep(tiles)))
     assert found.device.type == "cpu"
-    torch.testing.assert_close(found, network.run(chosen.place(tiles)).cpu())
+    torch.testing.assert_close(found, torch.from_numpy(scored(network, chosen.place(tiles))))
     assert chosen.free_bytes() > 0
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ichseg.engine.engine import LoadedNetwork
+from ichseg.engine.engine import in_batches
 from ichseg.errors import BudgetError
 from ichseg.model.bundle import Member
 from ichseg.predict import budget, passes, sliding_window
@@ -44,7 +44,7 @@ class Machine:
                 scores[0], scores[1] = self.scores(member.fold, tile)
             return result
 
-        return LoadedNetwork(run, 1)
+        return in_batches(run, 1)
 
     def run(self, budget_s=None, members=MEMBERS, later=(), mirrors=MIRRORS, data=None):
         wanted = Passes(TILES, tuple(members), tuple(mirrors))

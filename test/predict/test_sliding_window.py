@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from ichseg.engine import engine
+from ichseg.engine.engine import in_batches
 from ichseg.predict import sliding_window
 from ichseg.predict.sliding_window import (
     average,
@@ -141,7 +142,9 @@ def test_networks_are_averaged_by_adding_up():
     data = np.random.default_rng(4).normal(size=(1, 9, 17, 13)).astype(np.float32)
     tiles, mirrors = cover(data.shape[1:], (4, 8, 8)), mirrorings((1, 2))
     total = sum(
-        sum_tiles(lambda x, f=factor: x * f, pad(data, tiles), tiles, mirrors=mirrors, batch=3)
+        sum_tiles(
+            in_batches(lambda x, f=factor: x * f, 3), pad(data, tiles), tiles, mirrors=mirrors
+        )
         for factor in (1, 2, 6)
     )
     np.testing.assert_allclose(average(total, tiles, 3 * len(mirrors)), 3 * data, atol=1e-5)
@@ -153,15 +156,15 @@ def test_skipped_tiles_are_not_predicted_and_are_background():
     tiles = dataclasses.replace(cover((1, 1, 12), (1, 1, 8)), skipped=frozenset({(0, 0, 4)}))
     seen = []
     total = sum_tiles(
-        lambda x: seen.append(x[0, 0, 0, 0].tolist()) or np.concatenate((x, x), 1),
-        data, tiles, mirrors=[()], batch=4,
+        in_batches(lambda x: seen.append(x[0, 0, 0, 0].tolist()) or np.concatenate((x, x), 1), 4),
+        data, tiles, mirrors=[()],
     )  # fmt: skip
     assert seen == [list(range(8))]
     scores = average(total, tiles, 1, [5.0, -5.0])
     np.testing.assert_array_equal(scores[:, 0, 0, 4:], [[5.0] * 8, [-5.0] * 8])
     none = dataclasses.replace(tiles, skipped=frozenset({(0, 0, 0), (0, 0, 4)}))
     with pytest.raises(ValueError, match="every tile is skipped"):
-        sum_tiles(lambda x: x, data, none, mirrors=[()], batch=1)
+        sum_tiles(in_batches(lambda x: x, 1), data, none, mirrors=[()])
 
 
 def test_the_total_is_the_number_of_tiles_predicted():

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ichseg.engine import torch_engine
-from ichseg.engine.engine import Network
+from ichseg.engine.engine import OnBatches
 from ichseg.errors import PlansError, TrainingError
 from ichseg.files import replacing
 from ichseg.model import strict_json
@@ -163,7 +163,7 @@ def is_validated(workspace: Path, run: FoldRun, weights: Mapping[str, Tensor]) -
     return all(_is_done(workspace, run, found, second, name) for name in run.spec.validation)
 
 
-def load_network(run: FoldRun, weights: Mapping[str, Tensor]) -> Network:
+def load_network(run: FoldRun, weights: Mapping[str, Tensor]) -> OnBatches:
     """The fold's network on its device, as a function from tiles to probabilities."""
     network = build_network(
         run.configuration.architecture,
@@ -183,7 +183,7 @@ def segment_case(
 
 
 def predict_case(
-    name: str, channels: Sequence[Volume], run: FoldRun, network: Network
+    name: str, channels: Sequence[Volume], run: FoldRun, network: OnBatches
 ) -> tuple[Tensor, Placement]:
     """Predict one case with one network.
 
@@ -255,7 +255,7 @@ def _segment_and_store(
     workspace: Path,
     run: FoldRun,
     case: dataset.Case,
-    network: Network,
+    network: OnBatches,
     second: Sequence[Configuration],
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Segment one case, and write its mask, its probabilities and its labels for a second stage."""
