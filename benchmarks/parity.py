@@ -1,4 +1,4 @@
-"""A trained nnU-Net, imported, against nnunetv2 2.8.1 itself: the same volumes, the same weights.
+"""A trained nnU-Net, imported and back again, against nnunetv2 2.8.1: the same volumes and weights.
 
     PYTHONPATH=. .venv/bin/python benchmarks/parity.py [--rival-env FOLDER]
         [--trained MODEL_FOLDER --images FOLDER]
@@ -6,8 +6,9 @@
 Tiny networks of each kind are trained by the rival on two head CTs of ``test/sample``, one real
 and one synthetic, to find bone and dense tissue. Then nnunetv2 predicts, its half-precision sums
 patched to fp32 (the column "rival" says how far it is from itself without), and so does
-``process.py`` with the imported bundle. ``--trained`` compares a real model as well, on the first
-images of a folder.
+``process.py`` with the imported bundle. ``export-nnunet`` brings the bundle back, and nnunetv2
+predicts by that. ``--trained`` compares a real model as well, on the first images of a folder, and
+``--only own`` the default weights, which nnU-Net cannot express in full.
 """
 
 from __future__ import annotations
@@ -30,31 +31,22 @@ from scipy import ndimage
 
 from benchmarks import rivals
 from benchmarks.parity_ours import probabilities_of
+from benchmarks.parity_plans import DATASET, NETWORKS, REGIONS, make_plans
 from benchmarks.rows import Row, at_most, report
 from ichseg.files import stem_of
+from ichseg.model.bundle import load_model
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 
 ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_WEIGHTS = ROOT / "weights"
 SLICES = 16  # of each sample
 SAMPLES = ("ge_intraparenchymal.mha", "synthetic_subdural.nii.gz")
 LARGEST_DIFFERENCE = 1e-3  # of a probability
 LARGEST_MARGIN = 2e-3  # of the rival's two best, where labels differ
 LEAST_DICE = 0.9995
+MOST_CHANGED = 1e-4  # share of the voxels whose label is another one once exported
 FOREGROUND = (0.001, 0.2)  # share of the volume that each mask has to hold
-FEATURES = (6, 12, 24)
-NETWORKS = {"PlainConvUNet": "plain", "ResidualEncoderUNet": "residual"}
-GRIDS_MM = {"3d_fullres": (4.0, 2.0, 2.0), "3d_lowres": (6.0, 3.2, 3.2), "2d": (2.0, 2.0)}
-DATASET: dict[str, Any] = {
-    "channel_names": {"0": "CT"},
-    "labels": {"background": 0, "bone": 1, "dense": 2},
-    "numTraining": 2,
-    "file_ending": ".mha",
-}
-REGIONS = DATASET | {
-    "labels": {"background": 0, "any": [1, 2], "dense": [2]},
-    "regions_class_order": [1, 2],
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +100,10 @@ def main() -> int:
     """Print one table and one line of JSON; 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--only", choices=[*NETWORKS, "regions", "trained"], action="append", help="a part of it"
+        "--only",
+        choices=[*NETWORKS, "regions", "trained", "own"],
+        action="append",
+        help="a part of it",
     )
     parser.add_argument("--steps", type=int, default=60, help="of each training [%(default)s]")
     parser.add_argument("--trained", type=Path, metavar="MODEL_FOLDER", help="a real nnU-Net")
@@ -128,6 +123,11 @@ def main() -> int:
                 rows += compare(make_models(folder / part, part, args.steps), cases, python)
             elif part == "regions":
                 rows += compare([make_regions(folder / part, args.steps)], cases, python)
+            elif part == "own":
+                (folder / part).mkdir()
+                rows += compare_exports(
+                    DEFAULT_WEIGHTS, folder / part, [(c, None) for c in cases], python, part
+                )
             else:
                 paths = sorted(args.images.glob("[!.]*.nii.gz"))[: args.cases]
                 listed = [Case(stem_of(path), path, None) for path in paths]
@@ -196,101 +196,9 @@ def write_model(folder: Path, plans: dict[str, Any], dataset: dict[str, Any]) ->
     (folder / "dataset.json").write_text(json.dumps(dataset))
 
 
-def make_plans(network: str) -> dict[str, Any]:
-    """nnU-Net's plans, of tiny networks."""
-    configurations: dict[str, Any] = {}
-    for name, spacing in GRIDS_MM.items():
-        axes = len(spacing)
-        resampling = {"force_separate_z": None, "order_z": 0}
-        configurations[name] = {
-            "data_identifier": f"nnUNetPlans_{name}",
-            "preprocessor_name": "DefaultPreprocessor",
-            "batch_size": 2,
-            "patch_size": [96, 96] if axes == 2 else [8, 96, 96],
-            "median_image_size_in_voxels": [36.0, 125.0, 125.0][-axes:],
-            "spacing": list(spacing),
-            "normalization_schemes": ["CTNormalization"],
-            "use_mask_for_norm": [False],
-            "batch_dice": False,
-            "architecture": architecture(network, axes),
-        }
-        for kind, order in (("data", 3), ("seg", 1), ("probabilities", 1)):
-            configurations[name] |= {
-                f"resampling_fn_{kind}": "resample_data_or_seg_to_shape",
-                f"resampling_fn_{kind}_kwargs": resampling
-                | {"is_seg": kind == "seg", "order": order},
-            }
-    configurations["3d_lowres"]["next_stage"] = "3d_cascade_fullres"
-    configurations["3d_cascade_fullres"] = {
-        "inherits_from": "3d_fullres",
-        "previous_stage": "3d_lowres",
-    }
-    return {
-        "dataset_name": "Dataset001_Parity",
-        "plans_name": "nnUNetPlans",
-        "original_median_spacing_after_transp": [5.0, 0.6, 0.6],
-        "original_median_shape_after_transp": [29, 400, 400],
-        "image_reader_writer": "SimpleITKIO",
-        "transpose_forward": [0, 1, 2],
-        "transpose_backward": [0, 1, 2],
-        "configurations": configurations,
-        "experiment_planner_used": "ExperimentPlanner",
-        "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {
-            "0": {
-                "mean": 350.0,
-                "std": 350.0,
-                "percentile_00_5": -20.0,
-                "percentile_99_5": 1200.0,
-                "median": 70.0,
-                "min": -1000.0,
-                "max": 2000.0,
-            }
-        },
-    }
-
-
-def architecture(network: str, axes: int) -> dict[str, Any]:
-    """An architecture of three levels, the first thick-sliced as in plans for head CT."""
-    plain = network == "PlainConvUNet"
-    encoder = {"n_conv_per_stage": [2, 2, 2]} if plain else {"n_blocks_per_stage": [1, 2, 2]}
-    return {
-        "network_class_name": f"dynamic_network_architectures.architectures.unet.{network}",
-        "arch_kwargs": {
-            "n_stages": 3,
-            "features_per_stage": list(FEATURES),
-            "conv_op": f"torch.nn.modules.conv.Conv{axes}d",
-            "kernel_sizes": [[1, 3, 3][-axes:], [3] * axes, [3] * axes],
-            "strides": [[1] * axes, [1, 2, 2][-axes:], [2] * axes],
-            **encoder,
-            "n_conv_per_stage_decoder": [2, 2] if plain else [1, 1],
-            "conv_bias": True,
-            "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{axes}d",
-            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-        },
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }
-
-
 def compare(models: Sequence[Model], cases: Sequence[Case], python: Path) -> list[Row]:
     """Let both sides predict every case by every model."""
-    folder = models[0].folder.parent
-    request = {
-        "models": [model.request() for model in models],
-        "cases": [
-            {"name": case.name, "image": str(case.image), "label": str(case.label)}
-            for case in cases
-        ],
-        "answer": str(folder / "answer.json"),
-    }
-    (folder / "request.json").write_text(json.dumps(request))
-    script = Path(__file__).with_name("parity_rival.py")
-    _call([str(python), str(script), str(folder / "request.json")])
-    unpatched = {row["model"]: row for row in json.loads((folder / "answer.json").read_text())}
+    unpatched = ask_rival(models, cases, python, models[0].folder.parent)
     rows = []
     for model in models:
         as_it_is = unpatched[model.name]
@@ -299,17 +207,18 @@ def compare(models: Sequence[Model], cases: Sequence[Case], python: Path) -> lis
             f"{as_it_is['largest']:.1e}, {as_it_is['labels']} labels",
             flush=True,
         )
-        rows += compare_model(model, cases, as_it_is["largest"])
+        rows += compare_model(model, cases, as_it_is["largest"], python)
     return rows
 
 
-def compare_model(model: Model, cases: Sequence[Case], unpatched: float) -> list[Row]:
+def compare_model(model: Model, cases: Sequence[Case], unpatched: float, python: Path) -> list[Row]:
     """The rows for one model, the worst of its cases."""
     weights = model.folder.parent / f"bundle-{model.folder.name}"
     stages = [model.folder] if model.previous is None else [model.previous.folder, model.folder]
     _call([sys.executable, "-m", "training", "import-nnunet", *map(str, stages), "--out",
            str(weights)])  # fmt: skip
     differences, margins, dices = [0.0], [0.0], [1.0]
+    masks: list[tuple[Case, npt.NDArray[Any] | None]] = []
     for case in cases:
         rival = np.load(f"{model.out}_{case.name}_probabilities.npy")
         theirs = np.load(f"{model.out}_{case.name}_labels.npy")
@@ -333,6 +242,7 @@ def compare_model(model: Model, cases: Sequence[Case], unpatched: float) -> list
             f"Dice {', '.join(f'{d:.6f}' for d in found)}; ours {took:.0f} s",
             flush=True,
         )
+        masks.append((case, ours))
         differences.append(largest)
         margins.append(margin)
         dices += found
@@ -345,7 +255,67 @@ def compare_model(model: Model, cases: Sequence[Case], unpatched: float) -> list
         at_most(f"{model.name}: rival's margin where labels differ", max(margins), "",
                 LARGEST_MARGIN),
         at_most(f"{model.name}: 1 - smallest Dice of a class", 1 - min(dices), "", 1 - LEAST_DICE),
+        *compare_exports(weights, model.folder.parent, masks, python, model.name),
     ]  # fmt: skip
+
+
+def compare_exports(
+    weights: Path,
+    scratch: Path,
+    masks: Sequence[tuple[Case, npt.NDArray[Any] | None]],
+    python: Path,
+    name: str,
+) -> list[Row]:
+    """One row for a bundle that is exported and predicted with by the rival.
+
+    Args:
+        weights: The bundle.
+        scratch: A folder to work in.
+        masks: The cases, and our labels of each as far as they are known.
+        python: The rival's Python.
+        name: What the table calls the bundle.
+    """
+    out = scratch / f"export-{weights.name}"
+    _call([sys.executable, "-m", "training", "export-nnunet", str(weights), "--out", str(out)])
+    bundle = load_model(weights)
+    (decides,) = bundle.averaged
+    previous = bundle.plans.configuration(decides).previous_stage
+    models: list[Model] = []
+    for stage in [decides] if previous is None else [previous, decides]:
+        (folder,) = out.glob(f"*__{stage}")
+        models.append(Model(f"{name} exported", folder, stage, 0, 0, models[0] if models else None))
+    ask_rival(models, [case for case, _ in masks], python, out)
+    shares = []
+    for case, known in masks:
+        ours = segment(case, weights, scratch) if known is None else known
+        theirs = np.load(f"{models[-1].out}_{case.name}_labels.npy")
+        differ, found = int((ours != theirs).sum()), int((theirs > 0).sum())
+        print(
+            f"{name} exported, {case.name}: {differ} of {theirs.size} labels differ, "
+            f"{found} foreground",
+            flush=True,
+        )
+        shares.append(differ / theirs.size)
+    row = f"{name}: share of labels that differ once exported"
+    return [at_most(row, max(shares), "", MOST_CHANGED)]
+
+
+def ask_rival(
+    models: Sequence[Model], cases: Sequence[Case], python: Path, folder: Path
+) -> dict[str, Any]:
+    """Let the rival train and predict; by model how far unpatched it is from itself."""
+    request = {
+        "models": [model.request() for model in models],
+        "cases": [
+            {"name": case.name, "image": str(case.image), "label": str(case.label)}
+            for case in cases
+        ],
+        "answer": str(folder / "answer.json"),
+    }
+    (folder / "request.json").write_text(json.dumps(request))
+    script = Path(__file__).with_name("parity_rival.py")
+    _call([str(python), str(script), str(folder / "request.json")])
+    return {row["model"]: row for row in json.loads((folder / "answer.json").read_text())}
 
 
 def segment(case: Case, weights: Path, scratch: Path) -> npt.NDArray[np.integer]:

@@ -94,6 +94,11 @@ COMMANDS = {
         "import-nnunet nnUNet_results/Dataset001_Bleeds/nnUNetTrainer__nnUNetPlans__3d_fullres "
         "--out weights",
     ),
+    "export-nnunet": (
+        "training.bundle.export_nnunet",
+        "turn a weights bundle into a trained nnU-Net v2",
+        "export-nnunet weights --out nnUNet_results/Dataset001_Bleeds",
+    ),
 }
 
 

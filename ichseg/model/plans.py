@@ -187,6 +187,8 @@ class Plans:
             regions, which may overlap: the label written where the first region's score is above
             0 (as a probability: above a half), the same of the second, and so on; later ones
             write over earlier ones, and elsewhere is background.
+        region_labels: The labels that each region holds, in the order of ``regions``: what is
+            trained for. Empty in bundles that do not know, which inference does not need.
         crop: What is cut away before anything else, in training as in inference: ``nonzero``, the
             borders where all channels are 0 (nnU-Net); or ``head``, also the air and the headrest
             around the head, as far as one is found. Outside the crop all is background.
@@ -208,6 +210,7 @@ class Plans:
     architecture: str = strict_json.optional("plain", key="preset")
     overrides: tuple[Override, ...] = strict_json.optional(())
     regions: tuple[int, ...] = strict_json.optional(())
+    region_labels: tuple[tuple[int, ...], ...] = strict_json.optional(())
     crop: str = strict_json.optional("nonzero")
     sources: str = strict_json.optional("")
 
@@ -238,10 +241,20 @@ class Plans:
             raise ValueError(f"crop {self.crop!r}, expected one of {CROPS}")
         if self.crop == "head" and any(n.scheme != "ct" for n in self.normalisations):
             raise ValueError("crop 'head' is found in HU, but not every channel is CT")
-        if not set(self.regions) <= set(range(1, len(self.labels))):
+        self._check_regions()
+
+    def _check_regions(self) -> None:
+        """Refuse regions that write or hold what is no label."""
+        last = len(self.labels) - 1
+        if not set(self.regions) <= set(range(1, last + 1)):
+            raise ValueError(f"regions write the labels {self.regions}, expected 1 to {last}")
+        if len(self.region_labels) not in (0, len(self.regions)):
             raise ValueError(
-                f"regions write the labels {self.regions}, expected 1 to {len(self.labels) - 1}"
+                f"{len(self.region_labels)} region_labels of {len(self.regions)} regions"
             )
+        for held in self.region_labels:
+            if not held or not set(held) <= set(range(last + 1)):
+                raise ValueError(f"a region holds the labels {held}, expected among 0 to {last}")
 
     def _check_stages(self) -> None:
         """Refuse configurations of one name, and stages that no first stage comes before."""

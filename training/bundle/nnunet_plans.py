@@ -40,13 +40,14 @@ ORIENTATIONS = {
     "NibabelIOWithReorient": "RAS",
 }
 RESAMPLING = "resample_data_or_seg_to_shape"
+BACKGROUND, IGNORE = "background", "ignore"  # labels that nnU-Net knows by their names
 # Beyond what any network of nnU-Net has; so a damaged file cannot ask for years of work.
 MOST_LEVELS, MOST_FEATURES, MOST_CONVS, MOST_KERNEL, MOST_STRIDE = 16, 8192, 64, 15, 16
 MOST_VOXELS, LEAST_MM, MOST_MM = 1_000_000, 1e-6, 1e6
 _FAR = 1e9
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 _PACKAGE = "dynamic_network_architectures."
-_ENCODER = {"plain": "n_conv_per_stage", "residual": "n_blocks_per_stage"}
+ENCODER = {"plain": "n_conv_per_stage", "residual": "n_blocks_per_stage"}
 # Arguments of a network that do not change what it answers, or whose value is checked below.
 _ARGUMENTS = {
     "n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides", "conv_bias",
@@ -71,7 +72,7 @@ def read_plans(folder: Path, name: str) -> Plans:
     path = folder / DATASET_FILE
     dataset = strict_json.load_object(path, strict=False)
     with refused_as(path):
-        labels, regions = _labels(dataset)
+        labels, regions, region_labels = _labels(dataset)
         channels = _channels(dataset)
     path = folder / PLANS_FILE
     plans = strict_json.load_object(path, strict=False)
@@ -97,6 +98,7 @@ def read_plans(folder: Path, name: str) -> Plans:
             configurations=(_configuration(plans, raw, name),),
             architecture=ARCHITECTURES.get(plans["plans_name"], "plain"),
             regions=regions,
+            region_labels=region_labels,
         )
 
 
@@ -156,7 +158,7 @@ def _architecture(raw: Json, dimensions: int) -> Architecture:
     if name not in NETWORKS or not found.startswith(_PACKAGE):
         raise PlansError(f"network class {found}, expected {' or '.join(NETWORKS)}")
     block = NETWORKS[name]
-    unknown = sorted(arguments.keys() - _ARGUMENTS - {_ENCODER[block]})
+    unknown = sorted(arguments.keys() - _ARGUMENTS - {ENCODER[block]})
     if unknown:
         raise PlansError(f"network argument {unknown[0]}, expected those of nnU-Net's planners")
     _expect("conv_op", arguments["conv_op"].rpartition(".")[2], [f"Conv{dimensions}d"])
@@ -172,7 +174,7 @@ def _architecture(raw: Json, dimensions: int) -> Architecture:
         arguments["features_per_stage"],
         arguments["kernel_sizes"],
         arguments["strides"],
-        arguments[_ENCODER[block]],
+        arguments[ENCODER[block]],
         arguments["n_conv_per_stage_decoder"],
     )
 
@@ -234,29 +236,31 @@ def _per_axis(what: str, levels: object, most: int) -> tuple[tuple[int, ...], ..
     )
 
 
-def _labels(dataset: Json) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The names of the labels by value, and the labels that the regions write, if there are any.
+def _labels(
+    dataset: Json,
+) -> tuple[tuple[str, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """The names of the labels by value; of regions, if there are any, what they write and hold.
 
     The ignore label is for training alone and is left out.
     """
-    declared = {name: value for name, value in dataset["labels"].items() if name != "ignore"}
+    declared = {name: value for name, value in dataset["labels"].items() if name != IGNORE}
     values = {
         name: [whole(f"label {name}", v, 0, 255) for v in _as_list(value)]
         for name, value in declared.items()
     }
     every = sorted({value for listed in values.values() for value in listed})
-    if values.get("background") != [0] or every != list(range(len(every))) or len(every) > 255:
+    if values.get(BACKGROUND) != [0] or every != list(range(len(every))) or len(every) > 255:
         raise PlansError(f"labels {dataset['labels']}, expected background 0, then 1, 2, ... 254")
-    names = {0: "background"} | {value: f"label {value}" for value in every[1:]}
+    names = {0: BACKGROUND} | {value: f"label {value}" for value in every[1:]}
     if all(len(listed) == 1 for listed in values.values()):
         names |= {listed[0]: name for name, listed in values.items()}
-        return tuple(names[value] for value in every), ()
+        return tuple(names[value] for value in every), (), ()
     order = wholes("regions_class_order", dataset["regions_class_order"], 1, 255, longest=255)
-    regions = [name for name, listed in values.items() if set(listed) != {0}]
+    regions = {name: tuple(held) for name, held in values.items() if set(held) != {0}}
     if len(order) != len(regions):
         raise PlansError(f"regions_class_order {list(order)} of the regions {', '.join(regions)}")
     names |= dict(zip(order, regions, strict=True))
-    return tuple(names[value] for value in every), order
+    return tuple(names[value] for value in every), order, tuple(regions.values())
 
 
 def _channels(dataset: Json) -> tuple[str, ...]:
