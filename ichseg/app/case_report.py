@@ -33,6 +33,7 @@ def facts(
     doubt = segmentation.disagreement
     return {
         "volume_ml": round(segmentation.volume_ml, 3),
+        "case_score": _rounded(segmentation.case_score),
         "lesions": [_rounded(dataclasses.asdict(lesion)) for lesion in lesions[:MOST_LESIONS]],
         "doubt": None if doubt is None else round(doubt, 4),
         "warnings": said,
@@ -65,4 +66,4 @@ def _rounded(value: Any) -> Any:
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, tuple):
         return [_rounded(item) for item in value]
-    return round(value, 3)
+    return None if value is None else round(value, 3)

@@ -255,7 +255,9 @@ def write_case(task: Task, done: Done, ensemble: Ensemble, options: Options) -> 
     segmentation = ensemble.finish(done.predicted)
     done.predicted.parts.clear()  # the scores' memory is of use to others
     began = time.perf_counter()
-    lesions = components.lesions(segmentation.mask.voxels.astype(np.uint8, copy=False), scan)
+    lesions = components.lesions(
+        segmentation.mask.voxels.astype(np.uint8, copy=False), scan, segmentation.foreground
+    )
     volume.write(segmentation.mask, case.output)
     warnings: list[str] = []
     if done.scan.series is not None:

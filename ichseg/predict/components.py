@@ -18,6 +18,7 @@ from ichseg.scan.volume import Volume
 Labels = npt.NDArray[np.uint8]
 Point = tuple[float, float, float]
 _CONNECTED = np.ones((3, 3, 3), bool)
+SCORED_ML = 0.2  # of the case's score
 _SLAB_VOXELS = 300_000  # looked at together
 
 
@@ -35,6 +36,9 @@ class Lesion:
             voxels to their outer faces; the smallest such box, or a larger one where the scan is
             oblique.
         mean_hu: The mean intensity of the scan within it.
+        mean_probability: The mean, over its voxels, of the probability that a voxel is anything but
+            background; None where that is not known.
+        max_probability: The highest of these probabilities.
     """
 
     label: int
@@ -42,15 +46,52 @@ class Lesion:
     centroid_mm: Point
     box_mm: tuple[Point, Point]
     mean_hu: float
+    mean_probability: float | None = None
+    max_probability: float | None = None
 
 
-def apply_rules(labels: Labels, rules: Sequence[ComponentRule], voxel_ml: float) -> Labels:
+def case_score(foreground: Labels, voxel_ml: float) -> float:
+    """How sure it is that there is anything at all, 0 to 1.
+
+    It is the mean probability of the likeliest ``SCORED_ML``, wherever these voxels lie: high where
+    a bleed of about that size or more is likely, low where only a few voxels are, and defined where
+    the mask is empty, too.
+
+    Args:
+        foreground: The probability of anything but background in steps of 1/255, ``(z, y, x)``.
+        voxel_ml: The volume of a voxel.
+    """
+    counts = np.zeros(256, np.int64)
+    for rows in _slabs(foreground.shape):
+        counts += np.bincount(foreground[rows].ravel(), minlength=256)
+    wanted = min(max(round(SCORED_ML / voxel_ml), 1), foreground.size)
+    total, taken = 0, 0
+    for step in range(255, 0, -1):
+        more = min(int(counts[step]), wanted - taken)
+        total += more * step
+        taken += more
+        if taken == wanted:
+            break
+    return total / wanted / 255
+
+
+def apply_rules(
+    labels: Labels,
+    rules: Sequence[ComponentRule],
+    voxel_ml: float,
+    foreground: Labels | None = None,
+) -> Labels:
     """Labels ``(z, y, x)`` without what the rules drop; they are applied one after another.
 
     Args:
         labels: The labels found; they are left as they are.
         rules: The rules, each about one label.
         voxel_ml: The volume of a voxel.
+        foreground: The probability of anything but background in steps of 1/255, for rules about
+            it.
+
+    Raises:
+        ValueError: A rule is about probabilities, and these are not given.
     """
     result = labels.copy() if rules else labels
     for rule in rules:
@@ -67,18 +108,32 @@ def apply_rules(labels: Labels, rules: Sequence[ComponentRule], voxel_ml: float)
         keep = sizes * voxel_ml >= rule.drop_below_ml * (1 - 1e-9)
         if rule.keep_largest and count:
             keep &= np.arange(count + 1) == sizes.argmax()
+        if rule.drop_below_probability:
+            if foreground is None:
+                raise ValueError("a rule about probabilities needs them")
+            sums = _sums(components, foreground[where], count)
+            keep &= sums / np.maximum(sizes, 1) >= 255 * rule.drop_below_probability
         keep[0] = True
         for rows in _slabs(components.shape):
             part[rows][~keep[components[rows]]] = 0
     return result
 
 
-def lesions(labels: Labels, scan: Volume) -> tuple[Lesion, ...]:
+def _sums(components: npt.NDArray[np.int32], values: Labels, count: int) -> npt.NDArray[np.float64]:
+    """The sum of some values over each component, the background's first."""
+    total = np.zeros(count + 1)
+    for rows in _slabs(components.shape):
+        total += np.bincount(components[rows].ravel(), values[rows].ravel(), count + 1)
+    return total
+
+
+def lesions(labels: Labels, scan: Volume, foreground: Labels | None = None) -> tuple[Lesion, ...]:
     """Every component of every label, the largest first.
 
     Args:
         labels: ``(z, y, x)``, in the scan's grid; 0 is background.
         scan: The CT in HU.
+        foreground: The probability of anything but background in steps of 1/255, if it is known.
 
     Raises:
         ValueError: The shapes differ.
@@ -88,7 +143,9 @@ def lesions(labels: Labels, scan: Volume) -> tuple[Lesion, ...]:
     found = []
     for label, where in enumerate(ndimage.find_objects(labels), start=1):
         if where is not None:
-            found += _of_label(label, labels[where] == label, scan.voxels[where], where, scan)
+            inside = labels[where] == label
+            chance = None if foreground is None else foreground[where]
+            found += _of_label(label, inside, scan.voxels[where], chance, where, scan)
     return tuple(sorted(found, key=lambda lesion: -lesion.volume_ml))
 
 
@@ -96,20 +153,28 @@ def _of_label(
     label: int,
     inside: npt.NDArray[np.bool_],
     hu: npt.NDArray[np.generic],
+    chance: Labels | None,
     where: tuple[slice, slice, slice],
     scan: Volume,
 ) -> list[Lesion]:
     """The components of one label, from its box in the scan."""
     components, count = ndimage.label(inside, _CONNECTED)
-    sums = np.zeros((5, count + 1))  # voxels; z, y, x; HU
+    sums = np.zeros((6, count + 1))  # voxels; z, y, x; HU; probability in steps
+    most = np.zeros(count + 1, np.uint8)
     for rows in _slabs(components.shape):
         at = np.nonzero(components[rows])
         of = components[rows][at]
-        weights = (None, at[0] + rows.start, at[1], at[2], hu[rows][at])
+        steps = of if chance is None else chance[rows][at]
+        weights = (None, at[0] + rows.start, at[1], at[2], hu[rows][at], steps)
+        if chance is not None:
+            np.maximum.at(most, of, steps)
         for total, weight in zip(sums, weights, strict=True):
             total += np.bincount(of, weight, minlength=count + 1)
     voxels = sums[0, 1:]
     means = sums[1:, 1:] / voxels
+    likely: list[tuple[float, ...]] = [()] * count
+    if chance is not None:
+        likely = list(zip((means[4] / 255).tolist(), (most[1:] / 255).tolist(), strict=True))
     corner = np.array([[part.start] for part in where])
     edges = [[(part.start, part.stop) for part in b] for b in ndimage.find_objects(components)]
     low, end = np.array(edges).transpose(2, 1, 0)  # each (3, n)
@@ -117,13 +182,14 @@ def _of_label(
     middles = _positions((low + end - 1) / 2 + corner, scan)
     reach = abs(_steps(scan)) @ (end - low) / 2
     return [
-        Lesion(label, size, _point(centroid), (_point(first), _point(last)), mean_hu)
-        for size, centroid, first, last, mean_hu in zip(
+        Lesion(label, size, _point(centroid), (_point(first), _point(last)), mean_hu, *probable)
+        for size, centroid, first, last, mean_hu, probable in zip(
             (voxels * scan.voxel_ml).tolist(),
             centroids.T.tolist(),
             (middles - reach).T.tolist(),
             (middles + reach).T.tolist(),
             means[3].tolist(),
+            likely,
             strict=True,
         )
     ]

@@ -52,6 +52,10 @@ class Segmentation:
             is 0 where all agree, also that there is none, and None where no configuration ran two.
             Component rules are not applied before.
         warnings: Anything a reader of the result should know.
+        foreground: The probability that a voxel is anything but background, in steps of 1/255,
+            uint8 in the shape of the mask; component rules do not touch it.
+        case_score: How sure it is that there is anything at all, 0 to 1, see
+            ``components.case_score``.
     """
 
     mask: Volume
@@ -60,6 +64,8 @@ class Segmentation:
     seconds: dict[str, float]
     disagreement: float | None = None
     warnings: tuple[str, ...] = ()
+    foreground: npt.NDArray[np.uint8] | None = None
+    case_score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,8 +261,8 @@ class Ensemble:
         began = time.perf_counter()
         volume = predicted.volume
         with self.engine.guard():
-            labels = self._restore(predicted.parts)
-        labels = components.apply_rules(labels, self.model.rules, volume.voxel_ml)
+            labels, foreground = self._restore(predicted.parts)
+        labels = components.apply_rules(labels, self.model.rules, volume.voxel_ml, foreground)
         seconds = predicted.seconds | {"restore": time.perf_counter() - began}
         seconds["total"] = sum(seconds.values())
         return Segmentation(
@@ -265,6 +271,8 @@ class Ensemble:
             ran=predicted.ran,
             seconds={step: round(value, 3) for step, value in seconds.items()},
             disagreement=predicted.disagreement,
+            foreground=foreground,
+            case_score=components.case_score(foreground, volume.voxel_ml),
         )
 
     def _holds_all(self, plan: Plan) -> bool:
@@ -338,13 +346,18 @@ class Ensemble:
             clock=clock,
         )
 
-    def _restore(self, parts: list[tuple[Grid, Placement]]) -> npt.NDArray[np.uint8]:
-        """Labels in the volume's grid; on the host where the GPU's memory is full."""
+    def _restore(
+        self, parts: list[tuple[Grid, Placement]]
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """Labels and foreground in the volume's grid; on the host where the GPU is full."""
         plans, average = self.model.plans, self.model.average
+        placement = parts[0][1]
+        outline = placement.axes.undo(np.broadcast_to(np.uint8(), placement.full_shape))
+        foreground = np.zeros(outline.shape, np.uint8)
         with contextlib.suppress(*self.engine.memory_full):
-            return restore(parts, plans, average=average)
+            return restore(parts, plans, average=average, foreground=foreground), foreground
         parts = [(on_host(scores), placement) for scores, placement in parts]
-        return restore(parts, plans, average=average)
+        return restore(parts, plans, average=average, foreground=foreground), foreground
 
     def _restoring_s(self, volume: Volume) -> float:
         """What ``finish`` will take, reserved of a time budget; generous."""

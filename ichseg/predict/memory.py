@@ -19,6 +19,7 @@ from ichseg.predict.prepare import Placement
 GB = 1e9
 _MB = 2**20
 _FLOAT = 4  # bytes
+_RUNTIME = 55 * _MB  # of OpenVINO, with whatever number of networks
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ def estimate(
         at_once = own + part.sums * summed + (part.networks * padded if part.networks > 1 else 0)
         host, on_device = network_bytes(kind, configuration, part.weights)
         largest = max(largest, host)
-        together += host * part.networks
+        together += max(host - _RUNTIME, 0) * part.networks
         if on_gpu:
             device = max(device, scores + _FLOAT * channels * grid + at_once + on_device)
             running = max(running, joined)
@@ -116,9 +117,10 @@ def estimate(
     return Need(
         opening=scan_bytes + max(2 * file_bytes + scan_bytes, data + 30 * _MB),
         predicting=scan_bytes + data + running,
-        # labels, and again in the scan's order; or components where their box is half of it
-        writing=scan_bytes + max(held + 2 * voxels, 4 * voxels) + 30 * _MB,
-        network=together if keeps_networks else largest,
+        # labels, and again in the scan's order; or components where their box is half of it; and
+        # the foreground's probability
+        writing=scan_bytes + max(held + 3 * voxels, 5 * voxels) + 30 * _MB,
+        network=together + _RUNTIME if keeps_networks else largest,
         device=device,
         keeps_networks=keeps_networks,
     )
@@ -133,8 +135,8 @@ def network_bytes(kind: str, configuration: Configuration, weights: int) -> tupl
     channel = _FLOAT * math.prod(configuration.tile)
     first = configuration.architecture.features[0]
     if kind == "openvino":
-        loading = 3.05 * weights + 55 * _MB
-        return int(max(loading, 2.05 * weights + 55 * _MB + (3 * first + 5) * channel)), 0
+        loading = 3.05 * weights + _RUNTIME
+        return int(max(loading, 2.05 * weights + _RUNTIME + (3 * first + 5) * channel)), 0
     activations = (8 * first + 10) * channel
     if kind == "cuda":
         return 2 * weights, int(1.5 * weights + activations)

@@ -31,6 +31,7 @@ def restore(
     plans: Plans,
     *,
     average: str = "probabilities",
+    foreground: npt.NDArray[np.uint8] | None = None,
     slab_voxels: int = _SLAB_VOXELS,
 ) -> npt.NDArray[np.uint8]:
     """Labels in the volume's own grid and axis order from scores in the networks' grids.
@@ -44,6 +45,8 @@ def restore(
         plans: Say how scores are resampled.
         average: The scores are ``probabilities`` or ``logits``. With several configurations the
             probabilities are averaged in either case (V2's ensembling).
+        foreground: Zeros in the shape of the volume that ``prepare`` was given, to be filled with
+            the probability that a voxel is anything but background, in steps of 1/255.
         slab_voxels: The number of output voxels of each class that are computed at once.
 
     Returns:
@@ -53,8 +56,20 @@ def restore(
     outline = np.broadcast_to(np.uint8(), placement.full_shape)
     labels = np.zeros(placement.axes.undo(outline).shape, np.uint8)
     convert = average == "logits" and len(parts) > 1
-    crop = placement.axes.apply(labels)[placement.slices]  # a view, which is written through
-    _decide(parts, crop, placement.spacing_mm, plans, slab_voxels, convert=convert)
+    # views, which are written through
+    crop = placement.axes.apply(labels)[placement.slices]
+    chance = None if foreground is None else placement.axes.apply(foreground)[placement.slices]
+    logits = average == "logits" and not convert
+    _decide(
+        parts,
+        crop,
+        placement.spacing_mm,
+        plans,
+        slab_voxels,
+        convert=convert,
+        foreground=chance,
+        logits=logits,
+    )
     return labels
 
 
@@ -117,10 +132,13 @@ def _decide(
     slab_voxels: int,
     *,
     convert: bool = False,
+    foreground: npt.NDArray[np.uint8] | None = None,
+    logits: bool = False,
 ) -> None:
     """Fill the crop's labels, in the grid of this spacing, slab by slab.
 
-    With ``convert`` the scores are logits and are averaged as probabilities.
+    With ``convert`` the scores are logits and are averaged as probabilities. ``foreground`` gets
+    the probability of all labels but 0; ``logits`` says what the sums are then.
     """
     step = max(1, slab_voxels // (labels.shape[1] * labels.shape[2]))
     for start in range(0, labels.shape[0], step):
@@ -144,6 +162,10 @@ def _decide(
                 slab = _of_probabilities(slab, regions=bool(plans.regions))
             total = slab if total is None else total + slab
         assert total is not None
+        if foreground is not None:
+            chance = on_host(total) / np.float32(len(parts))
+            chance = _chance(chance, regions=bool(plans.regions), logits=logits)
+            foreground[rows] = np.rint(chance * 255).clip(0, 255)
         if plans.regions:
             labels[rows] = _last_region(on_host(total), plans.regions)
         else:
@@ -253,6 +275,26 @@ def _of_probabilities(margins: Grid, regions: bool) -> Grid:
     background = np.exp(-shift)
     probabilities: FloatArray = (shares - background) / (shares.sum(0) + background)
     return probabilities
+
+
+def _chance(margins: FloatArray, *, regions: bool, logits: bool) -> FloatArray:
+    """The probability of anything but background, from margins ``(K, ...)``.
+
+    With several labels the margins of probabilities over that of the background, and the sum of 1,
+    give it exactly. Regions may overlap: that of the likeliest counts.
+    """
+    if regions:
+        best = margins.max(0)
+        half: FloatArray = np.tanh(best / 2) if logits else best
+        return half * np.float32(0.5) + np.float32(0.5)
+    if logits:
+        shift = np.maximum(margins.max(0), 0)
+        background = np.exp(-shift)
+        others = np.exp(margins - shift).sum(0)
+        likely: FloatArray = others / (others + background)
+        return likely
+    together: FloatArray = (margins.sum(0) + len(margins)) / (len(margins) + 1)
+    return together
 
 
 def _largest(margins: FloatArray) -> npt.NDArray[np.uint8]:

@@ -24,4 +24,4 @@ def test_all_networks_stay_where_that_leaves_half_of_the_memory(tmp_path, monkey
     found, _ = needs.of_scan(plan, 1000, ensemble, singly=False)
     assert found.keeps_networks == kept
     assert (found.network == every.network) == kept
-    assert found.network * 2 == every.network or kept
+    assert found.network < every.network or kept

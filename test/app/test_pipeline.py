@@ -216,7 +216,8 @@ def test_what_results_json_says(place):
     report = entries(place)[0]["report"]
     assert report == json.loads(json.dumps(first.report))
     assert list(report) == [
-        "volume_ml", "lesions", "doubt", "warnings", "ran", "seconds", "made_from", "mask_sha256",
+        "volume_ml", "case_score", "lesions", "doubt", "warnings", "ran", "seconds", "made_from",
+        "mask_sha256",
     ]  # fmt: skip
     assert report["volume_ml"] == 0.01
     assert report["lesions"] == [
@@ -226,6 +227,8 @@ def test_what_results_json_says(place):
             "centroid_mm": [at, at, z],
             "box_mm": [[at - 0.5, at - 0.5, z - 2.5], [at + 0.5, at + 0.5, z + 2.5]],
             "mean_hu": 101.0,
+            "mean_probability": None,
+            "max_probability": None,
         }
         for at, z in ((1.0, 0.0), (4.0, 10.0))
     ]

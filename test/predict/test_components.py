@@ -4,12 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from ichseg.errors import PlansError
 from ichseg.model import strict_json
 from ichseg.model.rules import ComponentRule
 from ichseg.predict import components
-from ichseg.predict.components import apply_rules, lesions
+from ichseg.predict.components import apply_rules, case_score, lesions
 from ichseg.scan.volume import Volume
 
 
@@ -61,6 +62,39 @@ def test_rules_leave_their_input_alone_and_pass_over_labels_that_do_not_occur():
     np.testing.assert_array_equal(apply_rules(THREE, [ComponentRule(2, True)], 1.0), THREE)
     empty = np.zeros((2, 3, 4), np.uint8)
     np.testing.assert_array_equal(apply_rules(empty, [ComponentRule(1, True, 1.0)], 1.0), empty)
+
+
+def test_a_component_is_as_likely_as_its_voxels_are_in_the_mean():
+    """Of three components of 2, 3 and 1 voxels: means 0.5, 0.8 and 1, highest 0.6, 1 and 1."""
+    chance = np.zeros(THREE.shape, np.uint8)
+    chance[0, 0, :2] = 102, 153
+    chance[THREE == 1] = np.where(chance[THREE == 1] == 0, 255, chance[THREE == 1])
+    found, _ = ndimage.label(THREE, np.ones((3, 3, 3)))
+    sizes = np.bincount(found.ravel())[1:]
+    three = found == 1 + int(np.flatnonzero(sizes == 3)[0])
+    chance[three] = 102, 255, 255
+    scan = Volume(THREE, (1.0, 1.0, 1.0))
+    likely = [(x.mean_probability, x.max_probability) for x in lesions(THREE, scan, chance)]
+    assert likely == [pytest.approx(p) for p in ((0.8, 1.0), (0.5, 0.6), (1.0, 1.0))]
+    for limit, voxels in ((0.5, 6), (0.51, 4), (0.8, 4), (0.81, 1)):
+        rule = ComponentRule(1, drop_below_probability=limit)
+        assert apply_rules(THREE, [rule], 1.0, chance).sum() == voxels
+    with pytest.raises(ValueError, match="a rule about probabilities needs them"):
+        apply_rules(THREE, [rule], 1.0)
+    assert lesions(THREE, scan)[0].mean_probability is None
+
+
+def test_the_score_of_a_case_is_the_mean_of_its_likeliest_voxels():
+    chance = np.zeros((4, 10, 10), np.uint8)
+    assert case_score(chance, 0.01) == 0
+    chance[1, 2, :8] = 255
+    chance[3, 3, 3] = 51
+    # 20 voxels are 0.2 mL: eight of 1, one of 0.2, the rest 0
+    assert case_score(chance, 0.01) == pytest.approx((8 + 0.2) / 20)
+    chance[2] = 255
+    assert case_score(chance, 0.01) == 1
+    assert case_score(chance[3:], 5.0) == pytest.approx(0.2)  # a voxel is larger
+    assert case_score(chance[:2, :2, :2], 0.01) == 0
 
 
 def test_slabs_change_nothing(monkeypatch):

@@ -47,7 +47,7 @@ def test_what_a_case_needs_by_hand():
     found = needed(part((100, 128, 256)))
     assert found.opening == (20 + max(2 * 7 + 20, 12.5 + 30)) * MB
     assert found.predicting == (20 + 12.5 + 25) * MB
-    assert found.writing == (20 + 25 + 6.25 + 30) * MB
+    assert found.writing == (20 + 25 + 9.375 + 30) * MB
     assert found.network == (3.05 * 100 + 55) * MB
     assert found.alone == found.network + found.writing
     assert found.device == 0
@@ -62,7 +62,7 @@ def test_networks_that_stay_are_all_counted():
     many = (part((100, 128, 256), sums=2, networks=3), part((100, 128, 256)))
     kept = memory.estimate("openvino", PLANS, many, file_bytes=0, scan_bytes=0, keeps_networks=True)
     assert kept.keeps_networks
-    assert kept.network == 4 * int((3.05 * 100 + 55) * MB)
+    assert kept.network == 4 * int(3.05 * 100 * MB) + 55 * MB
     alone = memory.estimate("openvino", PLANS, many, file_bytes=0, scan_bytes=0)
     assert (alone.network, alone.keeps_networks) == (int((3.05 * 100 + 55) * MB), False)
     assert (alone.opening, alone.predicting) == (kept.opening, kept.predicting)

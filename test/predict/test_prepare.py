@@ -164,6 +164,37 @@ def test_restore_averages_the_parts_of_an_ensemble(scan):
     assert restore([(unsure, placement)], PLANS).max() == 0
 
 
+def chances(scores, *, average, plans=PLANS, parts=1):
+    """The foreground in steps of 1/255, of a row of voxels with these scores ``(K, n)``."""
+    scores = torch.as_tensor(scores, dtype=torch.float32)
+    row = Volume(np.ones((1, 1, scores.shape[1])), (5.0, 1.0, 1.0))
+    placement = place([row], plans, CONFIGURATION)
+    found = np.zeros((1, 1, scores.shape[1]), np.uint8)
+    given = (scores.reshape(len(scores), 1, 1, -1), placement)
+    restore([given] * parts, plans, average=average, foreground=found)
+    return found[0, 0] / 255
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_foreground_is_what_the_background_leaves(parts):
+    given = [[0.7, 0.2, 0.0], [0.2, 0.3, 0.5], [0.1, 0.5, 0.5]]
+    np.testing.assert_allclose(
+        chances(given, average="probabilities", parts=parts), [0.3, 0.8, 1], atol=0.003
+    )
+    logits = np.array([[1.0, -2, 30], [0, 4, -30], [-1, 2, 0]])
+    expected = 1 - np.exp(logits[0]) / np.exp(logits).sum(0)
+    np.testing.assert_allclose(chances(logits, average="logits", parts=parts), expected, atol=0.003)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_of_regions_the_likeliest_is_the_foreground(parts):
+    plans = dataclasses.replace(PLANS, labels=("background", "a", "b"), regions=(1, 2))
+    given = np.array([[0.0, 3, -9], [-2, 1, -4]])
+    expected = 1 / (1 + np.exp(-given.max(0)))
+    found = chances(given, average="logits", plans=plans, parts=parts)
+    np.testing.assert_allclose(found, expected, atol=0.003)
+
+
 @pytest.mark.parametrize(
     ("separate_z", "expected"), [(("score",), [1, 1, 0, 0]), ((), [1, 0, 0, 0])]
 )

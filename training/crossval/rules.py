@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ichseg.model.rules import ComponentRule
 
 DROP_BELOW_ML = (0.05, 0.1, 0.2, 0.5, 1.0)
+DROP_BELOW_PROBABILITY = (0.6, 0.65, 0.7, 0.75, 0.8)
 # A smaller gain is not a reason: the simpler ensemble is taken, or no rule.
 LEAST_GAIN = 1e-4
 
@@ -39,14 +40,23 @@ class Trial:
     reason: str
 
 
-def to_try(labels: int) -> tuple[ComponentRule, ...]:
-    """The rules to try: for each foreground label keep the largest part, or drop small ones."""
+def to_try(labels: int, *, probabilities: bool) -> tuple[ComponentRule, ...]:
+    """The rules to try: for each label keep the largest part, or drop small or unlikely ones.
+
+    Args:
+        labels: The number of foreground labels.
+        probabilities: Whether the probabilities of all cases are known.
+    """
     return tuple(
         rule
         for label in range(1, labels + 1)
         for rule in (
             ComponentRule(label, keep_largest=True),
             *(ComponentRule(label, drop_below_ml=volume_ml) for volume_ml in DROP_BELOW_ML),
+            *(
+                ComponentRule(label, drop_below_probability=probability)
+                for probability in DROP_BELOW_PROBABILITY * probabilities
+            ),
         )
     )
 
@@ -98,4 +108,6 @@ def words(rule: ComponentRule) -> str:
     """A rule in words, for people."""
     if rule.keep_largest:
         return "keep the largest part"
+    if rule.drop_below_probability:
+        return f"drop parts of a mean probability under {rule.drop_below_probability:g}"
     return f"drop parts under {rule.drop_below_ml:g} mL"

@@ -219,7 +219,8 @@ def _try_rules(
     workers: int,
 ) -> tuple[Trial, ...]:
     """Try each component rule on what the chosen candidate found; ``plain`` is its Dice without."""
-    tried = rules.to_try(len(planned.labels) - 1)
+    known = not unseen.without_probabilities(workspace, cases, chosen.configurations)
+    tried = rules.to_try(len(planned.labels) - 1, probabilities=known)
     ruled = _each(
         unseen.try_rules, cases, workspace, planned, chosen.configurations, tried,
         workers=workers, what="rules",

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ichseg.engine.arrays import Grid
 from ichseg.errors import TrainingError
 from ichseg.model.plans import Plans
 from ichseg.model.rules import ComponentRule
 from ichseg.predict import components
 from ichseg.predict.dice import dice_of_masks
-from ichseg.predict.prepare import place
+from ichseg.predict.prepare import Placement, place
 from ichseg.predict.restore import restore
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
@@ -76,14 +77,11 @@ def unseen_cases(workspace: Path, configurations: Sequence[str]) -> list[UnseenC
     ]
 
 
-def require_probabilities(
+def without_probabilities(
     workspace: Path, cases: Sequence[UnseenCase], configurations: Sequence[str]
-) -> None:
-    """See that the probabilities of all cases are there.
-
-    Raises:
-        TrainingError: Some are missing; names a fold that has to make them again, and how.
-    """
+) -> dict[str, str]:
+    """The configurations of which some probabilities are missing, each with one such fold."""
+    missing: dict[str, str] = {}
     for name in configurations:
         folds = {
             unseen.fold
@@ -93,14 +91,26 @@ def require_probabilities(
             ).is_file()
         }
         if folds:
-            fold = min(folds)
-            folder = run_folder(workspace, name, fold)
-            raise TrainingError(
-                f"{probabilities_folder(folder)}: no probabilities of all its cases, which pairs "
-                f"are judged by (`select --drop-probabilities` removes them); delete "
-                f"{folder / VALIDATION_FILE} and "
-                f"run `train {name} --fold {fold}`, which then only validates"
-            )
+            missing[name] = min(folds)
+    return missing
+
+
+def require_probabilities(
+    workspace: Path, cases: Sequence[UnseenCase], configurations: Sequence[str]
+) -> None:
+    """See that the probabilities of all cases are there.
+
+    Raises:
+        TrainingError: Some are missing; names a fold that has to make them again, and how.
+    """
+    for name, fold in without_probabilities(workspace, cases, configurations).items():
+        folder = run_folder(workspace, name, fold)
+        raise TrainingError(
+            f"{probabilities_folder(folder)}: no probabilities of all its cases, which pairs "
+            f"are judged by (`select --drop-probabilities` removes them); delete "
+            f"{folder / VALIDATION_FILE} and "
+            f"run `train {name} --fold {fold}`, which then only validates"
+        )
 
 
 def compare_case(
@@ -133,10 +143,14 @@ def try_rules(
     reference = volume.read(unseen.case.reference)
     image = volume.read(unseen.case.images[0])
     labels = found_labels(unseen, image, workspace, planned, names)
+    foreground = None
+    if any(rule.drop_below_probability for rule in tried):
+        foreground = np.zeros_like(labels)
+        restore(_parts(unseen, image, workspace, planned, names), planned, foreground=foreground)
     return tuple(
         _dice(
             *leave_out(
-                components.apply_rules(labels, [rule], image.voxel_ml),
+                components.apply_rules(labels, [rule], image.voxel_ml, foreground),
                 reference.voxels,
                 unseen.ignore_label,
             ),
@@ -152,12 +166,19 @@ def found_labels(
     """The labels ``(z, y, x)`` that these configurations found together in a case."""
     if len(names) == 1:
         return np.asarray(volume.read(unseen.masks[names[0]]).voxels, np.uint8)
-    parts = []
+    return restore(_parts(unseen, image, workspace, planned, names), planned)
+
+
+def _parts(
+    unseen: UnseenCase, image: Volume, workspace: Path, planned: Plans, names: Sequence[str]
+) -> list[tuple[Grid, Placement]]:
+    """The stored probabilities of each configuration, and where they lie in the case."""
+    parts: list[tuple[Grid, Placement]] = []
     for name in names:
         path = probabilities_file(run_folder(workspace, name, unseen.fold), unseen.case.name)
         placement = place([image], planned, planned.configuration(name))
         parts.append((probabilities.load(path), placement))
-    return restore(parts, planned)
+    return parts
 
 
 def _dice(
