@@ -38,9 +38,10 @@ COPY weights /opt/algorithm/weights
 RUN find /opt/algorithm \( -type d ! -perm -005 -o -type f ! -perm -004 \) -exec chmod a+rX {} + \
     && python -m compileall -q --invalidation-mode unchecked-hash /opt/algorithm
 
+# Licences: of the code, and of the default weights; ./build.sh names those of other weights.
 LABEL org.opencontainers.image.title="ichseg" \
       org.opencontainers.image.description="Segments intracranial haemorrhage on non-contrast head CT. Research use only, not a medical device." \
-      org.opencontainers.image.licenses="Apache-2.0"
+      org.opencontainers.image.licenses="Apache-2.0 AND CC-BY-NC-SA-4.0"
 
 # What the container does when it is started: exec, one run, or invoke, a server. ./build.sh --api invoke sets the
 # platform's label along with it, from which the platform learns the same.

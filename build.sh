@@ -8,6 +8,8 @@ Usage: ./build.sh [--api exec|invoke]
        ./build.sh --check-weights [FOLDER]
 
 Checks that the weights are whole, builds the image, and prints the base it stands on and its size, layer by layer.
+The code is Apache-2.0; the image's label org.opencontainers.image.licenses adds the licence of the weights, as
+weights/model.json names it, or else weights/LICENSE.
 Next: ./test.sh proves the image on the sample cases, ./export.sh writes the tarballs to upload.
 
   --api exec        the image segments what lies in /input and ends (default)
@@ -75,6 +77,9 @@ read -r -a build_args <<<"${BUILD_ARGS-}"
 command -v "${engine[0]}" >/dev/null || fail "no ${engine[0]} here; CONTAINER_ENGINE=podman uses podman"
 
 check_weights weights
+licence="$(sed -nE 's/^ "licence": "([^"]*)",?$/\1/p' weights/model.json)"
+[[ -n "$licence" || ! -f weights/LICENSE ]] || licence="$(sed -n 's/^SPDX-License-Identifier: //p' weights/LICENSE)"
+licences="Apache-2.0${licence:+ AND $licence}"
 
 # Fetched by name first: what is built on is then in the local store and can be named by digest.
 "${engine[@]}" image inspect "$base" >/dev/null 2>&1 || "${engine[@]}" pull --platform linux/amd64 "$base"
@@ -83,7 +88,8 @@ echo "base:  $base"
        digest {{.}}{{end}}' "$base"
 
 version="$(sed -n 's/^__version__ = "\(.*\)"/\1/p' ichseg/__init__.py)"
-labels=(--label "org.opencontainers.image.base.name=$base" --label "org.opencontainers.image.version=$version")
+labels=(--label "org.opencontainers.image.base.name=$base" --label "org.opencontainers.image.version=$version"
+    --label "org.opencontainers.image.licenses=$licences")
 [[ "$api" == exec ]] || labels+=(--label "org.grand-challenge.api-method=$api")
 if revision="$(git rev-parse HEAD 2>/dev/null)"; then
     git diff --quiet HEAD -- process.py ichseg weights requirements.txt Dockerfile || revision+="-changed"
@@ -94,6 +100,7 @@ fi
 
 size="$("${engine[@]}" image inspect --format '{{.Size}}' "$image")"
 echo "image: $image, API $api, $((size / 1000000)) MB unpacked"
+echo "       licences $licences"
 "${engine[@]}" image inspect --format '       id {{.Id}}' "$image"
 echo "       by layer, the last one first:"
 "${engine[@]}" history --no-trunc --format '{{.Size}}	{{.CreatedBy}}' "$image" | tr -s ' ' | sed -nE '

@@ -81,6 +81,7 @@ check_image() {
     esac
     platform="$(value_of os "$opened/$config")/$(value_of architecture "$opened/$config")"
     [[ "$platform" == linux/amd64 ]] || fail "the image is for $platform; the platform runs linux/amd64"
+    licences="$(value_of org.opencontainers.image.licenses "$opened/$config")"
     api="$(value_of org.grand-challenge.api-method "$opened/$config")"
     api="${api:-exec}"
     grep -q "\"ICHSEG_API=$api\"" "$opened/$config" ||
@@ -115,6 +116,7 @@ for file in ichseg model; do
 done
 cat <<STEPS
 checked: one $platform image, user $user, API $api, all layers there; model: plain files, checksums right
+licences of the image: $licences
 
 To upload to Grand Challenge, as an editor of your algorithm:
   1. Interfaces: an image socket as input, and as output the segmentation socket

@@ -193,13 +193,15 @@ def segment(
     from ichseg.app.one_case import Options
 
     ensemble = loaded()
-    labels = ensemble.model.plans.labels
+    model = ensemble.model
+    labels = model.plans.labels
     if job.challenge and len(labels) > 2:
         raise WeightsError(
             f"{ensemble.folder}: its masks tell {', '.join(labels[1:])} apart, expected a bundle "
             "of one label, since INSTANCE's masks hold 0 and 1"
         )
-    say(f"{ensemble.model.name} {ensemble.model.version}: {ensemble.model.description}")
+    licence = f", licence {model.licence}" if model.licence else ""
+    say(f"{model.name} {model.version}{licence}: {model.description}")
     say(f"{counted(len(job.cases), 'case')}, preset {arguments.preset}, {ensemble.engine.name}")
     budget_s = arguments.time_budget
     alone = not (job.platform or job.challenge)  # where no other file may lie beside the masks

@@ -7,6 +7,7 @@ Files are checked against the sha256 in ``model.json`` before they are used.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ _LONGEST_REASON = 400  # a file may hold anything, and is quoted
 _LONGEST_NAME = 100
 _FLOATS = ("F16", "F32", "F64")
 _LFS_POINTER = b"version https://git-lfs"
+_LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+() -]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,8 @@ class Model:
         rules: The rules by which components are dropped of the labels found.
         averages: The names of the configurations whose mean decides; empty for all but those that
             are only the first stage of another's cascade.
+        licence: Under which the weights are given, as an SPDX expression such as
+            ``CC-BY-NC-SA-4.0``; empty where nobody has said.
     """
 
     schema_version: int
@@ -96,6 +100,7 @@ class Model:
     cascade: str = strict_json.optional("scores")
     rules: tuple[ComponentRule, ...] = strict_json.optional(())
     averages: tuple[str, ...] = strict_json.optional(())
+    licence: str = strict_json.optional("")
 
     def __post_init__(self) -> None:
         strict_json.check_schema("model", self.schema_version, SCHEMA_VERSION)
@@ -111,6 +116,8 @@ class Model:
             check_name(text)
         for slug in (self.input_slug, self.output_slug):
             check_slug(slug)
+        if self.licence and not _LICENCE.fullmatch(self.licence):
+            raise ValueError(f"licence {self.licence!r}, expected one such as CC-BY-NC-SA-4.0")
         if not self.members:
             raise ValueError("no members")
         for member in self.members:

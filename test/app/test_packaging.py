@@ -1,8 +1,12 @@
 """What is declared for `pip install`, held against what is pinned and what is imported."""
 
 import ast
+import dataclasses
 import importlib.metadata
+import os
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -10,6 +14,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from ichseg.model import bundle
+from ichseg.model.bundle import load_model
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -69,6 +76,48 @@ def test_everything_that_is_imported_is_declared():
         for distribution in packages[module]
     }
     assert needed <= set(declared("server", "dicom"))
+
+
+def test_the_licences_of_code_and_weights_are_told_everywhere():
+    """The wheel and the image hold both, so both are under both."""
+    both = "Apache-2.0 AND CC-BY-NC-SA-4.0"
+    assert PROJECT["license"] == both
+    files = [path for glob in PROJECT["license-files"] for path in ROOT.glob(glob)]
+    assert {ROOT / "LICENSE", ROOT / "weights" / "LICENSE"} <= set(files)
+    assert f'image.licenses="{both}"' in (ROOT / "Dockerfile").read_text()
+    first = (ROOT / "weights" / "LICENSE").read_text().splitlines()[0]
+    assert first == "SPDX-License-Identifier: CC-BY-NC-SA-4.0"
+    assert load_model(ROOT / "weights").licence in ("", "CC-BY-NC-SA-4.0")
+
+
+@pytest.mark.parametrize(
+    ("said", "file", "expected"),
+    [
+        ("MIT", "SPDX-License-Identifier: CC0-1.0", "Apache-2.0 AND MIT"),
+        (None, "SPDX-License-Identifier: CC0-1.0", "Apache-2.0 AND CC0-1.0"),
+        (None, None, "Apache-2.0"),
+    ],
+)
+def test_the_image_is_labelled_with_the_licence_of_its_weights(tmp_path, said, file, expected):
+    """build.sh with an engine that only writes down what it is asked to build."""
+    for name in ("build.sh", "Dockerfile", "ichseg/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    shutil.copy(ROOT / "weights" / "3d_fullres_fold_0.safetensors", weights)
+    model = load_model(ROOT / "weights")
+    model = dataclasses.replace(model, members=model.members[:1], licence=said or "")
+    bundle.save_model(weights, model)
+    if file:
+        (weights / "LICENSE").write_text(f"{file}\n\nThe weights\n")
+    engine = tmp_path / "engine"
+    engine.write_text('#!/bin/sh\n[ "$1" != build ] || printf "%s\\n" "$@" >built\necho 1\n')
+    engine.chmod(0o755)
+    environment = {**os.environ, "CONTAINER_ENGINE": str(engine)}
+    subprocess.run([tmp_path / "build.sh"], check=True, env=environment, stdout=subprocess.DEVNULL)
+    labels = (tmp_path / "built").read_text().splitlines()
+    assert f"org.opencontainers.image.licenses={expected}" in labels
 
 
 def test_an_import_is_seen(tmp_path):

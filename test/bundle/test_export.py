@@ -15,6 +15,7 @@ from training.__main__ import main as command
 from training.bundle import export as exporter
 from training.bundle import model_card, rounding
 from training.bundle.export import export
+from training.data import splits
 from training.data.workspace import BEST_CHECKPOINT, LATEST_CHECKPOINT, run_folder
 from training.fit.checkpoint import read_checkpoint
 from training.jobs.train import run_fold
@@ -75,6 +76,31 @@ def test_checksums_hold(workspace, tmp_path):
         "MODEL_CARD.md",
         "SHA256SUMS",
     }
+
+
+def test_the_bundle_says_what_it_is_under_and_what_it_was_trained_on(workspace, tmp_path):
+    (tmp_path / "notes.md").write_text("## Sources\n\nSix boxes.\n")
+    line = ["export", "--workspace", str(workspace), "--configuration", "3d_fullres"]
+    line += ["--folds", "0,1", "--check-cases", "0", "--licence", "CC0-1.0"]
+    line += ["--card-notes", str(tmp_path / "notes.md"), "--out", str(tmp_path / "bundle")]
+    assert command(line) == 0
+    model = bundle.load_model(tmp_path / "bundle")
+    assert model.licence == "CC0-1.0"
+    card = (tmp_path / "bundle" / "MODEL_CARD.md").read_text()
+    assert card.endswith("## Sources\n\nSix boxes.\n")
+    assert "| licence | CC0-1.0 |" in card
+    folds = splits.find_splits(workspace, [f"case_{i}" for i in range(6)])
+    for number in (0, 1):
+        names = "\n".join(folds[number].train)  # sorted
+        trained_on = model.provenance["folds"][f"3d_fullres fold {number}"]["trained_on"]
+        assert trained_on == hashlib.sha256(names.encode()).hexdigest()
+
+
+def test_notes_that_cannot_be_read_are_named_before_anything_is_written(workspace, tmp_path):
+    line = ["export", "--workspace", str(workspace), "--configuration", "3d_fullres"]
+    line += ["--card-notes", str(tmp_path / "none.md"), "--out", str(tmp_path / "bundle")]
+    assert command(line) == 1
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_the_best_checkpoint_on_request(workspace, tmp_path):

@@ -23,8 +23,8 @@ def model():
     return dataclasses.replace(shipped, plans=plans, provenance=provenance, rules=())
 
 
-def write(model, folder):
-    model_card.write(model, folder / "workspace", folder)
+def write(model, folder, notes=""):
+    model_card.write(model, folder / "workspace", folder, notes)
     return (folder / "MODEL_CARD.md").read_text().splitlines()
 
 
@@ -56,3 +56,14 @@ def test_nothing_is_said_without_an_end(model, tmp_path):
     assert "\n\n\n" not in text
     assert text.endswith("there.\n")
     assert " \n" not in text
+
+
+def test_notes_end_the_card_in_place_of_the_general_word(model, tmp_path):
+    lines = write(model, tmp_path, "\n## Sources\n\n{{ model.name }} & <b>\n\n")
+    assert lines[-5:] == ["None.", "", "## Sources", "", "{{ model.name }} & <b>"]
+
+
+def test_a_licence_is_told_where_there_is_one(model, tmp_path):
+    licensed = dataclasses.replace(model, licence="CC-BY-4.0")
+    assert "| licence | CC-BY-4.0 |" in write(licensed, tmp_path)
+    assert "licence" not in "\n".join(write(model, tmp_path))

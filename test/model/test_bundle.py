@@ -57,6 +57,7 @@ def test_missing_files_and_lfs_pointers_are_named(tmp_path):
     ("change", "message"),
     [
         (lambda raw: raw.update(schema_version=7), "model schema 7"),
+        (lambda raw: raw.update(licence="free; rm"), "licence 'free; rm', expected one such as"),
         (lambda raw: raw.update(members=[]), "no members"),
         (lambda raw: raw.update(average="votes"), "average 'votes'"),
         (lambda raw: raw["plans"].update(regions=[1]), "average 'probabilities' of regions"),

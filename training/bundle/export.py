@@ -28,7 +28,7 @@ from training.bundle import model_card
 from training.bundle.identity import BY_DEFAULT, Identity, add_identity_arguments, identity_from
 from training.bundle.rounding import check_rounding
 from training.crossval import selection
-from training.data import dataset
+from training.data import dataset, splits
 from training.data.dataset import Dataset
 from training.data.workspace import (
     BEST_CHECKPOINT,
@@ -72,6 +72,7 @@ def export(
     checkpoint: str = "latest",
     check_cases: int = 2,
     identity: Identity = BY_DEFAULT,
+    card_notes: str = "",
 ) -> Model:
     """Write the bundle of those folds that have finished training, and its model card.
 
@@ -86,6 +87,7 @@ def export(
         check_cases: How many validation cases of each fold to score before and after rounding.
         identity: What the bundle is called; without a name or a description the dataset and the
             plans give them.
+        card_notes: Markdown that the model card ends with, see ``model_card.write``.
 
     Returns:
         What was written to ``model.json``.
@@ -127,6 +129,7 @@ def export(
         description=identity.description or describe_plans(planned),
         input_slug=identity.input_slug,
         output_slug=identity.output_slug,
+        licence=identity.licence,
         average="probabilities",
         mirror_axes=_mirror_axes(trained),
         plans=dataclasses.replace(planned, sources=""),
@@ -136,7 +139,7 @@ def export(
         averages=tuple(configurations) if stages & set(configurations) else (),
     )
     bundle.save_model(out, model)
-    model_card.write(model, workspace, out)
+    model_card.write(model, workspace, out, card_notes)
     _remove_others(out, members)
     return model
 
@@ -191,6 +194,7 @@ def _provenance(
             "minutes": round(part.checkpoint["elapsed_s"] / 60, 1),
             "ended": part.checkpoint["finished"] or "best checkpoint",
             "checked_cases": count,
+            "trained_on": splits.digest_names(part.run.cases.train),
             "config": strict_json.to_json(part.run.config),
         }
         for part, count in zip(trained, checked, strict=True)
@@ -222,6 +226,14 @@ def _checked_cases(out: Path) -> dict[Member, int]:
         member: folds.get(_fold_key(member.configuration, member.fold), {}).get("checked_cases", 0)
         for member in model.members
     }
+
+
+def _read_notes(path: Path | None) -> str:
+    """The notes for the model card; none without a file."""
+    try:
+        return "" if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"{path}: cannot read as text ({error})") from error
 
 
 def _remove_others(out: Path, members: Sequence[Member]) -> None:
@@ -261,6 +273,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, default=0, metavar="N", help="of torch; 0 leaves it to torch [0]"
     )
+    parser.add_argument(
+        "--card-notes",
+        type=Path,
+        metavar="FILE",
+        help="Markdown that the model card ends with: sources, figures, what is not known",
+    )
     add_identity_arguments(
         parser,
         name="the dataset's and the configurations'",
@@ -272,6 +290,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the ``export`` command."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    card_notes = _read_notes(args.card_notes)
     configurations: tuple[str, ...] = (args.configuration,)
     rules: tuple[ComponentRule, ...] = ()
     if args.configuration is None:
@@ -292,6 +311,7 @@ def main(args: argparse.Namespace) -> int:
         checkpoint=args.checkpoint,
         check_cases=args.check_cases,
         identity=identity_from(args),
+        card_notes=card_notes,
     )
     names = ", ".join(f"{member.configuration} fold {member.fold}" for member in model.members)
     _log.info("%s: %s", args.out, names)

@@ -18,6 +18,7 @@ class Identity:
         description: What the bundle is for and what not; None to take one from its plans.
         input_slug: Grand Challenge socket of the scan.
         output_slug: Grand Challenge socket of the mask.
+        licence: Under which the weights are given, as an SPDX expression; empty to say nothing.
     """
 
     name: str | None = None
@@ -25,6 +26,7 @@ class Identity:
     description: str | None = None
     input_slug: str = INPUT_SLUG
     output_slug: str = OUTPUT_SLUG
+    licence: str = ""
 
 
 BY_DEFAULT = Identity()
@@ -53,10 +55,21 @@ def add_identity_arguments(parser: argparse.ArgumentParser, *, name: str, descri
         metavar="SLUG",
         help="Grand Challenge socket of the mask [%(default)s]",
     )
+    parser.add_argument(
+        "--licence",
+        default="",
+        metavar="SPDX",
+        help="of the weights, such as CC-BY-NC-SA-4.0 [nothing is said of it]",
+    )
 
 
 def identity_from(args: argparse.Namespace) -> Identity:
     """The identity that the flags of ``add_identity_arguments`` gave."""
     return Identity(
-        args.name, args.model_version, args.description, args.input_slug, args.output_slug
+        args.name,
+        args.model_version,
+        args.description,
+        args.input_slug,
+        args.output_slug,
+        args.licence,
     )

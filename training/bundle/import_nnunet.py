@@ -106,6 +106,7 @@ def import_folders(
             description=identity.description or DESCRIPTION,
             input_slug=identity.input_slug,
             output_slug=identity.output_slug,
+            licence=identity.licence,
             average="logits",
             mirror_axes=_same_mirrors(parts),
             plans=plans,

@@ -24,13 +24,15 @@ FILE = "MODEL_CARD.md"
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write(model: Model, workspace: Path, out: Path) -> None:
+def write(model: Model, workspace: Path, out: Path, notes: str = "") -> None:
     """Fill the card from the bundle and from what the workspace holds of its evaluation.
 
     Args:
         model: What the bundle describes.
         workspace: The workspace that it was trained in.
         out: The folder of the bundle.
+        notes: What else people have to know, in Markdown with headings of the second level; the
+            card ends with it, in place of a general word on what is not known.
 
     Raises:
         OutputError: The folder cannot be written.
@@ -57,6 +59,7 @@ def write(model: Model, workspace: Path, out: Path) -> None:
             name: _evaluation(workspace, name) if validated else None for name in model.averaged
         },
         selected=_selection(workspace, model) if validated else None,
+        notes=notes.strip(),
     )
     with replacing(out / FILE) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -187,6 +187,11 @@ def find_splits(workspace: Path, names: Sequence[str]) -> tuple[Split, ...]:
     return _find(workspace, names).folds
 
 
+def digest_names(names: Iterable[str]) -> str:
+    """A digest of the names of some cases, by which they are known without being named."""
+    return _digest(sorted(names))
+
+
 def _find(workspace: Path, names: Sequence[str]) -> _SplitsFile:
     path, table = splits_file(workspace), groups_file(workspace)
     groups = read_groups(table, names) if table.exists() else None
@@ -236,7 +241,7 @@ def _origin(
 ) -> _Origin:
     ordered = sorted(names)
     grouped = "" if groups is None else _digest(f"{name},{groups[name]}" for name in ordered)
-    return _Origin(_digest(ordered), grouped, _digest_folds(folds))
+    return _Origin(digest_names(names), grouped, _digest_folds(folds))
 
 
 def _digest_folds(folds: Sequence[Split]) -> str:
