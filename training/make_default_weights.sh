@@ -1,44 +1,58 @@
 #!/bin/sh
-# Train the default weights from nothing: synthesize, plan, preprocess, five folds, select, export.
+# Train the default weights from nothing: data, plan, preprocess, five folds, cross-validate, select, export.
 #
-#   training/make_default_weights.sh [WORKDIR]        default: ./default-weights
+#   training/make_default_weights.sh PHE_SICH CT_ICH [WORKDIR]        default: ./default-weights
 #
-# Two folds run side by side on one core each. What is done is kept: run it again after an interruption.
+# PHE_SICH and CT_ICH are the folders of the two public downloads, see docs/datasets.md. Two folds run side by side on
+# one core each. What is done is kept: run it again after an interruption.
 # These may be set in the environment:
-#   CASES    synthetic scans                        EPOCHS   of training, each fold
-#   SEED     of the scans (20221 is the held-out set's, never train on it)
-#   OUT      the bundle's folder                    PYTHON   the interpreter
+#   CASES    phantoms                               MINUTES  of training, each fold
+#   SEED     of phantoms and painted bleeds         BEGIN    bundle whose folds to begin with, such as the last version
+#            (20221 is the held-out set's,          OUT      the bundle's folder
+#            never train on it)                     PYTHON   the interpreter
 set -eu
 
+if [ $# -lt 2 ] || [ $# -gt 3 ]; then
+    echo "usage: $0 PHE_SICH CT_ICH [WORKDIR]" >&2
+    exit 2
+fi
 here=$(cd "$(dirname "$0")/.." && pwd)
-work=${1:-default-weights}
-cases=${CASES:-200}
-epochs=${EPOCHS:-50}
-seed=${SEED:-1}
+phe_sich=$1
+ct_ich=$2
+work=${3:-default-weights}
+cases=${CASES:-160}
+minutes=${MINUTES:-40}
+seed=${SEED:-41}
+begin=${BEGIN:-}
 out=${OUT:-$here/weights}
 python=${PYTHON:-$here/.venv/bin/python}
 export PYTHONPATH="$here"
 
-description="Segments intracranial haemorrhage in head CT without contrast. Trained on synthetic scans only; a demonstration, not for diagnosis or any clinical use."
+description="Segments intracranial haemorrhage in head CT without contrast. Trained on real scans with derived masks and on synthetic ones; for research, not for diagnosis or any clinical use."
 
 step() { echo "== $*" >&2; "$python" -m training "$@"; }
+made() { [ -f "$1/dataset.json" ]; }
 
 if [ "$seed" = 20221 ]; then
     echo "seed 20221 is the held-out set's: choose another" >&2
     exit 1
 fi
 mkdir -p "$work"
-[ -f "$work/data/dataset.json" ] || step synthesize --out "$work/data" --cases "$cases" --seed "$seed"
-[ -f "$work/dataset.json" ] || step convert "$work/data" --workspace "$work"
+made "$work/phantoms" || step synthesize --out "$work/phantoms" --cases "$cases" --seed "$seed" --balanced --negatives 0.15
+made "$work/real" || step real-heads --phe-sich "$phe_sich" --ct-ich "$ct_ich" --no-copies --out "$work/real"
+made "$work/painted" || step synthesize --background "$work/real" --out "$work/painted" --seed "$seed" --balanced
+made "$work/data" || step real-heads --also "$work/real" "$work/phantoms" "$work/painted" --out "$work/data"
+[ -f "$work/dataset.json" ] || step convert "$work/data" --workspace "$work" --groups "$work/data/groups.csv"
 [ -f "$work/plans.json" ] || step plan --workspace "$work" --spacing 5,1.2,1.2 \
     --patch 16,96,96 --batch 2 --features 8,16,32,64,128 \
-    --ct-clip=-50,130 --batch-dice --deep-supervision
+    --ct-clip=-20,100 --batch-dice --deep-supervision
 step preprocess 3d_fullres --workspace "$work"
 
 train() { # fold; exec: so that it is the trainer that the trap ends, and not a shell around it
     echo "== train fold $1, see $work/fold_$1.log" >&2
-    exec "$python" -m training train 3d_fullres --workspace "$work" --fold "$1" --recipe compact --epochs "$epochs" \
-        --augmentation-engine device --threads 1 --learning-rate 2e-3 --no-validation-mirrors >>"$work/fold_$1.log" 2>&1
+    exec "$python" -m training train 3d_fullres --workspace "$work" --fold "$1" --recipe compact --epochs 100000 \
+        --minutes "$minutes" --compile --precision fp32 --augmentation-engine device --threads 1 --learning-rate 2e-3 \
+        ${begin:+--pretrained "$begin"} --no-validation-mirrors >>"$work/fold_$1.log" 2>&1
 }
 
 # On Ctrl-C or SIGTERM both trainers write a checkpoint and end; then this script does.
@@ -56,6 +70,6 @@ for fold in 0 2 4; do
 done
 step cross-validate --workspace "$work"
 step select --workspace "$work"
-step export --workspace "$work" --out "$out" --threads 2 --name ich-synthetic-compact --model-version 3 \
+step export --workspace "$work" --out "$out" --threads 2 --name ich-compact --model-version 4 \
     --description "$description"
 echo "the bundle is in $out" >&2
