@@ -36,6 +36,10 @@ class DeviceError(IchsegError):
     """The requested compute device is not usable."""
 
 
+class DeviceFullError(DeviceError):
+    """The memory of a GPU does not hold what it was to hold."""
+
+
 class DatasetError(IchsegError):
     """A training dataset cannot be used."""
 

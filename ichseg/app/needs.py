@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ichseg.engine import machine
+from ichseg.engine.engine import Engine
 from ichseg.errors import InputError
 from ichseg.model import bundle
 from ichseg.predict import memory
@@ -49,17 +50,22 @@ def of_scan(
         file_bytes=file_bytes,
         scan_bytes=plan.volume.voxels.nbytes,
     )
-    need, free = _with_networks(estimate, ensemble.engine.kind), ensemble.engine.free_bytes()
+    need, free = _with_networks(estimate, ensemble.engine), ensemble.engine.device_bytes()
     if free is None or need.device <= free:
         return need, False
     return estimate(on_host=True), True
 
 
-def _with_networks(estimate: Callable[..., memory.Need], kind: str) -> memory.Need:
-    """All networks stay where that leaves half of the memory free, as on a CPU small ones do."""
-    if kind == "openvino":
-        every, allowed = estimate(keeps_networks=True), machine.memory_limit()
-        if allowed is None or 2 * every.alone <= allowed.total:
+def _with_networks(estimate: Callable[..., memory.Need], engine: Engine) -> memory.Need:
+    """All networks stay where that leaves half of the memory free, of the host and of a GPU."""
+    if engine.kind != "torch-cpu":
+        every, allowed, device = (
+            estimate(keeps_networks=True),
+            machine.memory_limit(),
+            engine.device_bytes(),
+        )
+        on_host = allowed is None or 2 * every.alone <= allowed.total
+        if on_host and (device is None or 2 * every.device <= device):
             return every
     return estimate()
 
@@ -85,6 +91,12 @@ def refuse_beyond_memory(image: Path, needed: int, what: str) -> machine.MemoryL
             f"{allowed.by} allows {byte_size(allowed.total)}"
         )
     return allowed
+
+
+def gpu_holds_two(need: memory.Need, ensemble: Ensemble) -> bool:
+    """Whether a GPU holds two such cases at once; true for one that takes none of its memory."""
+    allowed = ensemble.engine.device_bytes() if need.device else None
+    return allowed is None or 2 * need.device <= allowed
 
 
 def both_fit(need: memory.Need, factor: float, base: int) -> bool:

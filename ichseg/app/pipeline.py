@@ -128,7 +128,7 @@ def _overlapping(
                     ahead.append(
                         reader.submit(open_case, following, following, ensemble, options, base)
                     )
-            if behind and not ahead:
+            if behind and (not ahead or not _beside_another(case, ensemble)):
                 behind.pop().result()  # lest it take what this one needs
             written = case.need.writing if isinstance(case, Opened) else 0
             done = predict_case(task, case, ensemble, options.deadline, len(tasks) - position)
@@ -152,6 +152,11 @@ def _may_open(following: Task, task: Task, case: Opened | CaseResult, base: int)
     with contextlib.suppress(InputError):  # which will be said when it is read
         factor = following.stamp["bytes"] / max(task.stamp["bytes"], 1)
     return needs.both_fit(case.need, factor, base)
+
+
+def _beside_another(case: Opened | CaseResult, ensemble: Ensemble) -> bool:
+    """Whether a GPU holds this case while the scores of the one before are still on it."""
+    return isinstance(case, CaseResult) or needs.gpu_holds_two(case.need, ensemble)
 
 
 def _write_page(record: Record, ensemble: Ensemble, options: Options) -> None:

@@ -71,11 +71,18 @@ def stack(parts: Sequence[Kind]) -> Kind:
     return cast("Kind", torch.stack(same))
 
 
-def all_finite(data: Grid) -> bool:
-    """Whether no value is NaN or infinite."""
+def module_of(data: Grid | Mask) -> Any:
+    """Numpy or torch, whichever the data are of: for functions that are the same in both."""
     if isinstance(data, np.ndarray):
-        return bool(np.isfinite(data).all())
-    return bool(data.isfinite().all())
+        return np
+    import torch
+
+    return torch
+
+
+def all_finite(data: Grid) -> Any:
+    """Whether no value is NaN or infinite; a scalar of its kind: no GPU is waited for."""
+    return np.isfinite(data).all() if isinstance(data, np.ndarray) else data.isfinite().all()
 
 
 def copy_into(target: Grid, values: Grid) -> None:

@@ -32,11 +32,17 @@ def choose_engine(device: str, precision: str = "auto") -> Engine:
             raise DeviceError(f"{word} {given!r}, expected one of {', '.join(known)}")
     notes = []
     if device == "cuda" or (device == "auto" and gpu_is_there()):
-        from ichseg.engine import torch_engine
+        from ichseg.engine import torch_device, torch_engine
 
-        if device == "cuda" or torch_engine.cuda_is_usable():
-            return torch_engine.engine_on(torch_engine.choose_device("cuda"), precision)
-        notes.append("; there is a GPU, but torch cannot use it, see --device cuda")
+        reason = torch_device.why_unusable()
+        if device == "cuda" or reason is None:
+            try:
+                return torch_engine.engine_on(torch_device.choose_device("cuda"), precision)
+            except DeviceError as error:
+                if device == "cuda":
+                    raise
+                reason = str(error)
+        notes.append(f"; the GPU is NOT used: {reason}")
     if device != "torch-cpu":
         from ichseg.engine import openvino_engine
 
@@ -44,9 +50,9 @@ def choose_engine(device: str, precision: str = "auto") -> Engine:
             return _noted(openvino_engine.engine(cpu_threads(), precision), notes)
         except ImportError as error:
             notes.append(f"; not by OpenVINO, which cannot be loaded ({error})")
-    from ichseg.engine import torch_engine
+    from ichseg.engine import torch_device, torch_engine
 
-    return _noted(torch_engine.engine_on(torch_engine.choose_device("cpu"), precision), notes)
+    return _noted(torch_engine.engine_on(torch_device.choose_device("cpu"), precision), notes)
 
 
 def gpu_is_there() -> bool:

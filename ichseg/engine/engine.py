@@ -57,10 +57,12 @@ class Engine:
         keep: Like ``place``, but on the host, where scores are then added up as well: slower, for
             volumes that a GPU's memory does not hold.
         precision: What its convolutions are computed in: ``float32``, ``bfloat16`` or ``float16``.
-        free_bytes: Gives the free bytes of a GPU's memory; None for the CPU.
-        memory_full: What is raised where a GPU's memory is full; nothing for OpenVINO.
-        guard: A context around all that touches the device. A GPU that is lost is a
-            ``DeviceError`` at its end, since CUDA tells of it at whichever call comes next.
+        device_bytes: Gives the bytes of a GPU's memory that this process can have in all, what its
+            tensors take among them; None for the CPU.
+        batch_of: Gives how many tiles go through a network at once.
+        guard: A context around all that touches the device. A GPU whose memory is full is a
+            ``DeviceFullError`` at its end, one that is lost a ``DeviceError``, since CUDA tells of
+            it at whichever call comes next.
     """
 
     name: str
@@ -69,8 +71,8 @@ class Engine:
     kind: str
     keep: Callable[[FloatArray], Grid]
     precision: str
-    free_bytes: Callable[[], int | None]
-    memory_full: tuple[type[Exception], ...] = ()
+    device_bytes: Callable[[], int | None]
+    batch_of: Callable[[NetworkSpec], int]
     guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
 

@@ -43,14 +43,7 @@ class Networks:
         if member.file not in self._alive:
             if not keep:
                 self._alive.clear()
-            plans = self.model.plans
-            spec = NetworkSpec(
-                architecture=configuration.architecture,
-                input_channels=plans.input_channels(configuration),
-                scores=plans.scores,
-                tile=configuration.tile,
-                average=self.model.average,
-            )
+            spec = self.spec_of(configuration)
             state = bundle.load_state(self.folder, member)
             try:
                 self._alive[member.file] = self.engine.load(spec, state)
@@ -60,3 +53,14 @@ class Networks:
                     f"{self.folder / member.file}: does not fit its plan ({reason})"
                 ) from error
         return self._alive[member.file]
+
+    def spec_of(self, configuration: Configuration) -> NetworkSpec:
+        """What the engine has to know of a configuration's networks."""
+        plans = self.model.plans
+        return NetworkSpec(
+            architecture=configuration.architecture,
+            input_channels=plans.input_channels(configuration),
+            scores=plans.scores,
+            tile=configuration.tile,
+            average=self.model.average,
+        )

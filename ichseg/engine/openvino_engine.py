@@ -40,7 +40,8 @@ def engine(threads: int, precision: str = "auto") -> Engine:
         kind="openvino",
         keep=lambda data: data,
         precision=precision,
-        free_bytes=lambda: None,
+        device_bytes=lambda: None,
+        batch_of=lambda _: 1,
     )
 
 

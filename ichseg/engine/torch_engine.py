@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from ichseg.engine import torch_device
 from ichseg.engine.arrays import FloatArray
 from ichseg.engine.engine import Engine, Network, NetworkSpec, in_batches, tiles_at_once
 from ichseg.engine.machine import cpu_threads
-from ichseg.errors import DeviceError
+from ichseg.engine.torch_copies import Copies
+from ichseg.errors import DeviceError, DeviceFullError
 from ichseg.model.network import build_network
-from ichseg.wording import counted
 
-MOST_GPU_VOXELS = 16_000_000  # 10 tiles of 16x320x320: larger batches are no faster
-_GPU_SHARE = 0.7  # of the free memory for a batch; the volume's scores need some too
-
-_GPU_FAILED = re.compile(r"CUDA (driver )?error|CUDNN_STATUS_|CUBLAS_STATUS_|CUFFT_")
+MOST_GPU_VOXELS = 8_000_000  # of a batch: 5 tiles of 16x320x320, which keep a large card busy
 
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": None}
 
-TensorCallable = Callable[[torch.Tensor], torch.Tensor]
+Logits = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(slots=True)
+class BatchSize:
+    """How many tiles a GPU is given at once.
+
+    Attributes:
+        tiles: The number; halved for good where the memory does not hold that.
+    """
+
+    tiles: int
 
 
 def engine_on(device: torch.device, precision: str = "auto") -> Engine:
@@ -34,7 +45,7 @@ def engine_on(device: torch.device, precision: str = "auto") -> Engine:
         precision: Of convolutions, see ``choose_engine``.
 
     Raises:
-        DeviceError: bfloat16 on the CPU, where torch is the reference.
+        DeviceError: bfloat16 on the CPU, where torch is the reference; or the GPU fails at once.
     """
     if device.type == "cpu" and precision == "bfloat16":
         raise DeviceError("precision bfloat16: torch on the CPU is the reference, in float32 only")
@@ -42,70 +53,36 @@ def engine_on(device: torch.device, precision: str = "auto") -> Engine:
         precision = "float16" if device.type == "cuda" else "float32"
     if device.type == "cpu":
         torch.set_num_threads(cpu_threads())
+    else:
+        torch_device.warm_up(device)
+        torch.backends.cudnn.benchmark = True  # the shapes of batches are few, and come again
+    sizes: dict[NetworkSpec, BatchSize] = {}
+
+    def size_of(spec: NetworkSpec) -> BatchSize:
+        return sizes.setdefault(spec, BatchSize(batch_for(spec.tile, device)))
+
     return Engine(
-        name=f"{describe(device)}, {precision}",
+        name=f"{torch_device.describe(device)}, {precision}",
         place=lambda data: torch.from_numpy(data).to(device),
-        load=functools.partial(_load, device, _HALVES[precision]),
+        load=functools.partial(_load, device, _HALVES[precision], size_of),
         kind="cuda" if device.type == "cuda" else "torch-cpu",
         keep=torch.from_numpy,
         precision=precision,
-        free_bytes=functools.partial(_free_bytes, device),
-        memory_full=(torch.cuda.OutOfMemoryError, DeviceError),
-        guard=gpu_guard,
+        device_bytes=functools.partial(torch_device.allowed_bytes, device),
+        batch_of=lambda spec: size_of(spec).tiles,
+        guard=torch_device.guard,
     )
 
 
-@contextlib.contextmanager
-def gpu_guard() -> Iterator[None]:
-    """Say so if the GPU is lost in the block.
+def batch_for(tile: Sequence[int], device: torch.device) -> int:
+    """How many tiles of these sizes a device is given at once, if its memory holds that.
 
-    After such an error no call of CUDA succeeds in this process any more: to try again, or to try
-    the next case, is of no use.
-
-    Raises:
-        DeviceError: A call of CUDA has failed, and not for want of memory.
+    That the memory is not asked beforehand lets one case be computed in the same way whatever else
+    is on the GPU.
     """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        if not isinstance(error, torch.AcceleratorError) and not _GPU_FAILED.search(reason):
-            raise
-        raise DeviceError(
-            f"the GPU was lost or failed ({reason}); what is finished is kept: check nvidia-smi, "
-            "then --resume does what is left, if need be with --device cpu"
-        ) from error
-
-
-def cuda_is_usable() -> bool:
-    """Whether this build of torch can use a GPU of this machine."""
-    return torch.cuda.is_available()
-
-
-def choose_device(name: str) -> torch.device:
-    """The device for ``auto`` (CUDA if it works, else CPU), ``cpu`` or ``cuda``.
-
-    Raises:
-        DeviceError: CUDA was asked for and is not usable.
-    """
-    if name == "cpu" or (name == "auto" and not cuda_is_usable()):
-        return torch.device("cpu")
-    if not cuda_is_usable():
-        raise DeviceError(
-            f"--device cuda: no usable GPU (torch {torch.__version__} is built for CUDA "
-            f"{torch.version.cuda or 'none'}); check nvidia-smi, or use --device cpu"
-        )
-    return torch.device("cuda")
-
-
-def describe(device: torch.device) -> str:
-    """One phrase for the log."""
-    version = torch.__version__.split("+")[0]
-    if device.type == "cuda":
-        return f"torch {version} on {torch.cuda.get_device_name(device)}"
-    return f"torch {version} on the CPU, {counted(torch.get_num_threads(), 'thread')}"
+    if device.type == "cpu":
+        return tiles_at_once(tile)
+    return max(1, MOST_GPU_VOXELS // math.prod(tile))
 
 
 def tensors(state: Mapping[str, FloatArray]) -> dict[str, torch.Tensor]:
@@ -113,114 +90,197 @@ def tensors(state: Mapping[str, FloatArray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in state.items()}
 
 
-def on_tiles(
-    network: torch.nn.Module,
+def network_on(
+    module: torch.nn.Module,
     device: torch.device,
+    size: BatchSize,
     *,
     average: str,
     half: torch.dtype | None = torch.float16,
-) -> TensorCallable:
-    """A network as a callable on tiles: ``(B, C, Z, Y, X)`` to float32 scores ``(B, K, Z, Y, X)``.
-
-    A 2D network gets its one-slice tiles without the slice axis. On CUDA it runs in autocast, and
-    the tiles whose logits are not finite are redone in fp32; a batch that does not fit the
-    memory is halved.
+) -> Network:
+    """A network, ready to run on tiles; a 2D network gets its one-slice tiles without that axis.
 
     Args:
-        network: A ``UNet`` with its weights; moved to ``device`` and set to evaluation.
-        device: The device to run on. Tiles may be elsewhere; their scores are returned to there.
+        module: A ``UNet`` with its weights; moved to ``device`` and set to evaluation.
+        device: The device to run on. Tiles may be on the host; scores are where the tiles are.
+        size: How many tiles it is given at once.
         average: ``probabilities`` (softmax is applied here) or ``logits``.
         half: What autocast computes in on CUDA; None for float32. On the CPU it is float32.
     """
-    two_dimensional = next(p for p in network.parameters() if p.ndim > 2).ndim == 4
+    two_dimensional = next(p for p in module.parameters() if p.ndim > 2).ndim == 4
     layout = torch.contiguous_format
     if device.type == "cpu":
         half = None
     else:
         layout = torch.channels_last if two_dimensional else torch.channels_last_3d
-    network = network.to(device).eval().to(memory_format=layout)  # type: ignore[call-overload]
+    module = module.to(device).eval().to(memory_format=layout)  # type: ignore[call-overload]
 
-    def run(tiles: torch.Tensor) -> torch.Tensor:
+    def logits(tiles: torch.Tensor, half: torch.dtype | None) -> torch.Tensor:
         x = tiles.squeeze(2) if two_dimensional else tiles
-        logits = forward(network, x.to(device).contiguous(memory_format=layout), device, half)
-        scores = logits.softmax(1) if average == "probabilities" else logits
-        return (scores.unsqueeze(2) if two_dimensional else scores).to(tiles.device)
+        found = forward(module, x.contiguous(memory_format=layout), device, half)
+        return found.unsqueeze(2) if two_dimensional else found
 
-    return torch.inference_mode()(functools.partial(in_halves, run))
+    def scores(found: torch.Tensor) -> torch.Tensor:
+        return found.softmax(1) if average == "probabilities" else found
+
+    if device.type == "cpu":
+        return in_batches(
+            torch.inference_mode()(lambda tiles: scores(logits(tiles, None))), size.tiles
+        )
+    return looking_ahead(
+        lambda tiles: logits(tiles, half),
+        None if half is None else lambda tiles: logits(tiles, None),
+        scores,
+        size,
+        device,
+    )
 
 
 def forward(
-    network: torch.nn.Module, tiles: torch.Tensor, device: torch.device, half: torch.dtype | None
+    module: torch.nn.Module, tiles: torch.Tensor, device: torch.device, half: torch.dtype | None
 ) -> torch.Tensor:
-    """Logits, float32; with autocast to ``half``, tiles that are not finite are redone in full."""
+    """Logits, float32, of a module that computes in ``half`` by autocast, or in true float32."""
     if half is None:
-        full: torch.Tensor = network(tiles)
+        with _true_float32():
+            full: torch.Tensor = module(tiles)
         return full
     with torch.autocast(device.type, half):
-        logits: torch.Tensor = network(tiles).float()
-    broken = ~torch.isfinite(logits).flatten(1).all(1)
-    if broken.any():
-        logits[broken] = network(tiles[broken])
-    return logits
+        found: torch.Tensor = module(tiles)
+    return found.float()
 
 
-def in_halves(run: TensorCallable, tiles: torch.Tensor) -> torch.Tensor:
-    """Run all tiles at once, or in two halves where the GPU's memory does not hold that.
+def looking_ahead(
+    logits: Logits, exact: Logits | None, scores: Logits, size: BatchSize, device: torch.device
+) -> Network:
+    """A network whose next batch is under way on a GPU while the scores of one are used.
+
+    So the host never waits for the GPU to be idle. Whether the logits of a batch are finite is
+    found out on the GPU, and read once the next batch has been given to it. Batches have few
+    shapes, since cuDNN measures which algorithm is the fastest for each: the last ones are filled
+    up with zeros.
+
+    Args:
+        logits: Maps tiles ``(B, C, *tile)`` on the device to ``(B, K, *tile)``.
+        exact: The same in float32, for the tiles whose logits are not finite; None if ``logits`` is
+            that already.
+        scores: Maps logits to scores of the same shape.
+        size: How many tiles there are in a batch.
+        device: The device.
+    """
+    copies = Copies(device)
+
+    @torch.inference_mode()
+    def launched(tiles: list[torch.Tensor]) -> _Launched:
+        given = copies.bring(tiles, _filled_up(len(tiles), size.tiles))
+        found = logits(given)
+        finite = None if exact is None else found.isfinite().flatten(1).all(1)[: len(tiles)]
+        found = scores(found)[: len(tiles)]
+        away = tiles[0].device != given.device
+        return _Launched(given, *copies.take(found, finite, found_too=away))
+
+    @torch.inference_mode()
+    def settled(batch: _Launched) -> torch.Tensor:
+        batch.wait()
+        if batch.finite is not None:
+            for index in (~batch.finite).nonzero().flatten().tolist():
+                assert exact is not None
+                again = scores(exact(batch.tiles[index : index + 1]))[0]
+                batch.scores[index] = again.to(batch.scores.device)
+        return batch.scores
+
+    def network(tiles: Iterable[torch.Tensor]) -> Generator[torch.Tensor]:
+        ahead: _Launched | None = None
+        for batch in _in_working_batches(tiles, size, launched):
+            if ahead is not None:
+                yield settled(ahead)
+            ahead = batch
+        if ahead is not None:
+            yield settled(ahead)
+
+    return network
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A batch that a device has been given.
+
+    Attributes:
+        tiles: The batch on the device, filled up.
+        scores: Scores of its tiles, where these came from; there once ``wait`` has returned.
+        finite: Whether the logits of each tile are finite, on the host; None if nobody asks.
+        wait: Waits for what goes to the host.
+    """
+
+    tiles: torch.Tensor
+    scores: torch.Tensor
+    finite: torch.Tensor | None
+    wait: Callable[[], None]
+
+
+def _in_working_batches(
+    tiles: Iterable[torch.Tensor],
+    size: BatchSize,
+    launch: Callable[[list[torch.Tensor]], _Launched],
+) -> Iterator[_Launched]:
+    """Batches of as many tiles as the GPU holds at once, which is found out by trying.
 
     Raises:
-        DeviceError: It does not hold one tile.
+        DeviceFullError: It does not hold one tile.
     """
+    waiting = iter(tiles)
+    batch: list[torch.Tensor] = []
+    while batch or (batch := list(itertools.islice(waiting, size.tiles))):
+        given = batch[: size.tiles]
+        try:
+            launched = launch(given)
+        except RuntimeError as error:
+            if not torch_device.is_full(error):
+                raise
+            if len(given) == 1:
+                raise DeviceFullError(
+                    f"the GPU's memory does not hold one tile of {tuple(given[0].shape[1:])} "
+                    f"voxels ({str(error).strip().partition(chr(10))[0]}); use --device cpu"
+                ) from error
+            size.tiles = math.ceil(min(size.tiles, len(given)) / 2)
+        else:
+            batch = batch[len(given) :]
+            yield launched
+            del launched  # lest its memory be held while the next one is computed
+            continue
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # of blocks that are too small for what comes now
+
+
+def _filled_up(count: int, size: int) -> int:
+    """The least of ``size``, half of it, a quarter and so on that holds so many tiles."""
+    while count <= (half := math.ceil(size / 2)) < size:
+        size = half
+    return size
+
+
+@contextlib.contextmanager
+def _true_float32() -> Iterator[None]:
+    """Have CUDA multiply float32 as such, and not with the 10 bits of TF32's fraction."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
     try:
-        return run(tiles)
-    except torch.cuda.OutOfMemoryError as error:
-        if len(tiles) == 1:
-            raise DeviceError(
-                f"the GPU's memory does not hold one tile of {tuple(tiles.shape[2:])} voxels; "
-                "use --device cpu"
-            ) from error
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return torch.cat([in_halves(run, part) for part in tiles.chunk(2)])
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """The free bytes of a GPU's memory; None for the CPU."""
-    if device.type != "cuda":
-        return None
-    with gpu_guard():
-        free: int = torch.cuda.mem_get_info(device)[0]
-    return free
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def _load(
     device: torch.device,
     half: torch.dtype | None,
+    size_of: Callable[[NetworkSpec], BatchSize],
     spec: NetworkSpec,
     state: Mapping[str, FloatArray],
 ) -> Network:
     with torch.device("meta"):  # its own first weights would be drawn for nothing
-        network = build_network(spec.architecture, spec.input_channels, spec.scores)
+        module = build_network(spec.architecture, spec.input_channels, spec.scores)
     try:
-        network.load_state_dict(tensors(state), assign=True)
+        module.load_state_dict(tensors(state), assign=True)
     except RuntimeError as error:
         raise ValueError(str(error).splitlines()[-1].strip()) from error
-    try:
-        run = on_tiles(network, device, average=spec.average, half=half)
-        if device.type == "cpu":
-            return in_batches(run, tiles_at_once(spec.tile))
-        return in_batches(run, _batch_that_fits(run, spec, device))
-    except torch.cuda.OutOfMemoryError as error:
-        raise DeviceError("the GPU's memory does not hold the network; use --device cpu") from error
-
-
-def _batch_that_fits(run: TensorCallable, spec: NetworkSpec, device: torch.device) -> int:
-    """How many tiles the GPU takes at once, by the memory that one has needed."""
-    tile = torch.zeros((1, spec.input_channels, *spec.tile), device=device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run(tile)
-    needed = max(1, torch.cuda.max_memory_allocated(device) - before)
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    most = MOST_GPU_VOXELS // (spec.tile[0] * spec.tile[1] * spec.tile[2])
-    return max(1, min(most, int(_GPU_SHARE * free / needed)))
+    return network_on(module, device, size_of(spec), average=spec.average, half=half)

@@ -21,6 +21,7 @@ from ichseg.engine.arrays import FloatArray, Grid, on_host
 from ichseg.engine.choose import choose_engine
 from ichseg.engine.engine import Engine
 from ichseg.engine.networks import Networks
+from ichseg.errors import DeviceFullError
 from ichseg.model import bundle
 from ichseg.model.bundle import Model
 from ichseg.model.default_weights import default_weights
@@ -229,7 +230,7 @@ class Ensemble:
             on_host: Add up the scores there, for volumes that a GPU's memory does not hold. Where
                 it turns out to be full, all begins again so.
             keep_networks: Whether every network stays ready for the next volume; by default where
-                all of them take less than a quarter of the free memory, on a CPU.
+                all of them take less than a quarter of the free memory, or of a GPU's.
 
         Raises:
             WeightsError: A network's file is not finite or does not fit its plan.
@@ -244,12 +245,12 @@ class Ensemble:
         efforts = [part.passes.effort for part in plan.parts]
         keep = self._holds_all(plan) if keep_networks is None else keep_networks
         clock = Clock(progress, sum(e.forward_passes for e in efforts), deadline, efforts)
+        if not on_host:
+            with contextlib.suppress(DeviceFullError), self.engine.guard():
+                return self._predict(
+                    prepared, dataclasses.replace(clock), budget_s, on_host=False, keep=keep
+                )
         with self.engine.guard():
-            if not on_host:
-                with contextlib.suppress(*self.engine.memory_full):
-                    return self._predict(
-                        prepared, dataclasses.replace(clock), budget_s, on_host=False, keep=keep
-                    )
             return self._predict(prepared, clock, budget_s, on_host=True, keep=keep)
 
     def finish(self, predicted: Predicted) -> Segmentation:
@@ -260,8 +261,7 @@ class Ensemble:
         """
         began = time.perf_counter()
         volume = predicted.volume
-        with self.engine.guard():
-            labels, foreground = self._restore(predicted.parts)
+        labels, foreground = self._restore(predicted.parts)
         labels = components.apply_rules(labels, self.model.rules, volume.voxel_ml, foreground)
         seconds = predicted.seconds | {"restore": time.perf_counter() - began}
         seconds["total"] = sum(seconds.values())
@@ -277,13 +277,14 @@ class Ensemble:
 
     def _holds_all(self, plan: Plan) -> bool:
         """Whether all networks of a plan together take less than a quarter of the free memory."""
-        free = machine.free_memory_bytes()
-        if self.engine.kind != "openvino" or free is None:
+        kind = self.engine.kind
+        free = self.engine.device_bytes() if kind == "cuda" else machine.free_memory_bytes()
+        if kind == "torch-cpu" or free is None:
             return False
         needed = sum(
-            memory.network_bytes(
-                self.engine.kind, part.configuration, bundle.weights_bytes(self.folder, member)
-            )[0]
+            memory.resting_bytes(
+                kind, part.configuration, bundle.weights_bytes(self.folder, member)
+            )
             for part in plan.parts
             for member in part.passes.members
         )
@@ -318,6 +319,12 @@ class Ensemble:
             disagreements += mean.disagreements
         record = ran_record(self.model, plan.preset, plan.parts, ran)
         record["engine"] = self.engine.name
+        record["tiles_at_once"] = {
+            part.configuration.name: self.engine.batch_of(
+                self._networks.spec_of(part.configuration)
+            )
+            for part in plan.parts
+        }
         if on_host:
             record["scores_on_host"] = True
         if budget_s is not None:
@@ -354,9 +361,10 @@ class Ensemble:
         placement = parts[0][1]
         outline = placement.axes.undo(np.broadcast_to(np.uint8(), placement.full_shape))
         foreground = np.zeros(outline.shape, np.uint8)
-        with contextlib.suppress(*self.engine.memory_full):
+        with contextlib.suppress(DeviceFullError), self.engine.guard():
             return restore(parts, plans, average=average, foreground=foreground), foreground
-        parts = [(on_host(scores), placement) for scores, placement in parts]
+        with self.engine.guard():
+            parts = [(on_host(scores), placement) for scores, placement in parts]
         return restore(parts, plans, average=average, foreground=foreground), foreground
 
     def _restoring_s(self, volume: Volume) -> float:

@@ -20,6 +20,7 @@ GB = 1e9
 _MB = 2**20
 _FLOAT = 4  # bytes
 _RUNTIME = 55 * _MB  # of OpenVINO, with whatever number of networks
+_WORKSPACE = 512 * _MB  # of cuDNN and cuBLAS on a GPU; not measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def estimate(
         scan_bytes: The size of its voxels in memory.
     """
     on_gpu = kind == "cuda" and not on_host
-    data = scores = running = device = largest = together = 0
+    data = scores = running = device = largest = together = resting = 0
     for part in parts:
         shape, configuration = part.placement.grid_shape, part.configuration
         grid = math.prod(shape)
@@ -105,6 +106,7 @@ def estimate(
         host, on_device = network_bytes(kind, configuration, part.weights)
         largest = max(largest, host)
         together += max(host - _RUNTIME, 0) * part.networks
+        resting += resting_bytes(kind, configuration, part.weights) * part.networks
         if on_gpu:
             device = max(device, scores + _FLOAT * channels * grid + at_once + on_device)
             running = max(running, joined)
@@ -112,6 +114,8 @@ def estimate(
             device = max(device, on_device)
             running = max(running, scores + at_once)
         scores += summed
+    if kind == "cuda":
+        device += resting if keeps_networks else 0
     held = 0 if on_gpu else scores
     voxels = math.prod(parts[0].placement.full_shape)
     return Need(
@@ -120,10 +124,15 @@ def estimate(
         # labels, and again in the scan's order; or components where their box is half of it; and
         # the foreground's probability
         writing=scan_bytes + max(held + 3 * voxels, 5 * voxels) + 30 * _MB,
-        network=together + _RUNTIME if keeps_networks else largest,
+        network=together + _RUNTIME if keeps_networks and kind == "openvino" else largest,
         device=device,
         keeps_networks=keeps_networks,
     )
+
+
+def resting_bytes(kind: str, configuration: Configuration, weights: int) -> int:
+    """Bytes that a loaded network takes while another one runs; on a GPU those of its memory."""
+    return weights if kind == "cuda" else network_bytes(kind, configuration, weights)[0]
 
 
 def network_bytes(kind: str, configuration: Configuration, weights: int) -> tuple[int, int]:
@@ -139,6 +148,6 @@ def network_bytes(kind: str, configuration: Configuration, weights: int) -> tupl
         return int(max(loading, 2.05 * weights + _RUNTIME + (3 * first + 5) * channel)), 0
     activations = (8 * first + 10) * channel
     if kind == "cuda":
-        return 2 * weights, int(1.5 * weights + activations)
+        return 2 * weights, int(1.5 * weights + activations + _WORKSPACE)
     batch = tiles_at_once(configuration.tile)
     return weights + 70 * _MB + activations * batch, 0

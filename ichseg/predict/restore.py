@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ichseg.engine.arrays import FloatArray, Grid, as_float, as_kind_of, on_host
+from ichseg.engine.arrays import FloatArray, Grid, as_float, module_of, on_host
 from ichseg.model.bundle import Model
 from ichseg.model.plans import Plans
 from ichseg.predict import resample
@@ -162,14 +162,12 @@ def _decide(
                 slab = _of_probabilities(slab, regions=bool(plans.regions))
             total = slab if total is None else total + slab
         assert total is not None
+        # decided where the scores are: of a GPU's memory come bytes, and not floats
         if foreground is not None:
-            chance = on_host(total) / np.float32(len(parts))
-            chance = _chance(chance, regions=bool(plans.regions), logits=logits)
-            foreground[rows] = np.rint(chance * 255).clip(0, 255)
-        if plans.regions:
-            labels[rows] = _last_region(on_host(total), plans.regions)
-        else:
-            labels[rows] = _largest(on_host(total))
+            chance = _chance(total / len(parts), regions=bool(plans.regions), logits=logits)
+            foreground[rows] = on_host(chance)
+        found = _last_region(total, plans.regions) if plans.regions else _largest(total)
+        labels[rows] = on_host(found)
 
 
 def resize_margins(
@@ -265,51 +263,51 @@ def _of_probabilities(margins: Grid, regions: bool) -> Grid:
 
     Those of labels are over label 0, those of regions over a half.
     """
-    if not isinstance(margins, np.ndarray):
-        return as_kind_of(margins, on_host(_of_probabilities(on_host(margins), regions)))
+    xp = module_of(margins)
     if regions:
-        halves: FloatArray = np.tanh(margins / 2)
+        halves: Grid = xp.tanh(margins / 2)
         return halves
-    shift = np.maximum(margins.max(0), 0)
-    shares = np.exp(margins - shift)
-    background = np.exp(-shift)
-    probabilities: FloatArray = (shares - background) / (shares.sum(0) + background)
+    shift = xp.clip(xp.amax(margins, 0), 0, None)
+    shares = xp.exp(margins - shift)
+    background = xp.exp(-shift)
+    probabilities: Grid = (shares - background) / (shares.sum(0) + background)
     return probabilities
 
 
-def _chance(margins: FloatArray, *, regions: bool, logits: bool) -> FloatArray:
-    """The probability of anything but background, from margins ``(K, ...)``.
+def _chance(margins: Grid, *, regions: bool, logits: bool) -> Any:
+    """The probability of anything but background in steps of 1/255, from margins ``(K, ...)``.
 
     With several labels the margins of probabilities over that of the background, and the sum of 1,
     give it exactly. Regions may overlap: that of the likeliest counts.
     """
+    xp = module_of(margins)
     if regions:
-        best = margins.max(0)
-        half: FloatArray = np.tanh(best / 2) if logits else best
-        return half * np.float32(0.5) + np.float32(0.5)
-    if logits:
-        shift = np.maximum(margins.max(0), 0)
-        background = np.exp(-shift)
-        others = np.exp(margins - shift).sum(0)
-        likely: FloatArray = others / (others + background)
-        return likely
-    together: FloatArray = (margins.sum(0) + len(margins)) / (len(margins) + 1)
-    return together
+        best = xp.amax(margins, 0)
+        likely = (xp.tanh(best / 2) if logits else best) * 0.5 + 0.5
+    elif logits:
+        shift = xp.clip(xp.amax(margins, 0), 0, None)
+        others = xp.exp(margins - shift).sum(0)
+        likely = others / (others + xp.exp(-shift))
+    else:
+        likely = (margins.sum(0) + len(margins)) / (len(margins) + 1)
+    return xp.asarray(xp.clip(xp.round(likely * 255), 0, 255), dtype=xp.uint8)
 
 
-def _largest(margins: FloatArray) -> npt.NDArray[np.uint8]:
+def _largest(margins: Grid) -> Any:
     """The label with the largest margin, and 0 if none has a positive one; the lower on a tie."""
-    labels: npt.NDArray[np.uint8] = (margins[0] > 0).view(np.uint8)
-    best = np.maximum(margins[0], 0) if len(margins) > 1 else margins[0]
+    xp = module_of(margins)
+    labels = (margins[0] > 0).view(xp.uint8)
+    best = xp.clip(margins[0], 0, None) if len(margins) > 1 else margins[0]
     for label, margin in enumerate(margins[1:], start=2):  # far faster than argmax
-        np.copyto(labels, label, where=margin > best, casting="unsafe")
-        np.maximum(best, margin, out=best)
+        labels = xp.where(margin > best, label, labels)
+        best = xp.maximum(best, margin)
     return labels
 
 
-def _last_region(margins: FloatArray, regions: Sequence[int]) -> npt.NDArray[np.uint8]:
+def _last_region(margins: Grid, regions: Sequence[int]) -> Any:
     """The label of the last region whose margin is positive, and 0 if none is."""
-    labels = np.zeros(margins.shape[1:], np.uint8)
+    xp = module_of(margins)
+    labels = xp.zeros_like(margins[0], dtype=xp.uint8)
     for region, label in zip(margins, regions, strict=True):
-        np.copyto(labels, label, where=region > 0, casting="unsafe")
+        labels = xp.where(region > 0, label, labels)
     return labels

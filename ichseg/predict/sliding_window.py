@@ -17,7 +17,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from ichseg.engine.arrays import Grid, all_finite, as_kind_of, copy_into, flip, zeros_like
-from ichseg.engine.engine import Network, OnBatches, in_batches, tiles_at_once
+from ichseg.engine.engine import Network
 from ichseg.errors import InputError, PredictionError
 from ichseg.wording import times
 
@@ -132,7 +132,7 @@ def padded_shape(shape: Sequence[int], tile: Sequence[int]) -> tuple[int, int, i
 
 
 def predict_tiled(
-    network: OnBatches,
+    network: Network,
     data: Grid,
     tile: tuple[int, int, int],
     *,
@@ -141,8 +141,7 @@ def predict_tiled(
     """Scores of a whole volume by one network.
 
     Args:
-        network: Maps tiles ``(B, C, *tile)`` to scores ``(B, K, *tile)``, on the device of
-            ``data``, for any B.
+        network: From tiles ``(C, *tile)`` to their scores, where ``data`` are.
         data: The volume ``(C, Z, Y, X)``, float32; a numpy array or a tensor, as the network takes
             it.
         tile: The size of a tile in voxels ``(z, y, x)``.
@@ -153,7 +152,7 @@ def predict_tiled(
     """
     tiles, mirrors = cover(data.shape[1:], tile), mirrorings(mirror_axes)
     padded = pad(data, tiles)
-    total = sum_tiles(in_batches(network, tiles_at_once(tile)), padded, tiles, mirrors=mirrors)
+    total = sum_tiles(network, padded, tiles, mirrors=mirrors)
     return average(total, tiles, len(mirrors))
 
 
@@ -228,15 +227,17 @@ def average(
         for start in starts:
             sums[start : start + tile] += weight
         by_axis.append(sums)
-    plane = 1 / (by_axis[1][:, None] * by_axis[2] * passes)
+    plane = as_kind_of(total, np.asarray(1 / (by_axis[1][:, None] * by_axis[2] * passes)))
+    finite = True
     for z, sum_z in enumerate(by_axis[0]):  # slice by slice, each read and written once
         scores = total[:, z]  # a view
-        scores *= as_kind_of(total, (plane / sum_z).astype(np.float32))
-        if not all_finite(scores):
-            raise PredictionError(
-                "a network gives scores that are not finite: its weights or the scan's values are "
-                "out of all proportion"
-            )
+        scores *= plane / float(sum_z)
+        finite = all_finite(scores) & finite
+    if not finite:  # asked once: a GPU computes until then, and nobody waits for it
+        raise PredictionError(
+            "a network gives scores that are not finite: its weights or the scan's values are "
+            "out of all proportion"
+        )
     for corner in tiles.skipped:
         assert background is not None
         for channel, score in zip(total[tiles.where(corner)], background, strict=True):

@@ -12,6 +12,7 @@ from helpers import nnunet_folders as theirs
 from helpers.nnunet_folders import DATASET
 
 from ichseg.engine import torch_engine
+from ichseg.engine.engine import in_batches
 from ichseg.errors import OutputError, PlansError, WeightsError
 from ichseg.model import bundle
 from ichseg.model.network import build_network
@@ -220,7 +221,7 @@ def test_an_imported_cascade_runs_as_nnunet_predicts(tmp_path, cascade):
         data = torch.from_numpy(np.concatenate((case.data, previous[None])).astype(np.float32))
         with torch.inference_mode():
             scores = sliding_window.predict_tiled(
-                network, data, second.tile, mirror_axes=model.mirror_axes
+                in_batches(network, 4), data, second.tile, mirror_axes=model.mirror_axes
             )
         return restore([(scores, case.placement)], model.plans, average="logits")
 

@@ -10,6 +10,7 @@ import torch
 from conftest import CONFIGURATION, PLANS
 
 from ichseg.engine import torch_engine
+from ichseg.engine.engine import in_batches
 from ichseg.errors import WeightsError
 from ichseg.model import bundle
 from ichseg.model.bundle import Model
@@ -61,7 +62,12 @@ def scores_of(folder, model, name, data):
         network.load_state_dict(torch_engine.tensors(bundle.load_state(folder, member)))
         with torch.inference_mode():
             total = total + sliding_window.predict_tiled(
-                lambda x, n=network: n(x).softmax(1) if model.average == "probabilities" else n(x),
+                in_batches(
+                    lambda x, n=network: (
+                        n(x).softmax(1) if model.average == "probabilities" else n(x)
+                    ),
+                    4,
+                ),
                 torch.from_numpy(data),
                 configuration.tile,
                 mirror_axes=(0, 2),

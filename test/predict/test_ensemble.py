@@ -8,7 +8,8 @@ from conftest import CONFIGURATION, PLANS, make_bundle
 from scipy import ndimage
 
 from ichseg.engine import machine, torch_engine
-from ichseg.errors import DeviceError, InputError, WeightsError
+from ichseg.engine.engine import in_batches
+from ichseg.errors import DeviceError, DeviceFullError, InputError, WeightsError
 from ichseg.model import bundle
 from ichseg.model.network import build_network
 from ichseg.predict import air, prepare, sliding_window
@@ -29,7 +30,7 @@ def test_full_is_the_mean_softmax_over_folds_and_mirrors(tmp_path, scan):
         network.load_state_dict(torch_engine.tensors(bundle.load_state(tmp_path, member)))
         with torch.inference_mode():
             total = total + sliding_window.predict_tiled(
-                lambda x, n=network: n(x).softmax(1),
+                in_batches(lambda x, n=network: n(x).softmax(1), 4),
                 torch.from_numpy(case.data),
                 CONFIGURATION.tile,
                 mirror_axes=(0, 1, 2),
@@ -141,14 +142,21 @@ def test_a_budget_that_suffices_runs_all_and_says_what_ran(tmp_path, scan):
     }
 
 
-@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, DeviceError])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("full"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        DeviceFullError("full"),
+    ],
+)
 def test_where_a_gpus_memory_is_full_scores_are_added_up_on_the_host(tmp_path, scan, error):
     """A device that is full after 100 tiles of those that were placed on it."""
     make_bundle(tmp_path)
     ensemble = Ensemble.load(tmp_path, "torch-cpu")
     expected = ensemble.segment(scan, "full")
     assert "scores_on_host" not in expected.ran
-    full, seen, calls = error("full"), [], []
+    seen, calls = [], []
 
     def load(spec, state):
         loaded = ensemble.engine.load(spec, state)
@@ -157,7 +165,7 @@ def test_where_a_gpus_memory_is_full_scores_are_added_up_on_the_host(tmp_path, s
             for scores in loaded(tiles):
                 calls.append(len(scores))
                 if not kept and sum(calls) > 100:
-                    raise full
+                    raise error
                 yield scores
 
         return network

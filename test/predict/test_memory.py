@@ -68,6 +68,17 @@ def test_networks_that_stay_are_all_counted():
     assert (alone.opening, alone.predicting) == (kept.opening, kept.predicting)
 
 
+def test_networks_that_stay_on_a_gpu_are_counted_there():
+    many = (part((100, 128, 256), sums=2, networks=3), part((100, 128, 256)))
+    alone, kept = (
+        memory.estimate("cuda", PLANS, many, file_bytes=0, scan_bytes=0, keeps_networks=keeps)
+        for keeps in (False, True)
+    )
+    assert kept.device - alone.device == 4 * 100 * MB
+    assert kept.network == alone.network == 2 * 100 * MB  # one after another passes the host
+    assert kept.keeps_networks
+
+
 def test_what_is_smaller_than_a_tile_is_padded():
     found = needed(part((2, 10, 16)))  # to 4x16x16
     assert found.predicting - 20 * MB == 4 * (2 * 10 * 16 + 4 * 16 * 16 + 2 * 4 * 16 * 16)

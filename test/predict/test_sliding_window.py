@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from ichseg.engine import engine
 from ichseg.engine.engine import in_batches
 from ichseg.predict import sliding_window
 from ichseg.predict.sliding_window import (
@@ -20,6 +19,11 @@ from ichseg.predict.sliding_window import (
     sum_tiles,
     tile_starts,
 )
+
+
+def tiled(network, data, tile, **options):
+    """``predict_tiled`` of a network that is a function of batches."""
+    return predict_tiled(in_batches(network, 3), data, tile, **options)
 
 
 def two_classes(x: torch.Tensor) -> torch.Tensor:
@@ -69,7 +73,7 @@ def test_importance_is_the_reference_gaussian():
 @given(st.tuples(*[st.integers(1, 20)] * 3), st.integers(0, 1))
 @settings(max_examples=40, deadline=None)
 def test_constant_logits_stay_constant_up_to_the_corners(shape, mirrored):
-    scores = predict_tiled(
+    scores = tiled(
         lambda x: torch.full_like(x, 3.5),
         torch.zeros(1, *shape),
         (4, 8, 6),
@@ -82,14 +86,14 @@ def test_constant_logits_stay_constant_up_to_the_corners(shape, mirrored):
 def test_the_identity_gives_the_image_back_mirrored_or_not():
     data = torch.randn(1, 9, 17, 13, generator=torch.Generator().manual_seed(0))
     for axes in ((), (2,), (0, 1, 2)):
-        scores = predict_tiled(two_classes, data, (4, 8, 8), mirror_axes=axes)
+        scores = tiled(two_classes, data, (4, 8, 8), mirror_axes=axes)
         np.testing.assert_allclose(scores[0], data[0], atol=1e-5)
         np.testing.assert_allclose(scores[1], 1 - data[0], atol=1e-5)
 
 
 def test_a_small_volume_lies_in_the_middle_of_its_tile():
     seen = []
-    predict_tiled(lambda x: seen.append(x) or x, torch.ones(1, 1, 8, 5), (4, 8, 8))
+    tiled(lambda x: seen.append(x) or x, torch.ones(1, 1, 8, 5), (4, 8, 8))
     assert seen[0].sum((0, 1, 3, 4)).tolist() == [0, 40, 0, 0]
     assert seen[0].sum((0, 1, 2, 3)).tolist() == [0, 8, 8, 8, 8, 8, 0, 0]
 
@@ -101,9 +105,9 @@ def test_mirroring_averages_over_all_subsets_of_the_axes():
         return torch.arange(x.shape[-1], dtype=torch.float32).expand_as(x)
 
     data = torch.zeros(1, 4, 8, 8)
-    plain = predict_tiled(column, data, (4, 8, 8))
+    plain = tiled(column, data, (4, 8, 8))
     assert plain[0, 0, 0].tolist() == pytest.approx(list(range(8)))
-    mirrored = predict_tiled(column, data, (4, 8, 8), mirror_axes=(2,))
+    mirrored = tiled(column, data, (4, 8, 8), mirror_axes=(2,))
     assert mirrored[0, 0, 0].tolist() == pytest.approx([3.5] * 8)
     assert len(sliding_window.mirrorings((0, 1, 2))) == 8
     assert len(set(sliding_window.mirrorings((0, 1, 2)))) == 8
@@ -118,7 +122,7 @@ def test_a_central_voxel_is_predicted_64_times():
         count.view(-1).index_add_(0, x.long().flatten(), torch.ones(x.numel()))
         return x
 
-    predict_tiled(counting, data, (4, 4, 4), mirror_axes=(0, 1, 2))
+    tiled(counting, data, (4, 4, 4), mirror_axes=(0, 1, 2))
     assert count[3, 3, 3] == 64
     assert count[0, 0, 0] == 8
     assert count.max() == 64
@@ -131,8 +135,8 @@ def test_arrays_and_tensors_are_predicted_alike():
     def running(x):
         return x.cumsum(-1) * 0.1
 
-    found = predict_tiled(running, data, (4, 8, 8), mirror_axes=(0, 2))
-    expected = predict_tiled(running, torch.from_numpy(data), (4, 8, 8), mirror_axes=(0, 2))
+    found = tiled(running, data, (4, 8, 8), mirror_axes=(0, 2))
+    expected = tiled(running, torch.from_numpy(data), (4, 8, 8), mirror_axes=(0, 2))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
     np.testing.assert_array_equal(data, original)
@@ -169,20 +173,20 @@ def test_skipped_tiles_are_not_predicted_and_are_background():
 
 def test_the_total_is_the_number_of_tiles_predicted():
     calls = []
-    predict_tiled(lambda x: calls.append(len(x)) or x, torch.zeros(1, 9, 30, 3), (4, 8, 8))
+    tiled(lambda x: calls.append(len(x)) or x, torch.zeros(1, 9, 30, 3), (4, 8, 8))
     assert sum(calls) == sliding_window.cover((9, 30, 3), (4, 8, 8)).total == 4 * 7
 
 
-def test_the_batch_size_changes_nothing(monkeypatch):
+def test_the_batch_size_changes_nothing():
     """A network that mixes the voxels of a tile, but not tiles with each other."""
     data = torch.randn(1, 9, 17, 13, generator=torch.Generator().manual_seed(1))
 
     def ranked(x: torch.Tensor) -> torch.Tensor:
         return x.flatten(1).cumsum(1).reshape(x.shape)
 
-    masks = []
-    for voxels in (1, 3 * 256, 10**9):
-        monkeypatch.setattr(engine, "BATCH_VOXELS", voxels)
-        masks.append(predict_tiled(ranked, data, (4, 8, 8), mirror_axes=(0, 2)))
+    masks = [
+        predict_tiled(in_batches(ranked, size), data, (4, 8, 8), mirror_axes=(0, 2))
+        for size in (1, 3, 1000)
+    ]
     torch.testing.assert_close(masks[0], masks[1])
     torch.testing.assert_close(masks[0], masks[2])

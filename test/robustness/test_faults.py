@@ -19,7 +19,7 @@ from ichseg.app import console
 from ichseg.app.cases import InputCase, Job, check_output
 from ichseg.app.results import CaseResult, Record
 from ichseg.app.start import Stopped
-from ichseg.engine import torch_engine
+from ichseg.engine import torch_device, torch_engine
 from ichseg.errors import DeviceError, OutputError
 from ichseg.files import SCAN_SUFFIXES, replacing
 from ichseg.predict.ensemble import Ensemble
@@ -81,7 +81,7 @@ def test_every_fault_is_provoked_here():
 @pytest.mark.parametrize("words", faults.GPU_ERRORS)
 @pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError])
 def test_what_cuda_says_of_a_lost_gpu_becomes_one_line(words, kind):
-    with pytest.raises(DeviceError) as caught, torch_engine.gpu_guard():
+    with pytest.raises(DeviceError) as caught, torch_device.guard():
         raise kind(words)
     said = str(caught.value)
     assert said.startswith(f"the GPU was lost or failed ({words.splitlines()[0]}); ")
@@ -92,14 +92,13 @@ def test_what_cuda_says_of_a_lost_gpu_becomes_one_line(words, kind):
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("CUDA out of memory"),  # is met by halves, or on the host
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),  # a fault of ours
         ValueError("CUDA error"),
         DeviceError("the GPU's memory does not hold one tile"),
     ],
 )
 def test_other_errors_pass_by_as_they_are(error):
-    with pytest.raises(type(error)) as caught, torch_engine.gpu_guard():
+    with pytest.raises(type(error)) as caught, torch_device.guard():
         raise error
     assert caught.value is error
 
@@ -110,8 +109,8 @@ def test_a_gpu_lost_while_its_free_memory_is_asked_for(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
     with pytest.raises(DeviceError, match="the GPU was lost"):
-        torch_engine._free_bytes(torch.device("cuda"))
-    assert torch_engine.engine_on(torch.device("cpu")).free_bytes() is None
+        torch_device.free_bytes(torch.device("cuda"))
+    assert torch_engine.engine_on(torch.device("cpu")).device_bytes() is None
 
 
 def test_a_lost_gpu_is_not_tried_again_on_the_host(scene, monkeypatch):

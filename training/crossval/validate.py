@@ -12,7 +12,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ichseg.engine import torch_engine
-from ichseg.engine.engine import OnBatches
+from ichseg.engine.engine import Network
 from ichseg.errors import PlansError, TrainingError
 from ichseg.files import replacing
 from ichseg.model import strict_json
@@ -98,7 +98,7 @@ def validate(
     Args:
         workspace: The folder that lists the cases.
         run: A trained fold.
-        interrupted: Called before each batch of tiles; where it returns True, validation stops.
+        interrupted: Called after each batch of tiles; where it returns True, validation stops.
 
     Returns:
         Whether all cases were done.
@@ -120,10 +120,11 @@ def validate(
     cases = {case.name: case for case in data.labelled}
     network = load_network(run, weights)
 
-    def stoppable(tiles: Tensor) -> Tensor:
-        if interrupted():
-            raise _InterruptedError
-        return network(tiles)
+    def stoppable(tiles: Iterable[Tensor]) -> Generator[Tensor]:
+        for scores in network(tiles):
+            if interrupted():
+                raise _InterruptedError
+            yield scores
 
     began = time.monotonic()
     for number, name in enumerate(waiting, start=1):
@@ -163,15 +164,16 @@ def is_validated(workspace: Path, run: FoldRun, weights: Mapping[str, Tensor]) -
     return all(_is_done(workspace, run, found, second, name) for name in run.spec.validation)
 
 
-def load_network(run: FoldRun, weights: Mapping[str, Tensor]) -> OnBatches:
-    """The fold's network on its device, as a function from tiles to probabilities."""
+def load_network(run: FoldRun, weights: Mapping[str, Tensor]) -> Network:
+    """The fold's network on its device, from tiles to probabilities, as inference runs it."""
     network = build_network(
         run.configuration.architecture,
         run.plans.input_channels(run.configuration),
         len(run.plans.labels),
     )
     network.load_state_dict(weights)
-    return torch_engine.on_tiles(network, run.device, average="probabilities")
+    size = torch_engine.BatchSize(torch_engine.batch_for(run.configuration.tile, run.device))
+    return torch_engine.network_on(network, run.device, size, average="probabilities")
 
 
 def segment_case(
@@ -183,7 +185,7 @@ def segment_case(
 
 
 def predict_case(
-    name: str, channels: Sequence[Volume], run: FoldRun, network: OnBatches
+    name: str, channels: Sequence[Volume], run: FoldRun, network: Network
 ) -> tuple[Tensor, Placement]:
     """Predict one case with one network.
 
@@ -255,7 +257,7 @@ def _segment_and_store(
     workspace: Path,
     run: FoldRun,
     case: dataset.Case,
-    network: OnBatches,
+    network: Network,
     second: Sequence[Configuration],
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Segment one case, and write its mask, its probabilities and its labels for a second stage."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ichseg.engine import torch_engine
+from ichseg.engine import torch_device
 from ichseg.errors import TrainingError
 from ichseg.model import plans
 from ichseg.model.plans import Configuration, Plans
@@ -91,7 +91,7 @@ def open_run(
     Raises:
         IchsegError: Something is missing, the fold is unknown, or fp16 is asked for on the CPU.
     """
-    device = torch_engine.choose_device(config.device)
+    device = torch_device.choose_device(config.device)
     if config.precision == "fp16" and device.type == "cpu":
         raise TrainingError("precision fp16 on the CPU, expected fp32, bf16 or auto there")
     planned = plans.load(plans_file(workspace))

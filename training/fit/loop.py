@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ichseg import files
-from ichseg.engine import torch_engine
+from ichseg.engine import torch_device
 from ichseg.errors import TrainingError
 from ichseg.model import strict_json
 from training.batches.sampling import BatchKey
@@ -304,7 +304,7 @@ def _describe(run: FoldRun, state: TrainingState) -> str:
     """What is trained, where and how, in one line."""
     c = run.configuration
     count = sum(p.numel() for p in state.network.parameters())
-    where = torch_engine.describe(run.device)
+    where = torch_device.describe(run.device)
     return (
         f"{c.name} in {run.folder}: {len(run.spec.train)} cases, "
         f"{len(run.spec.validation)} to validate; "
