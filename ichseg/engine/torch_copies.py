@@ -7,8 +7,11 @@ and writes only such memory by itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+
+_cuda: Any = torch.cuda  # whose streams and events torch has not typed
 
 
 class Copies:
@@ -16,9 +19,9 @@ class Copies:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        self._streams: tuple[Any, Any] | None = None
         if device.type == "cuda":
-            self._streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self._streams = _cuda.Stream(device), _cuda.Stream(device)
 
     def bring(self, tiles: Sequence[torch.Tensor], size: int) -> torch.Tensor:
         """Tiles of one shape as a batch on the device, filled up with zeros to ``size`` of them."""
@@ -29,8 +32,8 @@ class Copies:
         torch.stack(list(tiles), out=batch[: len(tiles)])
         if self._streams is None or not pin:
             return batch.to(self._device)
-        inward, computing = self._streams[0], torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(inward):
+        inward, computing = self._streams[0], _cuda.current_stream(self._device)
+        with _cuda.stream(inward):
             there = batch.to(self._device, non_blocking=True)
         computing.wait_stream(inward)
         there.record_stream(computing)  # its memory is in use until that has come to its end
@@ -51,15 +54,15 @@ class Copies:
         """
         if self._streams is None:
             return scores.cpu() if found_too else scores, finite, lambda: None
-        outward, computing = self._streams[1], torch.cuda.current_stream(self._device)
+        outward, computing = self._streams[1], _cuda.current_stream(self._device)
         outward.wait_stream(computing)
-        with torch.cuda.stream(outward):  # what is copied so is pinned
+        with _cuda.stream(outward):  # what is copied so is pinned
             if finite is not None:
                 finite.record_stream(outward)
                 finite = finite.to("cpu", non_blocking=True)
             if found_too:
                 scores.record_stream(outward)
                 scores = scores.to("cpu", non_blocking=True)
-            there = torch.cuda.Event()
+            there = _cuda.Event()
             there.record(outward)
         return scores, finite, there.synchronize
