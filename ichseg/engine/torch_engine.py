@@ -141,7 +141,7 @@ def forward(
 ) -> torch.Tensor:
     """Logits, float32, of a module that computes in ``half`` by autocast, or in true float32."""
     if half is None:
-        with _true_float32():
+        with _true_float32(device):
             full: torch.Tensor = module(tiles)
         return full
     with torch.autocast(device.type, half):
@@ -259,8 +259,11 @@ def _filled_up(count: int, size: int) -> int:
 
 
 @contextlib.contextmanager
-def _true_float32() -> Iterator[None]:
+def _true_float32(device: torch.device) -> Iterator[None]:
     """Have CUDA multiply float32 as such, and not with the 10 bits of TF32's fraction."""
+    if device.type == "cpu":
+        yield
+        return
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     cudnn.allow_tf32 = matmul.allow_tf32 = False

@@ -399,16 +399,15 @@ def test_what_is_no_full_memory_is_not_tried_again():
 def test_true_float32_is_asked_for_where_no_half_is():
     seen = []
 
-    class Module(torch.nn.Module):
-        def forward(self, x):
-            seen.append((torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu")))
-            return x
+    def module(x):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cuda")))
+        return x
 
     before = torch.backends.cudnn.allow_tf32
     for half in (None, torch.bfloat16):
-        torch_engine.forward(Module(), torch.zeros(1), torch.device("cpu"), half)
-    assert seen == [(False, False), (before, True)]
-    assert torch.backends.cudnn.allow_tf32 == before
+        torch_engine.forward(module, torch.zeros(1), torch.device("cuda"), half)
+    assert seen[0] == (False, False)
+    assert seen[1][0] == torch.backends.cudnn.allow_tf32 == before
 
 
 def test_the_batch_is_known_by_the_tile_and_not_by_what_memory_is_free():
