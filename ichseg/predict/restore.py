@@ -164,7 +164,8 @@ def _decide(
         assert total is not None
         # decided where the scores are: of a GPU's memory come bytes, and not floats
         if foreground is not None:
-            chance = _chance(total / len(parts), regions=bool(plans.regions), logits=logits)
+            mean: Any = total / len(parts)
+            chance = _chance(mean, regions=bool(plans.regions), logits=logits)
             foreground[rows] = on_host(chance)
         found = _last_region(total, plans.regions) if plans.regions else _largest(total)
         labels[rows] = on_host(found)
