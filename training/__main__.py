@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from ichseg.errors import IchsegError
+from training.jobs import command
 
 # command: (module, what it does, an example)
 COMMANDS = {
@@ -109,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("numexpr").setLevel(logging.WARNING)  # comes with blosc2, and greets
     module_name, summary, example = COMMANDS[chosen.command]
+    command.end_with_parent()
     try:
         module = importlib.import_module(module_name)
         command_parser = argparse.ArgumentParser(

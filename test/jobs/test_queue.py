@@ -1,229 +1,118 @@
-import argparse
-import io
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
+"""Jobs are handed out when what they wait for is done."""
 
 import pytest
-import torch
 
-from ichseg.errors import TrainingError
-from training.jobs.queue import claimed, find_gpus, parse_folds, train_in_sequence, train_on_gpus
-
-
-def python(code, *arguments):
-    """A command factory: runs code that has the fold's name and then these as its arguments."""
-    return lambda fold: [sys.executable, "-c", code, fold, *map(str, arguments)]
+from ichseg.errors import DatasetError, TrainingError
+from training.jobs import queue
+from training.jobs.command import Ending
+from training.jobs.job import Job
 
 
-def events(folder):
-    """What the processes below noted, in order of time."""
-    noted = [path.read_text().split() for path in folder.glob("*.event")]
-    return [words for _, *words in sorted((float(when), *words) for when, *words in noted)]
+def graph(**after):
+    """Jobs by name, each with the names of those that it waits for, in one word."""
+    return [Job(name, (), after=tuple(names)) for name, names in after.items()]
 
 
-NOTE = """
-import os, sys, time
-fold, folder = sys.argv[1:3]
-def note(what):
-    gpu = os.environ["CUDA_VISIBLE_DEVICES"]
-    with open(f"{folder}/{fold}.{what}", "w") as stream:
-        stream.write(f"{time.monotonic()} {what} {fold} {gpu}")
-    os.rename(stream.name, stream.name + ".event")
-"""
+class Place:
+    """Has room for so many jobs; the one handed in last ends first."""
+
+    def __init__(self, fails=(), room=99):
+        self.fails, self.room = fails, room
+        self.given, self.ended, self.stops = [], [], 0
+        self.begun = []
+
+    def submit(self, job):
+        self.given.append(job)
+        self.begun.append(job.name)
+
+    def wait(self):
+        job = self.given.pop()
+        self.ended.append(job.name)
+        return [(job, Ending(1, "bad luck") if job.name in self.fails else Ending(0))]
+
+    def stop(self):
+        self.stops += 1
 
 
-def test_each_gpu_takes_the_next_fold_when_it_is_free(tmp_path):
-    # fold 0 ends when all others have begun: the other GPU has to take them one after another
-    code = NOTE + (
-        "note('begin')\n"
-        "while fold == '0' and not os.path.exists(f'{folder}/3.end.event'): time.sleep(0.01)\n"
-        "note('end')\n"
-    )
-    assert train_on_gpus(list("0123"), ["7", "5"], python(code, tmp_path), io.StringIO())
-    found = events(tmp_path)
-    assert ["begin", "0", "7"] in found
-    assert [e for e in found if e[1] != "0"] == [
-        [what, fold, "5"] for fold in "123" for what in ("begin", "end")
-    ]
-    assert found[-1] == ["end", "0", "7"]
+class Watcher:
+    def __init__(self):
+        self.told = []
+
+    def waits(self, jobs):
+        self.told.append(("waits", [job.name for job in jobs]))
+
+    def is_done(self, job, words):
+        self.told.append((job.name, words))
+
+    def is_ready(self, job):
+        self.told.append((job.name, "ready"))
+
+    def ended(self, job, ending):
+        self.told.append((job.name, ending.status))
 
 
-def test_lines_are_whole_and_say_whose_they_are():
-    # written in pieces, of both streams, without an end of line at the end
-    code = (
-        "import sys, time\n"
-        "for part in ('first ', 'line\\nsec', 'ond'):\n"
-        "    sys.stderr.write(part); sys.stderr.flush(); time.sleep(0.05)\n"
-    )
-    heard = io.StringIO()
-    assert train_on_gpus(["3", "4"], ["0", "1"], python(code), heard)
-    lines = heard.getvalue().splitlines()
-    assert sorted(lines) == [
-        f"fold {fold}: {text}" for fold in "34" for text in ("first line", "second")
-    ]
+def nothing_done(_):
+    return ""
 
 
-def test_a_fold_that_fails_stops_no_other_and_is_named(tmp_path):
-    code = NOTE + (
-        "note('begin')\n"
-        "if fold == '1': sys.exit('error: the loss is nan')\n"
-        "if fold == '2': os.kill(os.getpid(), 9)\n"
-        "if fold == '3': sys.exit(130)\n"
-        "if fold == '4': sys.exit(3)\n"
-    )
+def test_what_waits_for_nothing_begins_at_once_and_the_rest_as_soon_as_it_can():
+    place = Place()
+    jobs = graph(a="", b="a", c="", d="bc", e="b")
+    assert queue.work(jobs, nothing_done, place, Watcher())
+    # a, c; c ends first, then a: b; b ends: d and e, in the order of the graph
+    assert place.begun == ["a", "c", "b", "d", "e"]
+    assert place.ended == ["c", "a", "b", "e", "d"]
+
+
+def test_names_of_another_graph_count_as_done():
+    place = Place()
+    assert queue.work([Job("b", (), after=("a",))], nothing_done, place, Watcher())
+    assert place.begun == ["b"]
+
+
+def test_what_is_done_is_passed_over_and_looked_at_in_its_turn():
+    place, watcher, asked = Place(), Watcher(), []
+
+    def done(job):
+        asked.append((job.name, list(place.ended)))
+        return "there" if job.name in "ac" else ""
+
+    assert queue.work(graph(a="", b="a", c="b"), done, place, watcher)
+    assert asked == [("a", []), ("b", []), ("c", ["b"])]
+    assert place.begun == ["b"]
+    assert watcher.told == [
+        ("waits", ["a", "b", "c"]), ("a", "there"), ("b", "ready"), ("b", 0), ("c", "there"),
+    ]  # fmt: skip
+
+
+def test_a_failure_stops_those_that_wait_for_it_and_no_other():
+    place = Place(fails=("b",))
+    jobs = graph(a="", b="", c="b", d="c", e="a")
     with pytest.raises(TrainingError) as caught:
-        train_on_gpus(list("012345"), ["0"], python(code, tmp_path), io.StringIO())
-    assert str(caught.value) == (
-        "4 of 6 folds failed: fold 1: the loss is nan; "
-        "fold 2: was killed by SIGKILL, perhaps for want of memory; "
-        "fold 3: was interrupted; fold 4: ended with status 3"
+        queue.work(jobs, nothing_done, place, Watcher())
+    assert sorted(place.ended) == ["a", "b", "e"]
+    assert str(caught.value) == ("1 of 5 jobs failed: b: bad luck; 2 jobs not begun")
+    with pytest.raises(TrainingError, match=r"^2 of 2 jobs failed: a: bad luck; b: bad luck$"):
+        queue.work(graph(a="", b=""), nothing_done, Place(fails="ab"), Watcher())
+
+
+def test_after_a_signal_nothing_begins_and_what_runs_is_waited_for():
+    place = Place(fails=("a",))  # interrupted, which is no failure then
+    assert not queue.work(
+        graph(a="", b="", c="a"), nothing_done, place, Watcher(), stopped=lambda: bool(place.ended)
     )
-    assert [words[1] for words in events(tmp_path)] == list("012345")
+    assert place.ended == ["b", "a"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_reaches_every_process_once_and_none_begins_after(tmp_path, number):
-    code = NOTE + (
-        "import signal\n"
-        "told = []\n"
-        "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):\n"
-        "    signal.signal(number, lambda number, _: told.append(number))\n"
-        "note(f'begin-{os.getsid(0) == os.getpid()}')\n"
-        "while not told: time.sleep(0.01)\n"
-        "time.sleep(0.2)\n"
-        "note('told-' + '-'.join(str(int(number)) for number in told))\n"
-        "sys.exit(130)\n"
-    )
+def test_a_refusal_ends_what_runs_and_is_what_is_said():
+    place = Place()
 
-    def interrupt():
-        until = time.monotonic() + 60
-        while len(events(tmp_path)) < 2 and time.monotonic() < until:
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
+    def done(job):
+        if job.name == "c":
+            raise DatasetError("of another dataset")
+        return ""
 
-    before = signal.getsignal(number)
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    assert not train_on_gpus(["0", "1", "2"], ["0", "1"], python(code, tmp_path), io.StringIO())
-    thread.join()
-    assert signal.getsignal(number) is before
-    # a session of its own: what a terminal sends to this one does not reach it besides
-    assert sorted(words[:2] for words in events(tmp_path)) == [
-        ["begin-True", "0"],
-        ["begin-True", "1"],
-        ["told-15", "0"],
-        ["told-15", "1"],
-    ]
-
-
-def test_processes_end_when_something_goes_wrong_here(tmp_path):
-    class Closed(io.StringIO):
-        def write(self, _):
-            raise BrokenPipeError("closed")
-
-    code = NOTE + "note(os.getpid()); print('begun', flush=True); time.sleep(60)"
-    with pytest.raises(BrokenPipeError):
-        train_on_gpus(["0"], ["0"], python(code, tmp_path), Closed())
-    ((pid, _, _),) = events(tmp_path)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid), 0)
-
-
-def test_a_signal_that_comes_while_a_process_begins_reaches_it(monkeypatch):
-    real, begun = subprocess.Popen, []
-
-    def begin(*args, **options):
-        begun.append(real(*args, **options))
-        if len(begun) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return begun[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", begin)
-    began = time.monotonic()
-    code = "import time; time.sleep(60)"
-    assert not train_on_gpus(["0", "1"], ["0", "1"], python(code), io.StringIO())
-    assert time.monotonic() - began < 30
-
-
-def test_in_sequence_a_fold_that_fails_stops_no_other(caplog):
-    trained = []
-
-    def train(fold):
-        trained.append(fold)
-        if fold == "1":
-            raise TrainingError("the loss is nan")
-        return True
-
-    with pytest.raises(TrainingError, match="1 of 3 folds failed: fold 1: the loss is nan"):
-        train_in_sequence(["0", "1", "2"], train)
-    assert trained == ["0", "1", "2"]
-    assert "fold 1 failed: the loss is nan" in caplog.text
-    with pytest.raises(TrainingError, match=r"^the loss is nan"):  # alone: as it is
-        train_in_sequence(["1"], train)
-
-
-def test_in_sequence_a_signal_ends_all():
-    trained = []
-
-    def train(fold):
-        trained.append(fold)
-        return fold != "1"
-
-    assert not train_in_sequence(["0", "1", "2"], train)
-    assert trained == ["0", "1"]
-
-
-def test_folds_are_numbers():
-    assert parse_folds("0, 3,1") == ("0", "3", "1")
-    for text, message in (
-        ("0,all", "--fold all trains one network on every case"),
-        ("0,,1", "expected numbers separated by commas"),
-        ("-1", "expected numbers separated by commas"),
-        ("1,2,01", "names a fold twice"),
-    ):
-        with pytest.raises(argparse.ArgumentTypeError, match=message):
-            parse_folds(text)
-
-
-def test_gpus_are_those_that_are_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert find_gpus("1,0") == ("1", "0")
-    for text, message in (
-        ("0,2", "no GPU 2; this machine has 2, counted from 0"),
-        ("0,0", "names a GPU twice"),
-        ("0;1", "expected numbers separated by commas"),
-        ("", "expected numbers separated by commas"),
-    ):
-        with pytest.raises(TrainingError, match=message):
-            find_gpus(text)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6, 4")
-    assert find_gpus("1") == ("4",)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(TrainingError, match="no GPU 0; no GPU works here"):
-        find_gpus("0")
-
-
-def test_two_processes_cannot_train_one_fold(tmp_path):
-    code = (
-        "import fcntl, sys\n"
-        "stream = open(sys.argv[1] + '/.lock', 'w')\n"
-        "fcntl.flock(stream, fcntl.LOCK_SH)\n"
-        "print('locked', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    with claimed(tmp_path):
-        pass
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert other.stdout.readline() == b"locked\n"
-    with pytest.raises(TrainingError, match="another process is training"), claimed(tmp_path):
-        pass
-    other.communicate()
-    with claimed(tmp_path):
-        pass
+    with pytest.raises(DatasetError, match="of another dataset"):
+        queue.work(graph(a="", b="", c="b"), done, place, Watcher())
+    assert place.stops == 1
+    assert sorted(place.ended) == ["a", "b"]  # none is left behind

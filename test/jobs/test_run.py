@@ -1,5 +1,5 @@
 import argparse
-import dataclasses
+import contextlib
 import json
 import logging
 import os
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CONFIGURATION, PLANS
 from helpers.datasets import write_msd
 
 from ichseg.errors import DatasetError, PlansError, TrainingError
@@ -24,8 +23,10 @@ from training.crossval import merge, selection
 from training.data.workspace import LATEST_CHECKPOINT, VERIFIED_FILE
 from training.fit.configuration import settings_from
 from training.jobs import run, train
-from training.jobs.choices import Choices, choices_from
-from training.jobs.stages import STAGES
+from training.jobs.board import Board
+from training.jobs.choices import choices_from
+from training.jobs.claim import claimed
+from training.jobs.command import Ending
 from training.planning import planner
 from training.planning.overrides import overrides_from
 from training.scoring import summary
@@ -66,6 +67,29 @@ def arguments(dataset, workspace, *more):
     return choices_from(parser.parse_args(line))
 
 
+class Here:
+    """Runs jobs in this process, one at a time."""
+
+    def __init__(self, execute):
+        self.execute, self.given = execute, []
+
+    def submit(self, job):
+        self.given.append(job)
+
+    def wait(self):
+        job = self.given.pop(0)
+        status = self.execute((job.command, *job.words))
+        return [(job, Ending(status, "failed" if status else ""))]
+
+    def stop(self):
+        self.given.clear()
+
+
+def run_here(choices, execute):
+    """Whether all jobs were done, each by ``execute``, which gets its words."""
+    return run.run(choices, Here(execute), Board())
+
+
 def stages(lines):
     return [words[0] for words in lines]
 
@@ -88,16 +112,15 @@ def step_by_step(dataset, tmp_path_factory):
                 done.append(words)
                 return command(words)
 
-            status = run.run(arguments(dataset, workspace), execute)
-            if status == 0:
+            with contextlib.suppress(TrainingError):  # of the job that was stopped
+                assert run_here(arguments(dataset, workspace), execute)
                 break
-            assert status == 7
     return workspace, done
 
 
 def test_stopped_anywhere_it_goes_on_and_does_nothing_twice(step_by_step):
     workspace, done = step_by_step
-    assert stages(done) == ["convert", "verify", "plan", "preprocess", "train", "export"]
+    assert stages(done) == ["convert", "verify", "plan", "preprocess", "train", "train", "export"]
     model = bundle.load_model(workspace / "bundles" / "3d_fullres")
     assert [(m.configuration, m.fold) for m in model.members] == [
         ("3d_fullres", "0"),
@@ -111,14 +134,16 @@ def test_stopped_anywhere_it_goes_on_and_does_nothing_twice(step_by_step):
 def test_a_finished_run_says_so_and_does_nothing(step_by_step, dataset, caplog):
     workspace, _ = step_by_step
     with caplog.at_level(logging.INFO):
-        assert run.run(arguments(dataset, workspace), lambda words: pytest.fail(str(words))) == 0
+        assert run_here(arguments(dataset, workspace), lambda words: pytest.fail(str(words)))
+    fullres = f"{workspace}/runs/3d_fullres"
     assert caplog.messages == [
-        f"== 1 of 9, convert: done, {workspace}/dataset.json is there",
-        "== 2 of 9, verify: done, no errors in 5 cases, which have not changed since",
-        f"== 3 of 9, plan: done, {workspace}/plans.json is there",
-        f"== 4 of 9, preprocess: done, {workspace}/preprocessed/3d_fullres holds all cases",
-        "== 5 of 9, train: done, folds 0, 1 of 3d_fullres",
-        f"== 8 of 9, export: done, {workspace}/bundles/3d_fullres holds these folds",
+        f"== convert: done, {workspace}/dataset.json is there",
+        "== verify: done, no errors in 5 cases, which have not changed since",
+        f"== plan: done, {workspace}/plans.json is there",
+        f"== preprocess 3d_fullres: done, {workspace}/preprocessed/3d_fullres holds all cases",
+        f"== train 3d_fullres 0: done, {fullres}/fold_0 is finished",
+        f"== train 3d_fullres 1: done, {fullres}/fold_1 is finished",
+        f"== export 3d_fullres: done, {workspace}/bundles/3d_fullres holds these folds",
         f"the weights of 3d_fullres are in {workspace}/bundles/3d_fullres",
     ]
 
@@ -130,14 +155,17 @@ def copy(step_by_step, tmp_path):
 
 
 def what_is_left(dataset, workspace, *more):
-    """The first step that would be run."""
+    """The commands of the jobs that would be run, but for those that wait for them."""
     found = []
 
     def execute(words):
         found.append(words[0])
         return 1
 
-    assert run.run(arguments(dataset, workspace, *more), execute) == (1 if found else 0)
+    try:
+        assert run_here(arguments(dataset, workspace, *more), execute)
+    except TrainingError:
+        assert found
     return found
 
 
@@ -160,7 +188,7 @@ def test_what_is_lost_is_done_again(copy, dataset, lost, stage):
 
 
 def test_what_has_changed_is_done_again(copy, dataset):
-    assert what_is_left(dataset, copy, "--epochs", "2") == ["train"]
+    assert what_is_left(dataset, copy, "--epochs", "2") == ["train", "train"]
     assert what_is_left(dataset, copy, "--folds", "0,1,2") == ["train"]
     assert what_is_left(dataset, copy, "--out", str(copy / "other")) == ["export"]
     checkpoint = copy / "runs" / "3d_fullres" / "fold_0" / LATEST_CHECKPOINT
@@ -200,7 +228,7 @@ def test_a_corrected_label_goes_all_the_way(copy, dataset, capsys):
     assert command([*train_again, *quickly]) == 0
 
 
-def test_a_fold_that_fails_stops_the_run_and_the_others_are_kept(
+def test_a_fold_that_fails_stops_what_waits_for_it_and_the_others_are_kept(
     copy, dataset, monkeypatch, capsys
 ):
     shutil.rmtree(copy / "runs")
@@ -215,37 +243,56 @@ def test_a_fold_that_fails_stops_the_run_and_the_others_are_kept(
         return real(workspace, configuration, fold, config, **options)
 
     monkeypatch.setattr(train, "run_fold", fail)
-    line = ["run", str(dataset), "--workspace", str(copy), *TINY]
-    assert command(line) == 1
+    with pytest.raises(TrainingError) as caught:
+        run_here(arguments(dataset, copy), command)
     assert trained == ["0", "1"]
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "error: 1 of 2 folds failed: fold 0: a case is damaged"
+    assert str(caught.value) == ("1 of 4 jobs failed: train 3d_fullres 0: failed; 1 job not begun")
     log = copy / "runs" / "3d_fullres" / "fold_0" / "train.log"
     assert log.read_text().endswith("error: a case is damaged\n")
-    assert command(line) == 0
+    assert run_here(arguments(dataset, copy), command)
     assert trained == ["0", "1", "0"]
     assert len(bundle.load_model(copy / "bundles" / "3d_fullres").members) == 2
 
 
-def test_folds_on_gpus_are_trained_by_the_single_command(copy, monkeypatch, capfd):
+def test_folds_on_gpus_are_jobs_of_the_single_command(copy, monkeypatch, caplog, capsys):
     """Two processes that each see a GPU of their own; here none is there, so the CPU trains."""
     shutil.rmtree(copy / "runs" / "3d_fullres" / "fold_1")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.chdir(Path(__file__).parents[2])
     flags = TINY[TINY.index("--epochs") :]
     line = ["train", "3d_fullres", "--workspace", str(copy), *flags, "--folds", "0,1,2"]
-    assert command([*line, "--gpus", "1,0"]) == 0
-    err = capfd.readouterr().err
-    assert "fold 1: training has ended: all 1 epochs done" in err
-    assert "fold 2: training has ended: all 1 epochs done" in err
-    assert "fold 0: training" not in err  # finished before
+    with caplog.at_level(logging.INFO):
+        assert command([*line, "--gpus", "1,0"]) == 0
+    assert "train 3d_fullres 1: training has ended: all 1 epochs done" in caplog.messages
+    assert "train 3d_fullres 2: training has ended: all 1 epochs done" in caplog.messages
+    assert "3d_fullres, fold 0: finished already" in caplog.messages
     for fold in ("1", "2"):
         log = (copy / "runs" / "3d_fullres" / f"fold_{fold}" / "train.log").read_text()
         assert "epoch 1/1  train" in log
         assert (copy / "runs" / "3d_fullres" / f"fold_{fold}" / "validation.json").exists()
+        assert "epoch 1/1" in (copy / "jobs" / f"train_3d_fullres_{fold}/output.log").read_text()
     with pytest.raises(SystemExit):
         command([*line, "--fold", "0"])
-    assert "not allowed with argument --folds" in capfd.readouterr().err
+    assert "not allowed with argument --folds" in capsys.readouterr().err
+
+
+def test_the_command_runs_its_jobs_as_processes(copy, dataset, caplog, capsys):
+    """The process of ``verify`` says what is wrong with a case, and nothing follows."""
+    line = ["run", str(dataset), "--workspace", str(copy), *TINY]
+    (copy / "bundles" / "3d_fullres" / "model.json").unlink()
+    with caplog.at_level(logging.INFO):
+        assert command(line) == 0
+    assert any(message.startswith("export 3d_fullres: ") for message in caplog.messages)
+    assert len(bundle.load_model(copy / "bundles" / "3d_fullres").members) == 2
+    (copy / "raw" / "labels" / "case_1.nii.gz").write_bytes(b"damaged")
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert command(line) == 1
+    assert "verify: Tiny: 5 cases" in "\n".join(caplog.messages)
+    assert not any(message.startswith("== plan") for message in caplog.messages)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: 1 of 3 jobs failed: verify: ")
+    assert "1 job not begun" in last
+    assert not (copy / VERIFIED_FILE).exists()
 
 
 def test_an_unknown_fold_is_refused_before_any_is_trained(copy, dataset, capsys):
@@ -256,20 +303,28 @@ def test_an_unknown_fold_is_refused_before_any_is_trained(copy, dataset, capsys)
     assert not (copy / "runs").exists()
 
 
-def test_a_dataset_with_errors_stops_the_run_at_verify(copy, dataset, capsys):
-    (copy / "raw" / "labels" / "case_1.nii.gz").write_bytes(b"damaged")
-    assert command(["run", str(dataset), "--workspace", str(copy), *TINY]) == 1
-    out, err = capsys.readouterr()
-    assert "Tiny: 5 cases" in out
-    assert "1 errors" in out
-    assert "== 3 of 6" not in err
-    assert not (copy / VERIFIED_FILE).exists()
+def test_two_runs_of_one_workspace_do_not_meet(copy, dataset, capsys):
+    with claimed(copy, "at work"):
+        line = ["run", str(dataset), "--workspace", str(copy), *TINY]
+        assert command(line) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"error: {copy}: another process is at work on this workspace"
 
 
-def test_an_interrupted_training_ends_the_run(copy, dataset, monkeypatch):
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 75), ("SIGUSR1", 75)])
+def test_an_interrupted_training_asks_for_another_go(copy, monkeypatch, name, status):
     shutil.rmtree(copy / "runs")
-    monkeypatch.setattr(train, "run_fold", lambda *_, **__: False)
-    assert command(["run", str(dataset), "--workspace", str(copy), *TINY]) == 130
+    trained = []
+
+    def interrupted(*_, signals, **__):
+        trained.append(1)
+        signals.name = name
+        return False
+
+    monkeypatch.setattr(train, "run_fold", interrupted)
+    line = ["train", "3d_fullres", "--workspace", str(copy), "--folds", "0,1", "--device", "cpu"]
+    assert command(line) == status
+    assert trained == [1]  # no other begins
 
 
 def test_the_lines_it_says_can_be_pasted(dataset, tmp_path, caplog):
@@ -280,8 +335,8 @@ def test_the_lines_it_says_can_be_pasted(dataset, tmp_path, caplog):
         return command(words) if words[0] == "convert" else 1
 
     workspace = tmp_path / "with space"
-    with caplog.at_level(logging.INFO):
-        assert run.run(arguments(dataset, workspace), execute) == 1
+    with caplog.at_level(logging.INFO), pytest.raises(TrainingError):
+        run_here(arguments(dataset, workspace), execute)
     assert shlex.split(said[1])[1:] == [
         "-m", "training", "verify", "--workspace", str(workspace), "--note",
     ]  # fmt: skip
@@ -293,7 +348,7 @@ def test_the_lines_it_says_can_be_pasted(dataset, tmp_path, caplog):
 
 def test_every_command_takes_its_flags(step_by_step, monkeypatch):
     _, done = step_by_step
-    lines = {words[0]: list(words) for words in done}
+    lines = {words[0]: list(words) for words in reversed(done)}
     parsed = {}
     for name, module in (("plan", planner), ("train", train)):
         parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -305,47 +360,7 @@ def test_every_command_takes_its_flags(step_by_step, monkeypatch):
     assert (overrides.deep_supervision, overrides.batch_dice) == (False, None)
     config = settings_from(parsed["train"]).over("msd2018")
     assert (config.epochs, config.batches_per_epoch, config.validation_mirrors) == (1, 2, False)
-    assert parsed["train"].folds == ("0", "1")
-
-
-def lines_of(command, choices, monkeypatch, planned=PLANS):
-    """The lines of a stage, given these plans."""
-    monkeypatch.setattr(Choices, "plans", lambda _: planned)
-    (stage,) = (stage for stage in STAGES if stage.command == command)
-    targets = stage.targets(choices)
-    return [[stage.command, *stage.words(choices, target)] for target in targets]
-
-
-def test_recipes_go_to_whom_they_are_for(dataset, tmp_path, monkeypatch):
-    args = arguments(dataset, tmp_path, "--recipe", "compact", "--gamma", "0.8", "1.2")
-    (planning,) = lines_of("plan", args, monkeypatch)
-    assert "--recipe" not in planning
-    (training,) = lines_of("train", args, monkeypatch)
-    assert training[training.index("--recipe") + 1] == "compact"
-    assert training[training.index("--gamma") :][:3] == ["--gamma", "0.8", "1.2"]
-    args = arguments(
-        dataset, tmp_path, "--recipe", "nnunetv2", "--architecture", "resenc_m", "--ct-clip=-20,90"
-    )
-    (planning,) = lines_of("plan", args, monkeypatch)
-    assert planning[3:7] == ["--recipe", "nnunetv2", "--architecture", "resenc_m"]
-    assert "--ct-clip=-20,90" in planning
-
-
-def test_the_first_stage_of_a_cascade_comes_first(dataset, tmp_path, monkeypatch):
-    low = dataclasses.replace(CONFIGURATION, name="3d_lowres")
-    second = dataclasses.replace(
-        CONFIGURATION, name="3d_cascade_fullres", previous_stage="3d_lowres"
-    )
-    planned = dataclasses.replace(PLANS, configurations=(CONFIGURATION, low, second))
-    args = arguments(dataset, tmp_path, "--configurations", "3d_cascade_fullres,3d_fullres")
-    trained = [words[1] for words in lines_of("train", args, monkeypatch, planned)]
-    assert trained == ["3d_lowres", "3d_cascade_fullres", "3d_fullres"]
-    args = arguments(dataset, tmp_path, "--configurations", "3d_cascade_fullres,3d_lowres")
-    trained = [words[1] for words in lines_of("train", args, monkeypatch, planned)]
-    assert trained == ["3d_lowres", "3d_cascade_fullres"]
-    args = arguments(dataset, tmp_path, "--configurations", "2d")
-    with pytest.raises(PlansError, match="2d"):
-        lines_of("train", args, monkeypatch, planned)
+    assert parsed["train"].fold == "0"
 
 
 def test_refuses_a_workspace_of_another_dataset(copy, dataset, tmp_path):
@@ -403,7 +418,7 @@ def whole(dataset, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "sched_getaffinity", lambda _: {0})
         patch.setattr(rounding, "MAX_DICE_CHANGE", 1)  # networks of two batches are all ties
-        assert run.run(whole_arguments(dataset, workspace), execute) == 0
+        assert run_here(whole_arguments(dataset, workspace), execute)
     return workspace, done
 
 
@@ -457,16 +472,16 @@ def test_what_was_selected_is_not_selected_again_until_a_fold_changes(whole, dat
     workspace, _ = whole
     arguments = whole_arguments(dataset, workspace)
     with caplog.at_level(logging.INFO):
-        assert run.run(arguments, lambda words: pytest.fail(str(words))) == 0
-    assert any("== 7 of 9, select: done" in message for message in caplog.messages)
+        assert run_here(arguments, lambda words: pytest.fail(str(words)))
+    assert any("== select: done" in message for message in caplog.messages)
     record = workspace / "runs" / "2d" / "fold_3" / "validation.json"
     os.utime(record)
     done = []
-    run.run(arguments, lambda words: done.append(words) or 0)
+    run_here(arguments, lambda words: done.append(words) or 0)
     assert stages(done)[:2] == ["cross-validate", "select"]
     os.utime(workspace / "selection.json")
     done.clear()
-    run.run(arguments, lambda words: done.append(words) or 0)
+    run_here(arguments, lambda words: done.append(words) or 0)
     assert stages(done)[-1] == "report"
 
 

@@ -1,8 +1,11 @@
-"""The `train` command: folds as jobs."""
+"""The `train` command: folds one after another, and what ends them."""
 
+import argparse
 import errno
 import fcntl
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,8 +13,9 @@ import torch
 from ichseg.errors import TrainingError
 from training.__main__ import main as command
 from training.jobs import train
+from training.jobs.claim import claimed
 from training.jobs.job_log import logged_to
-from training.jobs.queue import claimed
+from training.jobs.train import parse_folds, train_in_sequence
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
@@ -43,7 +47,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with claimed(tmp_path):
+    with claimed(tmp_path, "training this fold"):
         pass
     assert f"{tmp_path} cannot be locked (No locks available); see to it that no" in caplog.text
 
@@ -67,3 +71,68 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, caplog
 
 def full(_):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_in_sequence_a_fold_that_fails_stops_no_other(caplog):
+    trained = []
+
+    def train_fold(fold):
+        trained.append(fold)
+        if fold == "1":
+            raise TrainingError("the loss is nan")
+        return ""
+
+    with pytest.raises(TrainingError, match="1 of 3 folds failed: fold 1: the loss is nan"):
+        train_in_sequence(["0", "1", "2"], train_fold)
+    assert trained == ["0", "1", "2"]
+    assert "fold 1 failed: the loss is nan" in caplog.text
+    with pytest.raises(TrainingError, match=r"^the loss is nan"):  # alone: as it is
+        train_in_sequence(["1"], train_fold)
+
+
+def test_in_sequence_a_signal_ends_all():
+    trained = []
+
+    def train_fold(fold):
+        trained.append(fold)
+        return "SIGTERM" if fold == "1" else ""
+
+    assert train_in_sequence(["0", "1", "2"], train_fold) == "SIGTERM"
+    assert trained == ["0", "1"]
+
+
+def test_folds_are_numbers():
+    assert parse_folds("0, 3,1") == ("0", "3", "1")
+    for text, message in (
+        ("0,all", "--fold all trains one network on every case"),
+        ("0,,1", "expected numbers separated by commas"),
+        ("-1", "expected numbers separated by commas"),
+        ("1,2,01", "names a fold twice"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            parse_folds(text)
+
+
+def test_two_processes_cannot_train_one_fold(tmp_path):
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from training.jobs.claim import claimed\n"
+        "with claimed(Path(sys.argv[1]), 'training this fold'):\n"
+        "    print('claimed', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    with claimed(tmp_path, "training this fold"):
+        pass
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout.readline() == b"claimed\n"
+    with (
+        pytest.raises(TrainingError, match="another process is training"),
+        claimed(tmp_path, "training this fold"),
+    ):
+        pass
+    other.communicate()
+    with claimed(tmp_path, "training this fold"):
+        pass

@@ -1,6 +1,7 @@
 """Preprocessing a dataset into the store."""
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -104,6 +105,32 @@ def test_finished_cases_are_not_done_again(work):
         case.images[0].unlink()  # reading any would fail
     assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1) == 0
     assert contents(preprocessed_folder(workspace, "3d_fullres")) == before
+
+
+def test_shares_are_all_cases_each_once_and_the_same_as_without(work, tmp_path_factory):
+    workspace, dataset, plans = work
+    folder = preprocessed_folder(workspace, "3d_fullres")
+    assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1) == 3
+    whole = contents(folder)
+    shutil.rmtree(folder)
+    done = functools.partial(preprocess.is_preprocessed, dataset, plans, "3d_fullres", workspace)
+    assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1, (2, 2)) == 1
+    assert chunks.list_cases(folder) == ("case_1",)
+    assert (done((2, 2)), done((1, 2)), done()) == (True, False, False)
+    unfinished = folder / ".writing-of-another-share.b2nd"
+    unfinished.write_bytes(b"half")
+    assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1, (1, 2)) == 2
+    assert done()
+    assert unfinished.exists()
+    unfinished.unlink()
+    assert contents(folder) == whole
+
+
+def test_a_share_is_a_number_of_as_many():
+    assert preprocess.parse_share("2/3") == (2, 3)
+    for text in ("0/3", "4/3", "1", "1/", "a/b", "-1/3"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a share such as 1/3"):
+            preprocess.parse_share(text)
 
 
 def test_a_corrected_label_arrives(work, caplog):

@@ -9,6 +9,7 @@
       preprocessed/<configuration>/<case>...
       runs/<configuration>/fold_<fold>/       config.json, checkpoints, progress, validation/ ...
       evaluation/<configuration>/  bundles/<name>/  report/
+      jobs/<job>/                             output.log
 
 Functions that take a ``run_folder`` name what lies in the folder of one fold.
 """
@@ -161,3 +162,13 @@ def bundles_folder(workspace: Path) -> Path:
 def report_folder(workspace: Path) -> Path:
     """The page of the cross-validation."""
     return workspace / "report"
+
+
+def jobs_root(workspace: Path) -> Path:
+    """The folder that holds a folder for each job of ``run``."""
+    return workspace / "jobs"
+
+
+def job_log(workspace: Path, job: str) -> Path:
+    """All that a job has said, such as ``train 3d_fullres 0``, each line with its time."""
+    return jobs_root(workspace) / job.replace(" ", "_") / "output.log"

@@ -1,6 +1,8 @@
-"""Stages become jobs: the commands that train folds, and the one that does whatever is left to do.
+"""Stages become jobs: a graph of commands, and where they run.
 
-In come a dataset and a workspace; out comes a finished workspace with its bundles. ``train`` trains
-and validates folds, one after another or, by ``queue``, side by side on GPUs; ``run`` goes through
-the table of ``stages``. Open ``run`` first.
+In come a dataset and a workspace; out comes a finished workspace with its bundles. ``graph`` says
+which jobs there are and which wait for which, ``done`` what shows that one need not be run,
+``queue`` hands those that are ready to a place: ``local`` is this machine. Each job is a command
+that can be run by hand and goes on where it was stopped; ``train`` is that of a fold. Open ``run``
+first, then ``graph``.
 """

@@ -1,4 +1,4 @@
-"""What the user of ``run`` chose, and what follows from it and the workspace."""
+"""What the user of ``run`` chose, and what follows from it once there are plans and folds."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from training.data.workspace import bundles_folder, plans_file
 from training.fit.configuration import GivenSettings, TrainingConfig, settings_from
 from training.planning import overrides
 
+SELECTED = "selected"  # the bundle of what was selected
+
 
 @dataclass(frozen=True, slots=True)
 class Choices:
@@ -25,7 +27,6 @@ class Choices:
         workspace: Where everything is made.
         configurations: Those asked for, such as ``3d_fullres``.
         folds: The folds to train; None for all of them.
-        gpus: The GPUs to train folds on side by side, as ``--gpus`` takes them, or None.
         out: The folder for bundles; None for the workspace's own.
         groups: A table of cases that stay together in a fold, or None.
         recipe: The recipe of ``plan`` and ``train``; None for the planner's default, and then the
@@ -40,7 +41,6 @@ class Choices:
     workspace: Path
     configurations: tuple[str, ...]
     folds: tuple[str, ...] | None
-    gpus: str | None
     out: Path | None
     groups: Path | None
     recipe: str | None
@@ -48,41 +48,80 @@ class Choices:
     overrides: Mapping[str, str]
     settings: GivenSettings
 
-    def plans(self) -> Plans:
-        """The workspace's plans."""
-        return plans.load(plans_file(self.workspace))
+    def bundle_folder(self, name: str) -> Path:
+        """The folder of a bundle."""
+        return (bundles_folder(self.workspace) if self.out is None else self.out) / name
 
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What a run has to train, compare and export.
+
+    Attributes:
+        choices: What the user chose.
+        plans: The workspace's plans.
+        all_folds: All folds of the workspace's splits.
+    """
+
+    choices: Choices
+    plans: Plans
+    all_folds: tuple[str, ...]
+
+    @property
     def config(self) -> TrainingConfig:
         """The settings of the training, with the plans' recipe if no other was chosen."""
-        return self.settings.over(self.recipe or self.plans().recipe)
+        return self.choices.settings.over(self.choices.recipe or self.plans.recipe)
 
+    @property
     def trained(self) -> tuple[str, ...]:
         """The configurations to train: those asked for, and first stages of cascades."""
-        return self.plans().with_first_stages(self.configurations)
+        return self.plans.with_first_stages(self.choices.configurations)
 
-    def all_folds(self) -> tuple[str, ...]:
-        """All folds of the workspace's splits."""
-        names = [case.name for case in load_dataset(self.workspace).labelled]
-        return tuple(str(fold) for fold in range(len(splits.find_splits(self.workspace, names))))
-
+    @property
     def chosen_folds(self) -> tuple[str, ...]:
-        """The folds to train."""
-        return self.all_folds() if self.folds is None else self.folds
+        """The folds that were asked for."""
+        return self.all_folds if self.choices.folds is None else self.choices.folds
 
+    def second_stages(self, name: str) -> tuple[str, ...]:
+        """The configurations to train that take this one's segmentations."""
+        return tuple(
+            other
+            for other in self.trained
+            if self.plans.configuration(other).previous_stage == name
+        )
+
+    def folds_of(self, name: str) -> tuple[str, ...]:
+        """The folds of a configuration to train; all, where a second stage needs all cases."""
+        return self.all_folds if self.second_stages(name) else self.chosen_folds
+
+    @property
     def compared(self) -> tuple[str, ...]:
         """The configurations to choose from, in the order of the plans.
 
         There are none where not all folds are trained and validated: then each configuration is
         exported by itself. A cascade's first stage is one of them only where it was asked for.
         """
-        if not self.config().validation or set(self.chosen_folds()) != set(self.all_folds()):
+        if not self.config.validation or set(self.chosen_folds) != set(self.all_folds):
             return ()
-        order = [configuration.name for configuration in self.plans().configurations]
-        return tuple(sorted(self.configurations, key=order.index))
+        order = [configuration.name for configuration in self.plans.configurations]
+        return tuple(sorted(self.choices.configurations, key=order.index))
 
-    def bundle_folder(self, name: str) -> Path:
-        """The folder of a bundle."""
-        return (bundles_folder(self.workspace) if self.out is None else self.out) / name
+    @property
+    def bundles(self) -> tuple[str, ...]:
+        """The bundles to write: the one of what was selected, or one a configuration."""
+        return (SELECTED,) if self.compared else self.trained
+
+
+def find_scope(choices: Choices) -> Scope:
+    """What a run comes to in a workspace that has been planned.
+
+    Raises:
+        IchsegError: The workspace lacks plans or cases, or its splits are of other cases.
+    """
+    names = [case.name for case in load_dataset(choices.workspace).labelled]
+    folds = splits.find_splits(choices.workspace, names)
+    found = plans.load(plans_file(choices.workspace))
+    return Scope(choices, found, tuple(map(str, range(len(folds)))))
 
 
 def choices_from(args: argparse.Namespace) -> Choices:
@@ -97,7 +136,6 @@ def choices_from(args: argparse.Namespace) -> Choices:
         workspace=args.workspace,
         configurations=tuple(args.configurations),
         folds=args.folds,
-        gpus=args.gpus,
         out=args.out,
         groups=args.groups,
         recipe=args.recipe,

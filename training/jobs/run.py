@@ -1,17 +1,15 @@
-"""From a dataset to weights bundles in one command: each step that is not done yet, in its order.
+"""From a dataset to weights bundles in one command: each job that is not done yet, in its order.
 
-Each step is a command of its own, said before it runs. What a step leaves in the workspace tells
+Each job is a command of its own, said before it runs. What a job leaves in the workspace tells
 whether it is done, so the same command goes on wherever it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
-import os
-import shlex
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from ichseg.model import plans
@@ -19,52 +17,61 @@ from training.crossval import merge, selection
 from training.data.dataset import add_workspace_argument
 from training.fit import progress
 from training.fit.configuration import TRAINING_RECIPES, add_settings
-from training.jobs import queue, stages
-from training.jobs.choices import Choices, choices_from
-from training.jobs.stages import STAGES
+from training.jobs import board, done, graph, local, queue
+from training.jobs.choices import SELECTED, Choices, Scope, choices_from, find_scope
+from training.jobs.claim import claimed
+from training.jobs.graph import ONE_MACHINE, Machines
+from training.jobs.queue import Place, Watcher
+from training.jobs.signals import Signals, status_of
+from training.jobs.train import parse_folds
 from training.planning import overrides
 
 _log = logging.getLogger(__name__)
 
 
-def run(choices: Choices, execute: Callable[[Sequence[str]], int]) -> int:
-    """Run all stages in their order, but for those that are done.
+def run(
+    choices: Choices,
+    place: Place,
+    watcher: Watcher,
+    machines: Machines = ONE_MACHINE,
+    *,
+    stopped: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Do all jobs of a run, but for those that are done.
 
     Args:
         choices: What the user chose.
-        execute: Runs one command, given the words of its line; returns its exit status.
+        place: Where jobs run.
+        watcher: Is told how they stand.
+        machines: What the graph has to know of the place.
+        stopped: Whether a signal has come.
 
     Returns:
-        0, or the status of the first command that failed: the others are not begun.
+        Whether all are done; False after a signal.
 
     Raises:
+        TrainingError: Some jobs failed; it names them.
         IchsegError: The workspace is of another dataset, or of other plans than the flags say.
     """
-    for number, stage in enumerate(STAGES, start=1):
-        place = f"{number} of {len(STAGES)}, {stage.command}"
-        for target in stage.targets(choices):  # looked at when the stages before it are done
-            if done := stage.done(choices, target):
-                _log.info("== %s: done, %s", place, done)
-                continue
-            words = (stage.command, *stage.words(choices, target))
-            _log.info("\n== %s:\n%s -m training %s", place, _python(), shlex.join(words))
-            if status := execute(words):
-                return status
-    for name in stages.bundles(choices):
-        folder = choices.bundle_folder(name)
-        if name == stages.SELECTED:
-            names = " + ".join(selection.load(choices.workspace).configurations)
+    with claimed(choices.workspace, "at work on this workspace"):
+        work = functools.partial(queue.work, place=place, watcher=watcher, stopped=stopped)
+        if not work(graph.opening(choices), functools.partial(done.of_opening, choices)):
+            return False
+        scope = find_scope(choices)
+        if not work(graph.closing(scope, machines), functools.partial(done.of_closing, scope)):
+            return False
+    _say_bundles(scope)
+    return True
+
+
+def _say_bundles(scope: Scope) -> None:
+    for name in scope.bundles:
+        folder = scope.choices.bundle_folder(name)
+        if name == SELECTED:
+            names = " + ".join(selection.load(scope.choices.workspace).configurations)
             _log.info("selected were %s, their weights are in %s", names, folder)
         else:
             _log.info("the weights of %s are in %s", name, folder)
-    return 0
-
-
-def _python() -> str:
-    """The interpreter, as a person here would name it."""
-    path = Path(sys.executable)
-    here = Path.cwd()
-    return shlex.quote(os.path.relpath(path) if path.is_relative_to(here) else str(path))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,9 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,...",
         help="2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres, if planned [3d_fullres]",
     )
-    parser.add_argument(
-        "--folds", type=queue.parse_folds, metavar="K,K,...", help="which to train [all]"
-    )
+    parser.add_argument("--folds", type=parse_folds, metavar="K,K,...", help="which to train [all]")
     parser.add_argument(
         "--gpus", metavar="N,N,...", help="train folds side by side, one on each of these GPUs"
     )
@@ -105,14 +110,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the ``run`` command; the status of the step that failed, 0 if none did."""
-    from training.__main__ import main as command
+    """Run the ``run`` command.
 
+    Returns:
+        0 when all jobs are done; 130 after Ctrl-C and 75 after another signal, when the same
+        command goes on from there.
+    """
     choices = choices_from(args)
     # refuse now what would only be refused after hours
     settings = choices.settings.over(choices.recipe or "msd2018")
     if settings.tensorboard:
         progress.require_tensorboard()
-    if choices.gpus is not None:
-        queue.find_gpus(choices.gpus)
-    return run(choices, command)
+    gpus = () if args.gpus is None else local.find_gpus(args.gpus)
+    with (
+        board.shown() as watcher,
+        local.ThisMachine(choices.workspace, gpus, watcher.begins, watcher.hear) as place,
+        Signals(lambda _: place.stop(), local.SIGNALS) as signals,
+    ):
+        run(choices, place, watcher, stopped=signals.came)
+    if signals.name:
+        _log.info("stopped by %s; the same command goes on from here", signals.name)
+    return status_of(signals.name)

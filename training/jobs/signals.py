@@ -1,4 +1,8 @@
-"""SIGTERM, Ctrl-C and their like, taken as a wish to end in good order."""
+"""SIGTERM, Ctrl-C and their like, taken as a wish to end in good order.
+
+Schedulers of clusters send SIGTERM, or SIGUSR1 some minutes before their limit. What they end says
+so by its exit status, 75, which asks for another go: the same command goes on from there.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import threading
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from training.jobs.command import GO_ON_LATER, INTERRUPTED
 
 
 class Signals:
@@ -21,7 +27,7 @@ class Signals:
     def __init__(
         self,
         then: Callable[[str], None] = lambda _: None,
-        numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
+        numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1),
     ) -> None:
         """Prepare to take signals.
 
@@ -53,3 +59,10 @@ class Signals:
         self.name = signal.Signals(number).name
         signal.signal(number, self._before[signal.Signals(number)])
         self._then(self.name)
+
+
+def status_of(name: str) -> int:
+    """The exit status of what a signal of this name has ended; 0 where the name is empty."""
+    if not name:
+        return 0
+    return INTERRUPTED if name == signal.SIGINT.name else GO_ON_LATER

@@ -10,13 +10,13 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import sys
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from ichseg.errors import TrainingError
+from ichseg.errors import IchsegError, TrainingError
 from ichseg.model import plans
 from training.crossval import cascade_labels
 from training.crossval.validate import is_validated, validate
@@ -41,8 +41,9 @@ from training.fit.loop import train_fold
 from training.fit.process_group import ALONE, ProcessGroup, joined
 from training.fit.schedule import ScheduleState
 from training.fit.step import determinism
-from training.jobs import job_log, queue
-from training.jobs.signals import Signals
+from training.jobs import board, graph, job_log, local, queue
+from training.jobs.claim import claimed
+from training.jobs.signals import Signals, status_of
 from training.store import chunks
 from training.store.preprocess import require_current
 
@@ -57,6 +58,7 @@ def run_fold(
     *,
     restart: bool = False,
     group: ProcessGroup = ALONE,
+    signals: Signals | None = None,
 ) -> bool:
     """Train one fold to its end, or until a signal; then validate it at full volume.
 
@@ -67,9 +69,11 @@ def run_fold(
         config: What the user chose.
         restart: Begin anew although there is a checkpoint.
         group: The processes that train this fold together; the leading one writes and validates.
+        signals: Takes the signals meanwhile, and knows afterwards which came; one of its own by
+            default.
 
     Returns:
-        Whether all is done; False after SIGTERM or Ctrl-C, with a checkpoint of the last step.
+        Whether all is done; False after a signal, with a checkpoint of the last step.
 
     Raises:
         TrainingError: The loss is not finite, memory ran out, or the checkpoint is of other plans.
@@ -77,17 +81,18 @@ def run_fold(
     """
     run = open_fold(workspace, configuration, fold, config, group, restart=restart)
 
-    def tell(name: str) -> None:
-        _log.info("%s: ending after this step with a checkpoint", name)
-
-    with Signals(tell) as signals:
-        if not train_fold(run, restart=restart, interrupted=signals.came):
-            _log.info("stopped by %s; the same command goes on from here", signals.name)
+    with signals or _signals() as noted:
+        if not train_fold(run, restart=restart, interrupted=noted.came):
+            _log.info("stopped by %s; the same command goes on from here", noted.name)
             return False
         if not wants_validation(run) or not group.leads:
             return True
         with determinism(run), _memory_advice(run):
-            return validate(workspace, run, interrupted=signals.came)
+            return validate(workspace, run, interrupted=noted.came)
+
+
+def _signals() -> Signals:
+    return Signals(lambda name: _log.info("%s: ending after this step with a checkpoint", name))
 
 
 @contextlib.contextmanager
@@ -166,7 +171,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--fold", metavar="K", help=f"0, 1, ... or {ALL_FOLD}")
     which.add_argument(
-        "--folds", type=queue.parse_folds, metavar="K,K,...", help="several, one after another"
+        "--folds", type=parse_folds, metavar="K,K,...", help="several, one after another"
     )
     parser.add_argument(
         "--gpus",
@@ -184,8 +189,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
 
 
+def parse_folds(text: str) -> tuple[str, ...]:
+    """An argparse type: ``0,1,4`` as ``("0", "1", "4")``."""
+    folds = tuple(part.strip() for part in text.split(","))
+    if ALL_FOLD in folds:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, expected numbers such as 0,1,2,3,4 (--fold {ALL_FOLD} trains one network "
+            "on every case)"
+        )
+    if not all(fold.isdecimal() for fold in folds):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers separated by commas")
+    folds = tuple(str(int(fold)) for fold in folds)
+    if len(set(folds)) < len(folds):
+        raise argparse.ArgumentTypeError(f"{text!r} names a fold twice")
+    return folds
+
+
 def main(args: argparse.Namespace) -> int:
-    """Run the ``train`` command; 130 when a signal ended it."""
+    """Run the ``train`` command.
+
+    Returns:
+        0 when all folds are trained; 130 after Ctrl-C and 75 after another signal, when the same
+        command goes on from there.
+    """
     recipe = args.recipe or plans.load(plans_file(args.workspace)).recipe
     config = settings_from(args).over(recipe)
     with joined(config.device) as group:
@@ -195,7 +221,7 @@ def main(args: argparse.Namespace) -> int:
             raise TrainingError(
                 "--gpus gives each fold a GPU, torchrun all GPUs to one fold; use one of them"
             )
-        gpus = None if args.gpus is None else queue.find_gpus(args.gpus)
+        gpus = None if args.gpus is None else local.find_gpus(args.gpus)
         waiting = []
         for fold in args.folds or (args.fold,):  # all are opened, so that they are refused now
             run = open_fold(
@@ -207,31 +233,81 @@ def main(args: argparse.Namespace) -> int:
                 waiting.append(fold)
         if gpus is None:
             train = functools.partial(_train_here, args, config, group)
-            done = queue.train_in_sequence(waiting, train, go_on=group.count == 1)
-        else:
-            done = queue.train_on_gpus(waiting, gpus, functools.partial(_command, args))
-    return 0 if done else 130
+            return status_of(train_in_sequence(waiting, train, go_on=group.count == 1))
+        return status_of(_train_on_gpus(args, waiting, gpus))
+
+
+def train_in_sequence(
+    folds: Sequence[str], train: Callable[[str], str], *, go_on: bool = True
+) -> str:
+    """Train folds one after another in this process.
+
+    Args:
+        folds: Names of the folds.
+        train: Trains one fold; returns the name of the signal that ended it, empty if none did.
+        go_on: Whether to train the other folds when one has failed. Processes that train together
+            must not: only one of them may have failed.
+
+    Returns:
+        Empty when all were trained, else the name of the signal that came.
+
+    Raises:
+        TrainingError: Some failed; it names them.
+    """
+    failures: dict[str, str] = {}
+    for fold in folds:
+        try:
+            if name := train(fold):
+                return name
+        except IchsegError as error:
+            if len(folds) == 1 or not go_on:
+                raise
+            _log.error("fold %s failed: %s", fold, error)
+            failures[fold] = str(error)
+    if failures:
+        reasons = "; ".join(f"fold {fold}: {reason}" for fold, reason in failures.items())
+        raise TrainingError(f"{len(failures)} of {len(folds)} folds failed: {reasons}")
+    return ""
+
+
+def _train_on_gpus(args: argparse.Namespace, folds: Sequence[str], gpus: Sequence[str]) -> str:
+    """Train folds side by side, each as a job on a GPU of its own; the signal that ended it."""
+    if 0 < len(folds) < len(gpus):
+        _log.info("folds for %d of %d GPUs: the others stay idle", len(folds), len(gpus))
+    more = ["--recipe", args.recipe] if args.recipe else []
+    more += ["--restart"] if args.restart else []
+    settings = settings_from(args)
+    jobs = [
+        graph.training_job(args.workspace, args.configuration, fold, more, settings)
+        for fold in folds
+    ]
+    with (
+        board.shown() as watcher,
+        local.ThisMachine(args.workspace, gpus, watcher.begins, watcher.hear) as place,
+        Signals(lambda _: place.stop(), local.SIGNALS) as signals,
+    ):
+        queue.work(jobs, lambda _: "", place, watcher, stopped=signals.came)
+    return signals.name
 
 
 def _train_here(
     args: argparse.Namespace, config: TrainingConfig, group: ProcessGroup, fold: str
-) -> bool:
+) -> str:
     """Train one fold in this process, which nobody else may train meanwhile."""
     with contextlib.ExitStack() as stack:
         if group.leads:
             folder = run_folder(args.workspace, args.configuration, fold)
-            stack.enter_context(queue.claimed(folder))
+            stack.enter_context(claimed(folder, "training this fold"))
             stack.enter_context(job_log.logged_to(folder / TRAIN_LOG))
+        signals = _signals()
         done = run_fold(
-            args.workspace, args.configuration, fold, config, restart=args.restart, group=group
+            args.workspace,
+            args.configuration,
+            fold,
+            config,
+            restart=args.restart,
+            group=group,
+            signals=signals,
         )
-        return group.all_done(done)
-
-
-def _command(args: argparse.Namespace, fold: str) -> list[str]:
-    """The command line that trains one fold in a process of its own."""
-    words = [sys.executable, "-m", "training", "train", args.configuration]
-    words += ["--workspace", str(args.workspace), "--fold", fold]
-    words += ["--recipe", args.recipe] if args.recipe else []
-    words += ["--restart"] if args.restart else []
-    return [*words, *settings_from(args).flags()]
+        # the signal may have come to another process of the group
+        return "" if group.all_done(done) else signals.name or signal.SIGTERM.name

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ichseg.errors import DatasetError, PlansError
-from ichseg.files import remove_unfinished, replacing
+from ichseg.files import UNFINISHED, remove_unfinished, replacing
 from ichseg.model import plans as plans_module
 from ichseg.model import strict_json
 from ichseg.model.plans import Configuration, Normalisation, Plans, Resampling
@@ -43,6 +43,7 @@ _BYTES_OF_A_WORKER = 400_000_000
 _BYTES_PER_CHANNEL_VOXEL, _BYTES_PER_VOXEL = 14, 4
 
 _ABSENT = "has not been preprocessed"
+_ALL = (1, 1)  # the one share of all cases
 
 _log = logging.getLogger(__name__)
 
@@ -72,9 +73,14 @@ class _Job:
 
 
 def preprocess_dataset(
-    dataset: Dataset, plans: Plans, configuration_name: str, workspace: Path, workers: int
+    dataset: Dataset,
+    plans: Plans,
+    configuration_name: str,
+    workspace: Path,
+    workers: int,
+    share: tuple[int, int] = _ALL,
 ) -> int:
-    """Preprocess all labelled cases that the store does not hold yet, or whose files have changed.
+    """Preprocess the labelled cases that the store does not hold yet, or whose files have changed.
 
     Args:
         dataset: The cases.
@@ -82,6 +88,8 @@ def preprocess_dataset(
         configuration_name: Which of its configurations.
         workspace: Results go to its ``preprocessed/<configuration>``.
         workers: Parallel processes.
+        share: Number of a share of the cases, from 1, and of how many; the others may be done
+            elsewhere meanwhile.
 
     Returns:
         How many cases were preprocessed; those that are stored as their files are now are not
@@ -96,7 +104,9 @@ def preprocess_dataset(
     configuration = plans.configuration(configuration_name)
     folder = preprocessed_folder(workspace, configuration_name)
     _claim(folder, _record_of(dataset, plans, configuration))
-    cases = dataset.labelled
+    if share == _ALL:
+        remove_unfinished(folder)  # of a run that was killed; shares may be at work on others
+    cases = _of_share(dataset.labelled, share)
     digests = digest_cases(workspace, cases)  # before files are read: a later change is noticed
     waiting = _waiting(folder, cases, digests)
     if len(waiting) < len(cases):
@@ -123,14 +133,26 @@ def preprocess_dataset(
 
 
 def is_preprocessed(
-    dataset: Dataset, plans: Plans, configuration_name: str, workspace: Path
+    dataset: Dataset,
+    plans: Plans,
+    configuration_name: str,
+    workspace: Path,
+    share: tuple[int, int] = _ALL,
 ) -> bool:
-    """Whether the store holds all labelled cases as they are now, made with these plans."""
+    """Whether the store holds the labelled cases as they are now, made with these plans.
+
+    Args:
+        dataset: The cases.
+        plans: Their plans.
+        configuration_name: Whose store it is.
+        workspace: The workspace.
+        share: See ``preprocess_dataset``; by default all cases are asked for.
+    """
     folder = preprocessed_folder(workspace, configuration_name)
     wanted = _record_of(dataset, plans, plans.configuration(configuration_name))
     if _recorded(folder / _RECORD_FILE) != wanted:
         return False
-    cases = dataset.labelled
+    cases = _of_share(dataset.labelled, share)
     return not _stale(folder, cases, digest_cases(workspace, cases))
 
 
@@ -161,6 +183,14 @@ def workers_for(dataset: Dataset) -> int:
     return default_workers(_BYTES_OF_A_WORKER + per_voxel * largest_image_voxels(dataset.labelled))
 
 
+def parse_share(text: str) -> tuple[int, int]:
+    """An argparse type: ``2/3`` as ``(2, 3)``, the second of three shares of the cases."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a share such as 1/3, 2/3 or 3/3")
+    return int(number), int(count)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the ``preprocess`` command."""
     parser.add_argument(
@@ -173,6 +203,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, help="parallel processes [one a core, as far as memory suffices]"
     )
+    parser.add_argument(
+        "--share",
+        type=parse_share,
+        default=_ALL,
+        metavar="I/N",
+        help="the I-th of N shares of the cases, so that N machines do all of them [1/1]",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -184,10 +221,12 @@ def main(args: argparse.Namespace) -> int:
     # Read by numpy as the worker processes load it: cases run side by side, and more threads in
     # each would only wait for one another.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    done = preprocess_dataset(dataset, plans, args.configuration, args.workspace, workers)
+    done = preprocess_dataset(
+        dataset, plans, args.configuration, args.workspace, workers, args.share
+    )
     sys.stdout.write(
         f"{done} cases preprocessed in {time.monotonic() - started:.0f} s, "
-        f"{len(dataset.labelled)} stored "
+        f"{len(_of_share(dataset.labelled, args.share))} stored "
         f"-> {preprocessed_folder(args.workspace, args.configuration)}\n"
     )
     return 0
@@ -202,6 +241,12 @@ def _refuse_other_dataset(dataset: Dataset, plans: Plans) -> None:
             f"{', '.join(plans.labels)}, but the dataset has channels "
             f"{', '.join(dataset.channels)} and labels {', '.join(dataset.labels)}; `plan` anew"
         )
+
+
+def _of_share(cases: Sequence[Case], share: tuple[int, int]) -> Sequence[Case]:
+    """Every n-th case: neighbours in the list are often alike in size."""
+    number, count = share
+    return cases[number - 1 :: count]
 
 
 def _waiting(folder: Path, cases: Sequence[Case], digests: Mapping[str, str]) -> list[Case]:
@@ -235,9 +280,9 @@ def _stale(folder: Path, cases: Sequence[Case], digests: Mapping[str, str]) -> d
 def _claim(folder: Path, record: _Record) -> None:
     """Record what the folder is made with; refuse one that was made otherwise."""
     path = folder / _RECORD_FILE
-    remove_unfinished(folder)
-    if not path.exists():
-        if folder.is_dir() and any(folder.iterdir()):
+    there = [] if not folder.is_dir() else list(folder.iterdir())
+    if not path.exists():  # looked for last: another share may be beginning, and then it is there
+        if any(not each.name.startswith(UNFINISHED) for each in there):
             raise DatasetError(
                 f"{folder}: holds files of unknown origin; delete the folder and preprocess again"
             )

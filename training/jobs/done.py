@@ -1,0 +1,208 @@
+"""What shows in a workspace that a job is done, for each command.
+
+A job that is done says so in a few words; an empty text means that its command has to be run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ichseg.errors import DatasetError, PlansError, TrainingError, WeightsError
+from ichseg.model import bundle, plans
+from ichseg.model.folder import MODEL_FILE
+from ichseg.report import page
+from training.crossval import selection
+from training.data import convert, layouts, verify
+from training.data.dataset import load_dataset
+from training.data.workspace import (
+    LATEST_CHECKPOINT,
+    VALIDATION_FILE,
+    dataset_file,
+    evaluation_folder,
+    evaluation_root,
+    plans_file,
+    preprocessed_folder,
+    report_folder,
+    run_folder,
+    selection_file,
+)
+from training.fit.fold_run import open_run
+from training.jobs import train
+from training.jobs.choices import SELECTED, Choices, Scope
+from training.jobs.job import Job
+from training.planning.recipes import RECIPES
+from training.scoring import summary
+from training.store import preprocess
+
+_log = logging.getLogger(__name__)
+
+
+def of_opening(choices: Choices, job: Job) -> str:
+    """What shows that a job up to the plans need not be run; empty if it must be.
+
+    Raises:
+        IchsegError: The workspace is of another dataset, or of other plans than the flags say.
+    """
+    return _OPENING[job.command](choices)
+
+
+def of_closing(scope: Scope, job: Job) -> str:
+    """What shows that a job after the plans need not be run; empty if it must be.
+
+    Raises:
+        IchsegError: What it depends on is missing or damaged.
+    """
+    return _CLOSING[job.command](scope, job)
+
+
+def _converted(choices: Choices) -> str:
+    """The dataset may be gone from where it was; while it is there, it must be the same."""
+    path = dataset_file(choices.workspace)
+    if not path.exists():
+        return ""
+    if choices.dataset.exists():
+        source, kept = layouts.read_source(choices.dataset), load_dataset(choices.workspace)
+        names = sorted(case.name for case in source.cases)
+        if (source.name, names) != (kept.name, [case.name for case in kept.cases]):
+            raise DatasetError(
+                f"{choices.workspace}: holds {kept.name} with {len(kept.cases)} cases, but "
+                f"{choices.dataset} is {source.name} with {len(names)}, or they have other names; "
+                "expected the same dataset, or a new workspace"
+            )
+        corrected = convert.corrected_since(source, kept, path.stat().st_mtime_ns)
+        if corrected:
+            _log.warning(
+                "%d files have changed since they were brought to %s, such as %s; what lies in the "
+                "workspace is used: copy them there, or begin a new one",
+                len(corrected),
+                choices.workspace,
+                corrected[0],
+            )
+    return f"{path} is there"
+
+
+def _verified(choices: Choices) -> str:
+    dataset = load_dataset(choices.workspace)
+    if not verify.is_verified(choices.workspace, dataset):
+        return ""
+    return f"no errors in {len(dataset.labelled)} cases, which have not changed since"
+
+
+def _planned(choices: Choices) -> str:
+    """Flags of an earlier run may be left out, but none may say otherwise."""
+    path = plans_file(choices.workspace)
+    if not path.exists():
+        return ""
+    found = plans.load(path)
+    there = {override.name: override.chosen for override in found.overrides}
+    there |= {"recipe": found.recipe, "architecture": found.architecture}
+    wanted = dict(choices.overrides)
+    if choices.recipe in RECIPES:
+        wanted["recipe"] = choices.recipe
+    if choices.architecture is not None:
+        wanted["architecture"] = choices.architecture
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            raise PlansError(
+                f"{path}: made with {name} {there.get(name, 'as the data say')}, but --{name} is "
+                f"{value}; leave the flag out, or take another workspace"
+            )
+    return f"{path} is there"
+
+
+def _preprocessed(scope: Scope, job: Job) -> str:
+    workspace = scope.choices.workspace
+    dataset = load_dataset(workspace)
+    share = preprocess.parse_share(job.part.replace(" of ", "/")) if job.part else (1, 1)
+    if not preprocess.is_preprocessed(dataset, scope.plans, job.target, workspace, share):
+        return ""
+    cases = f"cases {job.part}" if job.part else "all cases"
+    return f"{preprocessed_folder(workspace, job.target)} holds {cases}"
+
+
+def _trained(scope: Scope, job: Job) -> str:
+    workspace = scope.choices.workspace
+    folder = run_folder(workspace, job.target, job.part)
+    if not (folder / LATEST_CHECKPOINT).exists():
+        return ""
+    # this process only looks: it need not have the GPU that the fold was trained on
+    config = dataclasses.replace(scope.config, device="cpu", precision="auto")
+    run = open_run(workspace, job.target, job.part, config)
+    return f"{folder} is finished" if train.is_finished(workspace, run) else ""
+
+
+def _cross_validated(scope: Scope, _: Job) -> str:
+    for name in scope.compared:
+        table = evaluation_folder(scope.choices.workspace, name) / summary.EVALUATION_FILE
+        if not _is_newer_than_validation(scope, name, table):
+            return ""
+    return f"{evaluation_root(scope.choices.workspace)} holds {', '.join(scope.compared)}"
+
+
+def _selected(scope: Scope, _: Job) -> str:
+    path = selection_file(scope.choices.workspace)
+    try:
+        found = selection.load(scope.choices.workspace)
+    except TrainingError:
+        return ""
+    alone = tuple(c.configurations[0] for c in found.candidates if len(c.configurations) == 1)
+    if alone != scope.compared:
+        return ""
+    newer = all(_is_newer_than_validation(scope, name, path) for name in scope.compared)
+    return f"{path} is there" if newer else ""
+
+
+def _exported(scope: Scope, job: Job) -> str:
+    """Whether the bundle holds all folds, and none has been trained further or chosen since."""
+    workspace, out, chosen_ns = scope.choices.workspace, scope.choices.bundle_folder(job.target), 0
+    names: tuple[str, ...] = (job.target,)
+    if job.target == SELECTED:
+        names = selection.load(workspace).configurations
+        chosen_ns = selection_file(workspace).stat().st_mtime_ns
+    try:
+        members = {(member.configuration, member.fold) for member in bundle.load_model(out).members}
+    except WeightsError:
+        return ""
+    made_ns = (out / MODEL_FILE).stat().st_mtime_ns
+    if made_ns < chosen_ns:
+        return ""
+    for name in names:
+        for fold in scope.chosen_folds:
+            latest = run_folder(workspace, name, fold) / LATEST_CHECKPOINT
+            if (name, fold) not in members or latest.stat().st_mtime_ns > made_ns:
+                return ""
+    return f"{out} holds {'what was selected' if job.target == SELECTED else 'these folds'}"
+
+
+def _reported(scope: Scope, _: Job) -> str:
+    workspace = scope.choices.workspace
+    path, chosen = report_folder(workspace) / page.FILE, selection_file(workspace)
+    newer = path.is_file() and path.stat().st_mtime_ns >= chosen.stat().st_mtime_ns
+    return f"{path} is there" if newer else ""
+
+
+def _is_newer_than_validation(scope: Scope, name: str, path: Path) -> bool:
+    """Whether a file is there, and no fold has been validated since it was written."""
+    if not path.is_file():
+        return False
+    folders = (run_folder(scope.choices.workspace, name, fold) for fold in scope.chosen_folds)
+    made_ns = path.stat().st_mtime_ns
+    return all((folder / VALIDATION_FILE).stat().st_mtime_ns <= made_ns for folder in folders)
+
+
+_OPENING: Mapping[str, Callable[[Choices], str]] = {
+    "convert": _converted,
+    "verify": _verified,
+    "plan": _planned,
+}
+_CLOSING: Mapping[str, Callable[[Scope, Job], str]] = {
+    "preprocess": _preprocessed,
+    "train": _trained,
+    "cross-validate": _cross_validated,
+    "select": _selected,
+    "export": _exported,
+    "report": _reported,
+}
