@@ -15,7 +15,7 @@ from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.report import pictures, viewer
 from ichseg.report.framing import Framed, frame
-from ichseg.scan.volume import Volume
+from ichseg.scan.volume import Volume, write
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +59,13 @@ def write_case(
     masks: Mapping[str, Volume],
     *,
     is_ct: bool = True,
+    beside: tuple[Volume, Volume] | None = None,
 ) -> None:
     """Write a case's pictures and volumes, for a page to show.
 
     They lie in ``folder/cases``: ``.jpg`` a strip of slices, ``.js`` the volumes for the viewer, at
-    most 8 MB, and ``.json`` what the page has to know of them. The last one is written last and an
+    most 8 MB, ``_prediction.nii.gz`` what was found, in the scan's grid, for those who want it from
+    the page, and ``.json`` what the page has to know of them. The last one is written last and an
     earlier one removed first, so that where anything fails the page has no pictures of the case.
 
     Args:
@@ -73,13 +75,15 @@ def write_case(
         masks: ``prediction``, ``reference`` or both, in the scan's grid.
         is_ct: Whether the scan is in HU; else nothing is cut off around it, and it is shown in a
             window that fits it.
+        beside: Another scan in the same grid, and its mask, for a page that shows both side by
+            side.
 
     Raises:
         ValueError: A mask has another shape.
         OutputError: The folder cannot be written.
     """
     slug = slug_of(name)
-    framed = frame(image, masks, is_ct=is_ct)
+    framed = frame(image, masks, is_ct=is_ct, beside=beside)
     window = pictures.BRAIN if is_ct else pictures.fitting_window(framed)
     cases = folder / "cases"
     _remove(cases / f"{slug}.json")
@@ -87,6 +91,8 @@ def write_case(
     script = viewer.make_script(framed, slug, is_ct=is_ct)
     with replacing(cases / f"{slug}.js", suffix=".js") as temporary:
         temporary.write_text(script.text, encoding="ascii")
+    if "prediction" in masks:
+        write(masks["prediction"], cases / f"{slug}_prediction.nii.gz")
     shown = Shown(
         name=name,
         slug=slug,

@@ -36,18 +36,26 @@ class Framed:
     affine: npt.NDArray[np.float64]
 
 
-def frame(image: Volume, masks: Mapping[str, Volume], *, is_ct: bool = True) -> Framed:
+def frame(
+    image: Volume,
+    masks: Mapping[str, Volume],
+    *,
+    is_ct: bool = True,
+    beside: tuple[Volume, Volume] | None = None,
+) -> Framed:
     """Turn a scan and its masks by the nearest quarter turns, and cut them to the head.
 
     Args:
         image: The scan.
         masks: Its masks by their names, in its grid.
         is_ct: Whether the scan is in HU, by which the head is found; else nothing is cut off.
+        beside: Another scan in the same grid, and its mask, which are shown beside: both are cut to
+            the same part.
 
     Raises:
         ValueError: A mask has another shape.
     """
-    for mask in masks.values():
+    for mask in (*masks.values(), *(beside or ())):
         if mask.voxels.shape != image.voxels.shape:
             raise ValueError(f"image has shape {image.voxels.shape}, its mask {mask.voxels.shape}")
     axes = orient_axes(image)
@@ -60,9 +68,13 @@ def frame(image: Volume, masks: Mapping[str, Volume], *, is_ct: bool = True) -> 
     inside = np.zeros(voxels.shape, dtype=bool)
     for mask_voxels in labels.values():
         inside |= mask_voxels != 0
+    heads = [voxels]
+    if beside is not None:
+        heads.append(axes.apply(beside[0].voxels))
+        inside |= axes.apply(beside[1].voxels) != 0
     box = (slice(0, voxels.shape[0]), slice(0, voxels.shape[1]), slice(0, voxels.shape[2]))
     if is_ct:
-        box = _head_and_masks(voxels, inside, spacing_mm)
+        box = _head_and_masks(heads, inside, spacing_mm)
     return Framed(
         image=voxels[box],
         masks={name: mask_voxels[box] for name, mask_voxels in labels.items()},
@@ -92,10 +104,15 @@ def _affine(
 
 
 def _head_and_masks(
-    hu: npt.NDArray[np.generic], inside: npt.NDArray[np.bool_], spacing_mm: Sequence[float]
+    heads: Sequence[npt.NDArray[np.generic]],
+    inside: npt.NDArray[np.bool_],
+    spacing_mm: Sequence[float],
 ) -> tuple[slice, slice, slice]:
-    """A box around the head without its rest and all masks; the whole if no head is found."""
-    box = np.array(head_box([hu], spacing_mm) or [(0, size) for size in hu.shape])
+    """A box around the heads without their rest and all masks; the whole if none is found."""
+    boxes = np.array(
+        [head_box([hu], spacing_mm) or [(0, size) for size in hu.shape] for hu in heads]
+    )
+    box = np.column_stack([boxes[:, :, 0].min(axis=0), boxes[:, :, 1].max(axis=0)])
     if inside.any():
         of_masks = np.array(nonzero_box([inside]))
         box = np.column_stack([np.minimum(box, of_masks)[:, 0], np.maximum(box, of_masks)[:, 1]])

@@ -17,6 +17,7 @@ _COLUMNS = (
     Column("volume", "Volume, mL", 2, "of all that was found"),
     Column("lesions", "Lesions", 0, "pieces that do not touch"),
     Column("largest", "Largest, mL", 2, "of the largest lesion"),
+    Column("score", "Case score", 2, "how sure it is that there is a bleed, 0 to 1"),
     Column("doubt", "Doubt", 3, "how much the networks disagree"),
     Column("seconds", "Seconds", 1),
     Column("note", "Notes"),
@@ -51,6 +52,16 @@ class Entry:
     def doubt(self) -> float | None:
         """How much the networks disagree; None where only one ran."""
         return self.facts.get("doubt")
+
+    @property
+    def case_score(self) -> float | None:
+        """How sure it is that there is a bleed, 0 to 1; None if it is not known."""
+        return self.facts.get("case_score")
+
+    @property
+    def preset(self) -> str:
+        """The preset that ran; an empty string if it is not known."""
+        return str((self.facts.get("ran") or {}).get("preset") or "")
 
     @property
     def warnings(self) -> Sequence[str]:
@@ -157,6 +168,7 @@ def _row(entry: Entry) -> Row:
         "volume": entry.facts.get("volume_ml"),
         "lesions": len(entry.lesions) if known else None,
         "largest": entry.lesions[0]["volume_ml"] if entry.lesions else None,
+        "score": entry.case_score,
         "doubt": entry.doubt,
         "seconds": entry.total_s,
         "note": entry.error or "; ".join(entry.warnings),

@@ -65,12 +65,15 @@ class Card:
         shown: What is known of its pictures, or None if it has none.
         about: Whatever the page's own template says of the case.
         flags: Words beside the name, such as ``missed``.
+        pair: The slugs of two cases that the viewer shows side by side, this one among them; empty
+            where it is shown alone.
     """
 
     name: str
     shown: Shown | None
     about: object
     flags: tuple[str, ...] = ()
+    pair: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +174,7 @@ def _sorted_by(value: float | None) -> str:
 
 
 def _write_assets(folder: Path) -> None:
-    for name in ("report.css", "report.js", "niivue-LICENSES.txt"):
+    for name in ("report.css", "pane.js", "viewer.js", "report.js", "niivue-LICENSES.txt"):
         with replacing(folder / name) as temporary:
             shutil.copyfile(ASSETS / name, temporary)
     with (

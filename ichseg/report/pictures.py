@@ -47,7 +47,7 @@ def write_overlay(
 
     Slices run from the lowest to the highest and are seen from the feet, as radiologists do: the
     patient's right is on the left, the front is up. An oblique volume is turned by the nearest
-    quarter turns only. The number on each slice counts from the lowest, which is 0. At most 20
+    quarter turns only. The number on each slice counts from the lowest, which is 1. At most 20
     slices are shown, those with mask before others. Not for diagnosis.
 
     Args:
@@ -66,7 +66,7 @@ def write_overlay(
     panels = []
     for index in _choose_slices(_with_mask(framed), len(framed.image)):
         panel = Image.fromarray(draw_slice(framed, index, window, PANEL_PX))
-        _draw_text(panel, str(index + framed.first_slice), top=4)
+        _draw_text(panel, str(index + framed.first_slice + 1), top=4)
         _draw_text(panel, "R", top=24)
         panels.append(panel)
     _write(_arrange(panels, title), path, "PNG")

@@ -61,6 +61,23 @@ def test_masks_are_cut_alike_and_stay_inside():
     assert framed.masks["reference"].shape == framed.image.shape
 
 
+def test_two_scans_that_are_shown_side_by_side_are_cut_alike():
+    image = head()
+    lower = image.with_voxels(np.roll(image.voxels, 20, axis=1))
+    mask, empty = (image.with_voxels(np.zeros(image.voxels.shape, np.uint8)) for _ in range(2))
+    mask.voxels[0, 190, 190] = 1
+    alone = frame(image, {"prediction": empty})
+    framed = [
+        frame(image, {"prediction": empty}, beside=(lower, mask)),
+        frame(lower, {"prediction": mask}, beside=(image, empty)),
+    ]
+    assert framed[0].image.shape == framed[1].image.shape
+    np.testing.assert_array_equal(framed[0].affine, framed[1].affine)
+    assert framed[0].image.shape[1] >= alone.image.shape[1] + 20
+    assert framed[0].first_slice == framed[1].first_slice == 0
+    assert framed[1].masks["prediction"].sum() == 1
+
+
 def test_other_shape_is_refused():
     image = head()
     with pytest.raises(ValueError, match="shape"):

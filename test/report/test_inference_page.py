@@ -12,7 +12,7 @@ from helpers.pages import page_in
 
 from ichseg.errors import OutputError
 from ichseg.report import case_files, inference_page
-from ichseg.scan.volume import Volume
+from ichseg.scan.volume import Volume, read
 
 EVIL = '"><img src=x onerror=alert(1)>.mha'
 
@@ -30,14 +30,15 @@ def scan():
 def facts(volume_ml, **changes):
     lesion = {
         "label": 1, "volume_ml": volume_ml, "centroid_mm": [1.0, -2.0, 3.0],
-        "box_mm": [[0, -10, 0], [20, 10, 15]], "mean_hu": 61.2,
+        "box_mm": [[0, -10, 0], [20, 10, 15]], "mean_hu": 61.2, "mean_probability": 0.87,
     }  # fmt: skip
     return {
         "volume_ml": volume_ml,
         "lesions": [lesion] if volume_ml else [],
         "doubt": 0.25,
         "warnings": [],
-        "ran": {"networks": ["3d_fullres fold 0"], "tiles": 4},
+        "case_score": 0.96,
+        "ran": {"networks": ["3d_fullres fold 0"], "tiles": 4, "preset": "balanced"},
         "seconds": {"total": 2.5, "compile": 0.5},
         **changes,
     }
@@ -66,7 +67,7 @@ def folder(tmp_path_factory):
 
 def test_failures_come_first_then_the_largest(folder):
     found = page_in(folder)
-    rows = [row for row in found.rows if len(row) == 7][1:]
+    rows = [row for row in found.rows if len(row) == 8][1:]
     assert [row[0] for row in rows] == ["</script>broken", EVIL, "small.mha", "none.mha"]
     assert [row[1] for row in rows] == ["–", "20.00", "1.50", "0.00"]  # noqa: RUF001
     assert [card["data-name"] for card in found.cards] == [row[0] for row in rows]
@@ -79,9 +80,10 @@ def test_no_name_becomes_markup(folder):
         "html", "head", "meta", "title", "link", "body", "header", "div", "h1", "h2", "h3", "p",
         "nav", "a", "button", "strong", "main", "section", "ul", "li", "input", "span", "table",
         "thead", "tbody", "tr", "th", "td", "article", "dl", "dt", "dd", "img", "details",
-        "summary", "footer", "dialog", "canvas", "label", "script", "i",
+        "summary", "footer", "dialog", "canvas", "label", "script", "i", "select",
     }  # fmt: skip
-    assert [a["src"] for a in found.with_tag("script")] == ["assets/report.js"]
+    scripts = [a["src"] for a in found.with_tag("script")]
+    assert scripts == ["assets/pane.js", "assets/viewer.js", "assets/report.js"]
     assert not any(key.startswith("on") for _, a in found.elements for key in a)
     assert all(a["src"].startswith("cases/") for a in found.with_tag("img"))
     assert EVIL in found.text
@@ -110,6 +112,32 @@ def test_card_has_lesions_doubt_and_what_ran(folder):
     text = page_in(folder).text
     for part in ("20 × 20 × 15", "61", "1, −2, 3", "0.250", "3d_fullres fold 0", "total 2.5"):  # noqa: RUF001
         assert part in text
+
+
+def test_card_says_how_sure_it_is_by_which_preset_and_where_each_lesion_is(folder):
+    found = page_in(folder)
+    for part in ("Case score", "0.96", "Confidence", "0.87", "Preset", "balanced"):
+        assert part in found.text
+    places = [a["data-mm"] for a in found.with_tag("button") if "data-mm" in a]
+    assert places == ["1.0 -2.0 3.0"] * 2  # of the two cases with a lesion
+
+
+def test_what_an_older_run_does_not_know_is_left_out(folder, tmp_path):
+    older = facts(2.0)
+    del older["case_score"], older["ran"]["preset"], older["lesions"][0]["mean_probability"]
+    inference_page.write(
+        tmp_path, [inference_page.Entry("a.mha", "", older)], title="t", subtitle="s"
+    )
+    text = page_in(tmp_path).text
+    assert "Preset" not in text
+    assert "2.00" in text
+
+
+def test_the_mask_lies_beside_the_page_in_the_grid_of_the_scan(folder):
+    image, mask = scan()
+    found = read(folder / "cases" / "small.mha_prediction.nii.gz")
+    np.testing.assert_array_equal(found.voxels, mask.voxels)
+    assert found.spacing_mm == image.spacing_mm
 
 
 def test_slices_with_the_mask_are_marked_and_the_largest_opens(folder):

@@ -73,6 +73,19 @@ def test_panels_of_a_strip_stand_at_their_heights():
     assert found.cards[0]["data-window"] == "80 40"
 
 
+def test_slices_are_counted_from_1_for_people():
+    found = read(CaseList([], [], [Card("a", SHOWN, None)], ""))
+    titles = [a["title"] for a in found.with_tag("button") if "data-slice" in a]
+    assert titles == ["slice 2 of 3", "slice 3 of 3"]
+    assert found.cards[0]["data-slices"] == "3"
+
+
+def test_a_pair_is_opened_side_by_side():
+    found = read(CaseList([], [], [Card("a", SHOWN, None, pair=("n", "m"))], ""))
+    assert found.cards[0]["data-pair"] == "n m"
+    assert "Open side by side" in found.text
+
+
 def test_a_name_that_is_not_given_is_an_error():
     with pytest.raises(jinja2.UndefinedError, match="'subtitle' is undefined"):
         TEMPLATE.render(title="t", cases=None)

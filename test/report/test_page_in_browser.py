@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.browser import Browser
+from helpers.viewer import BLUE, ORANGE, SPACING_MM, near, open_case, scan, settled
 
 from ichseg.report import case_files, inference_page
-from ichseg.scan.volume import Volume
 from training.fit.history import EpochRow
 from training.report import evaluation_page
 from training.scoring import summary
@@ -20,20 +19,19 @@ from training.scoring.scores import CaseScore, score_labels
 pytestmark = pytest.mark.browser
 
 EVIL = "<img src=x onerror=hacked=1>"
-ORANGE, BLUE = (230, 159, 0), (86, 180, 233)
-SHAPE, SPACING_MM = (9, 100, 100), (5.0, 2.0, 2.0)
-
-
-def scan() -> tuple[Volume, Volume, Volume]:
-    """A head with a bright block in the patient's front left, and a reference and a prediction."""
-    voxels = np.full(SHAPE, -1000, np.int16)
-    voxels[:, 10:90, 10:90] = 35
-    voxels[:, 15:25, 70:85] = 1000  # front: low y; left: high x
-    masks = [np.zeros(SHAPE, np.uint8) for _ in range(2)]
-    masks[0][3:6, 40:60, 20:40] = 1  # the reference, on the patient's right
-    masks[1][3:6, 40:60, 60:80] = 1  # what was found, on the left
-    image = Volume(voxels, SPACING_MM)
-    return image, image.with_voxels(masks[0]), image.with_voxels(masks[1])
+# What stands in results.json of two pieces; the second lies in the lowest slices, back and right.
+LESIONS = [
+    {
+        "label": 1,
+        "volume_ml": volume_ml,
+        "centroid_mm": centroid_mm,
+        "box_mm": [[100, 70, 10], [150, 120, 30]],
+        "mean_hu": 60.0,
+        "mean_probability": 0.9,
+        "max_probability": 1.0,
+    }
+    for volume_ml, centroid_mm in ((20.0, [139.0, 99.0, 20.0]), (4.0, [30.0, 160.0, 5.0]))
+]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +66,17 @@ def inferred(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image, _, prediction = scan()
     case_files.write_case(out, "one.mha", image, {"prediction": prediction})
     entries = [
-        inference_page.Entry("one.mha", "", {"volume_ml": 24.0, "lesions": [], "warnings": [EVIL]}),
+        inference_page.Entry(
+            "one.mha",
+            "",
+            {
+                "volume_ml": 24.0,
+                "lesions": LESIONS,
+                "case_score": 0.9,
+                "ran": {"preset": "fast"},
+                "warnings": [EVIL],
+            },
+        ),
         inference_page.Entry(EVIL, EVIL, {}),
     ]
     return inference_page.write(out, entries, title="Inference", subtitle=EVIL)
@@ -94,27 +102,6 @@ def click(browser: Browser, selector: str) -> None:
     browser.evaluate(f"document.querySelector({selector!r}).click()")
 
 
-def open_case(browser: Browser, slug: str) -> None:
-    click(browser, f".card[data-slug={slug}] .card-head .open")
-    browser.wait_for(f"document.querySelector('#viewer').dataset.shown === {slug!r}")
-
-
-def settled(browser: Browser) -> np.ndarray:
-    """Pixels ``(row, column, 3)`` of the canvas once they stay as they are."""
-    before = browser.pixels("#canvas")
-    for _ in range(50):
-        time.sleep(0.1)
-        now = browser.pixels("#canvas")
-        if np.array_equal(now, before):
-            return now
-        before = now
-    pytest.fail("the canvas does not come to rest")
-
-
-def near(pixels: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    return (abs(pixels.astype(int) - colour) < 30).all(axis=-1)
-
-
 @pytest.mark.parametrize("page", ["evaluated", "inferred"])
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
 def test_page_loads_without_an_error(page, width, dark, browser, request):
@@ -130,6 +117,26 @@ def test_page_loads_without_an_error(page, width, dark, browser, request):
     browser.evaluate("window.scrollTo(0, 0)")
     background = browser.pixels("body")[:5].mean()
     assert background < 60 if dark else background > 200
+
+
+OUTSIDE = """
+Array.from(document.querySelectorAll('.chart svg')).flatMap(svg => {
+  const frame = svg.getBoundingClientRect();
+  const labels = Array.from(svg.querySelectorAll('text'), text => [text.textContent, text.getBoundingClientRect()]);
+  const cut = labels.filter(([, box]) => box.left < frame.left - 0.5 || box.right > frame.right + 0.5
+    || box.top < frame.top - 0.5 || box.bottom > frame.bottom + 0.5);
+  const covered = labels.filter(([, a], i) => labels.slice(i + 1).some(([, b]) => a.left < b.right - 1
+    && b.left < a.right - 1 && a.top < b.bottom - 4 && b.top < a.bottom - 4));
+  return [...cut, ...covered].map(([text]) => `${svg.getAttribute('aria-label')}: ${text}`);
+})
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_no_label_of_a_chart_is_cut_off_or_covered(width, browser, evaluated):
+    browser.open(evaluated, width=width)
+    assert browser.evaluate("document.querySelectorAll('.chart svg text').length") > 50
+    assert browser.evaluate(OUTSIDE) == []
 
 
 def test_the_printed_table_fits_on_paper(browser, evaluated):
@@ -208,9 +215,9 @@ def test_keys_of_the_viewer(browser, evaluated):
     def seen(colour):
         return near(settled(browser), colour).sum() > 50
 
-    assert slice_number() == "Slice 3"  # the first of those with most of the reference
+    assert slice_number() == "Slice 4 of 9"  # the first of those with most of the reference
     browser.press("ArrowUp")
-    assert slice_number() == "Slice 4"
+    assert slice_number() == "Slice 5 of 9"
     browser.press("r")
     assert (seen(BLUE), seen(ORANGE)) == (False, True)
     browser.press("p")
@@ -220,7 +227,7 @@ def test_keys_of_the_viewer(browser, evaluated):
     browser.press("p")
     for _ in range(3):
         browser.press("ArrowDown")
-    assert slice_number() == "Slice 1"
+    assert slice_number() == "Slice 2 of 9"
     assert not seen(ORANGE)
     soft = settled(browser)
     browser.press("3")  # bone: soft tissue is darker than in the brain's window
@@ -244,7 +251,7 @@ def test_slices_and_dots_open_their_case(browser, evaluated):
         "document.querySelector('.card[data-slug=case_2] .panel:nth-child(2)').dataset.slice"
     )
     said = browser.evaluate("document.querySelector('#slice-number').textContent")
-    assert said == f"Slice {wanted}"
+    assert said == f"Slice {int(wanted) + 1} of 9"
     click(browser, "#close")
     browser.evaluate(
         "document.querySelector('.dot[data-slug=case_5]').dispatchEvent("
