@@ -14,6 +14,7 @@ import pytest
 
 import ichseg
 from ichseg.app.arguments import parse_arguments
+from ichseg.app.follow_up import arguments as follow_up_arguments
 from training.__main__ import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +24,10 @@ PAGES = sorted(
     + [ROOT / path for path in ("phantom/atlas/README.md", "test/sample/README.md")]
     + [ROOT / "weights" / "MODEL_CARD.md"]
 )
-TASK_PAGES = ("segment", "library", "datasets", "plans", "train", "cluster", "evaluate", "nnunet")
+TASK_PAGES = (
+    "segment", "follow_up", "library", "datasets", "plans", "train", "cluster", "evaluate",
+    "nnunet",
+)  # fmt: skip
 MADE = {"benchmarks/.rival-env"}  # by commands that are described there
 # The first parts of paths that are meant to be in the clone.
 OURS = ("ichseg/", "training/", "phantom/", "test/", "benchmarks/", "docs/", "weights/")
@@ -81,6 +85,13 @@ def flags_of_the_program():
     return set(re.findall(r"--[a-z][\w-]*", shown.getvalue()))
 
 
+def flags_of_compare_scans():
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        follow_up_arguments.parse(["--help"])
+    return set(re.findall(r"--[a-z][\w-]*", shown.getvalue()))
+
+
 def flags_in(words):
     return {word.partition("=")[0] for word in words if word.startswith("--")}
 
@@ -118,6 +129,14 @@ def test_flags_of_the_program_exist(page):
             if start in line:
                 words = words_after(line.replace("ichseg --", "ichseg -- --"), start.strip())
                 assert flags_in(words) - known - {"--"} == set(), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=BY_NAME)
+def test_flags_of_compare_scans_exist(page):
+    for line in command_lines(text_of(page)):
+        if "compare-scans " in line:
+            words = words_after(line, "compare-scans ")
+            assert flags_in(words) - flags_of_compare_scans() == set(), line
 
 
 def test_each_task_has_a_page_and_the_readme_leads_to_it():

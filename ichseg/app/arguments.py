@@ -24,6 +24,8 @@ examples:
     {command} --input scans --output out --preset fast --report
   the same after an interruption; what is finished stays as it is:
     {command} --input scans --output out --preset fast --report --resume
+  how much the bleeds of a patient have grown between two scans (compare-scans --help):
+    {command} compare-scans monday.nii.gz tuesday.nii.gz --output follow_up
   your own weights on a GPU, within ten minutes for all scans together:
     {command} --input scans --output out --weights bundle --device cuda --time-budget 600
 

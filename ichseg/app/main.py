@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from ichseg.app.cases import (
     say_passed_over,
 )
 from ichseg.app.console import fail, say, say_traceback
+from ichseg.app.follow_up import arguments as follow_up_arguments
 from ichseg.app.results import CaseResult, Record, refuse_cases
 from ichseg.app.start import (
     Stopped,
@@ -48,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0 if every case was segmented.
     """
     ensure_streams()
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == [follow_up_arguments.NAME]:
+        return compare_scans(follow_up_arguments.parse(argv[1:]))
     arguments = parse_arguments(argv)
     tame_libraries()
     try:
@@ -61,6 +66,24 @@ def main(argv: list[str] | None = None) -> int:
             "--time-budget keeps within a limit"
         )
         os._exit(128 + stop.number)  # threads may be at work that nobody needs any more
+
+
+def compare_scans(arguments: argparse.Namespace) -> int:
+    """Compare two scans of a patient."""
+    tame_libraries()
+
+    def work() -> int:
+        refuse_too_little_memory()
+        from ichseg.app.follow_up import compare
+
+        return compare.run(arguments)
+
+    try:
+        with stopped_by_signals():
+            return _in_words(str(arguments.output), work)
+    except Stopped as stop:
+        fail(f"stopped by {stop} before the scans were compared")
+        os._exit(128 + stop.number)
 
 
 def serve(arguments: argparse.Namespace) -> int:

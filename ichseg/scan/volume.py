@@ -141,6 +141,17 @@ def write(volume: Volume, path: Path | str) -> None:
         _check_geometry(volume, temporary, path)
 
 
+def to_itk(volume: Volume) -> sitk.Image:
+    """The volume as an image of SimpleITK, with its place."""
+    image = sitk.GetImageFromArray(volume.voxels)
+    image.SetSpacing(volume.spacing_mm[::-1])
+    image.SetOrigin(volume.origin_mm[::-1])
+    image.SetDirection(
+        [float(v) for v in np.array(volume.direction).reshape(3, 3)[::-1, ::-1].ravel()]
+    )
+    return image
+
+
 def _why_not_written(path: Path, reason: str) -> OSError:
     """Why a library could not write a file: what the system says to more of it, if it does."""
     try:
@@ -252,12 +263,7 @@ def _itk_reason(error: RuntimeError) -> str:
 
 def _write_image(volume: Volume, path: Path) -> None:
     """Write by ITK, compressed."""
-    image = sitk.GetImageFromArray(volume.voxels)
-    image.SetSpacing(volume.spacing_mm[::-1])
-    image.SetOrigin(volume.origin_mm[::-1])
-    image.SetDirection(
-        [float(v) for v in np.array(volume.direction).reshape(3, 3)[::-1, ::-1].ravel()]
-    )
+    image = to_itk(volume)
     try:
         with _named_for_itk(path) as shown:
             sitk.WriteImage(image, str(shown), useCompression=True)

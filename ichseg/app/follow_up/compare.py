@@ -1,0 +1,226 @@
+"""``ichseg compare-scans A B``: how the bleeds of a patient changed from one scan to the next."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ichseg import __version__
+from ichseg.app import weights
+from ichseg.app.console import say
+from ichseg.app.follow_up import growth, page
+from ichseg.app.follow_up.growth import Change, compare_lesions
+from ichseg.app.follow_up.page import FIRST, SECOND, FollowUp
+from ichseg.app.one_case import optional
+from ichseg.errors import InputError
+from ichseg.files import SCAN_SUFFIXES, replacing, suffix_of
+from ichseg.model import strict_json
+from ichseg.report import case_files
+from ichseg.scan import plausibility, reader, register, volume
+from ichseg.scan.volume import Volume
+
+if TYPE_CHECKING:  # engines take long to import, and masks may be given
+    from ichseg.predict.ensemble import Ensemble
+
+FILE = "follow_up.json"
+_LEAST_AGREEMENT = 0.8  # of two scans of one patient; see docs/follow_up.md
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """One of the two scans.
+
+    Attributes:
+        path: Where it came from.
+        scan: The CT in HU.
+        mask: What was found in it, or given; in the scan's grid.
+        warnings: What a reader of the result should know.
+    """
+
+    path: Path
+    scan: Volume
+    mask: Volume
+    warnings: tuple[str, ...]
+
+    @property
+    def volume_ml(self) -> float:
+        """The volume of all that is in the mask."""
+        return int(np.count_nonzero(self.mask.voxels)) * self.mask.voxel_ml
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare the scans and write what was found.
+
+    Raises:
+        InputError: A scan or mask is missing, damaged, or does not fit; or the scans cannot be
+            brought onto each other.
+        OutputError: The folder cannot be written.
+    """
+    paths = (arguments.before, arguments.after)
+    for path in paths:  # before anything that takes long
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder, expected a scan")
+    if arguments.masks:
+        studies = [
+            _with_mask(path, mask) for path, mask in zip(paths, arguments.masks, strict=True)
+        ]
+    else:
+        ensemble = _load(arguments)
+        studies = [_segmented(path, ensemble, arguments.preset) for path in paths]
+    before, after = studies
+    say("bringing the second scan onto the first")
+    alignment = register.register(before.scan, after.scan)
+    found = _compare(before, after, alignment)
+    found = _write(arguments.output, before, after, found)
+    _say(found)
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> Ensemble:
+    from ichseg.predict.ensemble import Ensemble
+
+    ensemble = Ensemble.load(weights.choose(arguments.weights), arguments.device)
+    if not ensemble.model.expects_hu:
+        raise InputError(
+            f"{ensemble.folder}: a bundle for images that are not in HU, expected one for CT"
+        )
+    return ensemble
+
+
+def _read(path: Path) -> tuple[Volume, tuple[str, ...]]:
+    scan = reader.read_scan(path)
+    if scan.series is not None:
+        say(f"{path}: {scan.series.words}")
+    checked, more = plausibility.check(scan.volume, path)
+    return checked, (*scan.warnings, *more)
+
+
+def _segmented(path: Path, ensemble: Ensemble, preset: str) -> Study:
+    scan, warnings = _read(path)
+    say(f"{path}: segmenting, preset {preset}, {ensemble.engine.name}")
+    found = ensemble.segment(scan, preset)
+    # the scan was checked already, and its warnings are known
+    more = [warning for warning in found.warnings if warning not in warnings]
+    return Study(path, scan, found.mask, (*warnings, *more))
+
+
+def _with_mask(path: Path, mask_path: Path) -> Study:
+    scan, warnings = _read(path)
+    mask = volume.read(mask_path)
+    if mask.voxels.shape != scan.voxels.shape or not np.allclose(
+        [*mask.origin_mm, *mask.spacing_mm, *mask.direction],
+        [*scan.origin_mm, *scan.spacing_mm, *scan.direction],
+        atol=1e-2,
+    ):
+        raise InputError(
+            f"{mask_path}: lies in another grid, expected that of {path}: "
+            f"{scan.voxels.shape} voxels (z, y, x) of {scan.spacing_mm} mm"
+        )
+    values = np.unique(mask.voxels).astype(np.float64)
+    if values.min() < 0 or values.max() > 255 or (values != np.rint(values)).any():
+        raise InputError(
+            f"{mask_path}: holds {values.min():g} to {values.max():g}, expected labels from 0 to "
+            "255"
+        )
+    return Study(path, scan, scan.with_voxels(mask.voxels.astype(np.uint8)), warnings)
+
+
+def _compare(before: Study, after: Study, alignment: register.Alignment) -> FollowUp:
+    warnings = [
+        f"{study.path.name}: {warning}" for study in (before, after) for warning in study.warnings
+    ]
+    if alignment.agreement < _LEAST_AGREEMENT:
+        warnings.append(
+            f"the scans agree by {alignment.agreement:.2f} only, where two of one patient have "
+            f"{_LEAST_AGREEMENT:g} and more: look whether they are of one patient, and lie on each "
+            "other; else no lesion belongs to another"
+        )
+    changes = compare_lesions(before.mask, after.mask, (before.scan, after.scan), alignment)
+    change = Change(before.volume_ml, after.volume_ml)
+    names = (before.path.name, after.path.name)
+    return FollowUp(names, change, changes, alignment, warnings)
+
+
+def _write(output: Path, before: Study, after: Study, found: FollowUp) -> FollowUp:
+    """The masks first, then what is made of them, and last the file that tells of all.
+
+    Returns:
+        What was found, with a warning where the page could not be made.
+    """
+    for name, study in ((FIRST, before), (SECOND, after)):
+        suffix = suffix_of(study.path) or SCAN_SUFFIXES[0]
+        volume.write(study.mask, output / f"{name}_mask{suffix}")
+    laid = register.onto(before.scan, after.scan, found.alignment)
+    laid_mask = register.onto(before.scan, after.mask, found.alignment, labels=True)
+    volume.write(laid, output / f"{SECOND}_on_{FIRST}.nii.gz")
+    volume.write(laid_mask, output / f"{SECOND}_mask_on_{FIRST}.nii.gz")
+    warnings: list[str] = []
+    with optional("no page", warnings):
+        report = output / "report"
+        first, second = (before.scan, before.mask), (laid, laid_mask)
+        for name, (scan, mask), other in ((FIRST, first, second), (SECOND, second, first)):
+            case_files.write_case(report, name, scan, {"prediction": mask}, beside=other)
+        say(f"a page to open in a browser: {page.write(report, found)}")
+    found = dataclasses.replace(found, warnings=(*found.warnings, *warnings))
+    with replacing(output / FILE, suffix=".json") as temporary:
+        temporary.write_text(strict_json.dumps(_facts(found)), encoding="utf-8")
+    return found
+
+
+def _facts(found: FollowUp) -> dict[str, Any]:
+    """What ``follow_up.json`` holds."""
+    return {
+        "schema_version": 1,
+        "version": __version__,
+        "before": found.scans[0],
+        "after": found.scans[1],
+        **_numbers(found.change),
+        "expansion": {
+            "is_expansion": bool(found.change.expansion),
+            "limits_passed": list(found.change.expansion),
+            "definition": growth.DEFINITION,
+        },
+        "registration": {
+            "rotation_deg": round(found.alignment.rotation_deg, 2),
+            "shift_mm": round(found.alignment.shift_mm, 2),
+            "agreement": round(found.alignment.agreement, 3),
+        },
+        "lesions": [
+            {
+                "before": list(lesion.before),
+                "after": list(lesion.after),
+                "state": lesion.state,
+                **_numbers(lesion.change),
+                "centroid_mm": [round(value, 1) for value in lesion.centroid_mm],
+            }
+            for lesion in found.lesions
+        ],
+        "warnings": list(found.warnings),
+    }
+
+
+def _numbers(change: Change) -> dict[str, float | None]:
+    values = dataclasses.asdict(change) | {
+        "growth_ml": change.growth_ml,
+        "growth_percent": change.growth_percent,
+    }
+    return {key: None if value is None else round(value, 3) for key, value in values.items()}
+
+
+def _say(found: FollowUp) -> None:
+    change = found.change
+    for warning in found.warnings:
+        say(f"warning: {warning}")
+    percent = "" if change.growth_percent is None else f", {change.growth_percent:+.0f} %"
+    expansion = "; ".join(change.expansion)
+    say(
+        f"{change.before_ml:.2f} mL before, {change.after_ml:.2f} mL after: "
+        f"{change.growth_ml:+.2f} mL{percent}; "
+        + (f"haematoma expansion: {expansion}" if expansion else "no haematoma expansion")
+        + f" ({growth.SOURCE})"
+    )
