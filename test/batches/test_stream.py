@@ -1,6 +1,7 @@
 """Batches on the training device: both engines, workers, shares, previous labels."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import pickle
@@ -19,6 +20,7 @@ from ichseg.errors import DatasetError, TrainingError
 from ichseg.model.plans import Normalisation
 from training.batches import reading
 from training.batches.augmentation import NO_AUGMENTATION
+from training.batches.reading import begin_worker, read_regions
 from training.batches.sampling import BatchKey, BatchSpec
 from training.batches.stream import Batch, BatchStream, StreamOptions, choose_engine, open_batches
 from training.store.chunks import open_case, write_case, write_previous
@@ -301,3 +303,19 @@ def test_batches_come_to_the_gpu_as_to_the_cpu(spec, cached):
     with open_batches(plain, iter(KEYS), options, torch.device("cuda")) as stream:
         found = [Batch(batch.data.cpu(), batch.target.cpu()) for batch in stream]
     assert raw(found) == raw(made(plain, KEYS, "host"))
+
+
+def test_workers_that_only_draw_do_not_load_torch(spec):
+    """Where all cases are on the GPU; what a worker unpickles and calls."""
+    code = (
+        "import pickle, sys;"
+        "begin, make, key = pickle.loads(sys.stdin.buffer.read());"
+        "made = make(key);"
+        "print(len(made.names), 'torch' in sys.modules)"
+    )
+    work = (begin_worker, functools.partial(read_regions, spec, cached=True), KEYS[0])
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(work), capture_output=True, check=True,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.stdout.split() == [str(spec.batch).encode(), b"False"]

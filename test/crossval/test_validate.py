@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from ichseg.model import strict_json
 from ichseg.model.network import build_network
 from ichseg.predict.dice import dice_of_masks
 from ichseg.scan import volume
+from training.crossval import record as records
 from training.crossval import validate as module
 from training.crossval.validate import is_validated, validate, weights_digest
 from training.data import dataset
 from training.data.workspace import LATEST_CHECKPOINT, mask_file
 from training.fit.checkpoint import SCHEMA_VERSION
 from training.fit.fold_run import open_run
+from training.fit.process_group import ProcessGroup
 
 CONFIG = dataclasses.replace(QUICK, validation_mirrors=False)
 
@@ -63,9 +66,9 @@ def segmented(monkeypatch):
     """Names of the cases that are segmented from now on."""
     names, real = [], module.predict_case
 
-    def predict(name, *args):
-        names.append(name)
-        return real(name, *args)
+    def predict(given, *args):
+        names.append(given.name)
+        return real(given, *args)
 
     monkeypatch.setattr(module, "predict_case", predict)
     return names
@@ -127,6 +130,70 @@ def test_interrupted_within_a_case_leaves_nothing_of_it(workspace, segmented, mo
     assert not (run.folder / "validation.json").exists()
     assert not (run.folder / "validation").exists()
     assert f"stopped at case {run.spec.validation[0]}; the same command" in caplog.text
+
+
+def test_processes_share_the_cases_and_the_leading_one_joins_what_they_found(
+    workspace, segmented, monkeypatch
+):
+    """One after the other here: process 1 first, then the leading one."""
+    alone = run_of(workspace)
+    assert validate(workspace, alone)
+    whole, expected = masks(alone), record(alone)
+    (alone.folder / "validation.json").unlink()
+    segmented.clear()
+    monkeypatch.setattr(ProcessGroup, "all_done", lambda _, done: done)
+    first, second = alone.spec.validation
+    part = alone.folder / "validation.part1.json"
+    assert validate(workspace, dataclasses.replace(alone, group=ProcessGroup(1, 2)))
+    assert segmented == [second]
+    assert part.exists()
+    assert not (alone.folder / "validation.json").exists()
+    assert validate(workspace, dataclasses.replace(alone, group=ProcessGroup(0, 2)))
+    assert segmented == [second, first]
+    assert not part.exists()
+    assert (masks(alone), record(alone)) == (whole, expected)
+
+
+def test_what_other_processes_found_counts_when_fewer_go_on(workspace, segmented, monkeypatch):
+    monkeypatch.setattr(ProcessGroup, "all_done", lambda _, done: done)
+    alone = run_of(workspace)
+    assert validate(workspace, dataclasses.replace(alone, group=ProcessGroup(1, 2)))
+    assert validate(workspace, alone)
+    assert segmented == [alone.spec.validation[1], alone.spec.validation[0]]
+    assert record(alone)["complete"] is True
+    save_weights(workspace, seed=1)
+    segmented.clear()
+    assert validate(workspace, alone)
+    assert len(segmented) == 2  # of other weights nothing counts
+
+
+def test_the_next_case_is_read_and_the_last_one_stored_while_the_network_runs(
+    workspace, monkeypatch
+):
+    """Each waits for the other: in sequence, they would wait for ever."""
+    run = run_of(workspace)
+    first, second = run.spec.validation
+    reads, stores = ({name: threading.Event() for name in (first, second)} for _ in range(2))
+    real_read, real_predict, real_write = module.read_case, module.predict_case, module._write_case
+
+    def read(case, *args):
+        reads[case.name].set()
+        return real_read(case, *args)
+
+    def predict(given, *args):
+        if given.name == first:
+            assert reads[second].wait(20)
+        else:
+            assert stores[first].wait(20)
+        return real_predict(given, *args)
+
+    def write(workspace, run, given, *args):
+        stores[given.name].set()
+        return real_write(workspace, run, given, *args)
+
+    for name, stand_in in (("read_case", read), ("predict_case", predict), ("_write_case", write)):
+        monkeypatch.setattr(module, name, stand_in)
+    assert validate(workspace, run)
 
 
 def test_further_training_makes_all_masks_anew(workspace, segmented):
@@ -198,10 +265,10 @@ def test_voxels_to_ignore_do_not_count_in_the_record(tmp_path):
 def test_means_pass_over_cases_without_the_label(workspace):
     run = run_of(workspace)
     first, second = run.spec.validation
-    empty = module._continue_record(run, "weights")
-    half = module._extended(run, empty, second, {"hemorrhage": 0.5})
+    empty = records.continued(run, "weights")
+    half = records.extended(run, empty, {second: {"hemorrhage": 0.5}})
     assert (half.complete, half.mean_dice) == (False, {"hemorrhage": 0.5})
-    whole = module._extended(run, half, first, {"hemorrhage": None})
+    whole = records.extended(run, half, {first: {"hemorrhage": None}})
     assert (whole.complete, whole.mean_dice) == (True, {"hemorrhage": 0.5})
     assert list(whole.dice) == [first, second]
 

@@ -5,7 +5,9 @@ import dataclasses
 import os
 import random
 import resource
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import CONFIGURATION
@@ -19,8 +21,10 @@ from training.crossval import merge
 from training.crossval.validate import validate
 from training.data import dataset, splits
 from training.data.splits import Split
-from training.data.workspace import LATEST_CHECKPOINT, run_folder
+from training.data.workspace import BEST_CHECKPOINT, LATEST_CHECKPOINT, run_folder
+from training.fit import checkpoint as files
 from training.fit.checkpoint import (
+    Saver,
     load_checkpoint,
     read_checkpoint,
     require_cases,
@@ -160,6 +164,64 @@ def resumed(workspace, config):
     if (run.folder / LATEST_CHECKPOINT).exists():
         resume(run, state)
     return run, state
+
+
+def test_what_is_saved_is_the_state_of_that_moment(fresh, monkeypatch):
+    """Training goes on while a thread writes."""
+    run, state = resumed(fresh, QUICK)
+    real, go_on = files.write, threading.Event()
+
+    def slowly(*args):
+        assert go_on.wait(10)
+        real(*args)
+
+    monkeypatch.setattr(files, "write", slowly)
+    expected = leaves({name: tensor.clone() for name, tensor in state.network.state_dict().items()})
+    with Saver(run) as saver:
+        saver.save(state)
+        for parameter in state.network.parameters():
+            parameter.data += 1
+        go_on.set()
+    assert (
+        leaves(read_checkpoint(run.folder / LATEST_CHECKPOINT, CONFIGURATION)["network"])
+        == expected
+    )
+
+
+def test_checkpoints_are_written_every_few_minutes_and_at_the_end(fresh, monkeypatch):
+    """Epochs of 70 s: the first is saved, the fourth, and the last; the best of them before it."""
+    run, state = resumed(fresh, QUICK)
+    written, now = [], [0.0]
+
+    def note(_, checkpoint, name):
+        written.append((name, checkpoint["elapsed_s"]))
+
+    monkeypatch.setattr(files, "write", note)
+    monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Saver(run) as saver:
+        for epoch, dice in enumerate([0.1, 0.3, 0.2, 0.25, 0.28], start=1):
+            now[0] = state.elapsed_s = 70.0 * epoch
+            state.average_dice = dice
+            state.best_dice = max(dice, state.best_dice or 0.0)
+            saver.epoch(state, last=epoch == 5)
+    assert written == [
+        (BEST_CHECKPOINT, 70.0), (LATEST_CHECKPOINT, 70.0),
+        (BEST_CHECKPOINT, 140.0), (LATEST_CHECKPOINT, 280.0),
+        (LATEST_CHECKPOINT, 350.0),
+    ]  # fmt: skip
+
+
+def test_a_disk_that_is_full_while_training_goes_on_ends_it_in_words(fresh, monkeypatch):
+    def full(*_):
+        raise OutputError("no room")
+
+    monkeypatch.setattr(files, "write", full)
+    with pytest.raises(OutputError, match="no room"):
+        run_fold(fresh, "3d_fullres", "0", QUICK)
+    run, state = resumed(fresh, QUICK)
+    with pytest.raises(ZeroDivisionError), Saver(run) as saver:  # noqa: PT012
+        saver.save(state)
+        raise ZeroDivisionError  # what comes first is what has to be said
 
 
 def test_another_optimiser_is_refused_when_a_run_goes_on(fresh):

@@ -238,6 +238,34 @@ def test_broken_weights_do_not_replace_the_last_good_ones(fresh, monkeypatch, si
     assert leaves(checkpoint(fresh)["network"]) == good
 
 
+@pytest.mark.parametrize("stop_at", [None, 2, 4])
+def test_reading_losses_a_step_late_changes_nothing(fresh, monkeypatch, stop_at):
+    """As on a GPU; a signal within an epoch, whose steps are all kept."""
+    monkeypatch.setattr(loop, "_steps_ahead", lambda _: 1)
+    if stop_at is not None:
+        with monkeypatch.context() as patch:
+            send_at_step(patch, signal.SIGTERM, stop_at)
+            assert not run_fold(fresh, "3d_fullres", "0", QUICK)
+        assert len(checkpoint(fresh)["losses"]) == stop_at % QUICK.batches_per_epoch
+    assert run_fold(fresh, "3d_fullres", "0", QUICK)
+    late = checkpoint(fresh)
+    monkeypatch.undo()
+    assert run_fold(fresh, "3d_fullres", "0", QUICK, restart=True)
+    same_run(late, checkpoint(fresh))
+
+
+def test_a_loss_that_is_read_late_is_named_by_its_own_step(fresh, monkeypatch):
+    monkeypatch.setattr(loop, "_steps_ahead", lambda _: 1)
+    real, losses = loop.train_step, iter([0.5, math.nan, 0.5])
+
+    def spoilt(*args):
+        return real(*args) * 0 + next(losses)
+
+    monkeypatch.setattr(loop, "train_step", spoilt)
+    with pytest.raises(TrainingError, match="the loss is nan in epoch 1, step 2"):
+        run_fold(fresh, "3d_fullres", "0", QUICK)
+
+
 def test_a_scale_that_finds_no_end_is_not_saved(fresh):
     run = open_run(fresh, "3d_fullres", "0", QUICK)
     state = step.begin(run)

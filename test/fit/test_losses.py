@@ -173,3 +173,19 @@ def test_heads_of_deep_supervision_ignore_alike():
         for found in (heads, other)
     )
     assert one.item() == two.item()
+
+
+@pytest.mark.parametrize("ignoring", [False, True])
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_no_number_is_copied_from_the_host(batch_dice, ignoring, monkeypatch):
+    """On a GPU each such copy would wait for all that the GPU has to do."""
+
+    def copied(*_):
+        raise AssertionError("copied from the host")
+
+    monkeypatch.setattr(torch.Tensor, "new_tensor", copied)
+    monkeypatch.setattr(torch, "tensor", copied)
+    monkeypatch.setattr(torch.Tensor, "item", copied)
+    logits = [torch.zeros(2, 2, 4, 4), torch.zeros(2, 2, 2, 2), torch.zeros(2, 2, 1, 1)]
+    target = torch.ones(2, 4, 4, dtype=torch.int8)
+    dice_cross_entropy(logits, target, batch_dice=batch_dice, ignoring=ignoring)

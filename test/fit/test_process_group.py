@@ -1,6 +1,7 @@
 """Two processes with half of each batch take the steps that one takes with the whole."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import CONFIGURATION
 from helpers.workspaces import QUICK, planned
+from torch import distributed
 
 from ichseg.errors import TrainingError
 from ichseg.model import strict_json
@@ -20,7 +22,7 @@ from training.data.workspace import LATEST_CHECKPOINT
 from training.fit import loop, process_group
 from training.fit.checkpoint import read_checkpoint
 from training.fit.fold_run import open_run
-from training.fit.process_group import ALONE, ProcessGroup
+from training.fit.process_group import ALONE, GradientSums, ProcessGroup
 from training.fit.step import begin, train_step, validation_step
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +59,7 @@ def five_steps(workspace, batch_dice, optimiser, group):
 def one_of_two(workspace, out):
     """What each of the two processes does; at the end of this file."""
     torch.set_num_threads(1)
+    process_group.BUCKET_BYTES = 1000  # several sums under way at once
     with process_group.joined("cpu") as group:
         found = {variant: five_steps(workspace, *variant, group) for variant in VARIANTS}
         said = group.any(group.rank == 1, False), group.of_leader(float(group.rank))
@@ -127,7 +130,54 @@ def test_torchrun_trains_one_fold(larger):
     end = read_checkpoint(larger / "runs" / "3d_fullres" / "fold_0" / LATEST_CHECKPOINT,
                           dataclasses.replace(CONFIGURATION, batch=4))  # fmt: skip
     assert end["finished"] == "all 1 epochs done"
-    assert (larger / "runs" / "3d_fullres" / "fold_0" / "validation.json").exists()
+    folder = larger / "runs" / "3d_fullres" / "fold_0"
+    found = json.loads((folder / "validation.json").read_text())
+    assert found["complete"] is True
+    assert len(found["dice"]) == 2  # of which each process has segmented one
+    assert not list(folder.glob("validation.part*"))
+
+
+class Sent:
+    """A sum over three processes that have the same gradients, asked for and waited for."""
+
+    def __init__(self, events, joined):
+        self.events, self.joined = events, joined
+        events.append(("sent", joined.numel()))
+
+    def wait(self):
+        self.events.append(("waited", self.joined.numel()))
+        self.joined *= 3
+
+
+def test_gradients_are_sent_while_the_backward_pass_goes_on(monkeypatch):
+    """Layers of 6 numbers each, of which the last one has its gradient first; one has none."""
+    events = []
+    monkeypatch.setattr(process_group, "BUCKET_BYTES", 40)  # two layers of 24 bytes
+    monkeypatch.setattr(distributed, "broadcast", lambda *_: None)
+    monkeypatch.setattr(distributed, "all_reduce", lambda joined, async_op: Sent(events, joined))
+    torch.manual_seed(0)
+    layers = [torch.nn.Parameter(torch.randn(6)) for _ in range(6)]
+    sums = GradientSums(layers)
+    for number, layer in enumerate(layers):
+        layer.register_hook(lambda _, number=number: events.append(number))
+    for step in range(3):
+        events.clear()
+        for layer in layers:
+            layer.grad = None
+        x = torch.ones(6)
+        for layer in layers[:5]:  # the sixth is not used
+            x = (x * layer).tanh()
+        x.sum().backward()
+        own = [layer.grad.clone() for layer in layers[:5]]
+        sums.finish()
+        for layer, gradient in zip(layers, own, strict=False):
+            torch.testing.assert_close(layer.grad, 3 * gradient)
+        assert layers[5].grad is None
+        if step > 0:
+            assert events[:8] == [4, 3, ("sent", 12), 2, 1, ("sent", 12), 0, ("sent", 6)]
+    assert events[8:] == [
+        ("waited", 12), ("waited", 12), ("waited", 6),
+    ]  # fmt: skip
 
 
 def test_refuses_a_batch_that_cannot_be_shared(fresh):

@@ -8,9 +8,11 @@ from helpers.workspaces import QUICK, leaves
 
 from ichseg.errors import TrainingError
 from training.batches.stream import Batch
-from training.fit import step
+from training.fit import compiling, step
+from training.fit.compiling import forward_of
+from training.fit.configuration import TRAINING_RECIPES
 from training.fit.fold_run import open_run
-from training.fit.step import begin, compile_forward, pseudo_dice, train_step, validation_step
+from training.fit.step import begin, pseudo_dice, train_step, validation_step
 from training.jobs.train import run_fold
 
 SGD = dataclasses.replace(
@@ -52,6 +54,60 @@ def test_a_loss_that_is_not_finite_does_not_reach_the_weights(fresh, monkeypatch
     batch = Batch(torch.ones(2, 1, 4, 16, 16), torch.zeros(2, 4, 16, 16, dtype=torch.int8))
     assert not math.isfinite(train_step(run, state, batch))
     assert leaves(state.network.state_dict()) == before
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "sgd"])
+def test_a_fused_optimiser_leaves_such_a_step_out_by_itself(fresh, optimiser, monkeypatch):
+    """As on CUDA, where nobody waits for the loss; torch has it on the CPU, too."""
+    run = open_run(fresh, "3d_fullres", "0", dataclasses.replace(SGD, optimiser=optimiser))
+    state, plain = begin(run), begin(run)
+    kind = type(state.optimiser)
+    settings = step._optimiser_settings(run.config)
+    state.optimiser = kind(state.network.parameters(), lr=0.01, fused=True, **settings)
+    plain.optimiser = kind(plain.network.parameters(), lr=0.01, **settings)
+    real = step.dice_cross_entropy
+    for spoilt in (False, True, False):
+        before = parameters(state)
+        with monkeypatch.context() as patch:
+            if spoilt:
+                patch.setattr(
+                    step, "dice_cross_entropy", lambda logits, *_, **__: logits.sum() * math.nan
+                )
+            loss = train_step(run, state, some_batch())
+        assert math.isfinite(loss) != spoilt
+        assert torch.equal(parameters(state), before) == spoilt
+    assert step.dice_cross_entropy is real
+    for _ in range(2):
+        train_step(run, plain, some_batch())
+    torch.testing.assert_close(parameters(state), parameters(plain), rtol=1e-4, atol=1e-6)
+
+
+def test_moments_of_another_device_are_taken_over(fresh):
+    """A checkpoint of the CPU goes on with a fused optimiser, and the other way round."""
+    run = open_run(fresh, "3d_fullres", "0", QUICK)
+    plain, fused = begin(run), begin(run)
+    settings = step._optimiser_settings(run.config)
+    fused.optimiser = torch.optim.Adam(
+        fused.network.parameters(), lr=run.config.learning_rate, fused=True, **settings
+    )
+    train_step(run, plain, some_batch())
+    fused.network.load_state_dict(plain.network.state_dict())
+    step.restore_optimiser(fused.optimiser, plain.optimiser.state_dict(), run.config)
+    assert fused.optimiser.param_groups[0]["fused"] is True
+    for state in (plain, fused):
+        train_step(run, state, some_batch())
+    torch.testing.assert_close(parameters(fused), parameters(plain), rtol=1e-4, atol=1e-6)
+    step.restore_optimiser(plain.optimiser, fused.optimiser.state_dict(), run.config)
+    assert not plain.optimiser.param_groups[0]["fused"]
+
+
+def test_auto_takes_bfloat16_where_the_card_has_it(fresh, monkeypatch):
+    run = open_run(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, precision="auto"))
+    card = dataclasses.replace(run, device=torch.device("cuda"))
+    for has_it, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_it)  # noqa: B023
+        assert card.precision == expected
+    assert run.precision == "fp32"
 
 
 def test_pseudo_dice_by_hand():
@@ -145,8 +201,8 @@ def test_what_cannot_be_compiled_is_trained_as_it_is(fresh, monkeypatch, caplog)
         return forward
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    assert compile_forward(run, network) is network
-    assert "torch.compile failed (no C++ compiler found); training goes on without" in caplog.text
+    assert forward_of(run, network) is network
+    assert "torch.compile failed (no C++ compiler found); training goes on WITHOUT" in caplog.text
     assert run_fold(fresh, "3d_fullres", "0", config)
 
 
@@ -164,7 +220,7 @@ def test_a_compiled_network_is_used_and_its_trial_leaves_no_trace(fresh, monkeyp
 
     monkeypatch.setattr(torch, "compile", fake)
     plain, compiled = begin(run), begin(run)
-    compiled.forward = compile_forward(run, compiled.network)
+    compiled.forward = forward_of(run, compiled.network)
     shape = (run.spec.batch, 1, *run.spec.patch)
     assert calls == [(shape, True), (shape, False)]
     for state in (plain, compiled):
@@ -173,9 +229,53 @@ def test_a_compiled_network_is_used_and_its_trial_leaves_no_trace(fresh, monkeyp
     assert torch.equal(parameters(plain), parameters(compiled))
 
 
+@pytest.mark.parametrize(("gain", "used"), [(1.5, True), (1.01, False), (0.7, False)])
+def test_left_to_a_trial_the_faster_network_is_used(fresh, monkeypatch, caplog, gain, used):
+    """The CPU stands in for a GPU; what a step takes is made up."""
+    caplog.set_level("INFO")
+    run = open_run(fresh, "3d_fullres", "0", QUICK)
+    network = begin(run).network
+    assert compiling.forward_of(run, network) is network  # no trial on the CPU
+
+    def faster(data):
+        return network(data)
+
+    zeros = compiling._zeros(run)
+    monkeypatch.setattr(torch, "compile", lambda _: faster)
+    monkeypatch.setattr(compiling, "_zeros", lambda _: zeros)
+    monkeypatch.setattr(
+        compiling,
+        "_seconds",
+        lambda run, network, forward, data: 0.01 if forward is faster else 0.01 * gain,
+    )
+    card = dataclasses.replace(run, device=torch.device("cuda"))
+    assert (compiling.forward_of(card, network) is faster) == used
+    assert ("torch.compile is NOT used, as it gains too little: 10.0 ms" in caplog.text) != used
+    never = dataclasses.replace(card, config=dataclasses.replace(QUICK, compile=False))
+    assert compiling.forward_of(never, network) is network
+    always = dataclasses.replace(card, config=dataclasses.replace(QUICK, compile=True))
+    assert compiling.forward_of(always, network) is faster
+
+
+def test_a_trial_measures_steps(fresh):
+    run = open_run(fresh, "3d_fullres", "0", QUICK)
+    network, calls = begin(run).network, []
+
+    def forward(data):
+        calls.append(1)
+        return network(data)
+
+    assert compiling._seconds(run, network, forward, compiling._zeros(run)) > 0
+    assert len(calls) == compiling._WARM + compiling._TIMED
+
+
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError()],
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        MemoryError(),
+    ],
 )
 def test_out_of_memory_says_what_to_lower_and_to_what(fresh, monkeypatch, error):
     def exhausted(*_, **__):
@@ -234,3 +334,63 @@ def test_voxels_to_ignore_count_neither_in_the_loss_nor_in_dice(fresh):
     unaware = dataclasses.replace(run, ignore_label=None)
     _, more = validation_step(unaware, state, Batch(data, target))
     assert more.tolist() != [expected]  # what is found there counts as wrong
+
+
+def on_cuda(workspace, **changes):
+    run = open_run(workspace, "3d_fullres", "0", dataclasses.replace(QUICK, **changes))
+    return run, begin(run)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 3e-2), ("fp16", 1e-2)]
+)
+def test_steps_on_cuda_are_those_of_the_cpu(fresh, precision, tolerance, layout, compiled):
+    """Three steps; of the gradient's direction and the loss, which fp32 on the CPU gives."""
+    run, state = on_cuda(fresh, optimiser="sgd", learning_rate=1e-3)
+    losses = [train_step(run, state, some_batch()).item() for _ in range(3)]
+    card, there = on_cuda(
+        fresh, optimiser="sgd", learning_rate=1e-3, device="cuda", precision=precision,
+        memory_format=layout, compile=compiled,
+    )  # fmt: skip
+    there.forward = compiling.forward_of(card, there.network)
+    batch = Batch(*(part.cuda() for part in some_batch()))
+    found = [train_step(card, there, batch).item() for _ in range(3)]
+    assert there.optimiser.param_groups[0]["fused"]
+    assert found == pytest.approx(losses, abs=tolerance)
+    moved = parameters(state) - parameters(begin(run))
+    also = parameters(there).cpu() - parameters(begin(run))
+    assert torch.nn.functional.cosine_similarity(moved, also, dim=0) > 1 - 3 * tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_nobody_waits_for_the_gpu_within_a_step(fresh, precision):
+    run, state = on_cuda(fresh, device="cuda", precision=precision, gradient_clip=12.0)
+    batch = Batch(*(part.cuda() for part in some_batch()))
+    for _ in range(3):
+        train_step(run, state, batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = step.Reading(train_step(run, state, batch))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(loss.read())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("recipe", ["msd2018", "nnunetv2", "compact"])
+def test_a_fold_is_trained_and_validated_on_cuda(fresh, recipe):
+    changes = {"device": "cuda", "epochs": 2, "batches_per_epoch": 4, "validation_batches": 1}
+    config = dataclasses.replace(
+        TRAINING_RECIPES[recipe], **changes, augmentation=QUICK.augmentation
+    )
+    assert run_fold(fresh, "3d_fullres", "0", config)
+    assert run_fold(fresh, "3d_fullres", "0", dataclasses.replace(config, epochs=3))
+    run = open_run(fresh, "3d_fullres", "0", config)
+    assert (run.folder / "validation.json").exists()

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ichseg.engine import machine
+from ichseg.engine import machine, torch_device
 from ichseg.errors import TrainingError
 from ichseg.wording import byte_size
 from training.batches.augmentation import OUTSIDE
@@ -129,5 +129,5 @@ def cut_regions(
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch_device.free_bytes(device) or 0
     return machine.free_memory_bytes() or 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -27,9 +26,14 @@ from ichseg.errors import TrainingError
 from training.batches.augment_device import augment_batch
 from training.batches.augmentation import OUTSIDE
 from training.batches.gpu_cache import GpuCache, cut_regions, fill_cache
-from training.batches.reading import Patches, Regions, make_patches, read_regions
+from training.batches.reading import (
+    Patches,
+    Regions,
+    begin_worker,
+    make_patches,
+    read_regions,
+)
 from training.batches.sampling import BatchKey, BatchSpec
-from training.data import parallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +153,7 @@ class BatchStream:
         if workers > 0:
             # spawn: a fork would copy this process' threads' locks (OpenMP, autograd) in any state
             self._pool = ProcessPoolExecutor(
-                workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker
+                workers, mp_context=multiprocessing.get_context("spawn"), initializer=begin_worker
             )
             # torch counts threads for each thread that uses it
             self._thread = ThreadPoolExecutor(
@@ -285,8 +289,3 @@ def _send(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
-
-
-def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parallel.end_with_parent()

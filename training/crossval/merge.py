@@ -17,7 +17,7 @@ from pathlib import Path
 from ichseg.errors import PlansError, TrainingError
 from ichseg.files import suffix_of
 from ichseg.model import plans, strict_json
-from training.crossval import validate
+from training.crossval import record, validate
 from training.data import dataset, splits
 from training.data.dataset import add_workspace_argument
 from training.data.workspace import (
@@ -93,7 +93,7 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
         again = f"`train {configuration} --fold {number}` goes on with it"
         weights = load_checkpoint(folder / LATEST_CHECKPOINT, planned, split)["network"]
         try:
-            found = strict_json.load(validate.Validation, folder / VALIDATION_FILE)
+            found = strict_json.load(record.Validation, folder / VALIDATION_FILE)
         except PlansError as error:
             raise TrainingError(f"{folder}: not validated yet; {again}") from error
         done = set(found.dice) if found.weights == validate.weights_digest(weights) else set()

@@ -6,13 +6,12 @@ same weights segment none twice. The first stage of a cascade leaves its labels 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import math
-import shutil
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ichseg.engine import torch_engine
+from ichseg.engine.arrays import FloatArray
 from ichseg.engine.engine import Network
 from ichseg.errors import PlansError, TrainingError
-from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.model.network import build_network
 from ichseg.model.plans import Configuration, Plans
@@ -36,14 +35,13 @@ from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from ichseg.wording import clock
 from training.crossval import cascade_labels, probabilities
+from training.crossval import record as records
 from training.data import dataset
 from training.data.workspace import (
     LATEST_CHECKPOINT,
     VALIDATION_FILE,
     mask_file,
-    masks_folder,
     probabilities_file,
-    probabilities_folder,
 )
 from training.fit import history
 from training.fit.checkpoint import load_checkpoint
@@ -51,34 +49,24 @@ from training.fit.fold_run import FoldRun
 from training.scoring.ignored import leave_out
 from training.store import chunks
 
-SCHEMA_VERSION = 1
-
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Validation:
-    """The layout of ``validation.json``.
+class GridCase:
+    """A case in a configuration's grid.
 
     Attributes:
-        schema_version: The version of this layout.
-        weights: The sha256 of the network's tensors.
-        mirrored: Whether mirrorings were averaged.
-        complete: Whether all of the fold's cases have been segmented.
-        mean_dice: The mean Dice of each label over the cases so far that have it; None where no
-            case has it.
-        dice: The Dice of each label in each case; None where neither mask has the label.
+        name: The case's name.
+        channels: The case's images, one volume each.
+        data: What the network is given, float32 ``(C, Z, Y, X)``.
+        placement: Where the grid lies in the case.
     """
 
-    schema_version: int
-    weights: str
-    mirrored: bool
-    complete: bool
-    mean_dice: Mapping[str, float | None]
-    dice: Mapping[str, Mapping[str, float | None]]
-
-    def __post_init__(self) -> None:
-        strict_json.check_schema("validation", self.schema_version, SCHEMA_VERSION)
+    name: str
+    channels: tuple[Volume, ...]
+    data: FloatArray
+    placement: Placement
 
 
 class _InterruptedError(Exception):
@@ -93,7 +81,7 @@ def validate(
     Writes ``validation/<case>.nii.gz``, ``probabilities/<case>.npz`` and, after each case,
     ``validation.json``. What these weights have segmented already is not done again. If the
     configuration is the first stage of a cascade, its labels go to the second stage's store, as far
-    as that holds the cases.
+    as that holds the cases. Where several processes train together, each segments its share.
 
     Args:
         workspace: The folder that lists the cases.
@@ -106,10 +94,15 @@ def validate(
     weights = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration, run.cases)[
         "network"
     ]
-    record = _continue_record(run, weights_digest(weights))
+    found = records.continued(run, weights_digest(weights))
+    if run.group.count > 1:
+        run.group.all_done(done=True)  # what is of other weights has gone now
+        found = records.continued(run, found.weights)
     second = cascade_labels.following(run.plans, run.configuration.name)
-    names = run.spec.validation
-    waiting = [name for name in names if not _is_done(workspace, run, record, second, name)]
+    names = run.spec.validation[run.group.rank :: run.group.count]
+    waiting = [name for name in names if not _is_done(workspace, run, found, second, name)]
+    if run.group.count > 1:
+        run.group.all_done(done=True)  # none writes before all know what is done
     if len(waiting) < len(names):
         _log.info(
             "validation: %d of %d cases are done already", len(names) - len(waiting), len(names)
@@ -126,36 +119,80 @@ def validate(
                 raise _InterruptedError
             yield scores
 
-    began = time.monotonic()
-    for number, name in enumerate(waiting, start=1):
-        started = time.monotonic()
-        try:
-            labels = _segment_and_store(workspace, run, cases[name], stoppable, second)
-        except _InterruptedError:
-            _log.info("validation: stopped at case %s; the same command goes on from here", name)
-            return False
-        reference = volume.read(cases[name].reference).voxels
-        scores = score_labels(labels, reference, run.plans, data.ignore_label)
-        record = _extended(run, record, name, scores)
-        _write(record, run.folder / VALIDATION_FILE)
-        now = time.monotonic()
-        _log.info(
-            "validation %d/%d  %s  Dice %s  %.1f s  ETA %s",
-            len(names) - len(waiting) + number,
-            len(names),
-            name,
-            _text(scores),
-            now - started,
-            clock((now - began) / number * (len(waiting) - number)),
-        )
-    _log.info("validation: mean Dice %s", _text(record.mean_dice))
+    def store(given: GridCase, scores: Tensor) -> dict[str, float | None]:
+        labels = _write_case(workspace, run, given, scores, second)
+        reference = volume.read(cases[given.name].reference).voxels
+        return score_labels(labels, reference, run.plans, data.ignore_label)
+
+    began = told = time.monotonic()
+    number = 0
+    try:
+        for name, scores in _overlapping([cases[n] for n in waiting], run, stoppable, store):
+            found = records.extended(run, found, {name: scores})
+            records.write(run, found)
+            now, number = time.monotonic(), number + 1
+            _log.info(
+                "validation %d/%d  %s  Dice %s  %.1f s  ETA %s",
+                len(names) - len(waiting) + number,
+                len(names),
+                name,
+                _text(scores),
+                now - told,
+                clock((now - began) / number * (len(waiting) - number)),
+            )
+            told = now
+    except _InterruptedError as stop:
+        _log.info("validation: stopped at case %s; the same command goes on from here", stop)
+        run.group.all_done(done=False)
+        return False
+    if not run.group.all_done(done=True):
+        return False
+    if run.group.leads:
+        found = records.join(run, found)
+        _log.info("validation: mean Dice %s", _text(found.mean_dice))
     return True
+
+
+def _overlapping(
+    cases: Sequence[dataset.Case],
+    run: FoldRun,
+    network: Network,
+    store: Callable[[GridCase, Tensor], dict[str, float | None]],
+) -> Iterator[tuple[str, dict[str, float | None]]]:
+    """Names and scores of cases, in their order.
+
+    While the network runs on a case, one thread reads the next one and another stores what was
+    found in the one before.
+    """
+    threads = {"initializer": torch.set_num_threads, "initargs": (torch.get_num_threads(),)}
+    with (
+        ThreadPoolExecutor(1, "reader", **threads) as reader,
+        ThreadPoolExecutor(1, "writer", **threads) as writer,
+    ):
+        ahead = [reader.submit(read_case, case, run) for case in cases[:1]]
+        behind: list[tuple[str, Future[dict[str, float | None]]]] = []
+        for number, case in enumerate(cases):
+            given = ahead.pop().result()
+            ahead += [reader.submit(read_case, other, run) for other in cases[number + 1 :][:1]]
+            stopped = False
+            try:
+                scores = predict_case(given, run, network)
+            except _InterruptedError:
+                stopped = True
+            for name, stored in behind:
+                yield name, stored.result()
+            if stopped:
+                raise _InterruptedError(case.name)
+            behind = [(case.name, writer.submit(store, given, scores))]
+            del given, scores
+        for name, stored in behind:
+            yield name, stored.result()
 
 
 def is_validated(workspace: Path, run: FoldRun, weights: Mapping[str, Tensor]) -> bool:
     """Whether ``validate`` has done all cases with these weights, as this run asks for."""
     try:
-        found = strict_json.load(Validation, run.folder / VALIDATION_FILE)
+        found = strict_json.load(records.Validation, run.folder / VALIDATION_FILE)
     except PlansError:  # none yet, or of another version
         return False
     if (found.weights, found.mirrored) != (weights_digest(weights), run.config.validation_mirrors):
@@ -180,45 +217,50 @@ def segment_case(
     case: dataset.Case, run: FoldRun, weights: Mapping[str, Tensor]
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Segment one case; the labels have the case's own grid, shape ``(z, y, x)``."""
-    channels = [volume.read(path) for path in case.images]
-    return restore([predict_case(case.name, channels, run, load_network(run, weights))], run.plans)
+    given = read_case(case, run)
+    scores = predict_case(given, run, load_network(run, weights))
+    return restore([(scores, given.placement)], run.plans)
 
 
-def predict_case(
-    name: str, channels: Sequence[Volume], run: FoldRun, network: Network
-) -> tuple[Tensor, Placement]:
-    """Predict one case with one network.
+def read_case(case: dataset.Case, run: FoldRun) -> GridCase:
+    """Read a case and bring it into the configuration's grid.
 
     The second stage of a cascade takes the labels of the first from the store.
 
-    Args:
-        name: The case's name.
-        channels: The case's images, one volume each.
-        run: The fold.
-        network: The fold's network, see ``load_network``.
-
-    Returns:
-        Scores of each voxel, shape ``(K, Z, Y, X)``, in the configuration's grid; and where that
-        grid lies in the case.
+    Raises:
+        TrainingError: It is the second stage, and the first has not segmented the case.
     """
+    channels = tuple(volume.read(path) for path in case.images)
     prepared = prepare.prepare(channels, run.plans, run.configuration)
     data = prepared.data
     if run.spec.previous_labels:
-        previous = chunks.open_case(run.spec.folder, name).previous
+        previous = chunks.open_case(run.spec.folder, case.name).previous
         if previous is None:
             raise TrainingError(
-                f"{run.spec.folder}: case {name} has no labels of the first stage; train that first"
+                f"{run.spec.folder}: case {case.name} has no labels of the first stage; train that "
+                "first"
             )
         data = np.concatenate((data, one_hot(previous[:], run.spec.previous_labels)))
+    return GridCase(case.name, channels, data, prepared.placement)
+
+
+def predict_case(given: GridCase, run: FoldRun, network: Network) -> Tensor:
+    """Scores ``(K, Z, Y, X)`` of a case in the configuration's grid, by one network.
+
+    Args:
+        given: From ``read_case``.
+        run: The fold.
+        network: The fold's network, see ``load_network``.
+    """
     dimensions = run.configuration.architecture.dimensions
     scores = sliding_window.predict_tiled(
         network,
-        torch.from_numpy(data).to(run.device),
+        torch.from_numpy(given.data).to(run.device),
         run.configuration.tile,
         mirror_axes=tuple(range(3 - dimensions, 3)) if run.config.validation_mirrors else (),
     )
     assert isinstance(scores, Tensor)  # as the data are
-    return scores, prepared.placement
+    return scores
 
 
 def score_labels(
@@ -253,54 +295,29 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _segment_and_store(
+def _write_case(
     workspace: Path,
     run: FoldRun,
-    case: dataset.Case,
-    network: Network,
+    given: GridCase,
+    scores: Tensor,
     second: Sequence[Configuration],
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Segment one case, and write its mask, its probabilities and its labels for a second stage."""
-    channels = [volume.read(path) for path in case.images]
-    scores, placement = predict_case(case.name, channels, run, network)
-    labels = restore([(scores, placement)], run.plans)
-    probabilities.save(probabilities_file(run.folder, case.name), scores)
-    volume.write(channels[0].with_voxels(labels), mask_file(run.folder, case.name))
+    """Write a case's mask, its probabilities and its labels for a second stage; gives the mask."""
+    labels = restore([(scores, given.placement)], run.plans)
+    probabilities.save(probabilities_file(run.folder, given.name), scores)
+    volume.write(given.channels[0].with_voxels(labels), mask_file(run.folder, given.name))
     for stage in second:
-        if cascade_labels.can_store(workspace, stage, case.name):
+        if cascade_labels.can_store(workspace, stage, given.name):
             cascade_labels.store_labels(
-                workspace, run.plans, stage, case.name, channels, scores, placement
+                workspace, run.plans, stage, given.name, given.channels, scores, given.placement
             )
     return labels
-
-
-def _continue_record(run: FoldRun, weights: str) -> Validation:
-    """The record of what these weights have done so far; masks of other weights are removed."""
-    fresh = Validation(
-        SCHEMA_VERSION,
-        weights,
-        run.config.validation_mirrors,
-        complete=False,
-        mean_dice={},
-        dice={},
-    )
-    try:
-        found = strict_json.load(Validation, run.folder / VALIDATION_FILE)
-    except PlansError:  # none yet, or of another version
-        found = fresh
-    if (found.weights, found.mirrored) == (fresh.weights, fresh.mirrored) and found.dice:
-        return found
-    (run.folder / VALIDATION_FILE).unlink(missing_ok=True)
-    for mask in (masks_folder(run.folder)).glob("*.nii.gz"):
-        mask.unlink()
-    shutil.rmtree(probabilities_folder(run.folder), ignore_errors=True)
-    return fresh
 
 
 def _is_done(
     workspace: Path,
     run: FoldRun,
-    record: Validation,
+    record: records.Validation,
     second: Sequence[Configuration],
     name: str,
 ) -> bool:
@@ -310,17 +327,6 @@ def _is_done(
         cascade_labels.has_labels(workspace, stage, name)
         for stage in second
         if cascade_labels.can_store(workspace, stage, name)
-    )
-
-
-def _extended(
-    run: FoldRun, record: Validation, name: str, scores: Mapping[str, float | None]
-) -> Validation:
-    known = {**record.dice, name: scores}
-    cases = {name: known[name] for name in run.spec.validation if name in known}
-    means = {label: _mean([s[label] for s in cases.values()]) for label in run.plans.labels[1:]}
-    return dataclasses.replace(
-        record, complete=len(cases) == len(run.spec.validation), mean_dice=means, dice=cases
     )
 
 
@@ -337,15 +343,5 @@ def _warn_of_missing(workspace: Path, stage: Configuration, names: Sequence[str]
         )
 
 
-def _write(record: Validation, path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(strict_json.dumps(record), encoding="utf-8")
-
-
 def _text(scores: Mapping[str, float | None]) -> str:
     return ", ".join(f"{label} {history.number(score).strip()}" for label, score in scores.items())
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return round(sum(known) / len(known), 4) if known else None

@@ -39,6 +39,11 @@ _FOLD = "fold_"
 _RAW, _PREPROCESSED, _RUNS, _EVALUATION = "raw", "preprocessed", "runs", "evaluation"
 
 
+def validation_part(rank: int | str) -> str:
+    """What another process than the leading one calls its part of ``validation.json``."""
+    return f"validation.part{rank}.json"
+
+
 def dataset_file(workspace: Path) -> Path:
     """The list of cases, which ``convert`` writes."""
     return workspace / DATASET_FILE

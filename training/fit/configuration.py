@@ -75,9 +75,13 @@ class TrainingConfig:
     precision: str = _option(
         "fp32",
         "of convolutions, loss and weights stay in fp32: fp32, bf16, fp16 (CUDA only; the loss is "
-        "scaled), or auto (fp16 on CUDA, fp32 on the CPU)",
+        "scaled), or auto (on CUDA bf16 where the card has it, else fp16; fp32 on the CPU)",
     )
-    compile: bool = _option(False, "compile the network with torch.compile (minutes, once)")
+    compile: bool | None = _option(
+        None,
+        "compile the network with torch.compile (a minute, once); left out, on a GPU alone, and "
+        "where a trial shows that it is faster",
+    )
     deterministic: bool = _option(
         False, "the same sums in the same order on CUDA, too, where torch can; slower"
     )
@@ -265,7 +269,7 @@ def add_flags(group: Any, cls: type[Any], recipes: Mapping[str, Any]) -> None:
         usual, *_ = shown.values()
         others = [f"; {recipe}: {value}" for recipe, value in shown.items() if value != usual]
         options: dict[str, Any] = {"default": None, "help": f"{text} [{usual}{''.join(others)}]"}
-        if hint is bool:
+        if hint in (bool, bool | None):
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(hint) is tuple:
             options |= {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")}

@@ -60,9 +60,11 @@ class FoldRun:
     @property
     def precision(self) -> str:
         """``fp32``, ``bf16`` or ``fp16``."""
-        if self.config.precision == "auto":
-            return "fp16" if self.device.type == "cuda" else "fp32"
-        return self.config.precision
+        if self.config.precision != "auto":
+            return self.config.precision
+        if self.device.type == "cpu":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
     @property
     def layout(self) -> torch.memory_format:

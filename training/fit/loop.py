@@ -1,9 +1,9 @@
 """Train one fold of one configuration: epoch after epoch, until the schedule ends it.
 
-The run's folder holds everything: ``config.json``, ``checkpoint_latest.pt`` after every epoch,
-``checkpoint_best.pt``, ``progress.csv``, ``progress.png``. A run that was cut off is resumed from
-its latest checkpoint; on the CPU, with as many threads, it ends bit-equal to one that was not.
-Started by ``torchrun``, one fold trains on several GPUs, each with its share of every batch.
+The run's folder holds everything: ``config.json``, ``checkpoint_latest.pt`` every few minutes and
+at the end, ``checkpoint_best.pt``, ``progress.csv``, ``progress.png``. A run that was cut off is
+resumed from its latest checkpoint; on the CPU, with as many threads, it ends bit-equal to one that
+was not. Started by ``torchrun``, one fold trains on several GPUs, each with its share of every batch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import itertools
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -27,18 +28,19 @@ from ichseg.errors import TrainingError
 from ichseg.model import strict_json
 from training.batches.sampling import BatchKey
 from training.batches.stream import BatchStream, open_batches
-from training.data.workspace import BEST_CHECKPOINT, CONFIG_FILE, LATEST_CHECKPOINT
+from training.data.workspace import CONFIG_FILE, LATEST_CHECKPOINT
 from training.fit import schedule
-from training.fit.checkpoint import LOWEST_SCALE, diverged, resume, save
+from training.fit.checkpoint import LOWEST_SCALE, Saver, diverged, resume, save
+from training.fit.compiling import forward_of
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun
 from training.fit.history import EpochRow
 from training.fit.pretrained import load_pretrained
 from training.fit.progress import Moment, Watch
 from training.fit.step import (
+    Reading,
     TrainingState,
     begin,
-    compile_forward,
     determinism,
     memory_advice,
     pseudo_dice,
@@ -96,8 +98,7 @@ def _state_of(run: FoldRun, *, restart: bool) -> TrainingState:
     elif run.config.pretrained is not None:
         bundle = Path(run.config.pretrained)
         load_pretrained(state.network, bundle, run.configuration.name, run.fold)
-    if run.config.compile:
-        state.forward = compile_forward(run, state.network)
+    state.forward = forward_of(run, state.network)
     if run.group.leads:
         files.remove_unfinished(run.folder)  # of a session that was killed
         with files.replacing(run.folder / CONFIG_FILE) as temporary:
@@ -115,7 +116,7 @@ def _train(run: FoldRun, state: TrainingState, interrupted: Interrupted) -> str 
     _log.info("training %s", _describe(run, state))
     keys = batch_keys(config, state.schedule.epoch, len(state.losses))
     stream = open_batches(run.spec, keys, config.stream, run.device, run.layout)
-    with stream, _watch(run, state) as watch:
+    with stream, Saver(run) as saver, _watch(run, state) as watch:
         while reason is None:
             try:
                 whole = _train_batches(
@@ -129,17 +130,13 @@ def _train(run: FoldRun, state: TrainingState, interrupted: Interrupted) -> str 
                     ) from error
                 whole = False
             if not whole:
-                save(run, state, LATEST_CHECKPOINT)
+                saver.save(state)
                 return None
             began = time.perf_counter()
             reason = schedule.end_reason(rules, state.schedule, state.elapsed_s)
-            if state.best_dice is not None and state.best_dice == state.average_dice:
-                save(run, state, BEST_CHECKPOINT)
             if watch is not None:
                 watch.epoch(state.history, state.elapsed_s, last=reason is not None)
-            save(
-                run, state, LATEST_CHECKPOINT
-            )  # last: what a kill before it leaves out is done again
+            saver.epoch(state, last=reason is not None)
             state.elapsed_s += time.perf_counter() - began
     return reason
 
@@ -151,28 +148,48 @@ def _train_batches(
     interrupted: Interrupted,
     watch: Watch | None,
 ) -> bool:
-    """Train on the batches left in this epoch, or in the time; False when interrupted."""
+    """Train on the batches left in this epoch, or in the time; False when interrupted.
+
+    On a GPU the loss of a step is read while the next one is computed.
+    """
     config = run.config
+    at_most = _steps_ahead(run.device)
+    under_way: deque[Reading] = deque()
+
+    def read(left: int) -> None:
+        while len(under_way) > left:
+            loss = under_way.popleft().read()
+            if not math.isfinite(loss) and not _is_left_out(state):
+                step = f"epoch {state.schedule.epoch + 1}, step {len(state.losses) + 1}"
+                raise diverged(run, f"the loss is {loss} in {step}")
+            state.losses.append(loss)
+            if watch is not None:
+                watch.step(_moment(state, len(state.losses), config.batches_per_epoch, loss))
+
     for group in state.optimiser.param_groups:
         group["lr"] = state.schedule.learning_rate
-    while len(state.losses) < config.batches_per_epoch:
+    stopped = False
+    while len(state.losses) + len(under_way) < config.batches_per_epoch:
         stopped, late = run.group.any(interrupted(), _time_is_up(config, state))
-        if stopped:
-            return False
-        if late:  # what is left of the epoch is dropped
+        if late and not stopped:  # what is left of the epoch is dropped
             stream.restart(_validation_keys(config, state.schedule.epoch))
+        if stopped or late:
             break
         with _timed(state, stream):
-            loss = train_step(run, state, next(stream))
-        if not math.isfinite(loss) and not _is_left_out(state):
-            step = f"epoch {state.schedule.epoch + 1}, step {len(state.losses) + 1}"
-            raise diverged(run, f"the loss is {loss} in {step}")
-        state.losses.append(loss)
-        if watch is not None:
-            watch.step(_moment(state, len(state.losses), config.batches_per_epoch, loss))
+            under_way.append(Reading(train_step(run, state, next(stream))))
+            read(at_most)
+    with _timed(state, stream):
+        read(0)
+    if stopped:
+        return False
     if state.losses and not any(map(math.isfinite, state.losses)):
         raise diverged(run, f"no loss of epoch {state.schedule.epoch + 1} is finite")
     return True
+
+
+def _steps_ahead(device: torch.device) -> int:
+    """How many steps a device is given before the loss of one is read."""
+    return 1 if device.type == "cuda" else 0
 
 
 def _validate_batches(
@@ -184,16 +201,17 @@ def _validate_batches(
 ) -> bool:
     """Validate on patches, which ends the epoch; False when interrupted."""
     losses: list[float] = []
-    counts = torch.zeros(len(run.plans.labels) - 1, 2, dtype=torch.int64)
+    counts = torch.zeros(len(run.plans.labels) - 1, 2, dtype=torch.int64, device=run.device)
     state.network.eval()
     steps = run.config.validation_batches
     while len(losses) < steps:
         if any(run.group.any(interrupted())):
             return False
         with _timed(state, stream):
-            loss, found = validation_step(run, state, next(stream))
+            found, hits = validation_step(run, state, next(stream))
+            loss = found.item()
         losses.append(loss)
-        counts += found
+        counts += hits
         if watch is not None:
             watch.step(_moment(state, len(losses), steps, loss, validating=True))
     if not math.isfinite(sum(losses)):  # it would stay in the schedule's average for ever

@@ -78,7 +78,7 @@ def cross_entropy(
     if ignoring:
         voxels = truth.count_nonzero().to(likelihood.dtype)  # each voxel has one label, or none
     else:
-        voxels = likelihood.new_tensor(truth.numel() // truth.shape[1])
+        voxels = likelihood.new_full((), truth.numel() // truth.shape[1])  # no copy to wait for
     total = group.total(torch.stack([likelihood, voxels]))
     return -total[0] / total[1].clamp(min=1)
 
@@ -106,7 +106,7 @@ def soft_dice(
     ratio = (2 * hits + SMOOTH) / (masks + SMOOTH)
     if batch_dice:
         return ratio.mean()
-    total = group.total(torch.stack([ratio.sum(), ratio.new_tensor(ratio.numel())]))
+    total = group.total(torch.stack([ratio.sum(), ratio.new_full((), ratio.numel())]))
     return total[0] / total[1]
 
 

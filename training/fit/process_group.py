@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -25,7 +25,8 @@ from torch import Tensor, distributed, nn
 from ichseg.errors import TrainingError
 
 _STEP = datetime.timedelta(minutes=15)  # that processes wait for each other within a training
-_VALIDATION = datetime.timedelta(days=2)  # that the others wait for the leading process
+BUCKET_BYTES = 25_000_000  # of a bucket at least, so that few sums are taken
+_VALIDATION = datetime.timedelta(days=2)  # that processes wait for each other there
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +56,6 @@ class ProcessGroup:
         """
         return value if self.count == 1 else _Total.apply(value)
 
-    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each gradient by its sum over the processes."""
-        if self.count == 1:
-            return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        joined = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        with _together():
-            distributed.all_reduce(joined)
-        parts = joined.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
-
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag whether it is set in any process; all processes get the same answer."""
         if self.count == 1:
@@ -88,7 +77,7 @@ class ProcessGroup:
     def all_done(self, done: bool) -> bool:
         """Wait for all processes, for hours if need be; whether all of them are done.
 
-        The others wait so while the leading process validates a fold.
+        Validation takes one process longer than another.
         """
         if self.count == 1:
             return done
@@ -114,6 +103,120 @@ class _Total(torch.autograd.Function):
     def backward(_: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         """Pass the gradient straight through, see ``ProcessGroup.total``."""
         return gradient
+
+
+class _UnderWay(NamedTuple):
+    """A sum over the processes that has been asked for.
+
+    Attributes:
+        work: Waits for it.
+        joined: The bucket's gradients one after another, which become their sums.
+        gradients: Where these go.
+    """
+
+    work: Any
+    joined: Tensor
+    gradients: list[Tensor]
+
+
+class GradientSums:
+    """Replaces each gradient of a network by its sum over the processes.
+
+    The sums are taken while the backward pass still goes on. The first step shows which parameters
+    have a gradient at all, and in which order these come. From then on they are summed in buckets
+    of that order, each as soon as its last gradient is there: what is left to wait for at the end
+    is the last bucket.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Have each gradient announced from now on.
+
+        Args:
+            parameters: Those of the network, in the same order in all processes.
+        """
+        self._parameters = list(parameters)
+        self._came: list[int] = []  # numbers of the parameters whose gradients came in this step
+        self._buckets: list[list[int]] = []  # numbers of parameters; none before the first step
+        self._missing: list[int] = []  # of each bucket, how many gradients are still to come
+        self._bucket_of: dict[int, int] = {}
+        self._sent = 0  # buckets whose sum has been asked for
+        self._under_way: list[_UnderWay] = []
+        for number, parameter in enumerate(self._parameters):
+            parameter.register_post_accumulate_grad_hook(self._hook(number))
+
+    def _hook(self, number: int) -> Any:
+        def came(_: Tensor) -> None:
+            self._came.append(number)
+            if number in self._bucket_of:
+                self._missing[self._bucket_of[number]] -= 1
+                self._send(whole=True)
+
+        return came
+
+    def finish(self) -> None:
+        """Wait for the sums of this step.
+
+        Raises:
+            TrainingError: Another process has ended.
+        """
+        if not self._buckets:
+            self._plan()
+        assert self._bucket_of.keys() >= set(self._came)  # the graph is the same in each step
+        self._send(whole=False)
+        for sums in self._under_way:
+            with _together():
+                sums.work.wait()
+            parts = sums.joined.split([gradient.numel() for gradient in sums.gradients])
+            for gradient, part in zip(sums.gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+        self._under_way, self._sent, self._came = [], 0, []
+        self._missing = [len(bucket) for bucket in self._buckets]
+
+    def _plan(self) -> None:
+        """Deal the gradients to buckets in the order in which process 0 got them."""
+        came = list(dict.fromkeys(self._came))  # once each: there may have been a trial before
+        order = torch.full((len(self._parameters),), -1)
+        order[: len(came)] = torch.tensor(came)
+        with _together():
+            distributed.broadcast(order, 0)
+        self._buckets = list(_dealt([n for n in order.tolist() if n >= 0], self._parameters))
+        self._missing = [0] * len(self._buckets)  # all are there
+        self._bucket_of = {n: i for i, bucket in enumerate(self._buckets) for n in bucket}
+
+    def _send(self, *, whole: bool) -> None:
+        """Ask for the sums of the next buckets, in the same order in all processes.
+
+        Args:
+            whole: Only of those whose gradients are all there.
+        """
+        while self._sent < len(self._buckets) and not (whole and self._missing[self._sent]):
+            gradients = [self._gradient(number) for number in self._buckets[self._sent]]
+            joined = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            with _together():
+                work = distributed.all_reduce(joined, async_op=True)
+            self._under_way.append(_UnderWay(work, joined, gradients))
+            self._sent += 1
+
+    def _gradient(self, number: int) -> Tensor:
+        """The gradient of a parameter; zeros where this process has none."""
+        parameter = self._parameters[number]
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
+
+
+def _dealt(order: list[int], parameters: list[nn.Parameter]) -> Iterator[list[int]]:
+    """Numbers of parameters in this order, in buckets of at least ``BUCKET_BYTES``."""
+    bucket: list[int] = []
+    size = 0
+    for number in order:
+        bucket.append(number)
+        size += parameters[number].numel() * parameters[number].element_size()
+        if size >= BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
 
 
 @contextlib.contextmanager

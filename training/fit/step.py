@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ichseg.engine import torch_device
 from ichseg.errors import TrainingError
 from ichseg.model.network import build_network
 from ichseg.predict.dice import dice_of_counts
@@ -23,12 +22,11 @@ from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun
 from training.fit.history import EpochRow
 from training.fit.losses import dice_cross_entropy
+from training.fit.process_group import GradientSums
 from training.fit.schedule import ScheduleState
 from training.planning import recipes
 
 Forward = Callable[[Tensor], Tensor | list[Tensor]]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -40,6 +38,7 @@ class TrainingState:
         forward: The network, or its compiled form.
         optimiser: The optimiser, with its moments.
         scaler: Scales the loss under fp16; does nothing otherwise.
+        sums: Adds gradients up over the processes; None alone.
         schedule: Where the schedule stands after the last whole epoch.
         losses: Training losses of the current epoch so far, one for each step.
         seconds: Seconds spent in the current epoch so far.
@@ -55,6 +54,7 @@ class TrainingState:
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     schedule: ScheduleState
+    sums: GradientSums | None = None
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     data_wait_s: float = 0.0
@@ -80,13 +80,17 @@ def begin(run: FoldRun) -> TrainingState:
         optimiser=make_optimiser(network, run.config),
         scaler=torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16"),
         schedule=schedule.start(run.config.rules),
+        sums=GradientSums(network.parameters()) if run.group.count > 1 else None,
     )
 
 
 def make_optimiser(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Adam or SGD over all parameters."""
+    """Adam or SGD over all parameters; on CUDA in one kernel, which can also leave a step out."""
     kind = torch.optim.Adam if config.optimiser == "adam" else torch.optim.SGD
-    return kind(network.parameters(), lr=config.learning_rate, **_optimiser_settings(config))
+    fused = True if next(network.parameters()).is_cuda else None
+    return kind(
+        network.parameters(), lr=config.learning_rate, fused=fused, **_optimiser_settings(config)
+    )
 
 
 def restore_optimiser(
@@ -99,7 +103,9 @@ def restore_optimiser(
         saved: State of the saved one.
         config: What the user chose, which may differ from what it was saved with.
     """
-    optimiser.load_state_dict(saved)
+    fused = optimiser.param_groups[0]["fused"]  # by the device, which may be another one now
+    groups = [group | {"fused": fused} for group in saved["param_groups"]]
+    optimiser.load_state_dict(saved | {"param_groups": groups})
     for group in optimiser.param_groups:
         group.update(_optimiser_settings(config))
         if group.get("amsgrad"):
@@ -118,32 +124,45 @@ def _optimiser_settings(config: TrainingConfig) -> dict[str, Any]:
     }
 
 
-def train_step(run: FoldRun, state: TrainingState, batch: Batch) -> float:
-    """One update of the weights; the loss of the whole batch before it.
+def train_step(run: FoldRun, state: TrainingState, batch: Batch) -> Tensor:
+    """One update of the weights; the loss of the whole batch before it, where that was computed.
 
     Under fp16 a step whose loss or gradient overflows is left out, and the scale of the loss
-    halved. A loss that is not finite never reaches the weights.
+    halved. A loss that is not finite never reaches the weights. On CUDA nobody waits here for what
+    the GPU has to do.
     """
     state.network.train()
     loss = _loss(run, _forward(run, state, batch.data), batch.target)
     state.optimiser.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
-    value = loss.item()
-    if math.isfinite(value) or state.scaler.is_enabled():  # the scaler leaves the step out
-        run.group.add_gradients(state.network.parameters())
-        state.scaler.unscale_(state.optimiser)
-        if run.config.gradient_clip:
-            nn.utils.clip_grad_norm_(state.network.parameters(), run.config.gradient_clip)
+    if state.sums is not None:
+        state.sums.finish()
+    state.scaler.unscale_(state.optimiser)
+    if run.config.gradient_clip:
+        nn.utils.clip_grad_norm_(state.network.parameters(), run.config.gradient_clip)
+    loss = loss.detach()
+    if state.scaler.is_enabled():
         state.scaler.step(state.optimiser)
         state.scaler.update()
-    return value
+    else:
+        _step_if(loss.isfinite(), state.optimiser)
+    return loss
+
+
+def _step_if(wanted: Tensor, optimiser: torch.optim.Optimizer) -> None:
+    """Take a step if a truth value on the device says so; a fused optimiser asks it there."""
+    if optimiser.param_groups[0]["fused"]:
+        optimiser.found_inf = (~wanted).float()  # type: ignore[attr-defined]  # as a scaler does
+        optimiser.step()
+    elif wanted:
+        optimiser.step()
 
 
 @torch.no_grad()
-def validation_step(run: FoldRun, state: TrainingState, batch: Batch) -> tuple[float, Tensor]:
+def validation_step(run: FoldRun, state: TrainingState, batch: Batch) -> tuple[Tensor, Tensor]:
     """Loss, and per foreground class the hits and both masks' voxels, int64 ``(K - 1, 2)``.
 
-    Both are of the whole batch, whichever process has which samples.
+    Both are of the whole batch, whichever process has which samples, and where they were computed.
     """
     logits = _forward(run, state, batch.data)
     assert isinstance(logits, Tensor)  # the network is in evaluation mode: one head
@@ -155,7 +174,24 @@ def validation_step(run: FoldRun, state: TrainingState, batch: Batch) -> tuple[f
     for label in range(1, logits.shape[1]):
         ours, theirs = found == label, target == label
         counts.append(torch.stack([(ours & theirs).sum(), ours.sum() + theirs.sum()]))
-    return loss.item(), run.group.total(torch.stack(counts).cpu())
+    return loss, run.group.total(torch.stack(counts))
+
+
+class Reading:
+    """A number on its way from the device to the host; only who reads it waits for it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value.to("cpu", non_blocking=True)
+        self._there: torch.cuda.Event | None = None
+        if value.is_cuda:  # what the device is given from now on need not be waited for
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def read(self) -> float:
+        """The number."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._value.item()
 
 
 def pseudo_dice(counts: Tensor) -> tuple[float | None, ...]:
@@ -185,36 +221,6 @@ def autocast(run: FoldRun) -> torch.autocast:
     """The precision that convolutions are computed in."""
     dtype = torch.float16 if run.precision == "fp16" else torch.bfloat16
     return torch.autocast(run.device.type, dtype, enabled=run.precision != "fp32")
-
-
-def compile_forward(run: FoldRun, network: nn.Module) -> Forward:
-    """The network compiled for this run's patch, or as it is, with a warning, where that fails.
-
-    A step and a validation step on zeros show whether it does: torch compiles at the first use.
-    """
-    compiled: Any = torch.compile(network)
-    samples = range(run.spec.batch)[run.spec.mine]
-    shape = (len(samples), run.plans.input_channels(run.configuration), *run.spec.patch)
-    data = torch.zeros(shape, device=run.device).contiguous(memory_format=run.layout)
-    network.train()
-    try:
-        with autocast(run):
-            logits = compiled(data)
-        heads = [logits] if isinstance(logits, Tensor) else logits
-        torch.stack([head.float().sum() for head in heads]).sum().backward()
-        network.eval()
-        with torch.no_grad(), autocast(run):
-            compiled(data)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a compiler may raise
-        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-        _log.warning("torch.compile failed (%s); training goes on without it", reason)
-        return network
-    finally:
-        network.zero_grad(set_to_none=True)
-    forward: Forward = compiled
-    return forward
 
 
 @contextlib.contextmanager
@@ -247,7 +253,9 @@ def memory_advice(run: FoldRun) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not torch_device.is_full(error):
+            raise
         c = run.configuration
         tried = f"patch {'x'.join(map(str, c.patch))}, batch {c.batch}, {run.precision}"
         advice = []

@@ -14,9 +14,8 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
-
-from ichseg.errors import IchsegError, TrainingError
+from ichseg.engine import torch_device
+from ichseg.errors import DeviceFullError, IchsegError, TrainingError
 from ichseg.model import plans
 from training.crossval import cascade_labels
 from training.crossval.validate import is_validated, validate
@@ -68,7 +67,7 @@ def run_fold(
         fold: Index into the splits, or ``all`` to train on every case.
         config: What the user chose.
         restart: Begin anew although there is a checkpoint.
-        group: The processes that train this fold together; the leading one writes and validates.
+        group: The processes that train this fold together, and share the cases that it validates.
         signals: Takes the signals meanwhile, and knows afterwards which came; one of its own by
             default.
 
@@ -85,7 +84,7 @@ def run_fold(
         if not train_fold(run, restart=restart, interrupted=noted.came):
             _log.info("stopped by %s; the same command goes on from here", noted.name)
             return False
-        if not wants_validation(run) or not group.leads:
+        if not wants_validation(run):
             return True
         with determinism(run), _memory_advice(run):
             return validate(workspace, run, interrupted=noted.came)
@@ -104,7 +103,9 @@ def _memory_advice(run: FoldRun) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError, DeviceFullError) as error:
+        if not isinstance(error, MemoryError) and not torch_device.is_full(error):
+            raise
         raise TrainingError(
             f"{run.folder}: out of memory on {run.device} while segmenting the validation cases; "
             "the training has ended and its weights are kept. The same command validates where "
