@@ -13,7 +13,7 @@ BENCHMARKS := preprocessing inference evaluation large_volume
 # Folder of the rival's environment, made there if need be: make bench RIVAL_ENV=/opt/nnunetv2
 RIVAL_ENV  := benchmarks/.rival-env
 
-.PHONY: help demo test browser lint types fuzz image bench clean
+.PHONY: help demo test browser gpu lint types fuzz image bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -27,6 +27,10 @@ test: $(VENV)/.dev-installed ## pytest, all but what needs a GPU or a browser
 
 browser: $(VENV)/.dev-installed ## the report's pages in Chromium (apt-get install chromium)
 	$(PY) -m pytest -q -m browser
+
+gpu: $(VENV)/.dev-installed ## what needs a GPU: its tests, then training and inference against nnunetv2
+	$(PY) -m pytest -q -m gpu
+	PYTHON=$(PY) benchmarks/gpu.sh --work benchmarks/.gpu $(if $(DATA),--data $(DATA))
 
 lint: $(VENV)/.dev-installed ## ruff: rules and format
 	$(VENV)/bin/ruff check .

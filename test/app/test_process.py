@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from conftest import make_bundle
 
 import ichseg
@@ -74,6 +75,19 @@ def test_flat_folder(place, scan):
     assert report["volume_ml"] == pytest.approx(expected_ml, abs=1e-3)
     assert report["ran"]["networks"] == ["3d_fullres fold 0"]
     assert results[1]["error_messages"] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_two_scans_on_a_gpu(place, scan):
+    volume.write(scan, place / "input" / "again.nii.gz")
+    lines = run(place, "--device", "cuda", "--preset", "full")
+    masks = [volume.read(place / "output" / n).voxels for n in ("scan.mha", "again.nii.gz")]
+    np.testing.assert_array_equal(*masks)
+    run(place, "--device", "cpu", "--preset", "full")
+    assert np.mean(masks[0] != volume.read(place / "output" / "scan.mha").voxels) < 0.01
+    assert not any("stay on the host" in line for line in lines)
+    assert any(" of the GPU's" in line for line in lines)
 
 
 def test_platform_layout_gets_one_mha_and_no_pictures(place):

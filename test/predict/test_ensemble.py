@@ -55,6 +55,7 @@ def test_presets_run_what_they_say(tmp_path, scan):
         assert seen[-1] == (passes * tiles, passes * tiles)
         assert seen == sorted(set(seen))
         assert result.ran["forward_passes"] == passes * tiles
+        assert result.ran["tiles_at_once"] == {"3d_fullres": 1}  # by OpenVINO
     with pytest.raises(InputError, match="preset 'best', expected one of full, balanced, fast"):
         ensemble.segment(scan, "best")
 
@@ -116,6 +117,41 @@ def test_cuda_agrees_with_cpu(tmp_path, scan):
         Ensemble.load(tmp_path, device).segment(scan).mask.voxels for device in ("cpu", "cuda")
     ]
     assert np.mean(masks[0] != masks[1]) < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_second_case_is_computed_as_the_first_one_was(tmp_path, scan):
+    make_bundle(tmp_path)
+    ensemble = Ensemble.load(tmp_path, "cuda")
+    allowed = ensemble.engine.device_bytes()
+    first, second = (ensemble.segment(scan) for _ in range(2))
+    assert "scores_on_host" not in first.ran | second.ran
+    assert first.ran == second.ran
+    np.testing.assert_array_equal(first.mask.voxels, second.mask.voxels)
+    assert second.seconds["compile"] < 0.01  # the networks have stayed
+    assert ensemble.engine.device_bytes() == pytest.approx(allowed, rel=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("spare", [24 * 2**20, 6 * 2**20])
+def test_on_a_gpu_that_is_all_but_full_batches_are_smaller_and_the_mask_is_the_same(
+    tmp_path, scan, spare
+):
+    """Room for some tiles of hundreds, or for so few that the scores go to the host."""
+    make_bundle(tmp_path)
+    expected = Ensemble.load(tmp_path, "cuda").segment(scan)
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + spare) / total)
+    try:
+        found = Ensemble.load(tmp_path, "cuda").segment(scan)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert np.mean(found.mask.voxels != expected.mask.voxels) < 0.01
+    at_once = "tiles_at_once"
+    assert found.ran[at_once]["3d_fullres"] < expected.ran[at_once]["3d_fullres"]
 
 
 def test_a_budget_that_suffices_runs_all_and_says_what_ran(tmp_path, scan):

@@ -3,7 +3,8 @@
 The run's folder holds everything: ``config.json``, ``checkpoint_latest.pt`` every few minutes and
 at the end, ``checkpoint_best.pt``, ``progress.csv``, ``progress.png``. A run that was cut off is
 resumed from its latest checkpoint; on the CPU, with as many threads, it ends bit-equal to one that
-was not. Started by ``torchrun``, one fold trains on several GPUs, each with its share of every batch.
+was not. Started by ``torchrun``, one fold trains on several GPUs, each with its share of every
+batch.
 """
 
 from __future__ import annotations
