@@ -68,7 +68,7 @@ def continued(run: FoldRun, weights: str) -> Validation:
         mean_dice={},
         dice={},
     )
-    dice = {}
+    dice: dict[str, Mapping[str, float | None]] = {}
     for path, found in _records(run):
         if (found.weights, found.mirrored) == (fresh.weights, fresh.mirrored):
             dice |= found.dice

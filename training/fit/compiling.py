@@ -34,7 +34,7 @@ def forward_of(run: FoldRun, network: nn.Module) -> Forward:
     if wanted is False or (wanted is None and run.device.type != "cuda"):
         return network
     try:
-        compiled: Forward = torch.compile(network)
+        compiled: Any = torch.compile(network)
         data = _zeros(run)
         _step(run, network, compiled, data)
         network.eval()
