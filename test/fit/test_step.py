@@ -59,14 +59,12 @@ def test_a_loss_that_is_not_finite_does_not_reach_the_weights(fresh, monkeypatch
 @pytest.mark.parametrize("optimiser", ["adam", "sgd"])
 def test_a_fused_optimiser_leaves_such_a_step_out_by_itself(fresh, optimiser, monkeypatch):
     """As on CUDA, where nobody waits for the loss; torch has it on the CPU, too."""
-    run = open_run(fresh, "3d_fullres", "0", dataclasses.replace(SGD, optimiser=optimiser))
+    config = dataclasses.replace(SGD, optimiser=optimiser, learning_rate=0.01)
+    run = open_run(fresh, "3d_fullres", "0", config)
     state, plain = begin(run), begin(run)
-    kind = type(state.optimiser)
-    settings = step._optimiser_settings(run.config)
-    state.optimiser = kind(state.network.parameters(), lr=0.01, fused=True, **settings)
-    plain.optimiser = kind(plain.network.parameters(), lr=0.01, **settings)
+    state.optimiser = step.make_optimiser(state.network, run.config, fused=True)
     real = step.dice_cross_entropy
-    for spoilt in (False, True, False):
+    for spoilt in (True, False, True, False):
         before = parameters(state)
         with monkeypatch.context() as patch:
             if spoilt:
@@ -86,10 +84,7 @@ def test_moments_of_another_device_are_taken_over(fresh):
     """A checkpoint of the CPU goes on with a fused optimiser, and the other way round."""
     run = open_run(fresh, "3d_fullres", "0", QUICK)
     plain, fused = begin(run), begin(run)
-    settings = step._optimiser_settings(run.config)
-    fused.optimiser = torch.optim.Adam(
-        fused.network.parameters(), lr=run.config.learning_rate, fused=True, **settings
-    )
+    fused.optimiser = step.make_optimiser(fused.network, run.config, fused=True)
     train_step(run, plain, some_batch())
     fused.network.load_state_dict(plain.network.state_dict())
     step.restore_optimiser(fused.optimiser, plain.optimiser.state_dict(), run.config)

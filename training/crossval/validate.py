@@ -164,7 +164,10 @@ def _overlapping(
     While the network runs on a case, one thread reads the next one and another stores what was
     found in the one before.
     """
-    threads: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (torch.get_num_threads(),)}
+    threads: dict[str, Any] = {
+        "initializer": torch.set_num_threads,
+        "initargs": (torch.get_num_threads(),),
+    }
     with (
         ThreadPoolExecutor(1, "reader", **threads) as reader,
         ThreadPoolExecutor(1, "writer", **threads) as writer,

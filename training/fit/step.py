@@ -77,20 +77,34 @@ def begin(run: FoldRun) -> TrainingState:
     return TrainingState(
         network=network,
         forward=network,
-        optimiser=make_optimiser(network, run.config),
+        optimiser=make_optimiser(network, run.config, fused=run.device.type == "cuda"),
         scaler=torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16"),
         schedule=schedule.start(run.config.rules),
         sums=GradientSums(network.parameters()) if run.group.count > 1 else None,
     )
 
 
-def make_optimiser(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Adam or SGD over all parameters; on CUDA in one kernel, which can also leave a step out."""
+def make_optimiser(
+    network: nn.Module, config: TrainingConfig, *, fused: bool
+) -> torch.optim.Optimizer:
+    """Adam or SGD over all parameters.
+
+    Args:
+        network: Has the parameters.
+        config: What the user chose.
+        fused: In one kernel, which can leave a step out by itself.
+    """
     kind = torch.optim.Adam if config.optimiser == "adam" else torch.optim.SGD
-    fused = True if next(network.parameters()).is_cuda else None
-    return kind(
-        network.parameters(), lr=config.learning_rate, fused=fused, **_optimiser_settings(config)
+    optimiser = kind(
+        network.parameters(),
+        lr=config.learning_rate,
+        fused=fused or None,
+        **_optimiser_settings(config),
     )
+    if fused and config.optimiser == "sgd" and config.momentum:
+        for parameter in network.parameters():  # torch leaves it as it is if step 1 is left out
+            optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimiser
 
 
 def restore_optimiser(
