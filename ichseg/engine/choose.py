@@ -14,7 +14,7 @@ DEVICES = ("auto", "cpu", "cuda", "torch-cpu")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-def choose_engine(device: str, precision: str = "auto") -> Engine:
+def choose_engine(device: str, precision: str = "auto", threads: int = 0) -> Engine:
     """The engine for a device; neither torch nor OpenVINO is imported where the other one runs.
 
     Args:
@@ -22,6 +22,7 @@ def choose_engine(device: str, precision: str = "auto") -> Engine:
             (OpenVINO; torch if that is not installed), ``cuda``, or ``torch-cpu`` (the reference).
         precision: Of convolutions. ``auto`` is float16 on CUDA, float32 by torch on the CPU, and by
             OpenVINO bfloat16 on processors that compute it themselves, else float32.
+        threads: Of the CPU; 0 for as many as this process may really use.
 
     Raises:
         DeviceError: Another word; or CUDA was asked for and is not usable; or torch on the CPU was
@@ -47,12 +48,14 @@ def choose_engine(device: str, precision: str = "auto") -> Engine:
         from ichseg.engine import openvino_engine
 
         try:
-            return _noted(openvino_engine.engine(cpu_threads(), precision), notes)
+            return _noted(openvino_engine.engine(threads or cpu_threads(), precision), notes)
         except ImportError as error:
             notes.append(f"; not by OpenVINO, which cannot be loaded ({error})")
     from ichseg.engine import torch_device, torch_engine
 
-    return _noted(torch_engine.engine_on(torch_device.choose_device("cpu"), precision), notes)
+    return _noted(
+        torch_engine.engine_on(torch_device.choose_device("cpu"), precision, threads), notes
+    )
 
 
 def gpu_is_there() -> bool:

@@ -37,12 +37,13 @@ class BatchSize:
     tiles: int
 
 
-def engine_on(device: torch.device, precision: str = "auto") -> Engine:
-    """The engine; on the CPU with the threads that this process may really use.
+def engine_on(device: torch.device, precision: str = "auto", threads: int = 0) -> Engine:
+    """The engine.
 
     Args:
         device: Where it runs.
         precision: Of convolutions, see ``choose_engine``.
+        threads: On the CPU; 0 for as many as this process may really use.
 
     Raises:
         DeviceError: bfloat16 on the CPU, where torch is the reference; or the GPU fails at once.
@@ -52,7 +53,7 @@ def engine_on(device: torch.device, precision: str = "auto") -> Engine:
     if precision == "auto":
         precision = "float16" if device.type == "cuda" else "float32"
     if device.type == "cpu":
-        torch.set_num_threads(cpu_threads())
+        torch.set_num_threads(threads or cpu_threads())
     else:
         torch_device.warm_up(device)
         torch.backends.cudnn.benchmark = True  # the shapes of batches are few, and come again

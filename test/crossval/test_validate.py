@@ -291,3 +291,29 @@ def test_the_digest_is_of_names_and_values():
     assert weights_digest({"a": weights["a"].clone(), "b": weights["b"]}) == digest
     assert weights_digest({"a": weights["a"].T, "b": weights["b"]}) != digest
     assert weights_digest({"a": weights["a"], "c": weights["b"]}) != digest
+
+
+def test_on_the_cpu_the_engine_of_inference_runs_with_the_threads_of_the_fold(
+    workspace, monkeypatch
+):
+    engines, real = [], module.choose_engine
+
+    def choose(*args, **options):
+        engines.append(real(*args, **options))
+        return engines[-1]
+
+    monkeypatch.setattr(module, "choose_engine", choose)
+    run = run_of(workspace, dataclasses.replace(CONFIG, threads=1))
+    weights = save_weights(workspace, seed=4)
+    network = module.load_network(run, weights)
+    (engine,) = engines
+    assert engine.kind == "openvino"
+    assert "1 thread," in engine.name
+    tile = torch.randn(1, *run.configuration.tile, generator=torch.Generator().manual_seed(1))
+    reference = build_network(CONFIGURATION.architecture, 1, 2).eval()
+    reference.load_state_dict(weights)
+    with torch.no_grad():
+        expected = torch.softmax(reference(tile[None]).float(), 1)
+    (found,) = (scores.clone() for scores in network(iter([tile])))
+    assert found.shape == expected.shape
+    assert torch.allclose(found, expected, atol=1e-4 if engine.precision == "float32" else 0.02)

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ichseg.engine import torch_engine
 from ichseg.engine.arrays import FloatArray
-from ichseg.engine.engine import Network
+from ichseg.engine.choose import choose_engine
+from ichseg.engine.engine import Network, NetworkSpec
 from ichseg.errors import PlansError, TrainingError
 from ichseg.model import strict_json
-from ichseg.model.network import build_network
 from ichseg.model.plans import Configuration, Plans
 from ichseg.predict import prepare, sliding_window
 from ichseg.predict.dice import dice_of_masks
@@ -205,15 +205,30 @@ def is_validated(workspace: Path, run: FoldRun, weights: Mapping[str, Tensor]) -
 
 
 def load_network(run: FoldRun, weights: Mapping[str, Tensor]) -> Network:
-    """The fold's network on its device, from tiles to probabilities, as inference runs it."""
-    network = build_network(
-        run.configuration.architecture,
-        run.plans.input_channels(run.configuration),
-        len(run.plans.labels),
+    """The fold's network, from tiles to probabilities, run by who runs it in inference."""
+    if run.device.type == "cpu":
+        engine = choose_engine("cpu", threads=run.config.threads)
+    else:
+        engine = torch_engine.engine_on(run.device)
+    spec = NetworkSpec(
+        architecture=run.configuration.architecture,
+        input_channels=run.plans.input_channels(run.configuration),
+        scores=run.plans.scores,
+        tile=run.configuration.tile,
+        average="probabilities",
     )
-    network.load_state_dict(weights)
-    size = torch_engine.BatchSize(torch_engine.batch_for(run.configuration.tile, run.device))
-    return torch_engine.network_on(network, run.device, size, average="probabilities")
+    network = engine.load(spec, {name: tensor.numpy() for name, tensor in weights.items()})
+    return _on_tensors(network) if engine.kind == "openvino" else network
+
+
+def _on_tensors(network: Network) -> Network:
+    """A network of arrays for tiles that are tensors on the host; nothing is copied."""
+
+    def on_tensors(tiles: Iterable[Tensor]) -> Generator[Tensor]:
+        for scores in network(tile.numpy() for tile in tiles):
+            yield torch.from_numpy(scores)
+
+    return on_tensors
 
 
 def segment_case(
