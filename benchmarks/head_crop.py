@@ -30,7 +30,7 @@ from benchmarks.rows import Row, report, smaller
 from ichseg.errors import PlansError
 from ichseg.model import plans, strict_json
 from ichseg.model.plans import Configuration, Plans
-from ichseg.predict import air, sliding_window
+from ichseg.predict import presets, sliding_window
 from ichseg.predict.ensemble import Ensemble
 from ichseg.predict.prepare import place
 from ichseg.scan import volume
@@ -155,7 +155,7 @@ def tiles(row: str, scan: Volume, planned: Plans) -> list[Row]:
         cut = dataclasses.replace(planned, crop=crop)
         placement = place([scan], cut, configuration)
         cover = sliding_window.cover(placement.grid_shape, configuration.tile)
-        cover = air.skip_air(cover, [scan], placement, cut)
+        cover = presets.skip_air(cover, [scan], placement, cut)
         counts.append(cover.total - len(cover.skipped))
     return [smaller(row, counts[1], counts[0], "", None)]
 

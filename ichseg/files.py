@@ -12,7 +12,8 @@ from pathlib import Path
 from ichseg.errors import OutputError
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
-SCAN_SUFFIXES = (".mha", *NIFTI_SUFFIXES)
+WRITTEN_SUFFIXES = (".mha", *NIFTI_SUFFIXES, ".nrrd")  # of masks
+SCAN_SUFFIXES = (*WRITTEN_SUFFIXES, ".mhd")
 UNFINISHED = ".writing-"  # how the names of temporary files begin
 _under_way: set[Path] = set()  # temporary files that this process is writing
 
@@ -31,6 +32,11 @@ def stem_of(path: Path) -> str:
 def is_named_as_scan(path: Path) -> bool:
     """Whether a file is not hidden and its name ends as that of a scan; it is not looked at."""
     return bool(suffix_of(path)) and not path.name.startswith(".")
+
+
+def is_voxels_of(path: Path, header: Path) -> bool:
+    """Whether a file holds, by its name, the voxels of an ``.mhd`` beside it."""
+    return path.suffix.lower() in (".raw", ".zraw") and path.stem == stem_of(header)
 
 
 def sha256(path: Path) -> str:

@@ -90,7 +90,7 @@ def test_no_imports_in_circles():
 @pytest.mark.parametrize(
     ("module", "text", "other"),
     [
-        ("ichseg.scan.volume", "from ichseg.predict import air", "ichseg.predict.air"),
+        ("ichseg.scan.volume", "from ichseg.predict import crop", "ichseg.predict.crop"),
         ("ichseg.errors", "import training", "training"),
         ("ichseg.errors", "def f():\n    from ichseg.scan import volume", "ichseg.scan.volume"),
         ("training.data.splits", "import training.jobs.run", "training.jobs.run"),

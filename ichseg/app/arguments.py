@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
 from ichseg import __version__
 
+MOUNTED_INPUT = Path("/input")  # there in a container
 MOUNTED_PREDICT = Path("/predict")  # there only when INSTANCE 2022's command mounts it
 DESCRIPTION = """\
 Segment intracranial haemorrhage on non-contrast head CT.
 
-Reads a folder of scans (.mha, .nii, .nii.gz, or DICOM slices: a folder of them for each scan), or
-Grand Challenge's input layout. Writes a mask for each scan, and results.json. For research, not for
-diagnosis.
+Reads one scan or a folder of scans (.mha, .mhd, .nrrd, .nii, .nii.gz, or DICOM slices: a folder of
+them for each scan), or Grand Challenge's input layout. Writes a mask for each scan, and
+results.json. For research, not for diagnosis.
 """
 EXAMPLES = """\
 examples:
@@ -27,13 +29,17 @@ examples:
   how much the bleeds of a patient have grown between two scans (compare-scans --help):
     {command} compare-scans monday.nii.gz tuesday.nii.gz --output follow_up
   your own weights on a GPU, within ten minutes for all scans together:
-    {command} --input scans --output out --weights bundle --device cuda --time-budget 600
+    {command} --input scans --output out --weights bundle --device cuda --time-budget 10m
+  one scan, and the probability of a bleed in each voxel:
+    {command} --input scan.nii.gz --output out --probabilities
 
 Each mask has its scan's name, format and geometry: 0 background, 1 and up the bundle's labels.
+That of an .mhd is an .mha, that of a DICOM study NAME_straight.mha.
 results.json says for each scan the volume in mL, a table of lesions, warnings, what ran and how
 long it took. A scan that cannot be segmented gets no mask and does not stop the others; then the
 exit status is 1 and the last line on stderr says why. Whatever else lies in the input folder is
-named at the start, with the reason why it is no scan; volumes in folders of it are not looked for.
+named at the start, with the reason why it is no scan; volumes in folders of it are looked for with
+--recursive.
 """
 
 
@@ -45,17 +51,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     Args:
         argv: The arguments; those of the process by default.
     """
-    name = Path(sys.argv[0]).name
-    parser = argparse.ArgumentParser(
-        prog=name,
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=EXAMPLES.format(command=f"python {name}" if name.endswith(".py") else name),
-    )
-    parser.add_argument("--version", action="version", version=f"ichseg {__version__}")
-    _add_places(parser.add_argument_group("what is read and written"))
-    _add_choices(parser.add_argument_group("what runs"))
-    _add_platform(parser.add_argument_group("as a container"))
+    parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.api not in ("exec", "invoke"):  # argparse does not look at a default
         parser.error(f"ICHSEG_API is {arguments.api!r}, expected exec or invoke")
@@ -68,13 +64,44 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def usage() -> str:
+    """What ``--help`` shows."""
+    return _parser().format_help()
+
+
+def _parser() -> argparse.ArgumentParser:
+    name = Path(sys.argv[0]).name
+    parser = argparse.ArgumentParser(
+        prog=name,
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXAMPLES.format(command=f"python {name}" if name.endswith(".py") else name),
+    )
+    parser.add_argument("--version", action="version", version=f"ichseg {__version__}")
+    _add_places(parser.add_argument_group("what is read and written"))
+    _add_choices(parser.add_argument_group("what runs"))
+    _add_platform(parser.add_argument_group("as a container"))
+    return parser
+
+
 def _add_places(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--input",
         "--input_dir",
         type=Path,
-        default=Path("/input"),
-        help="folder with the scans (default /input)",
+        default=MOUNTED_INPUT,
+        help="folder with the scans, or one scan (default /input)",
+    )
+    group.add_argument(
+        "--recursive",
+        action="store_true",
+        help="also take volumes in folders of the input folder; their masks lie in folders of the "
+        "same names in the output folder",
+    )
+    group.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="also take scans to which links lead out of the input folder; without this they fail",
     )
     group.add_argument(
         "--output", type=Path, help="folder for masks and results.json (default /output)"
@@ -86,11 +113,20 @@ def _add_places(group: argparse._ArgumentGroup) -> None:
         "a browser, report/index.html",
     )
     group.add_argument(
+        "--probabilities",
+        nargs="?",
+        const="uint8",
+        choices=["uint8", "float16", "nnunet"],
+        help="also write the probabilities of each label beside each mask, in the scan's grid: "
+        "uint8 (default) in steps of 1/255 or float16, both as SCAN_probability.nii.gz of 0 to 1; "
+        "nnunet: SCAN.npz and SCAN.pkl, which nnUNetv2_ensemble reads",
+    )
+    group.add_argument(
         "--resume",
         action="store_true",
         help="go on with an earlier run: leave scans alone whose mask is unaltered, and was made "
-        "of a scan of this size and date by this version, with these weights, engine, preset and "
-        "time budget",
+        "of a scan of this size and date by this version, with these weights, engine, preset, "
+        "threshold and time budget",
     )
 
 
@@ -123,13 +159,20 @@ def _add_choices(group: argparse._ArgumentGroup) -> None:
         "computes it itself, which is about twice as fast, else float32 (default auto)",
     )
     group.add_argument(
+        "--threshold",
+        type=_probability,
+        metavar="P",
+        help="mark a voxel where the probability of a bleed is above this, 0.01 to 0.99 (default: "
+        "its likeliest label counts, which for one label is 0.5)",
+    )
+    group.add_argument(
         "--time-budget",
         type=_seconds,
-        metavar="SECONDS",
-        help="for the whole run, since the platform's limit is on a job: folds first, then "
-        "mirrorings, as many as fit; what is left is shared evenly by the scans that are left; a "
-        "scan for which not even one fold fits fails at once and says what it needs (default: "
-        "none; masks then are the same run after run)",
+        metavar="TIME",
+        help="seconds, or such as 90s, 5m or 1h30m, for the whole run, since the platform's limit "
+        "is on a job: folds first, then mirrorings, as many as fit; what is left is shared evenly "
+        "by the scans that are left; a scan for which not even one fold fits fails at once and "
+        "says what it needs (default: none; masks then are the same run after run)",
     )
 
 
@@ -159,9 +202,24 @@ def _add_platform(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _seconds(text: str) -> float:
-    """A positive number of seconds."""
+def _probability(text: str) -> float:
+    """A threshold of probabilities."""
     value = float(text)
+    if not 0.01 <= value <= 0.99:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected 0.01 to 0.99")
+    return value
+
+
+def _seconds(text: str) -> float:
+    """A positive time: seconds, or hours, minutes and seconds with their letters."""
+    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text.strip().lower())
+    if found is None or not any(found.groups()):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected such as 600, 90s, 5m or 1h30m")
+    try:
+        hours, minutes, seconds = (float(part or 0) for part in found.groups())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} holds what is no number") from None
+    value = 3600 * hours + 60 * minutes + seconds
     if not 0 < value < math.inf:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a time above 0")
     return value

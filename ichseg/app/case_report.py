@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ichseg.predict.components import Lesion
-from ichseg.predict.ensemble import Segmentation
+from ichseg.predict.components import Segmentation
 from ichseg.wording import counted
 
 MOST_LESIONS = 100  # in results.json; noise has hundreds of thousands
@@ -15,7 +14,6 @@ MOST_LESIONS = 100  # in results.json; noise has hundreds of thousands
 
 def facts(
     segmentation: Segmentation,
-    lesions: Sequence[Lesion],
     of_scan: Sequence[str] = (),
     of_writing: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -23,10 +21,10 @@ def facts(
 
     Args:
         segmentation: What was found.
-        lesions: Its parts, the largest first.
         of_scan: Warnings about the scan.
         of_writing: Warnings about what could not be made of the mask.
     """
+    lesions = segmentation.lesions
     said = [*of_scan, *segmentation.warnings, *of_writing]
     if len(lesions) > MOST_LESIONS:
         said.append(f"{len(lesions)} lesions, the {MOST_LESIONS} largest are listed")

@@ -2,8 +2,8 @@
 
 Nothing is passed over in silence: what looks like a scan and cannot be taken for one is a case that
 has failed already, and everything else is named with the reason. Nothing outside the input folder
-is taken: neither through a path that ``inputs.json`` names nor through a link. Imports nothing
-heavy: a wrong input folder is refused before an engine is loaded.
+is taken, through a path that ``inputs.json`` names or, unless the user asks for that, through a
+link. Imports nothing heavy, as ``contents``, which tells apart what lies in a folder.
 """
 
 from __future__ import annotations
@@ -12,22 +12,19 @@ import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ichseg.app import grand_challenge
 from ichseg.app.console import say
+from ichseg.app.contents import OTHER_SUFFIXES, Contents, Search, is_named, leads_out, look_into
 from ichseg.errors import InputError, OutputError
-from ichseg.files import SCAN_SUFFIXES, UNFINISHED, stem_of
+from ichseg.files import SCAN_SUFFIXES, UNFINISHED, stem_of, suffix_of
 from ichseg.scan.dicom import files
-from ichseg.wording import counted
 
 if TYPE_CHECKING:
     from ichseg.scan.dicom.studies import Study
-
-# Volumes in formats that are not read; each is a scan that somebody expects a mask of.
-OTHER_SUFFIXES = (".nrrd", ".nhdr", ".mhd", ".hdr", ".mgz", ".mgh", ".mnc", ".tif", ".tiff")
 
 _MOST_NAMES, _MOST_REASONS = 5, 20  # that are said of what is passed over
 
@@ -37,12 +34,13 @@ class InputCase:
     """One scan to segment.
 
     Attributes:
-        name: What the log calls it: the name of its file or folder.
+        name: What the log calls it: its file or folder, with the folders in the input above it.
         image: The scan's file, or the folder of its DICOM slices.
         output: The file of its mask.
         refusal: Why it cannot be segmented though it looks like a scan; empty if that is tried.
         picture: The file name of its overlay picture, another one for each case.
         study: The UID of its study where slices of another one lie in the same folder.
+        follow_links: Whether links among its slices may lead elsewhere.
     """
 
     name: str
@@ -51,6 +49,7 @@ class InputCase:
     refusal: str = ""
     picture: str = ""
     study: str = ""
+    follow_links: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,38 +70,32 @@ class Job:
     passed_over: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(slots=True)
-class _Contents:
-    """What lies in a folder: scans, what only looks like one, and the rest.
-
-    Attributes:
-        volumes: Files of one scan each.
-        studies: Scans of DICOM slices.
-        refused: What looks like a scan, with the reason why it cannot be one.
-        passed_over: The names of the rest, with the reason.
-    """
-
-    volumes: list[Path] = field(default_factory=list)
-    studies: list[Study] = field(default_factory=list)
-    refused: list[tuple[Path, str]] = field(default_factory=list)
-    passed_over: list[tuple[str, str]] = field(default_factory=list)
-
-
-def find_cases(folder: Path, output: Path, *, input_slug: str, output_slug: str) -> Job:
-    """Recognise the layout of an input folder.
+def find_cases(
+    folder: Path,
+    output: Path,
+    *,
+    input_slug: str,
+    output_slug: str,
+    follow_links: bool = False,
+    recursive: bool = False,
+) -> Job:
+    """Recognise the layout of an input folder; a single file is a case, too.
 
     In this order: ``inputs.json`` (one image socket, or the one named ``input_slug``),
     ``images/<slug>/`` (likewise), else what lies directly in the folder: volumes, folders of DICOM
     slices, or slices themselves; of DICOM each study is a case. On the platform's layouts masks go
     to ``images/<output_slug>/``; in a flat folder they keep the input's file name, and those of
     DICOM get their folder's name and ``_straight``, since their grid may be another than the
-    slices'.
+    slices'. That of an ``.mhd``, whose voxels lie in a second file, is an ``.mha``.
 
     Args:
-        folder: The input folder.
+        folder: The input folder, or a file.
         output: The folder for masks; it may lie in the input folder.
         input_slug: The platform's socket of the scan, if there are several.
         output_slug: The platform's socket of the mask.
+        follow_links: Whether links may lead out of the input folder.
+        recursive: Whether volumes in folders of a flat folder are cases, too; their masks lie in
+            folders of the same names.
 
     Raises:
         InputError: There is no case, or more than one socket could be meant.
@@ -111,63 +104,102 @@ def find_cases(folder: Path, output: Path, *, input_slug: str, output_slug: str)
         raise InputError(
             f"output slug {output_slug[:100]!r}, expected letters, digits, - and _ only"
         )
+    if folder.is_file():
+        return _job(folder, [_single(folder, output)], ())
+    search = Search(folder, output, follow_links=follow_links, recursive=recursive)
     with _readable(folder):
         if grand_challenge.is_platform_layout(folder):
-            return _platform_job(folder, output / "images" / output_slug, input_slug)
-        found = _look_into(folder, folder, output)
-        cases = [InputCase(path.name, path, output / path.name) for path in found.volumes]
-        cases += [
-            InputCase(
-                study.name, study.folder, output / f"{study.name}_straight.mha", study=study.uid
-            )
-            for study in found.studies
-        ]
-        cases += [InputCase(p.name, p, output / p.name, why) for p, why in found.refused]
+            return _platform_job(search, output / "images" / output_slug, input_slug)
+        found = look_into(folder, search)
+        cases = [_volume_case(path, search) for path in found.volumes]
+        cases += [_study_case(home, study, search) for home, study in found.studies]
+        cases += [_volume_case(path, search, why) for path, why in found.refused]
         return _job(folder, cases, found.passed_over)
 
 
-def find_challenge_cases(folder: Path, predict: Path) -> Job:
+def _single(file: Path, output: Path) -> InputCase:
+    """The case of a file that was named.
+
+    Raises:
+        InputError: It is none of a scan.
+    """
+    if is_named(file, *SCAN_SUFFIXES):
+        return InputCase(file.name, file, output / mask_name(file), follow_links=True)
+    what = "not named as a scan"
+    if files.is_dicom(file):
+        what = "one DICOM file, of which a scan has many"
+    raise InputError(
+        f"{file}: {what}, expected {', '.join(SCAN_SUFFIXES)}, or a folder of scans or of slices"
+    )
+
+
+def mask_name(scan: Path) -> str:
+    """The name of a scan's mask: its own, or for a header of voxels elsewhere that of one file."""
+    return f"{stem_of(scan)}.mha" if suffix_of(scan) == ".mhd" else scan.name
+
+
+def _volume_case(path: Path, search: Search, refusal: str = "") -> InputCase:
+    """The case of a file, with the place of its mask in the output folder."""
+    inside = path.relative_to(search.root)
+    mask = search.output / inside.parent / mask_name(path)
+    return InputCase(inside.as_posix(), path, mask, refusal, follow_links=search.follow_links)
+
+
+def _study_case(home: Path, study: Study, search: Search) -> InputCase:
+    """The case of a study that was found in a folder."""
+    inside = home.relative_to(search.root)
+    return InputCase(
+        (inside / study.name).as_posix(),
+        study.folder,
+        search.output / inside / f"{study.name}_straight.mha",
+        study=study.uid,
+        follow_links=search.follow_links,
+    )
+
+
+def find_challenge_cases(folder: Path, predict: Path, *, follow_links: bool = False) -> Job:
     """INSTANCE 2022's batch: every ``.nii.gz`` of a folder, the same name out.
 
     Raises:
         InputError: There is no case.
     """
     suffix = ".nii.gz"
+    search = Search(folder, predict, suffixes=(suffix,), follow_links=follow_links)
     with _readable(folder):
-        found = _look_into(folder, folder, predict, suffixes=(suffix,))
+        found = look_into(folder, search)
         other = [
-            *(study.name for study in found.studies),
-            *(p.name for p, _ in found.refused if not _is_named(p, suffix)),
+            *(study.name for _, study in found.studies),
+            *(p.name for p, _ in found.refused if not is_named(p, suffix)),
         ]
         passed_over = [*found.passed_over, *((name, f"not {suffix}") for name in other)]
-        cases = [InputCase(path.name, path, predict / path.name) for path in found.volumes]
-        cases += [
-            InputCase(p.name, p, predict / p.name, why)
-            for p, why in found.refused
-            if _is_named(p, suffix)
-        ]
+        cases = [_volume_case(path, search) for path in found.volumes]
+        cases += [_volume_case(p, search, why) for p, why in found.refused if is_named(p, suffix)]
         return replace(_job(folder, cases, passed_over, (suffix,)), challenge=True)
 
 
-def _platform_job(folder: Path, masks: Path, input_slug: str) -> Job:
+def _platform_job(search: Search, masks: Path, input_slug: str) -> Job:
     """The scans of one socket, and what lies beside it."""
+    folder = search.root
     for listed in (folder / grand_challenge.INPUTS_FILE, folder / grand_challenge.IMAGES):
-        if why := _leads_out(listed, folder):
+        if why := leads_out(listed, search):
             raise InputError(f"{listed}: {why}")
     socket = grand_challenge.socket_folder(folder, input_slug)
-    if why := _leads_out(socket, folder):
+    if why := leads_out(socket, search):
         raise InputError(f"{socket}: {why}")
-    found = _look_into(socket, folder, masks) if socket.is_dir() else _Contents()
+    found = Contents()
+    if socket.is_dir():
+        found = look_into(socket, replace(search, output=masks, recursive=False))
     cases = [InputCase(p.name, p, masks / f"{stem_of(p)}.mha") for p in found.volumes]
     cases += [
         InputCase(study.name, study.folder, masks / f"{study.name}.mha", study=study.uid)
-        for study in found.studies
+        for _, study in found.studies
     ]
     cases += [InputCase(p.name, p, masks / f"{stem_of(p)}.mha", why) for p, why in found.refused]
+    cases = [replace(case, follow_links=search.follow_links) for case in cases]
     beside = [
         (path.name, f"not in the socket's folder, {socket.relative_to(folder)}")
         for path in sorted(folder.iterdir())
-        if _is_named(path, *SCAN_SUFFIXES, *OTHER_SUFFIXES)
+        if is_named(path, *SCAN_SUFFIXES, *OTHER_SUFFIXES)
     ]
     images = folder / grand_challenge.IMAGES
     beside += [
@@ -197,11 +229,11 @@ def _job(
             + (f"; passed over: {', '.join(named)}" if named else "")
         )
     masks = Counter(case.output for case in cases)
-    stems = Counter(stem_of(Path(case.name)) for case in cases)
+    stems = Counter(_stem(case.name) for case in cases)
     names = {case.name for case in cases}
     in_order = []
     for case in sorted(cases, key=lambda case: case.name):
-        refusal, stem = case.refusal, stem_of(Path(case.name))
+        refusal, stem = case.refusal, _stem(case.name)
         if masks[case.output] > 1 and not refusal:
             refusal = f"{masks[case.output]} scans whose masks would be {case.output.name}"
         alone = stems[stem] == 1 and (stem == case.name or stem not in names)
@@ -210,67 +242,9 @@ def _job(
     return Job(tuple(in_order), platform=False, passed_over=tuple(passed_over))
 
 
-def _look_into(
-    folder: Path, root: Path, output: Path, suffixes: tuple[str, ...] = SCAN_SUFFIXES
-) -> _Contents:
-    """Tell apart what lies in a folder.
-
-    Args:
-        folder: The folder.
-        root: The input folder, out of which nothing may lead.
-        output: The output folder, which may lie there, too, with an earlier run's DICOM-SEG.
-        suffixes: How the names of scans end.
-    """
-    found = _Contents()
-    may_be_dicom: list[Path] = []
-    for path in sorted(folder.iterdir()):
-        named = _is_named(path, *suffixes, *OTHER_SUFFIXES)
-        if path.name.startswith("."):
-            if named:
-                found.passed_over.append((path.name, "hidden"))
-        elif why := _leads_out(path, root):
-            found.refused.append((path, why))
-        elif path.resolve() == output.resolve():
-            continue
-        elif path.is_dir():
-            may_be_dicom.append(path)
-        elif named and not path.is_file():
-            what = "neither a file nor a folder" if path.exists() else "a link to nothing"
-            found.refused.append((path, f"{what}, expected a scan"))
-        elif _is_named(path, *suffixes):
-            found.volumes.append(path)
-        elif named:
-            found.refused.append((path, f"not read, expected {', '.join(suffixes)} or DICOM"))
-        elif path.is_file() and files.is_dicom(path):
-            may_be_dicom.append(path)
-        else:
-            found.passed_over.append((path.name, "no scan by its name or content"))
-    if may_be_dicom:
-        from ichseg.scan.dicom.studies import find_studies  # loads numpy and ITK
-
-        found.studies += find_studies(folder, may_be_dicom)
-    for path in may_be_dicom:
-        if path.is_dir() and not any(s.folder.is_relative_to(path) for s in found.studies):
-            _look_into_other(path, found)
-    return found
-
-
-def _look_into_other(path: Path, found: _Contents) -> None:
-    """Say why a folder in the input is no case of its own."""
-    listing = files.walk(path)
-    scans = sum(_is_named(file, *SCAN_SUFFIXES, *OTHER_SUFFIXES) for file in listing.files)
-    if any(files.is_dicom(file) for file in listing.files):
-        return  # of a study whose slices lie in several folders
-    if _is_named(path, *SCAN_SUFFIXES, *OTHER_SUFFIXES):
-        found.refused.append((path, "a folder, expected a file"))
-    elif listing.passed_over and not listing.files:
-        found.refused.append((path, f"holds {listing.passed_over[0][1]}, and no file"))
-    elif scans:
-        found.passed_over.append(
-            (f"{path.name}/", f"holds {counted(scans, 'scan')}, expected directly in the input")
-        )
-    else:
-        found.passed_over.append((f"{path.name}/", "a folder without a scan"))
+def _stem(name: str) -> str:
+    """A case's name, with its folders, without the suffix of a scan."""
+    return name[: len(name) - len(suffix_of(Path(name)))]
 
 
 def check_output(job: Job, output: Path) -> None:
@@ -312,26 +286,9 @@ def _readable(folder: Path) -> Iterator[None]:
     """Refuse an input folder that is not there, or of which something cannot be read."""
     try:
         if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder, expected the scans to segment")
+            what = "a file, expected a folder of" if folder.exists() else "no such folder, expected"
+            raise InputError(f"{folder}: {what} the scans to segment")
         yield
     except OSError as error:
         place = str(error.filename or folder)[:200]
         raise InputError(f"{place}: cannot read ({error.strerror or error})") from error
-
-
-def _is_named(path: Path, *suffixes: str) -> bool:
-    return path.name.lower().endswith(suffixes)
-
-
-def _leads_out(path: Path, folder: Path) -> str:
-    """Why a path is not taken: a link leads out of the input folder, or in a circle.
-
-    The input folder may be a link itself, and links may point to places inside it. Empty if all is
-    well.
-    """
-    try:
-        if path.resolve().is_relative_to(folder.resolve()):
-            return ""
-    except RuntimeError:
-        return "a link that leads in a circle, expected the file itself"
-    return f"a link that leads out of {folder}; expected the file itself (cp -L makes one)"

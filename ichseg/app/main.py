@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ichseg import __version__
 from ichseg.app import results, weights
-from ichseg.app.arguments import parse_arguments
+from ichseg.app.arguments import MOUNTED_INPUT, parse_arguments, usage
 from ichseg.app.cases import (
     Job,
     check_output,
@@ -54,6 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == [follow_up_arguments.NAME]:
         return compare_scans(follow_up_arguments.parse(argv[1:]))
     arguments = parse_arguments(argv)
+    if not argv and arguments.api == "exec" and not MOUNTED_INPUT.exists():
+        for line in usage().splitlines():  # no container, but somebody who tries what this is
+            say(line)
+        fail(f"no --input is given, and there is no {MOUNTED_INPUT}")
+        return 2
     tame_libraries()
     try:
         with stopped_by_signals():
@@ -137,13 +142,17 @@ def run_job(
         refuse_too_little_memory()
         described = weights.describe(weights.choose(arguments.weights))
         if arguments.predict_dir is not None:
-            job = find_challenge_cases(arguments.input, arguments.predict_dir)
+            job = find_challenge_cases(
+                arguments.input, arguments.predict_dir, follow_links=arguments.follow_links
+            )
         else:
             job = find_cases(
                 arguments.input,
                 arguments.output,
                 input_slug=arguments.input_slug or described.input_slug,
                 output_slug=arguments.output_slug or described.output_slug,
+                follow_links=arguments.follow_links,
+                recursive=arguments.recursive,
             )
         check_output(job, arguments.output)
         if written is not None:
@@ -228,9 +237,13 @@ def segment(
     say(f"{counted(len(job.cases), 'case')}, preset {arguments.preset}, {ensemble.engine.name}")
     budget_s = arguments.time_budget
     alone = not (job.platform or job.challenge)  # where no other file may lie beside the masks
+    if arguments.probabilities and not alone:
+        say("no probabilities are written: on the platform no other file may lie beside the masks")
     options = Options(
         output=arguments.output,
         preset=arguments.preset,
+        threshold=arguments.threshold,
+        probabilities=arguments.probabilities if alone else None,
         pictures=arguments.report and alone,
         dicom_seg=alone and importlib.util.find_spec("highdicom") is not None,
         resume=arguments.resume,

@@ -18,20 +18,22 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ichseg.app import case_report, needs, results
+from ichseg.app import case_report, results
 from ichseg.app.cases import InputCase
 from ichseg.app.console import Progress, say, say_traceback
 from ichseg.app.results import CaseResult, Stamp
 from ichseg.engine import machine
 from ichseg.errors import BudgetError, DeviceError, IchsegError, WeightsError
-from ichseg.predict import components, memory
-from ichseg.predict.ensemble import Ensemble, Predicted, Prepared, Segmentation
-from ichseg.scan import plausibility, reader, volume
+from ichseg.files import stem_of
+from ichseg.predict import memory
+from ichseg.predict.components import Segmentation
+from ichseg.predict.ensemble import Ensemble, Kept, Predicted, Prepared
+from ichseg.scan import reader, volume
 from ichseg.scan.dicom import straighten
 from ichseg.scan.dicom.dicom_seg import Algorithm, seg_path, write_seg
 from ichseg.scan.dicom.series import Series
 from ichseg.scan.reader import Scan
-from ichseg.wording import byte_size, counted, duration, times
+from ichseg.wording import byte_size, counted, duration
 
 P = ParamSpec("P")
 Given = TypeVar("Given")
@@ -47,6 +49,9 @@ class Options:
     Attributes:
         output: The folder for the masks and ``results.json``.
         preset: How much of the ensemble runs, one of ``presets.PRESETS``.
+        threshold: The probability above which a voxel is foreground; None for the likeliest label.
+        probabilities: How those of each label are written: ``uint8``, ``float16``, ``nnunet`` or
+            not at all.
         pictures: Whether pictures and the page are made.
         dicom_seg: Whether masks of DICOM slices are written as DICOM-SEG, too.
         resume: Whether cases that are finished are left as they are.
@@ -57,6 +62,8 @@ class Options:
 
     output: Path
     preset: str
+    threshold: float | None = None
+    probabilities: str | None = None
     pictures: bool = False
     dicom_seg: bool = True
     resume: bool = False
@@ -83,7 +90,7 @@ class Task:
         Raises:
             InputError: The scan cannot be looked at.
         """
-        return results.stamp_of(self.case.image)
+        return results.stamp_of(self.case.image, follow_links=self.case.follow_links)
 
     def made_from(self, options: Options) -> dict[str, Any]:
         """What the case's result depends on.
@@ -91,7 +98,15 @@ class Task:
         Raises:
             InputError: The scan cannot be looked at.
         """
-        made = self.stamp | options.made_from | {"pictures": options.pictures}
+        made = (
+            self.stamp
+            | options.made_from
+            | {
+                "threshold": options.threshold,
+                "probabilities": options.probabilities or False,
+                "pictures": options.pictures,
+            }
+        )
         return made | ({"dicom_seg": options.dicom_seg} if self.case.image.is_dir() else {})
 
 
@@ -177,25 +192,25 @@ def open_case(task: Task, _: Task, ensemble: Ensemble, options: Options, base: i
     image, stamp = task.case.image, task.stamp
     scan = reader.read_scan(
         image,
-        lambda voxels: needs.refuse_beyond_memory(image, base + 2 * voxels, "voxels"),
+        lambda voxels: memory.refuse_beyond_memory(image, base + 2 * voxels, "voxels"),
         task.case.study,
+        follow_links=task.case.follow_links,
     )
     if scan.series is not None:
         say(f"{task.name}: {scan.series.words}")
     if ensemble.model.expects_hu:
-        checked, more = plausibility.check(scan.volume, image)
-        scan = dataclasses.replace(scan, volume=checked, warnings=scan.warnings + more)
+        scan = reader.in_hu(scan, image)
     read_s = time.perf_counter() - began
-    plan = ensemble.plan(scan.volume, options.preset)
-    need, on_host = needs.of_scan(
-        plan, stamp["bytes"], ensemble, singly=options.deadline is not None
+    plan = ensemble.plan(scan, options.preset)
+    need, on_host = ensemble.need(
+        plan,
+        file_bytes=stamp["bytes"],
+        singly=options.deadline is not None,
+        probabilities=_kept(options),
     )
-    grid = (
-        f"{times(scan.volume.voxels.shape)} voxels of {times(scan.volume.spacing_mm, digits=3)} mm"
-    )
-    allowed = needs.refuse_beyond_memory(image, base + need.alone, grid)
+    allowed = memory.refuse_beyond_memory(image, base + need.alone, scan.grid)
     say(
-        f"{task.name}: {grid}, about {byte_size(base + need.alone)} of memory"
+        f"{task.name}: {scan.grid}, about {byte_size(base + need.alone)} of memory"
         + (f", {byte_size(allowed.total)} allowed by {allowed.by}" if allowed else "")
         + (f"; {byte_size(need.device)} of the GPU's" if need.device else "")
         + (", which does not hold the scores: they stay on the host" if on_host else "")
@@ -219,7 +234,7 @@ def predict_case(
     """
     budget_s = None
     if deadline is not None:
-        reserve_s = _RESERVE_S + _RESERVE_S_PER_VOXEL * opened.scan.volume.voxels.size
+        reserve_s = _RESERVE_S + _RESERVE_S_PER_VOXEL * opened.scan.voxels.size
         left_s = deadline - time.monotonic()
         budget_s = left_s / cases_left - reserve_s
         if budget_s <= 0:
@@ -251,13 +266,12 @@ def write_case(task: Task, done: Done, ensemble: Ensemble, options: Options) -> 
         ensemble: The networks that ran.
         options: What the user chose.
     """
-    case, scan = task.case, done.scan.volume
-    segmentation = ensemble.finish(done.predicted)
+    case = task.case
+    segmentation = ensemble.finish(
+        done.predicted, probabilities=_kept(options), threshold=options.threshold
+    )
     done.predicted.parts.clear()  # the scores' memory is of use to others
     began = time.perf_counter()
-    lesions = components.lesions(
-        segmentation.mask.voxels.astype(np.uint8, copy=False), scan, segmentation.foreground
-    )
     volume.write(segmentation.mask, case.output)
     warnings: list[str] = []
     if done.scan.series is not None:
@@ -270,19 +284,26 @@ def write_case(task: Task, done: Done, ensemble: Ensemble, options: Options) -> 
             segmentation = dataclasses.replace(segmentation, volume_ml=volume_ml)
             if options.dicom_seg:
                 warnings += _write_seg(labels, done.scan.series, ensemble, case.output)
+    written = None
+    if options.probabilities is not None:
+        with optional("no probabilities", warnings):
+            written = _write_probabilities(segmentation, ensemble, options.probabilities, case)
+        segmentation = dataclasses.replace(segmentation, probabilities=None)  # their memory
     if options.pictures:
         with optional("no pictures", warnings):
             _write_pictures(case, done.scan, segmentation, ensemble, options.output)
     write_s = time.perf_counter() - began
-    facts = case_report.facts(segmentation, lesions, done.scan.warnings, warnings)
+    facts = case_report.facts(segmentation, done.scan.warnings, warnings)
     facts["seconds"] |= {"read": round(done.read_s, 3), "write": round(write_s, 3)}
     facts |= {
         "made_from": task.made_from(options),
         "mask_sha256": results.digest_of(case.output),
     }
+    if written is not None:
+        facts["probabilities"] = str(written.relative_to(options.output))
     for warning in facts["warnings"]:
         say(f"{task.name}: warning: {warning}")
-    say(f"{task.name}: {case_report.summary(facts, len(lesions))} -> {case.output}")
+    say(f"{task.name}: {case_report.summary(facts, len(segmentation.lesions))} -> {case.output}")
     return CaseResult(case.name, str(case.output.relative_to(options.output)), "", facts)
 
 
@@ -310,15 +331,54 @@ def _write_seg(
     return warnings
 
 
+def _kept(options: Options) -> Kept | None:
+    """How probabilities of each label are kept until they are written."""
+    if options.probabilities is None:
+        return None
+    return "uint8" if options.probabilities == "uint8" else "float16"
+
+
+def probability_paths(mask: Path) -> tuple[Path, Path, Path]:
+    """Where the probabilities of a mask go: as NIfTI, and nnU-Net's two files.
+
+    nnU-Net knows a case without the number of its channel.
+    """
+    stem = stem_of(mask)
+    theirs = stem.removesuffix("_0000")
+    return (
+        mask.with_name(f"{stem}_probability.nii.gz"),
+        mask.with_name(f"{theirs}.npz"),
+        mask.with_name(f"{theirs}.pkl"),
+    )
+
+
+def _write_probabilities(
+    segmentation: Segmentation, ensemble: Ensemble, layout: str, case: InputCase
+) -> Path:
+    """The probabilities of each label, beside the mask; gives the file."""
+    from ichseg.scan import probability_files
+
+    each, paths = segmentation.probabilities, probability_paths(case.output)
+    for earlier in paths:
+        earlier.unlink(missing_ok=True)  # it would be taken for this run's
+    assert each is not None
+    if layout == "nnunet":
+        regions = bool(ensemble.model.plans.regions)
+        probability_files.write_nnunet(each, segmentation.mask, paths[1], regions=regions)
+        return paths[1]
+    probability_files.write_nifti(each, segmentation.mask, paths[0])
+    return paths[0]
+
+
 def _write_pictures(
     case: InputCase, scan: Scan, segmentation: Segmentation, ensemble: Ensemble, output: Path
 ) -> None:
     """The overlay beside the mask, and what the page shows of the case."""
     from ichseg.report import case_files, pictures
 
-    found, mask, is_ct = scan.volume, segmentation.mask, ensemble.model.expects_hu
+    mask, is_ct = segmentation.mask, ensemble.model.expects_hu
     overlay = output / case.picture
     for earlier in (overlay, output / REPORT / "cases" / f"{case_files.slug_of(case.name)}.json"):
         earlier.unlink(missing_ok=True)  # lest it be shown if one of these fails
-    pictures.write_overlay(found, mask, overlay, is_ct=is_ct)
-    case_files.write_case(output / REPORT, case.name, found, {"prediction": mask}, is_ct=is_ct)
+    pictures.write_overlay(scan, mask, overlay, is_ct=is_ct)
+    case_files.write_case(output / REPORT, case.name, scan, {"prediction": mask}, is_ct=is_ct)

@@ -1,17 +1,16 @@
 """A folder of cases through one ensemble, in three stages that overlap.
 
 While the networks run on a case, in the caller's thread, a second thread reads and prepares the
-next one and a third restores and writes the one before. Never is more than one case prepared ahead
-or one waiting to be written; no processes are started and no memory is shared.
+next one and a third restores and writes the one before, see ``overlap``. No processes are started
+and no memory is shared.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from ichseg.app import needs, results
+from ichseg.app import results
 from ichseg.app.cases import InputCase, Job
 from ichseg.app.console import say
 from ichseg.app.one_case import (
@@ -23,17 +22,18 @@ from ichseg.app.one_case import (
     open_case,
     optional,
     predict_case,
+    probability_paths,
     write_case,
 )
 from ichseg.app.results import CaseResult, Record, refuse_cases
 from ichseg.engine import machine
 from ichseg.errors import InputError, OutputError
-from ichseg.files import abandon_unfinished
+from ichseg.overlap import overlapping
+from ichseg.predict import memory
 from ichseg.predict.ensemble import Ensemble
+from ichseg.predict.memory import Need
 from ichseg.scan.dicom.dicom_seg import seg_path
 from ichseg.wording import counted
-
-_LAST_WRITE_S = 3.0  # for what is being written to end; the platform kills 5 s after SIGTERM
 
 
 def run(job: Job, ensemble: Ensemble, options: Options) -> list[CaseResult]:
@@ -61,14 +61,16 @@ def run(job: Job, ensemble: Ensemble, options: Options) -> list[CaseResult]:
     def finish(task: Task, case: Done | CaseResult) -> None:
         result = write_case(task, case, ensemble, options)
         if result.error:
-            for earlier in (task.case.output, seg_path(task.case.output)):
+            mask = task.case.output
+            for earlier in (mask, seg_path(mask), *probability_paths(mask)):
                 earlier.unlink(missing_ok=True)  # it would be taken for this run's
             say(f"{task.name}: failed: {result.error}")
         record.add(task.case, result)
 
     waiting = [task for task in tasks if task.case not in record.ended]
     try:
-        _overlapping(waiting, ensemble, options, finish)
+        for _ in _overlapping(waiting, ensemble, options, finish):
+            pass
     except BaseException:
         with contextlib.suppress(OutputError):  # what ends the run is what has to be said
             if record.ended:
@@ -105,7 +107,7 @@ def _overlapping(
     ensemble: Ensemble,
     options: Options,
     finish: Callable[[Task, Done | CaseResult], None],
-) -> None:
+) -> Iterator[None]:
     """Open, predict and finish cases, each in a thread of its own, as far as memory allows.
 
     Args:
@@ -115,48 +117,35 @@ def _overlapping(
         finish: Called in the thread that writes, for one case after the other.
     """
     base = machine.resident_bytes()
-    with _two_threads() as (reader, writer):
-        ahead: list[Future[Opened | CaseResult]] = []
-        behind: list[Future[None]] = []
-        written = 0  # bytes that the case behind takes
-        for position, task in enumerate(tasks):
-            if not ahead:
-                ahead.append(reader.submit(open_case, task, task, ensemble, options, base))
-            case = ahead.pop().result()
-            for following in tasks[position + 1 : position + 2]:
-                if _may_open(following, task, case, base + written):
-                    ahead.append(
-                        reader.submit(open_case, following, following, ensemble, options, base)
-                    )
-            if behind and (not ahead or not _beside_another(case, ensemble)):
-                behind.pop().result()  # lest it take what this one needs
-            written = case.need.writing if isinstance(case, Opened) else 0
-            done = predict_case(task, case, ensemble, options.deadline, len(tasks) - position)
-            del case  # its memory goes before the next one is waited for
-            if behind:
-                behind.pop().result()
-            behind.append(writer.submit(finish, task, done))
-            del done
-        if behind:
-            behind.pop().result()
+    cases_left = iter(range(len(tasks), 0, -1))
+    return overlapping(
+        tasks,
+        open_one=lambda task: open_case(task, task, ensemble, options, base),
+        run=lambda task, case: predict_case(
+            task, case, ensemble, options.deadline, next(cases_left)
+        ),
+        finish=finish,
+        weigh=lambda case: case.need if isinstance(case, Opened) else None,
+        beside=lambda need: need is None or memory.gpu_holds_two(need, ensemble.engine),
+        may_open=lambda following, task, need, behind: _may_open(
+            following, task, need, behind, base
+        ),
+    )
 
 
-def _may_open(following: Task, task: Task, case: Opened | CaseResult, base: int) -> bool:
+def _may_open(
+    following: Task, task: Task, need: Need | None, behind: Need | None, base: int
+) -> bool:
     """Whether the next case may be opened while the networks run on this one.
 
     The next one's files say how large it is beside this one.
     """
-    if isinstance(case, CaseResult):
+    if need is None:
         return True
     factor = 1.0
     with contextlib.suppress(InputError):  # which will be said when it is read
         factor = following.stamp["bytes"] / max(task.stamp["bytes"], 1)
-    return needs.both_fit(case.need, factor, base)
-
-
-def _beside_another(case: Opened | CaseResult, ensemble: Ensemble) -> bool:
-    """Whether a GPU holds this case while the scores of the one before are still on it."""
-    return isinstance(case, CaseResult) or needs.gpu_holds_two(case.need, ensemble)
+    return memory.both_fit(need, factor, base + (behind.writing if behind else 0))
 
 
 def _write_page(record: Record, ensemble: Ensemble, options: Options) -> None:
@@ -177,21 +166,3 @@ def _write_page(record: Record, ensemble: Ensemble, options: Options) -> None:
     for warning in warnings:
         say(f"warning: {warning}")
         record.warn(warning)
-
-
-@contextlib.contextmanager
-def _two_threads() -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
-    """For reading and for writing; if the block is left early, with nothing half-written."""
-    reader, writer = ThreadPoolExecutor(1, "reader"), ThreadPoolExecutor(1, "writer")
-    try:
-        yield reader, writer
-    except BaseException as error:
-        wait([writer.submit(lambda: None)], _LAST_WRITE_S)  # so long for what it is at
-        abandon_unfinished()
-        if isinstance(error, Exception):  # no signal: time enough, and its reason is the last line
-            reader.shutdown(cancel_futures=True)
-            writer.shutdown(cancel_futures=True)
-        raise
-    finally:
-        reader.shutdown(wait=False, cancel_futures=True)
-        writer.shutdown(wait=False, cancel_futures=True)

@@ -18,7 +18,7 @@ from typing import Any, TypedDict
 from ichseg.app.cases import InputCase, Job
 from ichseg.app.console import say
 from ichseg.errors import InputError, OutputError
-from ichseg.files import replacing, sha256
+from ichseg.files import is_voxels_of, replacing, sha256, suffix_of
 from ichseg.scan.dicom import files as dicom_files
 
 FILE = "results.json"
@@ -209,7 +209,7 @@ def read_results(output: Path) -> dict[tuple[str, str | None], CaseResult]:
     return {(result.image, result.mask): result for result in found}
 
 
-def stamp_of(image: Path) -> Stamp:
+def stamp_of(image: Path, *, follow_links: bool = False) -> Stamp:
     """Size and date of a scan.
 
     Not a checksum, so that going on with a folder of a thousand takes no time; a scan that has been
@@ -219,7 +219,11 @@ def stamp_of(image: Path) -> Stamp:
         InputError: The scan cannot be looked at.
     """
     try:
-        files = dicom_files.walk(image).files if image.is_dir() else [image]
+        files = [image]
+        if image.is_dir():
+            files = dicom_files.walk(image, follow_links=follow_links).files
+        elif suffix_of(image) == ".mhd":
+            files += [path for path in image.parent.iterdir() if is_voxels_of(path, image)]
         stats = [path.stat() for path in files]
     except OSError as error:
         raise InputError(f"{image}: cannot read ({error.strerror})") from error
@@ -235,15 +239,15 @@ def is_finished(result: CaseResult, mask: Path, made_from: dict[str, Any]) -> bo
     Args:
         result: The earlier result of the case.
         mask: The file of its mask.
-        made_from: What the result would be made from now. A picture or DICOM-SEG that is not asked
-            for now may have been made then.
+        made_from: What the result would be made from now. A picture, DICOM-SEG or probabilities
+            that are not asked for now may have been made then.
     """
     before = result.report.get("made_from")
     if not isinstance(before, dict):
         return False
     extras = {
         key: before[key]
-        for key in ("pictures", "dicom_seg")
+        for key in ("pictures", "dicom_seg", "probabilities")
         if key in before and made_from.get(key) is False
     }
     if before != made_from | extras:

@@ -50,6 +50,40 @@ class Lesion:
     max_probability: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Segmentation:
+    """What was found.
+
+    Attributes:
+        mask: Labels, uint8, in the geometry of the input volume.
+        volume_ml: Total volume of all foreground labels.
+        ran: What was computed: preset, networks, mirrorings, tiles, engine.
+        seconds: Wall time of preparation, compilation, prediction and restoration.
+        disagreement: How much the networks disagree about the foreground: the mean, over networks,
+            of 1 - Dice of what one of them found and what all of its configuration did together. It
+            is 0 where all agree, also that there is none, and None where no configuration ran two.
+            Component rules are not applied before.
+        warnings: Anything a reader of the result should know.
+        foreground: The probability that a voxel is anything but background, in steps of 1/255,
+            uint8 in the shape of the mask; component rules do not touch it.
+        case_score: How sure it is that there is anything at all, 0 to 1, see ``case_score``.
+        lesions: The connected pieces of the mask, the largest first.
+        probabilities: Where asked for, those of each label but the background, or of each region,
+            ``(labels, z, y, x)``: float16 from 0 to 1, or uint8 in steps of 1/255.
+    """
+
+    mask: Volume
+    volume_ml: float
+    ran: dict[str, object]
+    seconds: dict[str, float]
+    disagreement: float | None = None
+    warnings: tuple[str, ...] = ()
+    foreground: npt.NDArray[np.uint8] | None = None
+    case_score: float | None = None
+    lesions: tuple[Lesion, ...] = ()
+    probabilities: npt.NDArray[np.float16] | npt.NDArray[np.uint8] | None = None
+
+
 def case_score(foreground: Labels, voxel_ml: float) -> float:
     """How sure it is that there is anything at all, 0 to 1.
 

@@ -1,17 +1,19 @@
 """An ensemble of trained networks: a volume goes in, a segmentation comes out.
 
 In four steps, which a pipeline of many volumes may overlap: ``plan``, ``prepare``, ``predict``,
-``finish``.
+``finish``; see ``many``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,69 +23,27 @@ from ichseg.engine.arrays import FloatArray, Grid, on_host
 from ichseg.engine.choose import choose_engine
 from ichseg.engine.engine import Engine
 from ichseg.engine.networks import Networks
-from ichseg.errors import DeviceFullError
+from ichseg.errors import DeviceFullError, InputError
 from ichseg.model import bundle
 from ichseg.model.bundle import Model
 from ichseg.model.default_weights import default_weights
 from ichseg.predict import components, memory, passes, prepare, sliding_window
 from ichseg.predict.budget import Clock, Count
+from ichseg.predict.components import Segmentation
+from ichseg.predict.memory import Need
 from ichseg.predict.passes import MeanScores, Pass
 from ichseg.predict.prepare import Placement
-from ichseg.predict.presets import Planned, budget_record, plan_passes, ran_record
+from ichseg.predict.presets import Plan, Planned, budget_record, plan_passes, ran_record
 from ichseg.predict.restore import previous_channels, restore
-from ichseg.scan import plausibility
+from ichseg.scan import images, reader
+from ichseg.scan.dicom import straighten
+from ichseg.scan.reader import Scan
 from ichseg.scan.volume import Volume
 
 # What a voxel that no network saw scores as background, above every label: for certain.
 _CERTAIN = {"probabilities": 1.0, "logits": 10.0}
+Kept = Literal["uint8", "float16"]  # how probabilities are kept
 _RESTORING_S_PER_SCORE = 4e-8  # on two cores, twice what was measured
-
-
-@dataclass(frozen=True, slots=True)
-class Segmentation:
-    """What was found.
-
-    Attributes:
-        mask: Labels, uint8, in the geometry of the input volume.
-        volume_ml: Total volume of all foreground labels.
-        ran: What was computed: preset, networks, mirrorings, tiles, engine.
-        seconds: Wall time of preparation, compilation, prediction and restoration.
-        disagreement: How much the networks disagree about the foreground: the mean, over networks,
-            of 1 - Dice of what one of them found and what all of its configuration did together. It
-            is 0 where all agree, also that there is none, and None where no configuration ran two.
-            Component rules are not applied before.
-        warnings: Anything a reader of the result should know.
-        foreground: The probability that a voxel is anything but background, in steps of 1/255,
-            uint8 in the shape of the mask; component rules do not touch it.
-        case_score: How sure it is that there is anything at all, 0 to 1, see
-            ``components.case_score``.
-    """
-
-    mask: Volume
-    volume_ml: float
-    ran: dict[str, object]
-    seconds: dict[str, float]
-    disagreement: float | None = None
-    warnings: tuple[str, ...] = ()
-    foreground: npt.NDArray[np.uint8] | None = None
-    case_score: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What an ensemble will do for a volume.
-
-    Attributes:
-        volume: The volume.
-        preset: The preset that was asked for.
-        parts: What each configuration has to do, first stages of cascades first.
-        seconds: The time that finding this out has taken.
-    """
-
-    volume: Volume
-    preset: str
-    parts: tuple[Planned, ...]
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +100,7 @@ class Ensemble:
 
     @classmethod
     def load(
-        cls, folder: Path | None = None, device: str = "auto", precision: str = "auto"
+        cls, folder: str | Path | None = None, device: str = "auto", precision: str = "auto"
     ) -> Ensemble:
         """Open a weights bundle.
 
@@ -154,41 +114,79 @@ class Ensemble:
             WeightsError: The bundle is missing, incomplete or altered.
             DeviceError: CUDA was asked for and is not usable.
         """
-        folder = default_weights() if folder is None else folder
+        folder = default_weights() if folder is None else Path(folder)
         return cls(bundle.load_model(folder), folder, choose_engine(device, precision))
 
     def segment(
         self,
-        volume: Volume,
+        image: Any,
         preset: str = "full",
         progress: Count | None = None,
         budget_s: float | None = None,
+        *,
+        spacing_mm: Sequence[float] | None = None,
+        axes: str = "zyx",
+        probabilities: bool = False,
+        threshold: float | None = None,
     ) -> Segmentation:
-        """Segment one volume.
+        """Segment one scan.
 
         What a model of CT is given is held against what HU look like, as ``process.py`` does: HU
         with an offset are mended, and what else cannot be a head CT in HU is refused.
 
         Args:
-            volume: A CT in HU, any orientation and spacing.
+            image: A CT in HU, any orientation and spacing: the path of a file or of a folder of
+                DICOM slices, a ``Volume``, an image of nibabel or SimpleITK, or a numpy array. The
+                mask has the axes of what was given.
             preset: ``full``, ``balanced`` or ``fast``.
-            progress: Called with (forward passes done, all of them) after each.
+            progress: Called with (forward passes done, all of them) after each; what it raises ends
+                the work.
             budget_s: Seconds that all of it may take, see ``predict``.
+            spacing_mm: Of a numpy array: the size of a voxel along each axis, in the array's order.
+            axes: Of a numpy array: its order, ``zyx`` or ``xyz``, see ``images.as_scan``.
+            probabilities: Whether the result has the probabilities of each label, as float16.
+            threshold: See ``finish``.
 
         Raises:
-            InputError: The volume does not fit the model, or is no head CT in HU.
+            InputError: It cannot be read, does not fit the model, or is no head CT in HU.
             WeightsError: A network's file is not finite or does not fit its plan.
             BudgetError: The time does not suffice for one network without mirroring.
             PredictionError: A network gives scores that are not finite.
             DeviceError: A GPU's memory does not even hold one tile, or the GPU is lost.
         """
-        warnings: tuple[str, ...] = ()
-        if self.model.expects_hu:
-            volume, warnings = plausibility.check(volume, "the volume")
-        prepared = self.prepare(self.plan(volume, preset))
+        scan = images.as_scan(image, spacing_mm=spacing_mm, axes=axes)
+        scan = self.in_hu(scan, images.name_of(image))
+        prepared = self.prepare(self.plan(scan, preset))
         left_s = None if budget_s is None else budget_s - prepared.seconds
-        found = self.finish(self.predict(prepared, progress, left_s))
-        return dataclasses.replace(found, warnings=(*warnings, *found.warnings))
+        predicted = self.predict(prepared, progress, left_s)
+        kept: Kept | None = "float16" if probabilities else None
+        return of_scan(self.finish(predicted, probabilities=kept, threshold=threshold), scan)
+
+    def need(
+        self,
+        plan: Plan,
+        *,
+        file_bytes: int,
+        singly: bool,
+        probabilities: Kept | None = None,
+    ) -> tuple[Need, bool]:
+        """The memory that a scan takes, and whether its scores are added up on the host.
+
+        Args:
+            plan: What will be done for it.
+            file_bytes: Its size on disk.
+            singly: Whether passes run one by one, as under a time budget.
+            probabilities: How those of each label are kept, see ``finish``.
+        """
+        return memory.of_scan(
+            plan,
+            self.model,
+            self.folder,
+            self.engine,
+            file_bytes=file_bytes,
+            singly=singly,
+            bytes_kept=np.dtype(probabilities).itemsize if probabilities else 0,
+        )
 
     def plan(self, volume: Volume, preset: str = "full") -> Plan:
         """Find out what has to be done for a volume; may run in any thread.
@@ -253,27 +251,51 @@ class Ensemble:
         with self.engine.guard():
             return self._predict(prepared, clock, budget_s, on_host=True, keep=keep)
 
-    def finish(self, predicted: Predicted) -> Segmentation:
+    def finish(
+        self,
+        predicted: Predicted,
+        *,
+        probabilities: Kept | None = None,
+        threshold: float | None = None,
+    ) -> Segmentation:
         """Restore the scores to the volume's grid and decide; may run in any thread.
 
+        Args:
+            predicted: From ``predict``.
+            probabilities: How those of each label are kept, if they are.
+            threshold: A voxel is foreground where the probability of that is above this, 0.01 to
+                0.99, and then has its likeliest label; regions are decided each for itself. By
+                default the likeliest label of all counts, which for one label is a half.
+
         Raises:
+            InputError: The threshold is another number.
             DeviceError: The GPU that holds the scores is lost.
         """
         began = time.perf_counter()
+        if threshold is not None and not 0.01 <= threshold <= 0.99:
+            raise InputError(f"threshold {threshold}, expected 0.01 to 0.99")
         volume = predicted.volume
-        labels, foreground = self._restore(predicted.parts)
+        labels, foreground, each = self._restore(predicted.parts, probabilities, threshold)
         labels = components.apply_rules(labels, self.model.rules, volume.voxel_ml, foreground)
+        lesions = components.lesions(labels, volume, foreground)
         seconds = predicted.seconds | {"restore": time.perf_counter() - began}
         seconds["total"] = sum(seconds.values())
+        decided = {} if threshold is None else {"threshold": threshold}
         return Segmentation(
             mask=volume.with_voxels(labels),
             volume_ml=float(np.count_nonzero(labels) * volume.voxel_ml),
-            ran=predicted.ran,
+            ran=predicted.ran | decided,
             seconds={step: round(value, 3) for step, value in seconds.items()},
             disagreement=predicted.disagreement,
             foreground=foreground,
             case_score=components.case_score(foreground, volume.voxel_ml),
+            lesions=lesions,
+            probabilities=each,
         )
+
+    def in_hu(self, scan: Scan, name: str) -> Scan:
+        """The scan, checked where the model is one of CT."""
+        return reader.in_hu(scan, name) if self.model.expects_hu else scan
 
     def _holds_all(self, plan: Plan) -> bool:
         """Whether all networks of a plan together take less than a quarter of the free memory."""
@@ -354,18 +376,35 @@ class Ensemble:
         )
 
     def _restore(
-        self, parts: list[tuple[Grid, Placement]]
-    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-        """Labels and foreground in the volume's grid; on the host where the GPU is full."""
-        plans, average = self.model.plans, self.model.average
-        placement = parts[0][1]
-        outline = placement.axes.undo(np.broadcast_to(np.uint8(), placement.full_shape))
-        foreground = np.zeros(outline.shape, np.uint8)
+        self,
+        parts: list[tuple[Grid, Placement]],
+        probabilities: Kept | None,
+        threshold: float | None,
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], npt.NDArray[Any] | None]:
+        """Labels, foreground and what is asked for of each label, in the volume's grid.
+
+        On the host where the GPU is full.
+        """
+        plans, placement = self.model.plans, parts[0][1]
+        shape = placement.axes.undo(np.broadcast_to(np.uint8(), placement.full_shape)).shape
+        foreground = np.zeros(shape, np.uint8)
+        each = None
+        if probabilities is not None:
+            labels = len(plans.regions) or len(plans.labels) - 1
+            each = np.zeros((labels, *shape), probabilities)
+        decide = functools.partial(
+            restore,
+            plans=plans,
+            average=self.model.average,
+            foreground=foreground,
+            probabilities=each,
+            threshold=threshold,
+        )
         with contextlib.suppress(DeviceFullError), self.engine.guard():
-            return restore(parts, plans, average=average, foreground=foreground), foreground
+            return decide(parts), foreground, each
         with self.engine.guard():
-            parts = [(on_host(scores), placement) for scores, placement in parts]
-        return restore(parts, plans, average=average, foreground=foreground), foreground
+            on_the_host = [(on_host(scores), placement) for scores, placement in parts]
+        return decide(on_the_host), foreground, each
 
     def _restoring_s(self, volume: Volume) -> float:
         """What ``finish`` will take, reserved of a time budget; generous."""
@@ -375,3 +414,14 @@ class Ensemble:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def of_scan(found: Segmentation, scan: Scan) -> Segmentation:
+    """What was found, with what is known of the scan; of DICOM the volume is that on the slices."""
+    volume_ml = found.volume_ml
+    if scan.series is not None:
+        labels = found.mask.voxels.astype(np.uint8, copy=False)
+        stack = scan.series.stack
+        volume_ml = straighten.volume_ml(stack, straighten.onto_slices(stack, labels))
+    warnings = (*scan.warnings, *found.warnings)
+    return dataclasses.replace(found, volume_ml=volume_ml, warnings=warnings)

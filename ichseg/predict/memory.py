@@ -7,14 +7,22 @@ constants are measured; ``benchmarks/large_volume.py`` compares sums with peaks.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from ichseg.engine.engine import tiles_at_once
+from ichseg.engine import machine
+from ichseg.engine.engine import Engine, tiles_at_once
+from ichseg.errors import InputError
+from ichseg.model import bundle
+from ichseg.model.bundle import Model
 from ichseg.model.plans import Configuration, Plans
 from ichseg.predict import sliding_window
 from ichseg.predict.prepare import Placement
+from ichseg.predict.presets import Plan
+from ichseg.wording import byte_size
 
 GB = 1e9
 _MB = 2**20
@@ -79,6 +87,7 @@ def estimate(
     keeps_networks: bool = False,
     file_bytes: int,
     scan_bytes: int,
+    bytes_kept: int = 0,
 ) -> Need:
     """What a case will take.
 
@@ -90,6 +99,7 @@ def estimate(
         keeps_networks: Whether all networks stay in memory, and not only the largest.
         file_bytes: The size of the scan on disk; it is read whole, checked and inflated.
         scan_bytes: The size of its voxels in memory.
+        bytes_kept: Bytes of each label's probability in a voxel, where those are kept.
     """
     on_gpu = kind == "cuda" and not on_host
     data = scores = running = device = largest = together = resting = 0
@@ -118,12 +128,13 @@ def estimate(
         device += resting if keeps_networks else 0
     held = 0 if on_gpu else scores
     voxels = math.prod(parts[0].placement.full_shape)
+    kept = bytes_kept * (len(plans.regions) or len(plans.labels) - 1) * voxels
     return Need(
         opening=scan_bytes + max(2 * file_bytes + scan_bytes, data + 30 * _MB),
         predicting=scan_bytes + data + running,
         # labels, and again in the scan's order; or components where their box is half of it; and
         # the foreground's probability
-        writing=scan_bytes + max(held + 3 * voxels, 5 * voxels) + 30 * _MB,
+        writing=scan_bytes + max(held + 3 * voxels, 5 * voxels) + kept + 30 * _MB,
         network=together + _RUNTIME if keeps_networks and kind == "openvino" else largest,
         device=device,
         keeps_networks=keeps_networks,
@@ -151,3 +162,112 @@ def network_bytes(kind: str, configuration: Configuration, weights: int) -> tupl
         return 2 * weights, int(1.5 * weights + activations + _WORKSPACE)
     batch = tiles_at_once(configuration.tile)
     return weights + 70 * _MB + activations * batch, 0
+
+
+def of_scan(
+    plan: Plan,
+    model: Model,
+    folder: Path,
+    engine: Engine,
+    *,
+    file_bytes: int,
+    singly: bool,
+    bytes_kept: int = 0,
+) -> tuple[Need, bool]:
+    """Bytes that a scan takes with an ensemble.
+
+    Args:
+        plan: What the ensemble will do for the scan.
+        model: The ensemble's description.
+        folder: The folder with its tensors.
+        engine: Who runs its networks.
+        file_bytes: The size of the scan on disk.
+        singly: Whether passes run one by one, as under a time budget.
+        bytes_kept: Bytes of each label's probability in a voxel, where those are kept.
+
+    Returns:
+        The bytes, and whether the scores are added up on the host, since the GPU's memory does not
+        hold them.
+    """
+    parts = []
+    for part in plan.parts:
+        members, mirrors = part.passes.members, part.passes.mirrors
+        parts.append(
+            Part(
+                configuration=part.configuration,
+                placement=part.placement,
+                weights=bundle.weights_bytes(folder, members[0]),
+                sums=2 if (singly and len(mirrors) > 1) or len(members) > 1 else 1,
+                networks=len(members),
+            )
+        )
+    wanted = functools.partial(
+        estimate,
+        engine.kind,
+        model.plans,
+        parts,
+        file_bytes=file_bytes,
+        scan_bytes=plan.volume.voxels.nbytes,
+        bytes_kept=bytes_kept,
+    )
+    need, free = _with_networks(wanted, engine), engine.device_bytes()
+    if free is None or need.device <= free:
+        return need, False
+    return wanted(on_host=True), True
+
+
+def _with_networks(estimate: Callable[..., Need], engine: Engine) -> Need:
+    """All networks stay where that leaves half of the memory free, of the host and of a GPU."""
+    if engine.kind != "torch-cpu":
+        every, allowed, device = (
+            estimate(keeps_networks=True),
+            machine.memory_limit(),
+            engine.device_bytes(),
+        )
+        on_host = allowed is None or 2 * every.alone <= allowed.total
+        if on_host and (device is None or 2 * every.device <= device):
+            return every
+    return estimate()
+
+
+def refuse_beyond_memory(image: Path | str, needed: int, what: str) -> machine.MemoryLimit | None:
+    """Refuse a scan that needs more memory than is allowed.
+
+    Args:
+        image: The scan, for the message.
+        needed: Bytes, those of the program among them.
+        what: Which of the scan's properties needs so much, such as ``voxels``.
+
+    Returns:
+        What is allowed, which suffices; None where that cannot be found out.
+
+    Raises:
+        InputError: It does not suffice.
+    """
+    allowed = machine.memory_limit()
+    if allowed is not None and needed > allowed.total:
+        raise InputError(
+            f"{image}: its {what} need at least {byte_size(needed)} of memory, "
+            f"{allowed.by} allows {byte_size(allowed.total)}"
+        )
+    return allowed
+
+
+def gpu_holds_two(need: Need, engine: Engine) -> bool:
+    """Whether a GPU holds two such cases at once; true for one that takes none of its memory."""
+    allowed = engine.device_bytes() if need.device else None
+    return allowed is None or 2 * need.device <= allowed
+
+
+def both_fit(need: Need, factor: float, base: int) -> bool:
+    """Whether the next case may be opened while the networks run on one.
+
+    Args:
+        need: What the one that the networks run on needs.
+        factor: The size of the next one's files beside that of the one's.
+        base: Bytes that everything else takes.
+    """
+    allowed = machine.memory_limit()
+    if allowed is None:
+        return True
+    return base + need.network + need.predicting + factor * need.opening <= allowed.total

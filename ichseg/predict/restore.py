@@ -23,6 +23,7 @@ from ichseg.predict.prepare import Placement, outside_nonzero, prepare_labels
 from ichseg.predict.resample import coarse_axis
 from ichseg.scan.volume import Volume
 
+Steps = npt.NDArray[np.uint8] | npt.NDArray[np.float16]
 _SLAB_VOXELS = 2_000_000  # of each label, restored at once
 
 
@@ -32,6 +33,8 @@ def restore(
     *,
     average: str = "probabilities",
     foreground: npt.NDArray[np.uint8] | None = None,
+    probabilities: Steps | None = None,
+    threshold: float | None = None,
     slab_voxels: int = _SLAB_VOXELS,
 ) -> npt.NDArray[np.uint8]:
     """Labels in the volume's own grid and axis order from scores in the networks' grids.
@@ -47,6 +50,11 @@ def restore(
             probabilities are averaged in either case (V2's ensembling).
         foreground: Zeros in the shape of the volume that ``prepare`` was given, to be filled with
             the probability that a voxel is anything but background, in steps of 1/255.
+        probabilities: Zeros ``(labels, z, y, x)``, likewise, to be filled with the probability of
+            each label but the background, or of each region: uint8 in steps of 1/255, or float16.
+        threshold: A voxel is foreground where the probability of that is above this, and then has
+            its likeliest label; a region is there where its own is. None for the likeliest of all
+            labels, which for one label is that with a threshold of a half.
         slab_voxels: The number of output voxels of each class that are computed at once.
 
     Returns:
@@ -59,6 +67,9 @@ def restore(
     # views, which are written through
     crop = placement.axes.apply(labels)[placement.slices]
     chance = None if foreground is None else placement.axes.apply(foreground)[placement.slices]
+    each: list[Any] = [
+        placement.axes.apply(label)[placement.slices] for label in _stacked(probabilities)
+    ]
     logits = average == "logits" and not convert
     _decide(
         parts,
@@ -68,6 +79,8 @@ def restore(
         slab_voxels,
         convert=convert,
         foreground=chance,
+        probabilities=each,
+        threshold=threshold,
         logits=logits,
     )
     return labels
@@ -133,13 +146,17 @@ def _decide(
     *,
     convert: bool = False,
     foreground: npt.NDArray[np.uint8] | None = None,
+    probabilities: Sequence[Steps] = (),
+    threshold: float | None = None,
     logits: bool = False,
 ) -> None:
     """Fill the crop's labels, in the grid of this spacing, slab by slab.
 
     With ``convert`` the scores are logits and are averaged as probabilities. ``foreground`` gets
-    the probability of all labels but 0; ``logits`` says what the sums are then.
+    the probability of all labels but 0, ``probabilities`` those of each; ``logits`` says what the
+    sums are then.
     """
+    regions = bool(plans.regions)
     step = max(1, slab_voxels // (labels.shape[1] * labels.shape[2]))
     for start in range(0, labels.shape[0], step):
         rows = slice(start, min(start + step, labels.shape[0]))
@@ -156,18 +173,29 @@ def _decide(
                 rows,
                 order=plans.resampling.score_order,
                 separate_axis=separate_axis,
-                regions=bool(plans.regions),
+                regions=regions,
             )
             if convert:
-                slab = _of_probabilities(slab, regions=bool(plans.regions))
+                slab = _of_probabilities(slab, regions=regions)
             total = slab if total is None else total + slab
         assert total is not None
         # decided where the scores are: of a GPU's memory come bytes, and not floats
-        if foreground is not None:
+        if foreground is not None or probabilities or threshold is not None:
             mean: Any = total / len(parts)
-            chance = _chance(mean, regions=bool(plans.regions), logits=logits)
-            foreground[rows] = on_host(chance)
-        found = _last_region(total, plans.regions) if plans.regions else _largest(total)
+            chance = _chance(mean, regions=regions, logits=logits)
+        if foreground is not None:
+            foreground[rows] = on_host(_in_steps(chance))
+        if probabilities or (regions and threshold is not None):
+            each = _chances(mean, regions=regions, logits=logits)
+        for label, kept in enumerate(probabilities):
+            own = _in_steps(each[label]) if kept.dtype == np.uint8 else each[label].clip(0, 1)
+            kept[rows] = on_host(own)
+        if threshold is None:
+            found = _last_region(total, plans.regions) if regions else _largest(total)
+        elif regions:
+            found = _last_region(each - threshold, plans.regions)
+        else:
+            found = (total.argmax(0) + 1) * (chance > threshold)
         labels[rows] = on_host(found)
 
 
@@ -275,8 +303,32 @@ def _of_probabilities(margins: Grid, regions: bool) -> Grid:
     return probabilities
 
 
+def _in_steps(chance: Grid) -> Any:
+    """Probabilities in steps of 1/255."""
+    xp = module_of(chance)
+    return xp.asarray(xp.clip(xp.round(chance * 255), 0, 255), dtype=xp.uint8)
+
+
+def _stacked(probabilities: Steps | None) -> Sequence[Steps]:
+    """The arrays of each label; none if they are not asked for."""
+    return () if probabilities is None else list(probabilities)
+
+
+def _chances(margins: Grid, *, regions: bool, logits: bool) -> Any:
+    """The probability of each label but the background, or of each region, ``(K, ...)``."""
+    xp = module_of(margins)
+    if regions:
+        return (xp.tanh(margins / 2) if logits else margins) * 0.5 + 0.5
+    if logits:
+        shift = xp.clip(xp.amax(margins, 0), 0, None)
+        shares = xp.exp(margins - shift)
+        return shares / (shares.sum(0) + xp.exp(-shift))
+    # what each exceeds the background's by, and that all sum to 1
+    return margins + (1 - margins.sum(0)) / (len(margins) + 1)
+
+
 def _chance(margins: Grid, *, regions: bool, logits: bool) -> Any:
-    """The probability of anything but background in steps of 1/255, from margins ``(K, ...)``.
+    """The probability of anything but background, from margins ``(K, ...)``.
 
     With several labels the margins of probabilities over that of the background, and the sum of 1,
     give it exactly. Regions may overlap: that of the likeliest counts.
@@ -284,14 +336,12 @@ def _chance(margins: Grid, *, regions: bool, logits: bool) -> Any:
     xp = module_of(margins)
     if regions:
         best = xp.amax(margins, 0)
-        likely = (xp.tanh(best / 2) if logits else best) * 0.5 + 0.5
-    elif logits:
+        return (xp.tanh(best / 2) if logits else best) * 0.5 + 0.5
+    if logits:
         shift = xp.clip(xp.amax(margins, 0), 0, None)
         others = xp.exp(margins - shift).sum(0)
-        likely = others / (others + xp.exp(-shift))
-    else:
-        likely = (margins.sum(0) + len(margins)) / (len(margins) + 1)
-    return xp.asarray(xp.clip(xp.round(likely * 255), 0, 255), dtype=xp.uint8)
+        return others / (others + xp.exp(-shift))
+    return (margins.sum(0) + len(margins)) / (len(margins) + 1)
 
 
 def _largest(margins: Grid) -> Any:

@@ -40,10 +40,10 @@ STRIP_SLICES = 8
 JPEG_QUALITY = 88
 
 
-def write_overlay(
-    image: Volume, mask: Volume, path: Path, *, title: str = "", is_ct: bool = True
-) -> None:
-    """Write a PNG montage of the head at brain window with the mask outlined.
+def draw_overlay(
+    image: Volume, mask: Volume, *, title: str = "", is_ct: bool = True
+) -> Image.Image:
+    """Draw a montage of the head at brain window with the mask outlined; nothing is written.
 
     Slices run from the lowest to the highest and are seen from the feet, as radiologists do: the
     patient's right is on the left, the front is up. An oblique volume is turned by the nearest
@@ -53,13 +53,14 @@ def write_overlay(
     Args:
         image: The scan.
         mask: Its mask, of the same shape; everything but 0 is outlined.
-        path: A file that ends in ``.png``; it is replaced whole or not at all.
         title: One line above the slices.
         is_ct: Whether the scan is in HU; else it is shown whole, in a window that fits it.
 
+    Returns:
+        A picture of Pillow, which a notebook shows where it is the last thing of a cell.
+
     Raises:
         ValueError: The shapes differ.
-        OutputError: The file cannot be written.
     """
     framed = frame(image, {"prediction": mask.with_voxels(mask.voxels != 0)}, is_ct=is_ct)
     window = BRAIN if is_ct else fitting_window(framed)
@@ -69,7 +70,26 @@ def write_overlay(
         _draw_text(panel, str(index + framed.first_slice + 1), top=4)
         _draw_text(panel, "R", top=24)
         panels.append(panel)
-    _write(_arrange(panels, title), path, "PNG")
+    return _arrange(panels, title)
+
+
+def write_overlay(
+    image: Volume, mask: Volume, path: Path, *, title: str = "", is_ct: bool = True
+) -> None:
+    """Write the picture that ``draw_overlay`` draws as a PNG.
+
+    Args:
+        image: The scan.
+        mask: Its mask, of the same shape.
+        path: A file that ends in ``.png``; it is replaced whole or not at all.
+        title: One line above the slices.
+        is_ct: Whether the scan is in HU.
+
+    Raises:
+        ValueError: The shapes differ.
+        OutputError: The file cannot be written.
+    """
+    _write(draw_overlay(image, mask, title=title, is_ct=is_ct), path, "PNG")
 
 
 def write_strip(

@@ -1,4 +1,4 @@
-"""The header of a MetaImage whose voxels lie in the same file (``.mha``)."""
+"""The header of a MetaImage: of ``.mha`` with its voxels, or of ``.mhd``, with them beside it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ TYPES = {
 }  # fmt: skip
 
 
-def parse_header(stream: BinaryIO) -> Header:
+def parse_header(stream: BinaryIO, *, detached: bool = False) -> Header:
     """Read and check the header; no voxels are read.
+
+    Args:
+        stream: A file at its beginning.
+        detached: Whether its voxels may lie in a second file in the same folder.
 
     Raises:
         DamagedError: It is no such header, or contradicts itself.
@@ -36,31 +40,35 @@ def parse_header(stream: BinaryIO) -> Header:
             raise DamagedError(f"no MetaImage header: line {text[start : min(end, start + 40)]!r}")
         fields[key.strip()] = value.strip()
         start = end + 1
-    _refuse_other_kinds(fields)
+    _refuse_other_kinds(fields, detached)
     axes = _integer(fields.get("NDims", ""))
     size = [_integer(word) for word in fields.get("DimSize", "").split()]
     if len(size) != axes:
         raise DamagedError(f"NDims {axes} with DimSize {fields.get('DimSize', '')[:60]!r}")
+    where = fields["ElementDataFile"]
     big = _flag(fields, "BinaryDataByteOrderMSB", _flag(fields, "ElementByteOrderMSB", False))
     return Header(
         shape=checked_shape(size),
         dtype=np.dtype((">" if big else "<") + TYPES[fields["ElementType"]]),
-        start=start,
+        start=start if where == "LOCAL" else 0,
         raw=text[:start],
         packed=_flag(fields, "CompressedData", False),
+        beside="" if where == "LOCAL" else where,
     )
 
 
-def _refuse_other_kinds(fields: dict[str, str]) -> None:
-    """Refuse all but one number a voxel, binary, in the file itself."""
+def _refuse_other_kinds(fields: dict[str, str], detached: bool) -> None:
+    """Refuse all but one number a voxel, binary, in the file itself or in one beside it."""
     where = fields["ElementDataFile"]
-    if where != "LOCAL":
+    if detached and where != "LOCAL":
+        _refuse_other_places(where)
+    elif where != "LOCAL":
         raise OtherKindError(
             f"its voxels are in {where[:80]!r}, expected in the file itself (LOCAL)"
         )
     if fields.get("ObjectType", "Image") != "Image" or not _flag(fields, "BinaryData", True):
         raise OtherKindError("not a binary MetaImage")
-    if fields.get("HeaderSize", "0") not in ("0", "-1"):
+    if fields.get("HeaderSize", "0") not in (("0", "-1") if where == "LOCAL" else ("0",)):
         raise OtherKindError(f"HeaderSize {fields['HeaderSize'][:20]}, expected none")
     channels = fields.get("ElementNumberOfChannels", "1")
     if channels != "1":
@@ -68,6 +76,15 @@ def _refuse_other_kinds(fields: dict[str, str]) -> None:
     kind = fields.get("ElementType", "none")
     if kind not in TYPES:
         raise OtherKindError(f"element type {kind[:20]}, expected one of {', '.join(TYPES)}")
+
+
+def _refuse_other_places(where: str) -> None:
+    """Refuse voxels that are not in one file in the header's own folder."""
+    several = where.startswith("LIST") or "%" in where
+    if several or not where or where in (".", "..") or not where.isprintable() or "/" in where:
+        raise OtherKindError(
+            f"its voxels are in {where[:80]!r}, expected in one file in the same folder"
+        )
 
 
 def _integer(word: str) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ _MOST_EXTENSIONS = 1 << 20  # bytes before the voxels
 _FARTHEST_MM = 1e5
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # metres and micrometres; all other codes are taken for mm
 _SAME_LENGTH = 0.01  # a share; writers round
-_UINT8 = 2
+UINT8, FLOAT32 = 2, 16  # codes of the stored numbers
 TYPES = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",
     256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8",
@@ -43,7 +43,7 @@ def parse_header(pieces: Iterator[bytes]) -> Header:
         raise OtherKindError("NIfTI-2, expected NIfTI-1")
     if len(raw) < HEADER_BYTES or raw[344:348] != b"n+1\0":
         raise DamagedError("no NIfTI-1 header")
-    end = _endian(raw)
+    end = endian(raw)
     if struct.unpack_from(end + "i", raw, 0)[0] != HEADER_BYTES:
         raise DamagedError(f"no NIfTI-1 header: its length is not {HEADER_BYTES}")
     offset, slope, inter = struct.unpack_from(end + "fff", raw, 108)
@@ -123,7 +123,7 @@ def mm_per_unit(raw: bytes) -> float:
 
 def has_frame(raw: bytes) -> bool:
     """Whether a header says where in the patient the volume lies, by qform or sform."""
-    return max(_codes(raw, _endian(raw))) > 0
+    return max(_codes(raw, endian(raw))) > 0
 
 
 def _codes(raw: bytes, end: str) -> tuple[int, int]:
@@ -134,7 +134,7 @@ def _codes(raw: bytes, end: str) -> tuple[int, int]:
 
 def place_only(raw: bytes) -> bytes:
     """A checked header without the frames that are not in use, which may hold anything."""
-    qcode, scode = _codes(raw, _endian(raw))
+    qcode, scode = _codes(raw, endian(raw))
     shown = bytearray(raw)
     if qcode <= 0:
         shown[256:280] = bytes(24)
@@ -148,7 +148,7 @@ def frames_differ(raw: bytes) -> float:
 
     0 unless both are in use.
     """
-    end = _endian(raw)
+    end = endian(raw)
     if min(_codes(raw, end)) <= 0:
         return 0.0
     size = np.array(struct.unpack_from(end + "3h", raw, 42), float) - 1
@@ -184,11 +184,36 @@ def _sform(raw: bytes, end: str) -> Frame:
 
 def mask_header(raw: bytes) -> bytes:
     """A scan's header for its mask: other voxels, no scaling, and no text that names a patient."""
+    return _other_voxels(raw, UINT8, slope=1.0)
+
+
+def values_header(
+    raw: bytes, size: Sequence[int], *, labels: int, datatype: int, slope: float
+) -> bytes:
+    """A header for other values in a scan's place.
+
+    Args:
+        raw: The scan's header, or one of another size with the same place.
+        size: Voxels along x, y, z.
+        labels: How many volumes the file holds; more than one are its fourth axis.
+        datatype: The standard's code of the stored numbers.
+        slope: The factor that turns them into values.
+    """
+    header = bytearray(_other_voxels(raw, datatype, slope))
+    axes = (3, *size, 1, 1, 1, 1) if labels == 1 else (4, *size, labels, 1, 1, 1)
+    struct.pack_into(endian(raw) + "8h", header, 40, *axes)  # dim
+    struct.pack_into(endian(raw) + "4f", header, 92, 1.0, 1.0, 1.0, 1.0)  # pixdim beyond space
+    return bytes(header)
+
+
+def _other_voxels(raw: bytes, datatype: int, slope: float) -> bytes:
+    """A header with numbers of another type, and no text that names a patient."""
     header = bytearray(raw)
-    end = _endian(raw)
-    struct.pack_into(end + "hh", header, 70, _UINT8, 8)  # datatype, bitpix
+    end = endian(raw)
+    bits = 8 * np.dtype(TYPES[datatype]).itemsize
+    struct.pack_into(end + "hh", header, 70, datatype, bits)  # datatype, bitpix
     struct.pack_into(end + "f", header, 108, float(VOXELS_AT))  # vox_offset
-    struct.pack_into(end + "ff", header, 112, 1.0, 0.0)  # scl_slope, scl_inter
+    struct.pack_into(end + "ff", header, 112, slope, 0.0)  # scl_slope, scl_inter
     struct.pack_into(end + "ff", header, 124, 0.0, 0.0)  # cal_max, cal_min
     header[4:32] = bytes(28)  # data_type, db_name
     header[148:228] = bytes(80)  # descrip
@@ -197,5 +222,6 @@ def mask_header(raw: bytes) -> bytes:
     return bytes(header)
 
 
-def _endian(raw: bytes) -> str:
+def endian(raw: bytes) -> str:
+    """The byte order of a header, as ``struct`` has it."""
     return "<" if struct.unpack_from("<i", raw, 0)[0] == HEADER_BYTES else ">"

@@ -21,6 +21,21 @@ _GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a volume lies, as ``Volume`` has it: everything in the order ``(z, y, x)``.
+
+    Attributes:
+        spacing_mm: Sizes of a voxel.
+        origin_mm: Where the first voxel is.
+        direction: 3x3, row-major.
+    """
+
+    spacing_mm: tuple[float, ...]
+    origin_mm: tuple[float, ...]
+    direction: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Header:
     """Where a file's voxels are and what they are.
 
@@ -29,8 +44,12 @@ class Header:
         dtype: The type of the stored numbers, with their byte order.
         start: The byte at which voxels begin; in a compressed NIfTI file, after inflation.
         raw: The bytes of the header.
-        packed: Whether the voxels of a MetaImage are compressed.
+        packed: Whether the voxels of a MetaImage or NRRD are compressed.
         scale: The factor and summand that turn stored numbers into intensities; None for none.
+        beside: The name of the file in the same folder that holds the voxels; empty for the file
+            itself.
+        place: Where the volume lies, if that was worked out; else ITK is asked.
+        has_frame: Whether the header says how the patient lies; of NIfTI ask ``nifti.has_frame``.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +58,9 @@ class Header:
     raw: bytes
     packed: bool = False
     scale: tuple[float, float] | None = None
+    beside: str = ""
+    place: Place | None = None
+    has_frame: bool = True
 
     @property
     def nbytes(self) -> int:

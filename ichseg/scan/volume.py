@@ -20,9 +20,16 @@ import numpy.typing as npt
 import SimpleITK as sitk
 
 from ichseg.errors import InputError, OutputError
-from ichseg.files import NIFTI_SUFFIXES, SCAN_SUFFIXES, replacing, suffix_of
+from ichseg.files import (
+    NIFTI_SUFFIXES,
+    SCAN_SUFFIXES,
+    WRITTEN_SUFFIXES,
+    replacing,
+    suffix_of,
+)
 from ichseg.scan import headers, nifti
 from ichseg.scan.stored import Header
+from ichseg.wording import times
 
 Triple = tuple[float, float, float]
 _MORE = 1 << 16  # bytes, which a full disk has no room for
@@ -57,15 +64,20 @@ class Volume:
         """Volume of one voxel in millilitres."""
         return float(np.prod(self.spacing_mm)) / 1000.0
 
+    @property
+    def grid(self) -> str:
+        """Its size in words."""
+        return f"{times(self.voxels.shape)} voxels of {times(self.spacing_mm, digits=3)} mm"
+
     def with_voxels(self, voxels: npt.NDArray[np.generic]) -> Volume:
-        """The same geometry around other voxels of the same shape."""
+        """A plain volume of the same geometry around other voxels of the same shape."""
         if voxels.shape != self.voxels.shape:
             raise ValueError(f"geometry is for shape {self.voxels.shape}, got {voxels.shape}")
         return Volume(voxels, self.spacing_mm, self.origin_mm, self.direction, self.nifti_header)
 
 
 def read(path: Path | str) -> Volume:
-    """Read an ``.mha``, ``.nii`` or ``.nii.gz`` file as a finite 3D volume.
+    """Read a file, by its name one of ``files.SCAN_SUFFIXES``, as a finite 3D volume.
 
     Raises:
         InputError: The file is missing, of another type, damaged, not 3D, or holds NaN or infinity.
@@ -107,6 +119,15 @@ def read_channels(path: Path | str) -> tuple[Volume, ...]:
     )
 
 
+def has_frame(path: Path | str) -> bool:
+    """Whether a file's header says how the patient lies; of NIfTI ask ``nifti.has_frame``.
+
+    Raises:
+        InputError: The file has no readable header.
+    """
+    return _header(Path(path)).has_frame
+
+
 def stored_shape(path: Path | str) -> tuple[int, ...]:
     """Shape ``(z, y, x)`` or ``(channel, z, y, x)`` of a file; its voxels are not read.
 
@@ -118,7 +139,7 @@ def stored_shape(path: Path | str) -> tuple[int, ...]:
 
 
 def write(volume: Volume, path: Path | str) -> None:
-    """Write a volume as an ``.mha``, ``.nii`` or ``.nii.gz`` file, whole or not at all.
+    """Write a volume as an ``.mha``, ``.nii``, ``.nii.gz`` or ``.nrrd`` file, or not at all.
 
     A uint8 volume that came from a NIfTI-1 file and goes to one keeps that file's header. The
     written geometry is read back and compared before the file gets its name.
@@ -128,9 +149,9 @@ def write(volume: Volume, path: Path | str) -> None:
     """
     path = Path(path)
     suffix = suffix_of(path)
-    if not suffix:
+    if suffix not in WRITTEN_SUFFIXES:
         raise OutputError(
-            f"{path}: cannot write this file type, expected one of {', '.join(SCAN_SUFFIXES)}"
+            f"{path}: cannot write this file type, expected one of {', '.join(WRITTEN_SUFFIXES)}"
         )
     repeated = volume.nifti_header if suffix in NIFTI_SUFFIXES else None
     with replacing(path, suffix=suffix) as temporary:
@@ -178,6 +199,9 @@ def _place(path: Path, header: Header) -> tuple[Triple, Triple, tuple[float, ...
     Of a NIfTI file ITK is shown the header alone: the rest is none of its business, and it goes by
     the name whether that is compressed.
     """
+    if header.place is not None:
+        found = header.place
+        return _checked_place(path, found.spacing_mm, found.origin_mm, np.array(found.direction))
     is_nifti = suffix_of(path) in NIFTI_SUFFIXES
     reader = sitk.ImageFileReader()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -200,6 +224,17 @@ def _place(path: Path, header: Header) -> tuple[Triple, Triple, tuple[float, ...
     axes = len(header.shape)
     spacing_mm, origin_mm = reader.GetSpacing()[:3][::-1], reader.GetOrigin()[:3][::-1]
     direction = np.array(reader.GetDirection()).reshape(axes, axes)[:3, :3][::-1, ::-1]
+    return _checked_place(path, spacing_mm, origin_mm, direction)
+
+
+def _checked_place(
+    path: Path,
+    spacing_mm: tuple[float, ...],
+    origin_mm: tuple[float, ...],
+    direction: npt.NDArray[np.float64],
+) -> tuple[Triple, Triple, tuple[float, ...]]:
+    """What can be a place; all of it in the order ``(z, y, x)``."""
+    direction = direction.reshape(3, 3)
     if not (np.isfinite([*spacing_mm, *origin_mm]).all() and min(spacing_mm) > 0):
         raise InputError(
             f"{path}: voxels of {spacing_mm} mm at {origin_mm} mm (z, y, x), expected positive "
@@ -214,7 +249,7 @@ def _place(path: Path, header: Header) -> tuple[Triple, Triple, tuple[float, ...
 @contextlib.contextmanager
 def _nifti_header_alone(header: Header) -> Iterator[Path]:
     """A temporary file that holds a NIfTI header and no voxels."""
-    with _temporary_folder() as folder:
+    with temporary_folder() as folder:
         shown = folder / "header.nii"
         shown.write_bytes(nifti.place_only(header.raw) + bytes(4))
         yield shown
@@ -226,14 +261,14 @@ def _named_for_itk(path: Path) -> Iterator[Path]:
     if _is_utf8(path):
         yield path
         return
-    with _temporary_folder() as folder:
+    with temporary_folder() as folder:
         link = folder / f"volume{suffix_of(path)}"
         link.symlink_to(path.absolute())
         yield link
 
 
 @contextlib.contextmanager
-def _temporary_folder() -> Iterator[Path]:
+def temporary_folder() -> Iterator[Path]:
     """A folder for what ITK is shown in place of a file, with a name that ITK takes.
 
     Raises:
@@ -306,6 +341,35 @@ def _check_geometry(volume: Volume, written: Path, path: Path) -> None:
             (reader.GetSpacing()[::-1], volume.spacing_mm, 1e-6, 0),
             (reader.GetOrigin()[::-1], volume.origin_mm, 0, 1e-4),
             (direction, volume.direction, 0, 1e-6),
+        )
+    )
+    if not same:
+        raise OutputError(f"{path}: the written geometry differs from the volume's")
+
+
+def check_place(grid: Volume, written: Path, path: Path, *, labels: int) -> None:
+    """Refuse a NIfTI file of one or several labels whose size or place differs from a volume's.
+
+    Args:
+        grid: The volume.
+        written: The file.
+        path: The name that it will get, for messages.
+        labels: How many there are; more than one are its fourth axis.
+
+    Raises:
+        OutputError: It differs, or cannot be read back.
+    """
+    try:
+        header = headers.read_header(written, suffix_of(written))
+        spacing_mm, origin_mm, direction = _place(written, header)
+    except InputError as error:
+        raise OutputError(f"{path}: the written file cannot be read back ({error})") from error
+    same = header.shape == ((labels,) if labels > 1 else ()) + grid.voxels.shape and all(
+        np.allclose(found, wanted, rtol=rtol, atol=atol)
+        for found, wanted, rtol, atol in (
+            (spacing_mm, grid.spacing_mm, 1e-6, 0),
+            (origin_mm, grid.origin_mm, 0, 1e-4),
+            (direction, grid.direction, 0, 1e-6),
         )
     )
     if not same:

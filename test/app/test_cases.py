@@ -1,10 +1,14 @@
 import json
 import os
 
+import numpy as np
 import pytest
+from helpers.dicom_files import make_slice, save
 
+from ichseg.app import results
 from ichseg.app.cases import InputCase, find_cases, find_challenge_cases, say_passed_over
 from ichseg.errors import InputError
+from ichseg.scan.dicom import files
 
 
 def touch(path):
@@ -114,7 +118,10 @@ def test_a_link_that_leads_out_is_a_case_that_failed_and_stops_no_other(tmp_path
     (folder / "scan.mha").symlink_to(secret)
     (folder / "scan.nii.gz").symlink_to("../secret/y.nii.gz")
     (folder / "slices").symlink_to(secret.parent)
-    why = f"a link that leads out of {folder}; expected the file itself (cp -L makes one)"
+    why = (
+        f"a link that leads out of {folder}; expected the file itself (cp -L makes one), or "
+        "--follow-links"
+    )
     job = find(folder, tmp_path)
     assert refused(job) == dict.fromkeys(("scan.mha", "scan.nii.gz", "slices"), why)
     assert [case.name for case in job.cases if not case.refusal] == ["good.nii.gz"]
@@ -154,16 +161,16 @@ def test_what_looks_like_a_scan_and_is_none_has_failed(tmp_path):
     (tmp_path / "broken.nii").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.nii.gz")
     touch(tmp_path / "folder.mha" / "notes.txt")
-    touch(tmp_path / "other.NRRD")
-    touch(tmp_path / "other.mhd")
+    touch(tmp_path / "other.NHDR")
+    touch(tmp_path / "other.mgz")
     job = find(tmp_path, tmp_path / "out")
     assert refused(job) == {
         "circle.mha": "a link that leads in a circle, expected the file itself",
         "broken.nii": "a link to nothing, expected a scan",
         "pipe.nii.gz": "neither a file nor a folder, expected a scan",
         "folder.mha": "a folder, expected a file",
-        "other.NRRD": "not read, expected .mha, .nii.gz, .nii or DICOM",
-        "other.mhd": "not read, expected .mha, .nii.gz, .nii or DICOM",
+        "other.NHDR": "not read, expected .mha, .nii.gz, .nii, .nrrd, .mhd or DICOM",
+        "other.mgz": "not read, expected .mha, .nii.gz, .nii, .nrrd, .mhd or DICOM",
     }
     assert job.passed_over == ()
 
@@ -185,9 +192,150 @@ def test_everything_else_is_named_with_the_reason(tmp_path, capsys):
         "passed over, hidden: ._good.mha",
         "passed over, no scan by its name or content: notes0.txt, notes1.txt, notes2.txt, "
         "notes3.txt, notes4.txt and 2 more",
-        "passed over, holds 2 scans, expected directly in the input: later/",
+        "passed over, holds 2 scans, expected directly in the input; --recursive looks into "
+        "folders: later/",
         "passed over, a folder without a scan: papers/",
     ]
+
+
+def test_a_single_file_is_a_case(tmp_path):
+    touch(tmp_path / "beside.mha")
+    for name, mask in (
+        ("a.nii.gz", "a.nii.gz"), ("b.MHA", "b.MHA"), ("c.nrrd", "c.nrrd"), ("d.mhd", "d.mha"),
+    ):  # fmt: skip
+        (case,) = find(touch(tmp_path / name), tmp_path / "out").cases
+        assert (case.name, case.image.name, case.refusal) == (name, name, "")
+        assert case.output == tmp_path / "out" / mask
+        assert case.picture == f"{name[0]}.png"
+    (tmp_path / "link.mha").symlink_to(touch(tmp_path / "elsewhere" / "x.mha"))
+    assert find(tmp_path / "link.mha", tmp_path).cases[0].refusal == ""  # it was named
+    with pytest.raises(InputError, match=r"notes\.txt: not named as a scan, expected \.mha"):
+        find(touch(tmp_path / "notes.txt"), tmp_path)
+    (tmp_path / "slice").write_bytes(bytes(128) + b"DICM")
+    with pytest.raises(InputError, match="slice: one DICOM file, of which a scan has many"):
+        find(tmp_path / "slice", tmp_path)
+    with pytest.raises(InputError, match="a file, expected a folder of the scans"):
+        find_challenge_cases(tmp_path / "beside.mha", tmp_path)
+
+
+def test_the_voxels_of_an_mhd_are_no_other_file(tmp_path):
+    for name in ("a.mhd", "a.raw", "b.MHD", "b.zraw", "c.raw"):
+        touch(tmp_path / name)
+    job = find(tmp_path, tmp_path / "out")
+    assert [(case.name, case.output.name) for case in job.cases] == [
+        ("a.mhd", "a.mha"), ("b.MHD", "b.mha"),
+    ]  # fmt: skip
+    assert job.passed_over == (("c.raw", "no scan by its name or content"),)
+
+
+def test_an_mhd_and_an_mha_of_one_name_have_one_mask(tmp_path):
+    for name in ("a.mhd", "a.mha"):
+        touch(tmp_path / name)
+    why = "2 scans whose masks would be a.mha"
+    assert refused(find(tmp_path, tmp_path / "out")) == {"a.mha": why, "a.mhd": why}
+
+
+def search(folder, out, **options):
+    return find_cases(folder, out, input_slug="head-ct", output_slug="bleed", **options)
+
+
+def test_links_are_followed_where_that_is_asked_for(tmp_path):
+    folder = tmp_path / "input"
+    elsewhere = touch(tmp_path / "elsewhere" / "x.mha")
+    folder.mkdir()
+    (folder / "a.mha").symlink_to(elsewhere)
+    (folder / "circle.mha").symlink_to("circle.mha")
+    (folder / "more").symlink_to(elsewhere.parent)
+    job = search(folder, tmp_path / "out", follow_links=True)
+    assert [(case.name, case.image) for case in job.cases if not case.refusal] == [
+        ("a.mha", folder / "a.mha")
+    ]
+    assert "circle.mha" in refused(job)
+    assert "--recursive" in dict(job.passed_over)["more/"]
+    both = search(folder, tmp_path / "out", follow_links=True, recursive=True)
+    assert [case.name for case in both.cases if not case.refusal] == ["a.mha", "more/x.mha"]
+
+
+def test_folders_are_mirrored(tmp_path):
+    """A BIDS dataset keeps its names; an earlier run's masks are none of its scans."""
+    folder, out = tmp_path / "input", tmp_path / "input" / "out"
+    names = [
+        "sub-01/ses-1/ct/sub-01_ses-1_ct.nii.gz",
+        "sub-01/ses-2/ct/sub-01_ses-2_ct.nii.gz",
+        "sub-02/ct/sub-02_ct.nii.gz",
+        "top.mha",
+    ]
+    for name in names:
+        touch(folder / name)
+    touch(folder / "sub-01" / "ses-1" / "ct" / "sub-01_ses-1_ct.json")
+    touch(folder / "dataset_description.json")
+    touch(out / "sub-02" / "ct" / "sub-02_ct.nii.gz")
+    touch(folder / ".git" / "x.mha")
+    job = search(folder, out, recursive=True)
+    assert [case.name for case in job.cases] == names
+    assert [case.output for case in job.cases] == [out / name for name in names]
+    assert [case.image for case in job.cases] == [folder / name for name in names]
+    assert job.cases[2].picture == "sub-02/ct/sub-02_ct.png"
+    assert [name for name, _ in job.passed_over] == [
+        "dataset_description.json", "sub-01/ses-1/ct/sub-01_ses-1_ct.json",
+    ]  # fmt: skip
+    assert [case.name for case in find(folder, out).cases] == ["top.mha"]
+
+
+def test_equal_names_in_different_folders_are_different_cases(tmp_path):
+    for name in ("a/ct.nii.gz", "b/ct.nii.gz", "b/ct.mha"):
+        touch(tmp_path / name)
+    job = search(tmp_path, tmp_path / "out", recursive=True)
+    assert refused(job) == {}
+    assert [case.picture for case in job.cases] == [
+        "a/ct.png", "b/ct.mha.png", "b/ct.nii.gz.png",
+    ]  # fmt: skip
+
+
+def test_folders_that_run_in_a_circle_end(tmp_path):
+    touch(tmp_path / "input" / "a" / "x.mha")
+    (tmp_path / "input" / "a" / "up").symlink_to(tmp_path / "input")
+    job = search(tmp_path / "input", tmp_path / "out", recursive=True)
+    assert [case.name for case in job.cases] == ["a/x.mha"]
+    assert ("a/up/", "a link to a folder above") in job.passed_over
+
+
+def write_study(folder, uid, series="1"):
+    for number in range(2):
+        made = make_slice(
+            np.zeros((4, 4)),
+            (0, 0, 5 * number),
+            StudyInstanceUID=uid,
+            SeriesInstanceUID=f"{uid}.{series}",
+        )
+        save(made, folder / f"{number}.dcm")
+
+
+def test_dicom_is_found_in_folders_and_mirrored(tmp_path):
+    """Slices of one study in two folders are one case, named after the folder around them."""
+    write_study(tmp_path / "in" / "p1" / "first" / "ser1", "1.5")
+    write_study(tmp_path / "in" / "p1" / "first" / "ser2", "1.5", "2")
+    write_study(tmp_path / "in" / "p2", "1.6")
+    touch(tmp_path / "in" / "p1" / "x.mha")
+    job = search(tmp_path / "in", tmp_path / "out", recursive=True)
+    masks = [case.output.relative_to(tmp_path / "out").as_posix() for case in job.cases]
+    assert list(zip([case.name for case in job.cases], masks, strict=True)) == [
+        ("p1/first/first", "p1/first/first_straight.mha"),
+        ("p1/x.mha", "p1/x.mha"),
+        ("p2", "p2_straight.mha"),
+    ]  # fmt: skip
+
+
+def test_slices_that_are_links_are_followed_where_that_is_asked_for(tmp_path):
+    write_study(tmp_path / "store", "1.5")
+    (tmp_path / "in" / "scan").mkdir(parents=True)
+    for file in (tmp_path / "store").iterdir():
+        (tmp_path / "in" / "scan" / file.name).symlink_to(file)
+    assert "a link that leads out" in refused(find(tmp_path / "in", tmp_path / "out"))["scan"]
+    (case,) = search(tmp_path / "in", tmp_path / "out", follow_links=True).cases
+    assert (case.name, case.refusal, case.follow_links) == ("scan", "", True)
+    assert len(files.walk(case.image, follow_links=True).files) == 2
+    assert results.stamp_of(case.image, follow_links=True)["bytes"] > 0
 
 
 def test_where_nothing_is_a_scan_the_error_says_what_is_there(tmp_path):

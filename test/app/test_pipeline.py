@@ -1,5 +1,6 @@
 """A folder of cases, with networks that only pretend: what overlaps, what is kept, what is said."""
 
+import dataclasses
 import json
 import threading
 from types import SimpleNamespace
@@ -7,18 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ichseg.app import case_report, needs, one_case, pipeline, results
+from ichseg.app import case_report, one_case, pipeline, results
 from ichseg.app.cases import find_cases
 from ichseg.app.one_case import Options
 from ichseg.app.results import Record
 from ichseg.engine import machine
 from ichseg.errors import InputError, OutputError, WeightsError
 from ichseg.files import replacing
-from ichseg.predict import memory
-from ichseg.predict.ensemble import Segmentation
+from ichseg.predict import components, memory
+from ichseg.predict.components import Segmentation
 from ichseg.report import case_files, inference_page, pictures
 from ichseg.scan import plausibility, reader, volume
-from ichseg.scan.reader import Scan
 from ichseg.scan.volume import Volume
 
 
@@ -26,6 +26,7 @@ class Pretended:
     """Marks what lies above 50 HU; keeps an account of its calls and of the cases in its hands."""
 
     model = SimpleNamespace(expects_hu=False)
+    engine = SimpleNamespace(name="none", device_bytes=lambda: None)
 
     def __init__(self):
         self.calls, self.alive, self.most_alive = [], set(), 0
@@ -40,6 +41,9 @@ class Pretended:
 
     def plan(self, scan, preset):
         return scan
+
+    def need(self, plan, **_):
+        return memory.Need(opening=10, predicting=20, writing=30, network=5), False
 
     def prepare(self, scan):
         name = int(scan.voxels.max())
@@ -62,7 +66,7 @@ class Pretended:
     def during_predict(self, name):
         pass
 
-    def finish(self, prepared):
+    def finish(self, prepared, **_):
         self.note("finish", prepared.name)
         self.during_finish(prepared.name)
         mask = prepared.scan.with_voxels((prepared.scan.voxels > 50).astype(np.uint8))
@@ -75,6 +79,7 @@ class Pretended:
             seconds={"total": 0.1, "compile": 0.0},
             disagreement=0.25,
             warnings=("odd",),
+            lesions=components.lesions(mask.voxels, prepared.scan),
         )
 
     def during_finish(self, name):
@@ -87,8 +92,6 @@ def allowed(monkeypatch):
     limit = [None]
     monkeypatch.setattr(machine, "memory_limit", lambda: limit[0])
     monkeypatch.setattr(machine, "resident_bytes", lambda: 1000)
-    need = memory.Need(opening=10, predicting=20, writing=30, network=5)
-    monkeypatch.setattr(needs, "of_scan", lambda *_, **__: (need, False))
     monkeypatch.setattr(volume, "stored_shape", lambda _: (1, 1, 1))
     return limit
 
@@ -121,7 +124,9 @@ def test_what_reading_noticed_is_in_the_result(place, monkeypatch):
     """Also what the voxels' values gave away, for a model that expects HU."""
     read_scan = reader.read_scan
     monkeypatch.setattr(
-        reader, "read_scan", lambda path, *_: Scan(read_scan(path).volume, ("of reading",))
+        reader,
+        "read_scan",
+        lambda path, *_, **__: dataclasses.replace(read_scan(path), warnings=("of reading",)),
     )
     monkeypatch.setattr(plausibility, "check", lambda found, _: (found, ("of its values",)))
     ensemble = Pretended()
@@ -307,9 +312,9 @@ def test_each_scan_is_looked_up_once(place, monkeypatch, allowed):
     allowed[0] = machine.MemoryLimit(10_000, "someone")
     looked_up, stamp_of = [], results.stamp_of
 
-    def noted(image):
+    def noted(image, **given):
         looked_up.append(image.name)
-        return stamp_of(image)
+        return stamp_of(image, **given)
 
     monkeypatch.setattr(results, "stamp_of", noted)
     run(place, Pretended(), resume=True)

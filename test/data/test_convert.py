@@ -409,7 +409,7 @@ def test_convert_refuses_what_it_does_not_recognise(tmp_path):
     with pytest.raises(DatasetError, match="source: no such folder"):
         convert(source, tmp_path / "work")
     source.mkdir()
-    with pytest.raises(DatasetError, match=r"neither dataset\.json nor train/data and train/label"):
+    with pytest.raises(DatasetError, match=r"no dataset\.json of .* expected one of train/data"):
         convert(source, tmp_path / "work")
     (source / "dataset.json").write_text("[]")
     with pytest.raises(DatasetError, match="found list, expected an object"):

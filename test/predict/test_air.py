@@ -7,9 +7,9 @@ from conftest import CONFIGURATION, PLANS
 
 from ichseg.model.plans import Normalisation
 from ichseg.predict import sliding_window
-from ichseg.predict.air import skip_air
 from ichseg.predict.ensemble import Ensemble
 from ichseg.predict.prepare import place
+from ichseg.predict.presets import skip_air
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 
@@ -122,7 +122,7 @@ def test_labels_of_the_samples_are_the_same_bytes(sample, beside, monkeypatch):
     second = dataclasses.replace(ensemble.model, members=ensemble.model.members[1:2], rules=())
     ensemble = dataclasses.replace(ensemble, model=second)
     found = ensemble.segment(scan, "fast")
-    monkeypatch.setattr("ichseg.predict.air.skip_air", lambda tiles, *_: tiles)
+    monkeypatch.setattr("ichseg.predict.presets.skip_air", lambda tiles, *_: tiles)
     plain = ensemble.segment(scan, "fast")
     assert (found.ran["tiles_skipped"] > 0) == (beside > 0)
     assert plain.ran["tiles_skipped"] == 0

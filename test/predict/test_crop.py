@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ichseg.model.plans import Configuration
-from ichseg.predict import air, prepare, sliding_window
+from ichseg.predict import prepare, presets, sliding_window
 from ichseg.predict.crop import MARGIN_MM, crop_box, head_box
 from ichseg.predict.ensemble import Ensemble
 from ichseg.predict.prepare import place
@@ -182,12 +182,14 @@ def test_tiles_that_are_skipped_are_of_air():
     placement = place([scan], CUT, CONFIGURATION)
     assert placement.box == BOX
     tile = (4, 8, 8)  # less than the margin
-    tiles = air.skip_air(sliding_window.cover(placement.grid_shape, tile), [scan], placement, CUT)
+    tiles = presets.skip_air(
+        sliding_window.cover(placement.grid_shape, tile), [scan], placement, CUT
+    )
     assert len(tiles.skipped) > 5
     cut = voxels[placement.slices]
     for corner in itertools.product(*tiles.starts):
         part = cut[tuple(slice(a, a + n) for a, n in zip(corner, tile, strict=True))]
-        assert (corner in tiles.skipped) == bool((part < air.AIR_HU).all())
+        assert (corner in tiles.skipped) == bool((part < presets.AIR_HU).all())
 
 
 def test_the_network_sees_what_a_scan_cut_by_hand_would_show_it(tmp_path):

@@ -12,7 +12,7 @@ from ichseg.engine.engine import in_batches
 from ichseg.errors import DeviceError, DeviceFullError, InputError, WeightsError
 from ichseg.model import bundle
 from ichseg.model.network import build_network
-from ichseg.predict import air, prepare, sliding_window
+from ichseg.predict import prepare, presets, sliding_window
 from ichseg.predict.ensemble import Ensemble
 from ichseg.predict.passes import Pass
 from ichseg.predict.presets import budget_record
@@ -327,7 +327,7 @@ def test_what_is_skipped_changes_nothing_elsewhere(tmp_path, scan, monkeypatch, 
     for corner in tiles.skipped:
         background[tiles.where(corner)[1:]] = True
     with monkeypatch.context() as patch:
-        patch.setattr(air, "skip_air", lambda tiles, *_: tiles)
+        patch.setattr(presets, "skip_air", lambda tiles, *_: tiles)
         plain = ensemble.segment(scan, "balanced")
     assert plain.ran["tiles_skipped"] == 0
     # the grid's cells in the volume, and the slices and voxels between, which interpolate
@@ -349,5 +349,5 @@ def test_what_is_no_head_ct_in_hu_is_mended_or_refused_from_python_too(tmp_path,
     found = ensemble.segment(raised, "fast")
     np.testing.assert_array_equal(found.mask.voxels, expected.mask.voxels)
     assert "stored with 1024 added to HU, which was taken off" in found.warnings
-    with pytest.raises(InputError, match=r"the volume: .*expected a head CT in HU"):
+    with pytest.raises(InputError, match=r"the scan: .*expected a head CT in HU"):
         ensemble.segment(scan.with_voxels(-scan.voxels), "fast")

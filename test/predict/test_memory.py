@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from conftest import CONFIGURATION, PLANS, make_bundle
 
+from ichseg.engine import machine
+from ichseg.engine.machine import MemoryLimit
 from ichseg.model import bundle
 from ichseg.predict import memory
+from ichseg.predict.ensemble import Ensemble
 from ichseg.predict.memory import Part
 from ichseg.predict.prepare import place
 from ichseg.scan import volume
@@ -90,6 +93,33 @@ def test_scores_lie_where_the_networks_run_unless_the_gpu_does_not_hold_them():
     assert on_gpu.device - on_host.device == (12.5 + 25) * MB
     assert on_host.predicting - on_gpu.predicting == 25 * MB
     assert on_gpu.predicting == (20 + 12.5) * MB
+
+
+@pytest.mark.parametrize(("share", "kept"), [(2.1, True), (1.9, False)])
+def test_all_networks_stay_where_that_leaves_half_of_the_memory(tmp_path, monkeypatch, share, kept):
+    make_bundle(tmp_path)
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    plan = ensemble.plan(Volume(np.zeros((12, 40, 40), np.int16), (5.0, 1.0, 1.0)), "balanced")
+    limit = [None]
+    monkeypatch.setattr(machine, "memory_limit", lambda: limit[0])
+    every, _ = ensemble.need(plan, file_bytes=1000, singly=False)
+    assert every.keeps_networks
+    limit[0] = MemoryLimit(int(share * every.alone), "a test")
+    found, _ = ensemble.need(plan, file_bytes=1000, singly=False)
+    assert found.keeps_networks == kept
+    assert (found.network == every.network) == kept
+    assert found.network < every.network or kept
+
+
+def test_probabilities_that_are_kept_are_counted():
+    """Of one label, two bytes a voxel."""
+    grid = part((100, 128, 256))
+    plain, kept = (
+        memory.estimate("openvino", PLANS, [grid], file_bytes=0, scan_bytes=0, bytes_kept=n)
+        for n in (0, 2)
+    )
+    assert kept.writing - plain.writing == 2 * 3.125 * MB
+    assert (kept.opening, kept.predicting) == (plain.opening, plain.predicting)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

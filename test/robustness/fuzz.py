@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import json
 import os
 import resource
@@ -182,7 +181,7 @@ def _read_scans(path: Path, home: Path) -> str:
     """
     from ichseg.app import cases
     from ichseg.errors import InputError
-    from ichseg.scan import plausibility, reader
+    from ichseg.scan import reader
 
     wrong, refusal = "", None
     found = [(path, "")]
@@ -193,8 +192,7 @@ def _read_scans(path: Path, home: Path) -> str:
         try:
             scan = reader.read_scan(image, study=study)
             if not path.is_dir():
-                volume, warnings = plausibility.check(scan.volume, image)
-                scan = dataclasses.replace(scan, volume=volume, warnings=scan.warnings + warnings)
+                scan = reader.in_hu(scan, image)
         except InputError as error:
             refusal = error
         else:

@@ -33,8 +33,8 @@ SCANS = {
     "dicom-mixture": fuzz_scans.mixture,
 }
 KINDS = (
-    "mha", "mha-packed", "nii", "nii.gz", "dicom", "dicom-packed", "model.json", "safetensors",
-    "inputs.json", "nnunet", *SCANS,
+    "mha", "mha-packed", "mhd", "nrrd", "nii", "nii.gz", "dicom", "dicom-packed", "model.json",
+    "safetensors", "inputs.json", "nnunet", *SCANS,
 )  # fmt: skip
 HUGE = ("99999999999", "-1", "0", "1e9", "4294967296", "2147483647", "nan", "", "65536 65536")
 PATHS = (
@@ -73,7 +73,7 @@ def make(folder: Path, kind: str, number: int, seed: int, bundle: Path) -> Mutan
     name = f"{kind.replace('.', '-')}-{number:04}"
     home = folder / name
     home.mkdir(parents=True)
-    if kind in ("mha", "mha-packed", "nii", "nii.gz"):
+    if kind in ("mha", "mha-packed", "mhd", "nrrd", "nii", "nii.gz"):
         path = home / f"case.{kind.removesuffix('-packed')}"
         path.write_bytes(_volume(home, kind, rng))
         return Mutant(name, kind, path)
@@ -116,8 +116,14 @@ def _scan(rng: random.Random) -> Volume:
 
 def _volume(home: Path, kind: str, rng: random.Random) -> bytes:
     scan = _scan(rng)
-    if kind.startswith("mha"):
-        return _mha(scan, kind == "mha-packed", rng)
+    if kind.startswith("mh"):
+        packed, beside = kind == "mha-packed", "case.raw" if kind == "mhd" else ""
+        body = np.ascontiguousarray(scan.voxels).tobytes()
+        if beside:
+            (home / beside).write_bytes(_noise(body, rng) if rng.random() < 0.3 else body)
+        return _mha(scan, packed, beside, rng)
+    if kind == "nrrd":
+        return _nrrd(scan, rng)
     whole = home / "whole.nii"
     write(scan, whole)
     content = bytearray(whole.read_bytes())
@@ -218,9 +224,10 @@ def _dicom_noise(content: bytes, start: int, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-def _mha(scan: Volume, packed: bool, rng: random.Random) -> bytes:
+def _mha(scan: Volume, packed: bool, beside: str, rng: random.Random) -> bytes:
+    """A header with its voxels, or alone where they lie in a file ``beside``."""
     types = {"i2": "SHORT", "u1": "UCHAR", "f4": "FLOAT", "i4": "INT", "f8": "DOUBLE"}
-    body = np.ascontiguousarray(scan.voxels).tobytes()
+    body = b"" if beside else np.ascontiguousarray(scan.voxels).tobytes()
     if packed:
         body = zlib.compress(body)
     fields = {
@@ -236,7 +243,7 @@ def _mha(scan: Volume, packed: bool, rng: random.Random) -> bytes:
         "ElementSpacing": "0.5 0.5 5",
         "DimSize": " ".join(map(str, scan.voxels.shape[::-1])),
         "ElementType": f"MET_{types[scan.voxels.dtype.str[1:]]}",
-        "ElementDataFile": "LOCAL",
+        "ElementDataFile": beside or "LOCAL",
     }
     if not packed:
         del fields["CompressedDataSize"]
@@ -255,6 +262,37 @@ def _mha(scan: Volume, packed: bool, rng: random.Random) -> bytes:
         fields = dict(sorted(fields.items(), key=lambda _: rng.random()))
     text = "".join(f"{key} = {value}\n" for key, value in fields.items()).encode()
     return _noise(text + body, rng) if rng.random() < 0.4 else text + body
+
+
+def _nrrd(scan: Volume, rng: random.Random) -> bytes:
+    types = {"i2": "short", "u1": "uchar", "f4": "float", "i4": "int", "f8": "double"}
+    packed = rng.random() < 0.5
+    body = np.ascontiguousarray(scan.voxels).tobytes()
+    fields = {
+        "type": types[scan.voxels.dtype.str[1:]],
+        "dimension": "3",
+        "space": "left-posterior-superior",
+        "sizes": " ".join(map(str, scan.voxels.shape[::-1])),
+        "space directions": "(0.5,0,0) (0,0.5,0) (0,0,5)",
+        "kinds": "domain domain domain",
+        "endian": "little",
+        "encoding": "gzip" if packed else "raw",
+        "space origin": "(1,-2,3)",
+    }
+    for _ in range(rng.randint(1, 3)):
+        key = rng.choice(list(fields))
+        if rng.random() < 0.2:
+            del fields[key]
+            key = rng.choice(("data file", "byte skip", "line skip", "spacings", "space units"))
+            fields[key] = rng.choice((*PATHS, "9", "-1", "0.5 0.5 5", '"m" "m" "m"'))
+        else:
+            words = fields[key].replace(",", " , ").split() or [""]
+            words[rng.randrange(len(words))] = rng.choice((*HUGE, "none", "x" * 300, "(0,0,0)"))
+            fields[key] = " ".join(words)
+    lines = ["NRRD0004", *(f"{key}: {value}" for key, value in fields.items()), "", ""]
+    text = "\n".join(lines).encode()
+    whole = text + (gzip.compress(body) if packed else body)
+    return _noise(whole, rng) if rng.random() < 0.4 else whole
 
 
 def _noise(content: bytes, rng: random.Random) -> bytes:

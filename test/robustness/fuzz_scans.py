@@ -115,9 +115,9 @@ def is_wrong(path: Path, scan: Scan) -> str:
         return ""
     truth = np.load(path.parent / TRUTH)
     if "spacing_mm" in truth:
-        same = np.allclose(scan.volume.spacing_mm, truth["spacing_mm"], rtol=0.03)
+        same = np.allclose(scan.spacing_mm, truth["spacing_mm"], rtol=0.03)
         return "" if same or not truth["scode"] or scan.warnings else "voxels of another size"
-    return _wrong_hu(scan.volume, truth["hu"], truth["at"], scan.warnings)
+    return _wrong_hu(scan, truth["hu"], truth["at"], scan.warnings)
 
 
 def _wrong_hu(

@@ -21,7 +21,7 @@ from ichseg.app.results import CaseResult, Record
 from ichseg.app.start import Stopped
 from ichseg.engine import torch_device, torch_engine
 from ichseg.errors import DeviceError, OutputError
-from ichseg.files import SCAN_SUFFIXES, replacing
+from ichseg.files import WRITTEN_SUFFIXES, replacing
 from ichseg.predict.ensemble import Ensemble
 from ichseg.report import case_files, inference_page, pictures
 from ichseg.scan import volume
@@ -143,7 +143,7 @@ def test_a_gpu_lost_while_scores_are_restored(scene, monkeypatch):
         ensemble.finish(predicted)
 
 
-@pytest.mark.parametrize("suffix", SCAN_SUFFIXES)
+@pytest.mark.parametrize("suffix", WRITTEN_SUFFIXES)
 def test_a_file_that_itk_left_cut_gets_no_name(tmp_path, monkeypatch, suffix):
     """It says nothing where the end was in its buffer: a small mask lost all but its header."""
     write = sitk.WriteImage

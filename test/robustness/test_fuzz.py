@@ -12,7 +12,6 @@ from robustness.fuzz import Ending
 from robustness.fuzz_corpus import Mutant
 
 from ichseg.scan.reader import Scan
-from ichseg.scan.volume import Volume
 
 
 def test_every_mutant_is_read_or_refused_in_one_clear_line(tmp_path):
@@ -59,17 +58,16 @@ def test_a_scan_that_is_wrong_in_silence_is_seen(tmp_path):
     for make, key in ((fuzz_scans.tricked, "hu"), (fuzz_scans.framed, "spacing_mm")):
         path = make(tmp_path, rng)
         truth = dict(np.load(tmp_path / fuzz_scans.TRUTH))
-        scan = Scan(Volume(np.zeros((24, 80, 80), np.int16), fuzz_scans.SPACING_MM))
+        scan = Scan(np.zeros((24, 80, 80), np.int16), fuzz_scans.SPACING_MM)
         if key == "hu":
-            scan.volume.voxels[tuple(truth["at"].T)] = 35
+            scan.voxels[tuple(truth["at"].T)] = 35
             assert fuzz_scans.is_wrong(path, scan) == ""
-            other = scan.volume.with_voxels(scan.volume.voxels + 1000)
-            raised = dataclasses.replace(scan, volume=other)
+            raised = dataclasses.replace(scan, voxels=scan.voxels + 1000)
             assert "HU from the truth" in fuzz_scans.is_wrong(path, raised)
         else:
             np.savez(tmp_path / fuzz_scans.TRUTH, **(truth | {"scode": 1}))
             assert fuzz_scans.is_wrong(path, scan) == ""
-            small = dataclasses.replace(scan, volume=Volume(scan.volume.voxels, (6.0, 2.2, 1.1)))
+            small = dataclasses.replace(scan, spacing_mm=(6.0, 2.2, 1.1))
             assert fuzz_scans.is_wrong(path, small) == "voxels of another size"
             told = dataclasses.replace(small, warnings=("so it is",))
             assert fuzz_scans.is_wrong(path, told) == ""

@@ -36,7 +36,7 @@ def read_all(folder):
     for case in job.cases:
         try:
             scan = read_scan(case.image, study=case.study)
-            plausibility.check(scan.volume, case.image)
+            plausibility.check(scan, case.image)
         except InputError as error:
             refusals.append(str(error))
         else:
@@ -95,9 +95,9 @@ def test_each_of_nibabels_files(tmp_path, path):
     assert len(scans) + len(refusals) == 1
     for case, scan in scans:
         theirs = nib.load(case.image)
-        np.testing.assert_allclose(scan.volume.voxels.T, theirs.get_fdata(), rtol=1e-6)
+        np.testing.assert_allclose(scan.voxels.T, theirs.get_fdata(), rtol=1e-6)
         sizes = nib.affines.voxel_sizes(theirs.affine)
-        np.testing.assert_allclose(scan.volume.spacing_mm[::-1], sizes, rtol=1e-5)
+        np.testing.assert_allclose(scan.spacing_mm[::-1], sizes, rtol=1e-5)
 
 
 def test_nibabels_volumes_are_read_as_nibabel_reads_them():
@@ -106,7 +106,7 @@ def test_nibabels_volumes_are_read_as_nibabel_reads_them():
     for path in NIFTI_FILES:
         if path.name.endswith((".nii", ".nii.gz")):
             try:
-                found = read_scan(path).volume
+                found = read_scan(path)
             except InputError:
                 continue
             theirs = nib.load(path)

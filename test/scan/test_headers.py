@@ -217,7 +217,7 @@ def test_a_sform_of_other_voxels_than_pixdim_is_refused(tmp_path, codes, pixdim)
 
 def test_lengths_that_are_rounded_or_not_in_use_are_let_through(tmp_path):
     assert reader.read_scan(framed(tmp_path, pixdim=(0.502, 0.598, 5))).warnings == ()
-    found = reader.read_scan(framed(tmp_path, pixdim=(0.4, 0.6, 5), codes=(0, 1))).volume
+    found = reader.read_scan(framed(tmp_path, pixdim=(0.4, 0.6, 5), codes=(0, 1)))
     assert found.spacing_mm == pytest.approx((5, 0.6, 0.4))
 
 
@@ -228,8 +228,8 @@ def test_lengths_that_are_rounded_or_not_in_use_are_let_through(tmp_path):
 def test_units_of_a_nifti_header_count(tmp_path, units, factor, word):
     path = framed(tmp_path, units=units, factor=factor)
     found = reader.read_scan(path)
-    assert found.volume.spacing_mm == pytest.approx((5, 0.6, 0.5))
-    assert found.volume.origin_mm == pytest.approx((30, -20, -250))
+    assert found.spacing_mm == pytest.approx((5, 0.6, 0.5))
+    assert found.origin_mm == pytest.approx((30, -20, -250))
     assert len(found.warnings) == bool(word)
     assert word in " ".join(found.warnings)
     moved = bytearray(path.read_bytes())

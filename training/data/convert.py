@@ -18,6 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ichseg.errors import DatasetError
 from ichseg.files import remove_unfinished, replacing, sha256, suffix_of
 from ichseg.scan import volume
@@ -51,11 +53,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """A case where it lies and where it goes."""
+    """A case where it lies and where it goes; ``masks`` as in ``Source``."""
 
     name: str
     source: Case
     target: Case
+    masks: bool = False
 
     @property
     def splits_channels(self) -> bool:
@@ -63,17 +66,24 @@ class _Move:
 
 
 def convert(
-    source: Path, workspace: Path, *, groups: Path | None = None, workers: int | None = None
+    source: Path,
+    workspace: Path,
+    *,
+    labels: tuple[str, ...] = (),
+    groups: Path | None = None,
+    workers: int | None = None,
 ) -> Dataset:
     """Bring a dataset into a new workspace.
 
     Files are hard-linked where source and workspace share a file system and copied elsewhere; 4D
-    images are split into one file a channel. The source is never altered. Test images are left out:
+    images are split into one file a channel, an ``.mhd`` with its voxels becomes an ``.mha``, and
+    masks of 0 and 255 become labels. The source is never altered. Test images are left out:
     they need no workspace to be predicted. A conversion that was cut off can be run again.
 
     Args:
         source: Folder in one of the layouts of ``training.data.layouts``.
         workspace: Made if need be; must not hold a dataset or the results of one.
+        labels: Names of the labels' values, for layouts that do not name them.
         groups: Table of the cases that belong together, see ``splits.read_groups``.
         workers: Parallel processes that split images; None for as many as cores and memory allow.
 
@@ -84,16 +94,17 @@ def convert(
     refuse_taken(workspace)
     if workspace.resolve().is_relative_to(source.resolve()):
         raise DatasetError(f"{workspace}: lies in the dataset {source}, which stays as it is")
-    found = read_source(source)
+    found = read_source(source, labels)
     moves = [
-        _Move(case.name, case, placed(case, len(found.channels), workspace)) for case in found.cases
+        _Move(case.name, case, placed(case, len(found.channels), workspace), found.masks)
+        for case in found.cases
     ]
     targets = tuple(move.target for move in moves)
     dataset = Dataset(found.name, found.channels, found.labels, targets, found.ignore_label)
     table = None if groups is None else _read_table(groups, workspace, dataset)
     _log.info("%s: %s, %d cases", source, found.layout, len(found.cases))
     failures = []
-    if not any(move.splits_channels for move in moves):
+    if not (found.masks or any(move.splits_channels for move in moves)):
         workers = 1  # links and copies wait for the disk, not for a core
     elif workers is None:
         voxels = largest_image_voxels(found.cases)
@@ -117,7 +128,8 @@ def convert(
 def corrected_since(source: Source, kept: Dataset, converted_ns: int) -> list[Path]:
     """Files of a dataset that have been replaced or changed since it was brought to a workspace.
 
-    Hard links and equal copies are the same. Of 4D images, which were split, only the time counts.
+    Hard links and equal copies are the same. Of what was not copied as it is, such as 4D images,
+    which were split, only the time counts.
 
     Args:
         source: The dataset where it lies.
@@ -134,7 +146,8 @@ def corrected_since(source: Source, kept: Dataset, converted_ns: int) -> list[Pa
         for theirs, ours in pairs:
             there, here = theirs.stat(), ours.stat()
             newer = there.st_mtime_ns > converted_ns
-            if split and theirs in case.images:
+            made = suffix_of(theirs) != suffix_of(ours) or (source.masks and theirs == case.label)
+            if made or (split and theirs in case.images):
                 differs = newer
             elif (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
                 differs = False
@@ -193,13 +206,18 @@ def bring(source: Path, target: Path) -> None:
 def placed(case: Case, channels: int, workspace: Path) -> Case:
     """The same case under the names that it gets in a workspace."""
     as_they_are = len(case.images) == channels
-    suffixes = [suffix_of(p) for p in case.images] if as_they_are else [".nii.gz"] * channels
+    suffixes = [_kept(p) for p in case.images] if as_they_are else [".nii.gz"] * channels
     images = tuple(
         raw_images_folder(workspace) / f"{case.name}_{channel:04d}{suffix}"
         for channel, suffix in enumerate(suffixes)
     )
-    label = case.label and raw_labels_folder(workspace) / f"{case.name}{suffix_of(case.label)}"
+    label = case.label and raw_labels_folder(workspace) / f"{case.name}{_kept(case.label)}"
     return Case(case.name, images, label)
+
+
+def _kept(path: Path) -> str:
+    """The suffix that a file gets in a workspace: its own, or for one in two files another."""
+    return ".mha" if suffix_of(path) == ".mhd" else suffix_of(path)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -208,10 +226,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dataset",
         type=Path,
         metavar="DATASET",
-        help="an MSD task, an nnU-Net v1 or v2 raw folder, or the INSTANCE 2022 download; "
-        "the layout is recognised",
+        help="an MSD task, an nnU-Net v1 or v2 raw folder, images/ beside labels/, or the download "
+        "of INSTANCE 2022, BHSD or CT-ICH; the layout is recognised",
     )
     add_workspace_argument(parser)
+    parser.add_argument(
+        "--labels",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        metavar="NAME,NAME",
+        help="names of the values 0, 1 and so on of a layout that does not name them [those of its "
+        "authors, or background,hemorrhage]",
+    )
     parser.add_argument(
         "--groups",
         type=Path,
@@ -229,7 +255,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the ``convert`` command."""
     started = time.monotonic()
-    dataset = convert(args.dataset, args.workspace, groups=args.groups, workers=args.workers)
+    dataset = convert(
+        args.dataset,
+        args.workspace,
+        labels=args.labels,
+        groups=args.groups,
+        workers=args.workers,
+    )
     number = dataset.ignore_label
     ignored = "" if number is None else f" ({number} is left out of training and scores)"
     sys.stdout.write(
@@ -247,9 +279,24 @@ def _bring_case(move: _Move) -> None:
             volume.write(channel, target)
     else:
         for image, target in zip(move.source.images, move.target.images, strict=True):
-            bring(image, target)
+            _bring_volume(image, target)
     if move.source.label is not None and move.target.label is not None:
-        bring(move.source.label, move.target.label)
+        _bring_volume(move.source.label, move.target.label, masks=move.masks)
+
+
+def _bring_volume(source: Path, target: Path, *, masks: bool = False) -> None:
+    """Bring a file as it is, unless it lies in two, or is a mask of 0 and 255."""
+    if not masks and suffix_of(source) == suffix_of(target):
+        bring(source, target)
+        return
+    (found,) = volume.read_channels(source)
+    painted = masks and set(np.unique(found.voxels).tolist()) == {0, 255}
+    if painted:
+        found = found.with_voxels((found.voxels == 255).astype(np.uint8))
+    if painted or suffix_of(source) != suffix_of(target):
+        volume.write(found, target)
+    else:
+        bring(source, target)
 
 
 def _read_table(groups: Path, workspace: Path, dataset: Dataset) -> bytes:

@@ -11,9 +11,13 @@ nnU-Net version 1 raw folder (``TaskXXX_Name``): the same list of cases, one fil
 nnU-Net version 2 raw folder (``DatasetXXX_Name``): ``file_ending`` in place of the list, or the
 files of each case under ``dataset``
 
-INSTANCE 2022 download:
+Without a description, a folder of images beside one of labels of the same names; any, or those of
+INSTANCE 2022, of BHSD and of CT-ICH 1.3:
 
+    images/<case>.nii.gz    labels/<case>.nii.gz
     train/data/001.nii.gz   train/label/001.nii.gz
+    images/<case>.nii.gz    ground truths/<case>.nii.gz
+    ct_scans/049.nii        masks/049.nii
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ichseg.errors import DatasetError, InputError
-from ichseg.files import SCAN_SUFFIXES, is_named_as_scan, stem_of
+from ichseg.files import WRITTEN_SUFFIXES, is_named_as_scan, stem_of
 from ichseg.model import strict_json
 from ichseg.scan import volume
 from training.data.dataset import Case
@@ -46,6 +50,8 @@ class Source:
         name, channels, labels: The fields of ``Dataset`` with these names.
         cases: The cases, sorted by name; each has one image file a channel, or one 4D file.
         ignore_label: The field of ``Dataset`` with this name.
+        masks: Whether labels may be masks of 0 and 255, as programs for pictures write them; 255
+            then means 1.
     """
 
     layout: str
@@ -54,10 +60,47 @@ class Source:
     labels: tuple[str, ...]
     cases: tuple[Case, ...]
     ignore_label: int | None = None
+    masks: bool = False
 
 
-def read_source(folder: Path) -> Source:
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """A layout without a description: a folder of images, and one of labels of the same names.
+
+    Attributes:
+        layout: What it is called.
+        images: The folder of images.
+        labels: The folder of labels.
+        names: The labels' names by value.
+        name: The dataset's name; empty for that of its folder.
+        masks: The field of ``Source`` with this name.
+    """
+
+    layout: str
+    images: str
+    labels: str
+    names: tuple[str, ...] = ("background", "hemorrhage")
+    name: str = ""
+    masks: bool = True
+
+
+# BHSD's five kinds in its authors' order.
+_KINDS = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
+_PAIRS = (
+    Pairs("INSTANCE 2022 download", "train/data", "train/label", name="INSTANCE2022", masks=False),
+    Pairs("images and labels", "images", "labels"),
+    Pairs("BHSD download", "images", "ground truths", ("background", *_KINDS), "BHSD"),
+    Pairs("CT-ICH download", "ct_scans", "masks", name="CT-ICH"),
+)
+
+
+def read_source(folder: Path, labels: tuple[str, ...] = ()) -> Source:
     """Recognise a dataset's layout and list its cases, all of whose files are there.
+
+    Args:
+        folder: The dataset.
+        labels: Names of the values 0, 1 and so on, of a layout that does not name them; by default
+            what its authors call them, or background and hemorrhage.
 
     Raises:
         DatasetError: The layout is unknown, uses what is not supported, or files are missing,
@@ -66,7 +109,10 @@ def read_source(folder: Path) -> Source:
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder")
     path = folder / DATASET_FILE
+    pairs = [p for p in _PAIRS if (folder / p.images).is_dir() and (folder / p.labels).is_dir()]
     if path.is_file():
+        if labels:
+            raise DatasetError(f"{path}: names its labels itself, expected no --labels")
         raw = strict_json.load_object(path, strict=False)
         if not isinstance(raw, Mapping):
             raise DatasetError(f"{path}: found {type(raw).__name__}, expected an object")
@@ -74,12 +120,16 @@ def read_source(folder: Path) -> Source:
         declared = raw.get("numTraining")
         if declared is not None and str(declared) != str(len(source.cases)):
             _log.warning("%s: numTraining is %s, found %d cases", path, declared, len(source.cases))
-    elif (folder / "train" / "data").is_dir() and (folder / "train" / "label").is_dir():
-        source = _read_instance(folder)
+    elif len(pairs) == 1:
+        source = _read_pairs(folder, pairs[0], labels)
+    elif pairs:
+        names = ", ".join(f"{p.images} with {p.labels}" for p in pairs)
+        raise DatasetError(f"{folder}: {names}, expected one of them")
     else:
+        known = ", ".join(f"{p.images} with {p.labels}" for p in _PAIRS)
         raise DatasetError(
-            f"{folder}: neither {DATASET_FILE} nor train/data and train/label; expected an MSD "
-            "task, an nnU-Net v1 or v2 raw folder, or the INSTANCE 2022 download"
+            f"{folder}: no {DATASET_FILE} of an MSD task or an nnU-Net v1 or v2 raw folder, and no "
+            f"folder of images beside one of labels; expected one of {known}"
         )
     if not source.cases:
         raise DatasetError(f"{folder}: lists no training cases")
@@ -137,9 +187,9 @@ def _v2_cases(
     explicit, ending = raw.get("dataset"), raw["file_ending"]
     if explicit is not None:
         return list(_v2_explicit(folder, path, explicit))
-    if ending not in SCAN_SUFFIXES:
+    if ending not in WRITTEN_SUFFIXES:
         raise DatasetError(
-            f"{path}: file_ending is {ending!r}, expected one of {', '.join(SCAN_SUFFIXES)}"
+            f"{path}: file_ending is {ending!r}, expected one of {', '.join(WRITTEN_SUFFIXES)}"
         )
     images: dict[str, list[str]] = {}
     problems = []
@@ -186,23 +236,23 @@ def _v2_explicit(folder: Path, path: Path, explicit: Any) -> Iterator[Case]:
         yield Case(name, images, folder / entry["label"])
 
 
-def _read_instance(folder: Path) -> Source:
+def _read_pairs(folder: Path, pairs: Pairs, labels: tuple[str, ...]) -> Source:
+    """A folder of images beside one of labels, of equal names."""
     found: dict[str, dict[str, Path]] = {}
-    for part in ("data", "label"):
-        files = list(_files(folder / "train" / part))
+    for part in (pairs.images, pairs.labels):
+        files = list(_files(folder / part))
         found[part] = {stem_of(file): file for file in files}
         if len(found[part]) < len(files):
-            raise DatasetError(
-                f"{folder / 'train' / part}: two files of one case, as .nii and .nii.gz"
-            )
-    images, labels = found["data"], found["label"]
-    _refuse(folder, _unpaired(images, labels, folder / "train/data", folder / "train/label"))
+            raise DatasetError(f"{folder / part}: two files of one case, as .nii and .nii.gz")
+    images, references = found[pairs.images], found[pairs.labels]
+    _refuse(folder, _unpaired(images, references, folder / pairs.images, folder / pairs.labels))
     return Source(
-        layout="INSTANCE 2022 download",
-        name="INSTANCE2022",
+        layout=pairs.layout,
+        name=pairs.name or folder.resolve().name,
         channels=("CT",),
-        labels=("background", "hemorrhage"),
-        cases=_sorted(Case(name, (image,), labels[name]) for name, image in images.items()),
+        labels=labels or pairs.names,
+        cases=_sorted(Case(name, (image,), references[name]) for name, image in images.items()),
+        masks=pairs.masks,
     )
 
 

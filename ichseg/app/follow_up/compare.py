@@ -18,10 +18,10 @@ from ichseg.app.follow_up.growth import Change, compare_lesions
 from ichseg.app.follow_up.page import FIRST, SECOND, FollowUp
 from ichseg.app.one_case import optional
 from ichseg.errors import InputError
-from ichseg.files import SCAN_SUFFIXES, replacing, suffix_of
+from ichseg.files import WRITTEN_SUFFIXES, replacing, suffix_of
 from ichseg.model import strict_json
 from ichseg.report import case_files
-from ichseg.scan import plausibility, reader, register, volume
+from ichseg.scan import reader, register, volume
 from ichseg.scan.volume import Volume
 
 if TYPE_CHECKING:  # engines take long to import, and masks may be given
@@ -96,8 +96,8 @@ def _read(path: Path) -> tuple[Volume, tuple[str, ...]]:
     scan = reader.read_scan(path)
     if scan.series is not None:
         say(f"{path}: {scan.series.words}")
-    checked, more = plausibility.check(scan.volume, path)
-    return checked, (*scan.warnings, *more)
+    checked = reader.in_hu(scan, path)
+    return checked, checked.warnings
 
 
 def _segmented(path: Path, ensemble: Ensemble, preset: str) -> Study:
@@ -153,7 +153,8 @@ def _write(output: Path, before: Study, after: Study, found: FollowUp) -> Follow
         What was found, with a warning where the page could not be made.
     """
     for name, study in ((FIRST, before), (SECOND, after)):
-        suffix = suffix_of(study.path) or SCAN_SUFFIXES[0]
+        suffix = suffix_of(study.path)
+        suffix = suffix if suffix in WRITTEN_SUFFIXES else WRITTEN_SUFFIXES[0]
         volume.write(study.mask, output / f"{name}_mask{suffix}")
     laid = register.onto(before.scan, after.scan, found.alignment)
     laid_mask = register.onto(before.scan, after.mask, found.alignment, labels=True)

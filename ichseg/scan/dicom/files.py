@@ -35,10 +35,13 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
-def walk(folder: Path) -> Listing:
+def walk(folder: Path, *, follow_links: bool = False) -> Listing:
     """The files in a folder and in those below; hidden ones are left out.
 
-    Links to folders are not followed, those to files only where they stay within the folder.
+    Args:
+        folder: Where to look.
+        follow_links: Whether links are followed wherever they lead; otherwise those to folders are
+            not, and those to files only where they stay within the folder.
 
     Raises:
         InputError: There are too many files, or a folder cannot be read.
@@ -46,6 +49,7 @@ def walk(folder: Path) -> Listing:
     home = folder.resolve()
     found = Listing()
     waiting = [(folder, 0)]
+    seen = {home}
     count = 0
     while waiting:
         here, depth = waiting.pop(0)
@@ -61,13 +65,17 @@ def walk(folder: Path) -> Listing:
             path = here / entry.name
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir(follow_symlinks=False):
+            if entry.is_dir(follow_symlinks=follow_links):
+                if follow_links and path.resolve() in seen:
+                    continue  # a link to what has been listed, or to a folder above
+                seen.add(path.resolve() if follow_links else path)
                 if depth == _DEEPEST:
                     found.passed_over.append((path, f"more than {_DEEPEST} folders deep"))
                 else:
                     waiting.append((path, depth + 1))
             elif entry.is_file():
-                if entry.is_symlink() and not path.resolve().is_relative_to(home):
+                outside = entry.is_symlink() and not follow_links
+                if outside and not path.resolve().is_relative_to(home):
                     found.passed_over.append((path, f"a link that leads out of {folder}"))
                 else:
                     found.files.append(path)

@@ -45,7 +45,7 @@ class Series:
     warnings: tuple[str, ...]
 
 
-def find_series(folder: Path, study: str = "") -> Series:
+def find_series(folder: Path, study: str = "", *, follow_links: bool = False) -> Series:
     """Choose the series in a folder, and those below it, that is the head CT.
 
     What is no CT slice, other series and files that cannot be read are left out, in words.
@@ -53,12 +53,13 @@ def find_series(folder: Path, study: str = "") -> Series:
     Args:
         folder: Where to look.
         study: The UID of the study, where the folder holds several.
+        follow_links: See ``files.walk``.
 
     Raises:
         InputError: There is no CT series, slices of several studies or patients lie there, the
             slices make no volume, or too many are missing.
     """
-    found = sort_folder(folder, study)
+    found = sort_folder(folder, study, follow_links=follow_links)
     if not found.slices:
         raise _nothing_found(folder, found)
     _refuse_several(folder, found.slices)

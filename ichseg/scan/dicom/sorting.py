@@ -48,17 +48,18 @@ class Sorted:
         return ", ".join(known)
 
 
-def sort_folder(folder: Path, study: str = "") -> Sorted:
+def sort_folder(folder: Path, study: str = "", *, follow_links: bool = False) -> Sorted:
     """Read the headers of all files in a folder and in those below.
 
     Args:
         folder: Where to look.
         study: The UID of the only study that counts; empty for all.
+        follow_links: See ``files.walk``.
 
     Raises:
         InputError: There are too many files, or a folder cannot be read.
     """
-    listing = files.walk(folder)
+    listing = files.walk(folder, follow_links=follow_links)
     found = sort_files(listing.files, study)
     found.faults += listing.passed_over
     return found

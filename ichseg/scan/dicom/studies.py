@@ -32,7 +32,9 @@ class Study:
     uid: str = ""
 
 
-def find_studies(folder: Path, entries: Sequence[Path]) -> list[Study]:
+def find_studies(
+    folder: Path, entries: Sequence[Path], *, follow_links: bool = False
+) -> list[Study]:
     """The studies of an input folder.
 
     A study is named after the entry that holds it, or after the input folder where its slices lie
@@ -43,12 +45,14 @@ def find_studies(folder: Path, entries: Sequence[Path]) -> list[Study]:
     Args:
         folder: The input folder.
         entries: The files and folders in it that may be looked at.
+        follow_links: See ``files.walk``.
     """
     by_entry: dict[Path, list[DicomFile]] = {}
     others: dict[Path, set[str]] = {}  # entries without slices: the studies of what they hold
     for entry in [path for path in entries if path.is_dir()]:
         try:
-            marked = [path for path in files.walk(entry).files if files.is_dicom(path)]
+            listing = files.walk(entry, follow_links=follow_links)
+            marked = [path for path in listing.files if files.is_dicom(path)]
         except InputError:  # which will be said when it is read
             others[entry] = set()
             continue

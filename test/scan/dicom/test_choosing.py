@@ -137,7 +137,7 @@ def test_odd_objects_are_left_out_one_by_one_and_together(tmp_path):
         series(folder, 2)
         (folder / path.name).write_bytes(path.read_bytes())
         scan = read_scan(folder)
-        assert len(scan.volume.voxels) == len(WHOLE)
+        assert len(scan.voxels) == len(WHOLE)
         (warning,) = scan.warnings
         assert re.match(rf"left out: 1 file.*{path.name} \(.+\)", warning)
     series(tmp_path / "all", 2)

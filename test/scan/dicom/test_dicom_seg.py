@@ -13,7 +13,9 @@ from helpers.dicom_files import make_slice, save, write_stack
 from ichseg.app import pipeline, results
 from ichseg.app.cases import find_cases
 from ichseg.app.one_case import Options
-from ichseg.predict.ensemble import Ensemble, Segmentation
+from ichseg.predict import components
+from ichseg.predict.components import Segmentation
+from ichseg.predict.ensemble import Ensemble
 from ichseg.scan import volume
 from ichseg.scan.dicom import straighten
 from ichseg.scan.dicom.dicom_seg import Algorithm, write_seg
@@ -49,10 +51,11 @@ def bundle(tmp_path_factory):
 class Bright(Ensemble):
     """Finds what lies above 50 HU."""
 
-    def finish(self, predicted):
-        found = super().finish(predicted)
+    def finish(self, predicted, **choices):
+        found = super().finish(predicted, **choices)
         mask = predicted.volume.with_voxels((predicted.volume.voxels > 50).astype(np.uint8))
-        return Segmentation(mask, found.volume_ml, found.ran, found.seconds)
+        lesions = components.lesions(mask.voxels, predicted.volume)
+        return Segmentation(mask, found.volume_ml, found.ran, found.seconds, lesions=lesions)
 
 
 def segment(folder, bundle, out):

@@ -71,7 +71,7 @@ def test_slices_are_ordered_by_place_and_the_lowest_is_first(tmp_path):
     assert not series.warnings
     sizes = []
     found = read_scan(tmp_path, sizes.append)
-    np.testing.assert_array_equal(found.volume.voxels[2], noise(np.full((24, 20, 3), 10.0)))
+    np.testing.assert_array_equal(found.voxels[2], noise(np.full((24, 20, 3), 10.0)))
     assert found.series is not None
     assert sizes == [4 * 24 * 20]
 
@@ -80,7 +80,7 @@ def test_itk_reads_the_same_of_a_straight_series(tmp_path):
     write(tmp_path)
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path)))
-    itk, ours = reader.Execute(), read_scan(tmp_path).volume
+    itk, ours = reader.Execute(), read_scan(tmp_path)
     np.testing.assert_array_equal(sitk.GetArrayFromImage(itk), ours.voxels)
     assert itk.GetSpacing()[::-1] == ours.spacing_mm
     assert itk.GetOrigin()[::-1] == ours.origin_mm
@@ -223,7 +223,7 @@ def test_altered_files_are_read_or_refused(tmp_path_factory, data):
         said = str(error)
         assert "\n" not in said and str(folder) in said  # noqa: PT018
     else:
-        assert found.volume.voxels.dtype == np.int16
+        assert found.voxels.dtype == np.int16
 
 
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):

@@ -59,9 +59,9 @@ def test_studies_that_share_a_folder_are_told_apart_by_date(tmp_path):
     put(folder, "1.1", heights=(0.0, 5.0, 10.0), StudyDate="20210101")
     first, second = found(tmp_path)
     assert (first, second) == (Study("p_study1", folder, "1.9"), Study("p_study2", folder, "1.1"))
-    assert len(read_scan(folder, study="1.9").volume.voxels) == 2
+    assert len(read_scan(folder, study="1.9").voxels) == 2
     scan = read_scan(folder, study="1.1")
-    assert len(scan.volume.voxels) == 3
+    assert len(scan.voxels) == 3
     assert scan.warnings == ()
 
 

@@ -1,0 +1,173 @@
+"""What lies in an input folder: scans, what only looks like one, and the rest with the reason.
+
+Imports nothing heavy: a wrong input folder is refused before an engine is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ichseg.files import SCAN_SUFFIXES, is_voxels_of
+from ichseg.scan.dicom import files
+from ichseg.wording import counted
+
+if TYPE_CHECKING:
+    from ichseg.scan.dicom.studies import Study
+
+# Volumes in formats that are not read; each is a scan that somebody expects a mask of.
+OTHER_SUFFIXES = (".nhdr", ".hdr", ".mgz", ".mgh", ".mnc", ".tif", ".tiff")
+_DEEPEST = 16  # folders in folders that are looked into
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How a folder is looked into.
+
+    Attributes:
+        root: The input folder, out of which nothing may lead.
+        output: The output folder, which may lie there, too, with an earlier run's DICOM-SEG.
+        suffixes: How the names of scans end.
+        follow_links: Whether links may lead out of the input folder.
+        recursive: Whether volumes in folders of it are scans, too.
+    """
+
+    root: Path
+    output: Path
+    suffixes: tuple[str, ...] = SCAN_SUFFIXES
+    follow_links: bool = False
+    recursive: bool = False
+
+
+@dataclass(slots=True)
+class Contents:
+    """What lies in a folder.
+
+    Attributes:
+        volumes: Files of one scan each.
+        studies: Scans of DICOM slices, each with the folder that it was found in.
+        refused: What looks like a scan, with the reason why it cannot be one.
+        passed_over: The names of the rest, with the reason.
+    """
+
+    volumes: list[Path] = field(default_factory=list)
+    studies: list[tuple[Path, Study]] = field(default_factory=list)
+    refused: list[tuple[Path, str]] = field(default_factory=list)
+    passed_over: list[tuple[str, str]] = field(default_factory=list)
+
+
+def look_into(folder: Path, search: Search) -> Contents:
+    """Tell apart what lies in a folder, and where that is asked for, in those below.
+
+    Raises:
+        OSError: Something cannot be read.
+    """
+    found = Contents()
+    _look_into(folder, search, found, above=(folder.resolve(),))
+    return found
+
+
+def _look_into(folder: Path, search: Search, found: Contents, above: tuple[Path, ...]) -> None:
+    """Add what lies in a folder; ``above`` are the folders that the way led through."""
+    may_be_dicom: list[Path] = []
+    volumes = {path for path in folder.iterdir() if is_named(path, ".mhd")}
+    for path in sorted(folder.iterdir()):
+        named = is_named(path, *search.suffixes, *OTHER_SUFFIXES)
+        if path.name.startswith("."):
+            if named:
+                found.passed_over.append((_name(path, search), "hidden"))
+        elif why := leads_out(path, search):
+            found.refused.append((path, why))
+        elif path.resolve() == search.output.resolve():
+            continue
+        elif path.is_dir() and search.recursive and not named and _is_looked_into(path, search):
+            if path.resolve() in above:
+                found.passed_over.append((f"{_name(path, search)}/", "a link to a folder above"))
+            elif len(above) == _DEEPEST:
+                found.refused.append((path, f"more than {_DEEPEST} folders deep"))
+            else:
+                _look_into(path, search, found, (*above, path.resolve()))
+        elif path.is_dir():
+            may_be_dicom.append(path)
+        elif named and not path.is_file():
+            what = "neither a file nor a folder" if path.exists() else "a link to nothing"
+            found.refused.append((path, f"{what}, expected a scan"))
+        elif is_named(path, *search.suffixes):
+            found.volumes.append(path)
+        elif named:
+            found.refused.append(
+                (path, f"not read, expected {', '.join(search.suffixes)} or DICOM")
+            )
+        elif path.is_file() and files.is_dicom(path):
+            may_be_dicom.append(path)
+        elif not any(is_voxels_of(path, volume) for volume in volumes):
+            found.passed_over.append((_name(path, search), "no scan by its name or content"))
+    studies = []
+    if may_be_dicom:
+        from ichseg.scan.dicom.studies import find_studies  # loads numpy and ITK
+
+        studies = find_studies(folder, may_be_dicom, follow_links=search.follow_links)
+        found.studies += [(folder, study) for study in studies]
+    for path in may_be_dicom:
+        if path.is_dir() and not any(s.folder.is_relative_to(path) for s in studies):
+            _look_into_other(path, search, found)
+
+
+def _is_looked_into(folder: Path, search: Search) -> bool:
+    """Whether a folder is not one of slices: it has none in itself, or volumes beside them."""
+    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if any(is_named(path, *search.suffixes, *OTHER_SUFFIXES) for path in entries):
+        return True
+    return not any(path.is_file() and files.is_dicom(path) for path in entries)
+
+
+def _look_into_other(path: Path, search: Search, found: Contents) -> None:
+    """Say why a folder in the input is no case of its own."""
+    listing = files.walk(path, follow_links=search.follow_links)
+    scans = sum(is_named(file, *SCAN_SUFFIXES, *OTHER_SUFFIXES) for file in listing.files)
+    name = _name(path, search)
+    if any(files.is_dicom(file) for file in listing.files):
+        return  # of a study whose slices lie in several folders
+    if is_named(path, *SCAN_SUFFIXES, *OTHER_SUFFIXES):
+        found.refused.append((path, "a folder, expected a file"))
+    elif listing.passed_over and not listing.files:
+        found.refused.append((path, f"holds {listing.passed_over[0][1]}, and no file"))
+    elif scans:
+        found.passed_over.append(
+            (
+                f"{name}/",
+                f"holds {counted(scans, 'scan')}, expected directly in the input; --recursive "
+                "looks into folders",
+            )
+        )
+    else:
+        found.passed_over.append((f"{name}/", "a folder without a scan"))
+
+
+def is_named(path: Path, *suffixes: str) -> bool:
+    """Whether a file's name ends so."""
+    return path.name.lower().endswith(suffixes)
+
+
+def leads_out(path: Path, search: Search) -> str:
+    """Why a path is not taken: a link leads out of the input folder, or in a circle.
+
+    The input folder may be a link itself, and links may point to places inside it. Empty if all is
+    well.
+    """
+    try:
+        inside = path.resolve().is_relative_to(search.root.resolve())
+    except RuntimeError:
+        return "a link that leads in a circle, expected the file itself"
+    if inside or search.follow_links:
+        return ""
+    return (
+        f"a link that leads out of {search.root}; expected the file itself (cp -L makes one), or "
+        "--follow-links"
+    )
+
+
+def _name(path: Path, search: Search) -> str:
+    """The path in the input folder."""
+    return path.relative_to(search.root).as_posix()

@@ -1,0 +1,157 @@
+"""Many scans through one ensemble: while networks run on one, others are read and written."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ichseg.engine import machine
+from ichseg.errors import DeviceError, IchsegError, InputError, WeightsError
+from ichseg.overlap import overlapping
+from ichseg.predict import memory
+from ichseg.predict.components import Segmentation
+from ichseg.predict.ensemble import Ensemble, Kept, Predicted, Prepared, of_scan
+from ichseg.predict.memory import Need
+from ichseg.scan import images
+from ichseg.scan.reader import Scan
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one of many scans.
+
+    Attributes:
+        image: The scan as it was given.
+        found: What was found; None if it could not be segmented.
+        error: Why not; None if it was.
+    """
+
+    image: Any
+    found: Segmentation | None
+    error: IchsegError | None = None
+
+    @classmethod
+    def of(cls, image: Any, ended: Segmentation | IchsegError) -> Outcome:
+        """The outcome of a scan that has ended."""
+        return cls(image, None, ended) if isinstance(ended, IchsegError) else cls(image, ended)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """One of many scans, read and prepared."""
+
+    scan: Scan
+    need: Need
+    on_host: bool
+    prepared: Prepared
+
+
+def segment_many(
+    ensemble: Ensemble,
+    scans: Iterable[Any],
+    preset: str = "full",
+    progress: Callable[[int, int, int], None] | None = None,
+    *,
+    save: Callable[[Any, Segmentation], object] | None = None,
+    probabilities: bool = False,
+    threshold: float | None = None,
+) -> Iterator[Outcome]:
+    """Segment one scan after another; while networks run on one, others are read and written.
+
+    Results come in the order of the scans. One that cannot be segmented does not stop the
+    others: its outcome has an error. Leave the loop to stop, or raise in ``progress``.
+
+    Args:
+        ensemble: The networks.
+        scans: What ``segment`` takes, but for arrays, whose voxel sizes a ``Volume`` says. Of
+            an iterator at most two are taken that have no result yet.
+        preset: ``full``, ``balanced`` or ``fast``.
+        progress: Called with (number of the scan from 0, forward passes done, all of its
+            forward passes) after each.
+        save: Called with what was given and what was found, in a thread that writes while
+            the networks go on.
+        probabilities: Whether results have the probabilities of each label, as float16.
+        threshold: See ``finish``.
+
+    Raises:
+        WeightsError: A network's file is not finite or does not fit its plan.
+        DeviceError: A GPU's memory does not even hold one tile, or the GPU is lost.
+    """
+    base = machine.resident_bytes()
+    kept: Kept | None = "float16" if probabilities else None
+
+    @_or_error
+    def open_one(numbered: tuple[int, Any]) -> _Opened:
+        _, image = numbered
+        name = images.name_of(image)
+        scan = images.as_scan(
+            image,
+            check_size=lambda n: memory.refuse_beyond_memory(name, base + 2 * n, "voxels"),
+        )
+        scan = ensemble.in_hu(scan, name)
+        plan = ensemble.plan(scan, preset)
+        need, on_host = ensemble.need(
+            plan, file_bytes=images.bytes_of(image), probabilities=kept, singly=False
+        )
+        memory.refuse_beyond_memory(name, base + need.alone, scan.grid)
+        return _Opened(scan, need, on_host, ensemble.prepare(plan))
+
+    @_or_error
+    def run(numbered: tuple[int, Any], opened: _Opened) -> tuple[Scan, Predicted]:
+        count = functools.partial(progress, numbered[0]) if progress else None
+        predicted = ensemble.predict(
+            opened.prepared,
+            count,
+            on_host=opened.on_host,
+            keep_networks=opened.need.keeps_networks,
+        )
+        return opened.scan, predicted
+
+    @_or_error
+    def finish(numbered: tuple[int, Any], done: tuple[Scan, Predicted]) -> Segmentation:
+        scan, predicted = done
+        found = of_scan(ensemble.finish(predicted, probabilities=kept, threshold=threshold), scan)
+        predicted.parts.clear()  # the scores' memory is of use to others
+        if save is not None:
+            save(numbered[1], found)
+        return found
+
+    def may_open(
+        following: tuple[int, Any], now: tuple[int, Any], need: Need | None, behind: Need | None
+    ) -> bool:
+        if need is None:
+            return True
+        sizes = images.bytes_of(following[1]), images.bytes_of(now[1])
+        factor = sizes[0] / sizes[1] if all(sizes) else 1.0
+        return memory.both_fit(need, factor, base + (behind.writing if behind else 0))
+
+    yield from overlapping(
+        enumerate(scans),
+        open_one=open_one,
+        run=run,
+        finish=lambda numbered, done: Outcome.of(numbered[1], finish(numbered, done)),
+        weigh=lambda opened: opened.need if isinstance(opened, _Opened) else None,
+        may_open=may_open,
+        beside=lambda need: need is None or memory.gpu_holds_two(need, ensemble.engine),
+    )
+
+
+def _or_error(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give back what goes wrong with one scan, and hand it on; what concerns all is raised."""
+
+    @functools.wraps(function)
+    def guarded(numbered: tuple[int, Any], *given: Any) -> Any:
+        if given and isinstance(given[0], IchsegError):
+            return given[0]
+        try:
+            return function(numbered, *given)
+        except (WeightsError, DeviceError):
+            raise
+        except IchsegError as error:
+            return error
+        except MemoryError:
+            return InputError(f"{images.name_of(numbered[1])}: out of memory")
+
+    return guarded
