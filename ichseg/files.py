@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,11 +68,10 @@ def replacing(path: Path, *, suffix: str = "", durable: bool = False) -> Iterato
         OutputError: The folder cannot be created or written, or the block raised an ``OSError``.
     """
     temporary: Path | None = None
+    handle = -1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED, suffix=suffix)
-        os.close(handle)
-        temporary = Path(name)
+        handle, temporary = _new_file(path.parent, suffix)
         _under_way.add(temporary)
         yield temporary
         temporary.chmod(0o644)
@@ -87,6 +88,40 @@ def replacing(path: Path, *, suffix: str = "", durable: bool = False) -> Iterato
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             _under_way.discard(temporary)
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def unfinished_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside a folder, for several files that belong together.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as name:
+        handle = os.open(name, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                lock(handle)
+            yield Path(name)
+        finally:
+            os.close(handle)
+
+
+def lock(handle: int) -> bool:
+    """Lock an open file or folder until it is closed, however this process ends.
+
+    Returns:
+        Whether it is locked now; False where another process has locked it.
+
+    Raises:
+        OSError: The file system has no locks.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def abandon_unfinished() -> None:
@@ -111,8 +146,40 @@ def _sync(path: Path) -> None:
 def remove_unfinished(folder: Path) -> None:
     """Remove what a killed run has left half-written in a folder.
 
+    What a process that is alive is writing there is locked, and stays.
+
     Raises:
         OSError: Something cannot be removed.
     """
     for unfinished in folder.glob(f"{UNFINISHED}*"):
-        unfinished.unlink(missing_ok=True)
+        try:
+            handle = os.open(unfinished, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        except (FileNotFoundError, PermissionError):
+            continue  # finished just now, or somebody else's, who may be at work
+        try:
+            if not _has_owner(handle):
+                if unfinished.is_dir():
+                    shutil.rmtree(unfinished)
+                else:
+                    unfinished.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+
+def _has_owner(handle: int) -> bool:
+    """Whether a living process has locked what is open here; not known without locks, so no."""
+    try:
+        return not lock(handle)
+    except OSError:
+        return False
+
+
+def _new_file(folder: Path, suffix: str) -> tuple[int, Path]:
+    """A temporary file that is open and locked, so that nobody takes it for a killed run's."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=folder, prefix=UNFINISHED, suffix=suffix)
+        with contextlib.suppress(OSError):  # a file system without locks
+            lock(handle)
+        if os.fstat(handle).st_nlink:
+            return handle, Path(name)
+        os.close(handle)  # it was taken for one before it was locked

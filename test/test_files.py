@@ -1,6 +1,10 @@
 """Names of scans, files that are written whole or not at all, checksums."""
 
+import os
 import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -65,10 +69,50 @@ def test_a_written_file_is_readable_by_others(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-def test_what_a_killed_run_left_is_removed(tmp_path):
-    held = replacing(tmp_path / "a")
-    left = held.__enter__()  # killed before it ends
+WRITES = """
+import pathlib, sys, time
+from ichseg.files import replacing, unfinished_folder
+
+with replacing(pathlib.Path(sys.argv[1]) / "a") as half:
+    with unfinished_folder(half.parent) as several:
+        (several / "b").touch()
+        print("writing", flush=True)
+        time.sleep(600)
+"""
+
+
+def test_what_a_run_has_left_is_removed_once_that_has_been_killed(tmp_path):
     (tmp_path / "b").touch()
-    assert left.exists()
+    (tmp_path / ".writing-of-an-older-version").touch()
+    command = [sys.executable, "-c", WRITES, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "writing\n"
+        try:
+            remove_unfinished(tmp_path)
+            left = {path.name for path in tmp_path.glob(".writing-*")}
+            assert len(left) == 2
+            assert [path.name for path in tmp_path.glob(".writing-*/*")] == ["b"]
+        finally:
+            run.kill()
+    assert {path.name for path in tmp_path.iterdir()} == {*left, "b"}
     remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_file_that_was_removed_before_it_could_be_locked_is_made_again(tmp_path, monkeypatch):
+    make, made = tempfile.mkstemp, []
+
+    def mkstemp(**where):
+        made.append(make(**where)[1])
+        if len(made) == 1:
+            handle = os.open(made[0], os.O_RDWR)
+            Path(made[0]).unlink()
+            return handle, made[0]
+        return os.open(made[1], os.O_RDWR), made[1]
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    with replacing(tmp_path / "a") as temporary:
+        temporary.write_text("whole")
+    assert len(made) == 2
+    assert (tmp_path / "a").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import sys
@@ -111,7 +112,8 @@ def serve(arguments: argparse.Namespace) -> int:
 
     def work() -> int:
         refuse_too_little_memory()
-        server.serve(lambda: load(arguments), run)
+        with results.claimed(arguments.output):
+            server.serve(lambda: load(arguments), run)
         return 0
 
     return _in_words("the server", work)
@@ -155,11 +157,14 @@ def run_job(
                 recursive=arguments.recursive,
             )
         check_output(job, arguments.output)
-        if written is not None:
-            written.update(case.output for case in job.cases)
-            written.update(arguments.output / name for name in results.FILES)
         say_passed_over(job)
-        return segment(arguments, job, loaded, described.sha256, began)
+        with contextlib.ExitStack() as claimed:
+            if written is not None:  # a server has claimed the folder
+                written.update(case.output for case in job.cases)
+                written.update(arguments.output / name for name in results.FILES)
+            elif not job.challenge:
+                claimed.enter_context(results.claimed(arguments.output))
+            return segment(arguments, job, loaded, described.sha256, began)
 
     return _in_words(str(arguments.input), work, raised=() if written is None else (DeviceError,))
 

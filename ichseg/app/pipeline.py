@@ -28,6 +28,7 @@ from ichseg.app.one_case import (
 from ichseg.app.results import CaseResult, Record, refuse_cases
 from ichseg.engine import machine
 from ichseg.errors import InputError, OutputError
+from ichseg.files import remove_unfinished
 from ichseg.overlap import overlapping
 from ichseg.predict import memory
 from ichseg.predict.ensemble import Ensemble
@@ -51,6 +52,7 @@ def run(job: Job, ensemble: Ensemble, options: Options) -> list[CaseResult]:
         DeviceError: The device cannot be used.
     """
     tasks = _tasks(job)
+    _remove_unfinished(job, options)
     record = Record(options.output, job.cases, on_disk=not job.challenge)
     if options.resume:
         record.ended |= _finished(tasks, options)
@@ -86,6 +88,14 @@ def run(job: Job, ensemble: Ensemble, options: Options) -> list[CaseResult]:
 def _tasks(job: Job) -> list[Task]:
     count = len(job.cases)
     return [Task(case, f"[{i}/{count}] {case.name}") for i, case in enumerate(job.cases, 1)]
+
+
+def _remove_unfinished(job: Job, options: Options) -> None:
+    """Remove what killed runs have left half-written; what cannot be removed does no harm."""
+    pages = options.output / REPORT
+    for folder in {options.output, pages, pages / "cases", *(c.output.parent for c in job.cases)}:
+        with contextlib.suppress(OSError):
+            remove_unfinished(folder)
 
 
 def _finished(tasks: Sequence[Task], options: Options) -> dict[InputCase, CaseResult]:

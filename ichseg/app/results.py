@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -18,7 +19,7 @@ from typing import Any, TypedDict
 from ichseg.app.cases import InputCase, Job
 from ichseg.app.console import say
 from ichseg.errors import InputError, OutputError
-from ichseg.files import is_voxels_of, replacing, sha256, suffix_of
+from ichseg.files import is_voxels_of, lock, replacing, sha256, suffix_of
 from ichseg.scan.dicom import files as dicom_files
 
 FILE = "results.json"
@@ -130,6 +131,28 @@ class Record:
                     error=error + "--resume does it again",
                     report={},
                 )
+
+
+@contextlib.contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """Keep other runs from writing results to a folder meanwhile, which is made if need be.
+
+    Raises:
+        OutputError: Another run does so already.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            handle = os.open(output, os.O_RDONLY)
+            held.callback(os.close, handle)
+            if not lock(handle):
+                raise OutputError(
+                    f"{output}: another run is writing its results there; wait for its end, or "
+                    "name another --output"
+                )
+        except OSError as error:  # a folder that cannot be listed, a file system without locks
+            say(f"warning: {output} cannot be locked ({error.strerror}): let no other run use it")
+        yield
 
 
 def refuse_cases(job: Job, record: Record) -> None:

@@ -284,7 +284,7 @@ def test_an_interruption_loses_the_cases_under_way_and_leaves_nothing_half_writt
 
     def stop(name):
         if name == 104:
-            (place / "output" / ".writing-others.mha").write_bytes(b"of another run")
+            (place / "output" / ".writing-others.mha").write_bytes(b"of a run that was killed")
             half.append(replacing(place / "output" / "half.mha"))
             half[0].__enter__()  # as in a thread that will not come to its end
             raise KeyboardInterrupt
@@ -303,6 +303,7 @@ def test_an_interruption_loses_the_cases_under_way_and_leaves_nothing_half_writt
     assert [call for call in again.calls if call.startswith("predict ")] == [
         "predict 104", "predict 105",
     ]  # fmt: skip
+    assert not list((place / "output").glob(".writing-*"))
     assert len(entries(place)) == 5
     assert predicted_by_resume(place) == []
 

@@ -9,7 +9,6 @@ import argparse
 import json
 import logging
 import math
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ichseg.errors import OutputError, PlansError, WeightsError
-from ichseg.files import UNFINISHED
+from ichseg.files import remove_unfinished, unfinished_folder
 from ichseg.model import bundle
 from ichseg.model.architecture import Architecture
 from ichseg.model.bundle import Member, Model
@@ -74,9 +73,10 @@ def export_folders(source: Path, out: Path) -> list[Path]:
         if (out / name).exists():
             raise OutputError(f"{out / name}: exists already, expected no such folder")
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=UNFINISHED) as beside:
+    remove_unfinished(out)
+    with unfinished_folder(out) as beside:
         for configuration, name in names.items():
-            folder = Path(beside) / name
+            folder = beside / name
             folder.mkdir()
             (folder / DATASET_FILE).write_text(json.dumps(dataset, indent=4), encoding="utf-8")
             (folder / PLANS_FILE).write_text(json.dumps(plans, indent=4), encoding="utf-8")
@@ -85,7 +85,7 @@ def export_folders(source: Path, out: Path) -> list[Path]:
                 fold.mkdir()
                 torch.save(write_checkpoint(source, model, member), fold / CHECKPOINTS["final"])
         for name in names.values():
-            (Path(beside) / name).replace(out / name)
+            (beside / name).replace(out / name)
     return [out / name for name in names.values()]
 
 

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import datetime
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from ichseg.errors import OutputError, WeightsError
-from ichseg.files import UNFINISHED
+from ichseg.files import remove_unfinished, unfinished_folder
 from ichseg.model import bundle
 from ichseg.model.bundle import Member, Model
 from ichseg.model.folder import MODEL_FILE
@@ -93,9 +92,9 @@ def import_folders(
     if (out / MODEL_FILE).exists():
         raise OutputError(f"{out}: holds a bundle already, expected a new or empty folder")
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=UNFINISHED) as beside:
+    with unfinished_folder(out) as beside:
         parts = [
-            _import_folder(folder, folds, CHECKPOINTS[checkpoint], Path(beside))
+            _import_folder(folder, folds, CHECKPOINTS[checkpoint], beside)
             for folder in folders
         ]
         plans = _together(parts)
@@ -119,7 +118,7 @@ def import_folders(
             cascade="labels",
         )
         for member in model.members:
-            (Path(beside) / member.file).replace(out / member.file)
+            (beside / member.file).replace(out / member.file)
     bundle.save_model(out, model)
     return model
 

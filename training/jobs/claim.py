@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from ichseg.errors import TrainingError
+from ichseg.files import lock
 from training.data.workspace import LOCK_FILE
 
 _log = logging.getLogger(__name__)
@@ -28,9 +28,8 @@ def claimed(folder: Path, doing: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("w") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrainingError(f"{folder}: another process is {doing}") from error
+            if not lock(stream.fileno()):
+                raise TrainingError(f"{folder}: another process is {doing}")
         except OSError as error:  # a file system without locks
             _log.warning(
                 "warning: %s cannot be locked (%s); see to it that no other process is %s "
