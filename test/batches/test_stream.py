@@ -37,7 +37,7 @@ def spec(tmp_path_factory):
     folder = workspace / "preprocessed" / "3d_fullres"
     names = tuple(f"case_{index}" for index in range(6))
     for name in names:
-        write_previous(folder, name, np.maximum(open_case(folder, name).target[...], 0))
+        write_previous(folder, name, np.maximum(open_case(folder, name).target[...], 0), "")
     return BatchSpec(
         folder=folder,
         train=names[:4],
@@ -146,7 +146,7 @@ def test_each_previous_label_has_its_channel(tmp_path):
     previous = np.zeros((4, 16, 16), np.int8)
     previous[:, :5], previous[:, 9:, :8] = 2, 3
     write_case(tmp_path, "c", data, np.zeros_like(previous), (Normalisation("none"),))
-    write_previous(tmp_path, "c", previous)
+    write_previous(tmp_path, "c", previous, "")
     spec = BatchSpec(
         tmp_path, ("c",), ("c",), (6, 16, 16), 1, True, (False,), 0, BUSY, 0, 0, previous_labels=3
     )

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -20,12 +21,13 @@ from training.batches.augment_cascade import dilate
 from training.batches.augmentation import NO_AUGMENTATION
 from training.batches.reading import make_patches
 from training.batches.sampling import BatchKey
-from training.crossval import cascade_labels
+from training.bundle.export import export
+from training.crossval import cascade_labels, merge
 from training.crossval.validate import is_validated, load_network, predict_case, read_case, validate
 from training.data import dataset, splits
 from training.data.sources import digest_cases
 from training.data.workspace import LATEST_CHECKPOINT, preprocessed_folder
-from training.fit.checkpoint import read_checkpoint
+from training.fit.checkpoint import read_checkpoint, weights_digest
 from training.fit.fold_run import open_run
 from training.jobs.train import run_fold
 from training.store import chunks
@@ -139,6 +141,59 @@ def test_the_two_stages_end_to_end(shared, caplog, capsys):
     assert sorted(found["dice"]) == sorted(run.spec.validation)
 
 
+def test_labels_of_replaced_weights_are_refused_until_they_are_made_again(shared, tmp_path):
+    """Trained anew without a validation, the first stage has left labels of what it was before."""
+    shutil.copytree(shared, tmp_path, dirs_exist_ok=True)
+    for fold in range(5):
+        assert run_fold(tmp_path, "3d_lowres", str(fold), SHORT)
+    assert run_fold(tmp_path, SECOND.name, "0", SHORT)
+    with pytest.raises(TrainingError, match=r"fold_1/.*no such file"):  # fold 0 is let through
+        merge.validated_masks(tmp_path, SECOND.name)
+    unseen = split_of(tmp_path, 1).validation
+    anew = dataclasses.replace(SHORT, seed=9, validation=False)
+    assert run_fold(tmp_path, "3d_lowres", "1", anew, restart=True)
+
+    stale = (
+        f"{len(unseen)} of 6 cases, such as {unseen[0]}, have labels of other weights than "
+        "3d_lowres has now in its folds 1; run `train 3d_lowres --fold K`"
+    )
+    for restart in (False, True):
+        with pytest.raises(TrainingError, match=stale):
+            run_fold(tmp_path, SECOND.name, "0", SHORT, restart=restart)
+    replaced = f"fold_0/.* was trained on labels of 3d_lowres of which {len(unseen)} of 6"
+    with pytest.raises(TrainingError, match=replaced):
+        merge.validated_masks(tmp_path, SECOND.name)
+    with pytest.raises(TrainingError, match=replaced):
+        export(tmp_path, [SECOND.name], ["0"], tmp_path / "out", check_cases=0)
+
+    first = open_run(tmp_path, "3d_lowres", "1", SHORT)
+    weights = read_checkpoint(first.folder / LATEST_CHECKPOINT, LOWRES)["network"]
+    assert not is_validated(tmp_path, first, weights)
+    assert run_fold(tmp_path, "3d_lowres", "1", SHORT)
+    with pytest.raises(TrainingError, match="begin 3d_cascade_fullres anew with --restart"):
+        run_fold(tmp_path, SECOND.name, "0", SHORT)
+    assert run_fold(tmp_path, SECOND.name, "0", SHORT, restart=True)
+    export(tmp_path, [SECOND.name], ["0"], tmp_path / "out", check_cases=0)
+
+
+def test_labels_that_do_not_say_whose_they_are_are_made_again(shared, tmp_path):
+    """As an older version stored them."""
+    shutil.copytree(shared, tmp_path, dirs_exist_ok=True)
+    run = open_run(tmp_path, "3d_lowres", "0", SHORT)
+    weights = read_checkpoint(run.folder / LATEST_CHECKPOINT, LOWRES)["network"]
+    folder = preprocessed_folder(tmp_path, SECOND.name)
+    assert validate(tmp_path, run)
+    assert is_validated(tmp_path, run, weights)
+    name = run.spec.validation[0]
+    chunks.write_previous(folder, name, np.zeros((6, 24, 24), np.int8), "")
+    assert not is_validated(tmp_path, run, weights)
+    with pytest.raises(TrainingError, match=f"1 of 1 cases, such as {name}, have labels of other"):
+        cascade_labels.require_labels(tmp_path, CASCADE, SECOND, [name])
+    assert validate(tmp_path, run)
+    assert chunks.open_case(folder, name).previous_weights == weights_digest(weights)
+    cascade_labels.require_labels(tmp_path, CASCADE, SECOND, [name])
+
+
 def test_what_is_missing_is_said(tmp_path):
     make_workspace(tmp_path, plans=CASCADE)
     folds = [
@@ -151,19 +206,17 @@ def test_what_is_missing_is_said(tmp_path):
     folder = preprocessed_folder(tmp_path, SECOND.name)
 
     def require(needed=names):
-        cascade_labels.require_labels(
-            tmp_path, SECOND, needed, [f"case_{index}" for index in range(6)]
-        )
+        cascade_labels.require_labels(tmp_path, CASCADE, SECOND, needed)
 
     with pytest.raises(TrainingError, match=r"3 of 3 cases lack the labels .* folds 0, 1 have yet"):
         require()
-    chunks.write_previous(folder, "case_0", labels)
-    chunks.write_previous(folder, "case_1", labels)
+    chunks.write_previous(folder, "case_0", labels, "")
+    chunks.write_previous(folder, "case_1", labels, "")
     with pytest.raises(TrainingError, match=r"1 of 3 cases lack the labels .* folds 1 have yet"):
         require()
     with pytest.raises(TrainingError, match="no fold validates case case_3, so 3d_lowres cannot"):
         require(["case_0", "case_3"])
-    chunks.write_previous(folder, "case_2", labels)
+    chunks.write_previous(folder, "case_2", labels, "")
     require()
     (folder / "case_1.json").unlink()
     with pytest.raises(
@@ -202,7 +255,7 @@ def test_validation_leaves_labels_where_the_second_stage_has_been_preprocessed(
         np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(DatasetError, match="expected int8"):
         chunks.write_previous(
-            preprocessed_folder(tmp_path, SECOND.name), "case_0", np.zeros((6, 24), np.int8)
+            preprocessed_folder(tmp_path, SECOND.name), "case_0", np.zeros((6, 24), np.int8), ""
         )
 
 
@@ -211,7 +264,9 @@ def test_batches_carry_the_first_stage_spoiled_in_training_only(tmp_path):
     folder = preprocessed_folder(tmp_path, SECOND.name)
     for index in range(5):
         target = chunks.open_case(folder, f"case_{index}").target[:]
-        chunks.write_previous(folder, f"case_{index}", np.where(target > 0, 1, 0).astype(np.int8))
+        chunks.write_previous(
+            folder, f"case_{index}", np.where(target > 0, 1, 0).astype(np.int8), ""
+        )
     shrunk = dataclasses.replace(
         NO_AUGMENTATION,
         morphology_probability=1,
@@ -251,7 +306,7 @@ def test_a_tiny_network_overfits_one_case_by_what_the_first_stage_found(tmp_path
     source = digest_cases(tmp_path, dataset.load_dataset(tmp_path).cases)["case_0"]
     chunks.write_case(folder, "case_0", data, target, both.normalisations, source=source)
     grown = dilate(target > 0, 1.0)  # the first stage found too much
-    chunks.write_previous(folder, "case_0", grown.astype(np.int8))
+    chunks.write_previous(folder, "case_0", grown.astype(np.int8), "")
     config = dataclasses.replace(
         QUICK,
         epochs=2,

@@ -14,7 +14,7 @@ from ichseg.predict.dice import dice_of_masks
 from ichseg.scan import volume
 from training.crossval import record as records
 from training.crossval import validate as module
-from training.crossval.validate import is_validated, validate, weights_digest
+from training.crossval.validate import is_validated, validate
 from training.data import dataset
 from training.data.workspace import LATEST_CHECKPOINT, mask_file
 from training.fit.checkpoint import SCHEMA_VERSION
@@ -282,15 +282,6 @@ def test_a_fold_counts_as_validated_with_these_weights_and_all_masks(workspace):
     assert not is_validated(workspace, run, other)
     (run.folder / "validation" / f"{run.spec.validation[0]}.nii.gz").unlink()
     assert not is_validated(workspace, run, weights)
-
-
-def test_the_digest_is_of_names_and_values():
-    weights = {"a": torch.arange(4.0).reshape(2, 2), "b": torch.zeros(1)}
-    digest = weights_digest(weights)
-    assert weights_digest(dict(reversed(weights.items()))) == digest
-    assert weights_digest({"a": weights["a"].clone(), "b": weights["b"]}) == digest
-    assert weights_digest({"a": weights["a"].T, "b": weights["b"]}) != digest
-    assert weights_digest({"a": weights["a"], "c": weights["b"]}) != digest
 
 
 def test_on_the_cpu_the_engine_of_inference_runs_with_the_threads_of_the_fold(

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import CONFIGURATION
 from helpers.workspaces import QUICK, leaves
 
@@ -30,6 +31,7 @@ from training.fit.checkpoint import (
     require_cases,
     resume,
     save,
+    weights_digest,
 )
 from training.fit.fold_run import open_run
 from training.fit.step import begin
@@ -244,3 +246,12 @@ def test_other_settings_of_the_optimiser_count_when_a_run_goes_on(fresh):
     (group,) = saved["param_groups"]
     assert (group["amsgrad"], group["weight_decay"]) == (True, 0.125)
     assert all("max_exp_avg_sq" in moments for moments in saved["state"].values())
+
+
+def test_the_digest_is_of_names_and_values():
+    weights = {"a": torch.arange(4.0).reshape(2, 2), "b": torch.zeros(1)}
+    digest = weights_digest(weights)
+    assert weights_digest(dict(reversed(weights.items()))) == digest
+    assert weights_digest({"a": weights["a"].clone(), "b": weights["b"]}) == digest
+    assert weights_digest({"a": weights["a"].T, "b": weights["b"]}) != digest
+    assert weights_digest({"a": weights["a"], "c": weights["b"]}) != digest

@@ -242,9 +242,10 @@ def test_previous_labels_lie_beside_a_case_until_it_is_written_anew(tmp_path):
     write_case(tmp_path, "a", data, target, normalisations)
     assert open_case(tmp_path, "a").previous is None
     labels = np.random.default_rng(1).integers(0, 3, target.shape).astype(np.int8)
-    write_previous(tmp_path, "a", labels)
+    write_previous(tmp_path, "a", labels, "w")
     case = open_case(tmp_path, "a")
     np.testing.assert_array_equal(case.previous[1:3], labels[1:3])
+    assert case.previous_weights == "w"
     np.testing.assert_array_equal(case.target[...], target)
     assert case.previous[...].dtype == np.int8
     assert list_cases(tmp_path) == ("a",)
@@ -255,13 +256,13 @@ def test_previous_labels_lie_beside_a_case_until_it_is_written_anew(tmp_path):
 def test_refuses_previous_labels_that_are_not_of_the_case(tmp_path):
     data, target, normalisations = example()
     with pytest.raises(DatasetError, match="no finished case a"):
-        write_previous(tmp_path, "a", target)
+        write_previous(tmp_path, "a", target, "w")
     write_case(tmp_path, "a", data, target, normalisations)
     for wrong in (target[1:], target.astype(np.uint8)):
         with pytest.raises(DatasetError, match=r"case a are .*, expected int8 \(4, 6, 5\)"):
-            write_previous(tmp_path, "a", wrong)
+            write_previous(tmp_path, "a", wrong, "w")
     write_case(tmp_path / "other", "b", data[:, 1:], target[1:], normalisations)
-    write_previous(tmp_path / "other", "b", target[1:])
+    write_previous(tmp_path / "other", "b", target[1:], "w")
     (tmp_path / "other" / "b.previous.b2nd").rename(tmp_path / "a.previous.b2nd")
     with pytest.raises(DatasetError, match=r"shape \(3, 6, 5\), expected \(4, 6, 5\)"):
         open_case(tmp_path, "a")

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import datetime
 import logging
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from ichseg.errors import TrainingError, WeightsError
-from ichseg.files import UNFINISHED
+from ichseg.files import remove_unfinished, unfinished_folder
 from ichseg.model import bundle, plans, strict_json
 from ichseg.model.bundle import Member, Model
 from ichseg.model.plans import Plans
@@ -27,7 +26,7 @@ from ichseg.model.rules import ComponentRule
 from training.bundle import model_card
 from training.bundle.identity import BY_DEFAULT, Identity, add_identity_arguments, identity_from
 from training.bundle.rounding import check_rounding
-from training.crossval import selection
+from training.crossval import cascade_labels, selection
 from training.data import dataset, splits
 from training.data.dataset import Dataset
 from training.data.workspace import (
@@ -106,12 +105,13 @@ def export(
     known = _checked_cases(out)
     checked: list[int] = []
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=UNFINISHED) as beside:
+    remove_unfinished(out)
+    with unfinished_folder(out) as beside:
         members = []
         for part in trained:
             weights = part.checkpoint["network"]
             name = part.run.configuration.name
-            member = bundle.save_member(Path(beside), name, part.fold, weights)
+            member = bundle.save_member(beside, name, part.fold, weights)
             enough = min(check_cases, len(part.run.spec.validation))
             if known.get(member, -1) < enough:
                 checked.append(check_rounding(data, part.run, weights, check_cases))
@@ -119,7 +119,7 @@ def export(
                 checked.append(known[member])
             members.append(member)
         for member in members:
-            (Path(beside) / member.file).replace(out / member.file)
+            (beside / member.file).replace(out / member.file)
     stages = {part.run.configuration.previous_stage for part in trained}
     planned = trained[0].run.plans
     model = Model(
@@ -169,6 +169,9 @@ def _finished(
             _log.info("%s fold %s: training has not ended, left out", configuration, fold)
             continue
         raw = load_checkpoint(path / CHECKPOINTS[checkpoint], run.configuration, run.cases)
+        cascade_labels.require_same_first_stage(
+            workspace, run.plans, run.configuration, path / CHECKPOINTS[checkpoint], raw
+        )
         finished.append(Trained(run, fold, raw))
     if not finished:
         raise TrainingError(

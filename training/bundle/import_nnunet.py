@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ichseg.errors import OutputError, WeightsError
-from ichseg.files import remove_unfinished, unfinished_folder
+from ichseg.files import unfinished_folder
 from ichseg.model import bundle
 from ichseg.model.bundle import Member, Model
 from ichseg.model.folder import MODEL_FILE
@@ -94,8 +94,7 @@ def import_folders(
     out.mkdir(parents=True, exist_ok=True)
     with unfinished_folder(out) as beside:
         parts = [
-            _import_folder(folder, folds, CHECKPOINTS[checkpoint], beside)
-            for folder in folders
+            _import_folder(folder, folds, CHECKPOINTS[checkpoint], beside) for folder in folders
         ]
         plans = _together(parts)
         model = Model(

@@ -3,13 +3,17 @@
 Each fold of the first stage segments its validation cases, at the end of its training. Together the
 folds segment all cases, and every case by a network that was not trained on it: on such labels the
 second stage trains, and with them it is validated. They lie in the store, in the second stage's
-grid, beside the case.
+grid, beside the case, and say which weights found them: those of a first stage that has been
+trained further or anew since are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -18,8 +22,10 @@ from ichseg.model.plans import Configuration, Plans
 from ichseg.predict.prepare import Placement, place
 from ichseg.predict.restore import regrid
 from ichseg.scan.volume import Volume
-from training.data import splits
-from training.data.workspace import preprocessed_folder
+from training.data import dataset, splits
+from training.data.splits import Split
+from training.data.workspace import LATEST_CHECKPOINT, preprocessed_folder, run_folder, run_folders
+from training.fit.checkpoint import load_checkpoint, weights_digest
 from training.store import chunks
 
 
@@ -36,6 +42,7 @@ def store_labels(
     channels: Sequence[Volume],
     scores: Tensor,
     placement: Placement,
+    weights: str,
 ) -> None:
     """Store what the first stage found in a case, for the second.
 
@@ -47,19 +54,19 @@ def store_labels(
         channels: The case's images, one volume each.
         scores: The first stage's scores of each voxel, shape ``(K, Z, Y, X)``, in its own grid.
         placement: Where that grid lies in the case.
+        weights: The digest of the first stage's weights, see ``checkpoint.weights_digest``.
 
     Raises:
         DatasetError: The case has not been preprocessed for the second stage, or on another grid.
     """
     wanted = place(channels, plans, configuration)
     labels = regrid(scores, placement, wanted, plans)
-    chunks.write_previous(preprocessed_folder(workspace, configuration.name), name, labels)
+    chunks.write_previous(preprocessed_folder(workspace, configuration.name), name, labels, weights)
 
 
-def has_labels(workspace: Path, configuration: Configuration, name: str) -> bool:
-    """Whether the store holds the first stage's labels of a case."""
-    folder = preprocessed_folder(workspace, configuration.name)
-    return chunks.is_complete(folder, name) and chunks.open_case(folder, name).previous is not None
+def has_labels(workspace: Path, configuration: Configuration, name: str, weights: str) -> bool:
+    """Whether the store holds what first-stage weights of this digest found in a case."""
+    return _weights_noted(workspace, configuration, name) == weights
 
 
 def can_store(workspace: Path, configuration: Configuration, name: str) -> bool:
@@ -68,18 +75,21 @@ def can_store(workspace: Path, configuration: Configuration, name: str) -> bool:
 
 
 def require_labels(
-    workspace: Path, configuration: Configuration, needed: Sequence[str], names: Sequence[str]
+    workspace: Path, plans: Plans, configuration: Configuration, needed: Sequence[str]
 ) -> None:
-    """Refuse the second stage while cases lack labels of the first, and say how to get them.
+    """Refuse the second stage while cases lack labels of the first as it is now; say what to do.
+
+    Where a fold of the first stage has been removed, the labels that it left are taken as they are.
 
     Args:
-        workspace: The folder with the store and the splits.
+        workspace: The folder with the store, the splits and the first stage's runs.
+        plans: The plans that have both stages.
         configuration: The second stage.
         needed: The names of the cases that must have labels.
-        names: The names of all labelled cases.
 
     Raises:
-        TrainingError: Cases lack labels; names the folds and the commands that make them.
+        TrainingError: Cases lack labels, or have those of other weights; names the folds and the
+            commands that make them.
     """
     first, second = configuration.previous_stage, configuration.name
     unstored = [name for name in needed if not can_store(workspace, configuration, name)]
@@ -88,17 +98,114 @@ def require_labels(
             f"{preprocessed_folder(workspace, second)}: {len(unstored)} of {len(needed)} cases are "
             f"not there, such as {unstored[0]}; run `preprocess {second}` first"
         )
-    missing = {name for name in needed if not has_labels(workspace, configuration, name)}
-    if not missing:
-        return
-    folds = splits.find_splits(workspace, names)
-    numbers = [str(k) for k, split in enumerate(folds) if missing & set(split.validation)]
-    if not numbers:
+    noted = {name: _weights_noted(workspace, configuration, name) for name in needed}
+    again = f"run `train {first} --fold K` for each (one that is trained only validates)"
+    if missing := {name for name, weights in noted.items() if weights is None}:
+        folds = enumerate(splits.find_splits(workspace, _labelled(workspace)))
+        numbers = [str(k) for k, split in folds if missing & set(split.validation)]
+        if not numbers:
+            raise TrainingError(
+                f"{second}: no fold validates case {min(missing)}, so {first} cannot segment it "
+                "unseen"
+            )
         raise TrainingError(
-            f"{second}: no fold validates case {min(missing)}, so {first} cannot segment it unseen"
+            f"{second}: {len(missing)} of {len(needed)} cases lack the labels of {first}, which "
+            f"its folds {', '.join(numbers)} have yet to make; {again}"
         )
-    raise TrainingError(
-        f"{second}: {len(missing)} of {len(needed)} cases lack the labels of {first}, which its "
-        f"folds {', '.join(numbers)} have yet to make; run "
-        f"`train {first} --fold K` for each (one that is trained only validates)"
-    )
+    now = _first_stage_weights(workspace, plans, configuration)
+    other = [name for name in needed if name in now and noted[name] != now[name].weights]
+    if other:
+        numbers = sorted({now[name].fold for name in other})
+        raise TrainingError(
+            f"{second}: {len(other)} of {len(needed)} cases, such as {other[0]}, have labels of "
+            f"other weights than {first} has now in its folds {', '.join(numbers)}; {again}"
+        )
+
+
+def weights_of_labels(
+    workspace: Path, configuration: Configuration, names: Iterable[str]
+) -> dict[str, str]:
+    """The digests of the first-stage weights whose labels the store holds, by case."""
+    found = {name: _weights_noted(workspace, configuration, name) for name in names}
+    return {name: weights for name, weights in found.items() if weights}
+
+
+def require_same_first_stage(
+    workspace: Path,
+    plans: Plans,
+    configuration: Configuration,
+    path: Path,
+    checkpoint: Mapping[str, Any],
+) -> None:
+    """Refuse a second stage that was trained on labels of weights that its first no longer has.
+
+    Args:
+        workspace: The folder with the splits and the first stage's runs.
+        plans: The plans that have both stages.
+        configuration: The configuration that was trained; any but a second stage is let through.
+        path: Its checkpoint.
+        checkpoint: What that holds. Older ones do not say on which labels they were trained.
+
+    Raises:
+        TrainingError: The first stage has been trained further or anew since.
+    """
+    seen: Mapping[str, str] = checkpoint.get("first_stage", {})
+    if configuration.previous_stage is None or not seen:
+        return
+    now = _first_stage_weights(workspace, plans, configuration)
+    other = [name for name in sorted(seen) if name in now and now[name].weights != seen[name]]
+    if other:
+        raise TrainingError(
+            f"{path}: was trained on labels of {configuration.previous_stage} of which "
+            f"{len(other)} of {len(seen)}, such as that of {other[0]}, are of other weights than "
+            f"its folds have now; put those back, or begin {configuration.name} anew with --restart"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Stranger:
+    """The fold of the first stage that has not seen a case, and the digest of its weights."""
+
+    fold: str
+    weights: str
+
+
+def _first_stage_weights(
+    workspace: Path, plans: Plans, configuration: Configuration
+) -> dict[str, _Stranger]:
+    """Who segments each case for the second stage, as far as folds have weights.
+
+    Raises:
+        TrainingError: A checkpoint of the first stage is damaged, or of other plans or cases.
+    """
+    assert configuration.previous_stage is not None
+    first = plans.configuration(configuration.previous_stage)
+    found: dict[str, _Stranger] = {}
+    if not run_folders(workspace, first.name):
+        return found
+    for number, split in enumerate(splits.find_splits(workspace, _labelled(workspace))):
+        path = run_folder(workspace, first.name, str(number)) / LATEST_CHECKPOINT
+        if path.exists():
+            weights = _digest_at(path, path.stat().st_mtime_ns, first, split)
+            found |= {name: _Stranger(str(number), weights) for name in split.validation}
+    return found
+
+
+@functools.cache
+def _digest_at(path: Path, modified_ns: int, configuration: Configuration, cases: Split) -> str:
+    """The digest of a checkpoint's weights, read once as long as the file stays the same."""
+    del modified_ns  # only tells one file at this place from the next
+    return weights_digest(load_checkpoint(path, configuration, cases)["network"])
+
+
+def _labelled(workspace: Path) -> list[str]:
+    return [case.name for case in dataset.load_dataset(workspace).labelled]
+
+
+def _weights_noted(workspace: Path, configuration: Configuration, name: str) -> str | None:
+    """The digest that a case's stored labels have; empty if none is noted, None without labels."""
+    folder = preprocessed_folder(workspace, configuration.name)
+    if not chunks.is_complete(folder, name):
+        return None
+    case = chunks.open_case(folder, name)
+    return None if case.previous is None else case.previous_weights

@@ -17,7 +17,7 @@ from pathlib import Path
 from ichseg.errors import PlansError, TrainingError
 from ichseg.files import suffix_of
 from ichseg.model import plans, strict_json
-from training.crossval import record, validate
+from training.crossval import cascade_labels, record
 from training.data import dataset, splits
 from training.data.dataset import add_workspace_argument
 from training.data.workspace import (
@@ -29,7 +29,7 @@ from training.data.workspace import (
     run_folder,
     runs_folder,
 )
-from training.fit.checkpoint import load_checkpoint
+from training.fit.checkpoint import load_checkpoint, weights_digest
 from training.scoring import evaluate, summary, tables
 from training.scoring.measures import EMPTY_POLICIES
 from training.scoring.summary import Evaluation
@@ -83,20 +83,25 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
     """The mask file of each labelled case, made by the fold that had not seen the case.
 
     Raises:
-        TrainingError: Masks are missing; names their fold, and the command that makes them.
+        TrainingError: Masks are missing; names their fold, and the command that makes them. Or a
+            cascade's first stage has been replaced since its second was trained.
     """
-    planned = plans.load(plans_file(workspace)).configuration(configuration)
+    every = plans.load(plans_file(workspace))
+    planned = every.configuration(configuration)
     names = [case.name for case in dataset.load_dataset(workspace).labelled]
     masks: dict[str, Path] = {}
     for number, split in enumerate(splits.find_splits(workspace, names)):
         folder = run_folder(workspace, configuration, str(number))
         again = f"`train {configuration} --fold {number}` goes on with it"
-        weights = load_checkpoint(folder / LATEST_CHECKPOINT, planned, split)["network"]
+        path = folder / LATEST_CHECKPOINT
+        checkpoint = load_checkpoint(path, planned, split)
+        cascade_labels.require_same_first_stage(workspace, every, planned, path, checkpoint)
+        weights = checkpoint["network"]
         try:
             found = strict_json.load(record.Validation, folder / VALIDATION_FILE)
         except PlansError as error:
             raise TrainingError(f"{folder}: not validated yet; {again}") from error
-        done = set(found.dice) if found.weights == validate.weights_digest(weights) else set()
+        done = set(found.dice) if found.weights == weights_digest(weights) else set()
         paths = {name: mask_file(folder, name) for name in split.validation}
         missing = [name for name, path in paths.items() if name not in done or not path.is_file()]
         if missing:
@@ -122,7 +127,7 @@ def fold_weights(workspace: Path, configuration: str) -> str:
     for number, split in enumerate(splits.find_splits(workspace, names)):
         path = run_folder(workspace, configuration, str(number)) / LATEST_CHECKPOINT
         weights = load_checkpoint(path, planned, split)["network"]
-        digest.update(validate.weights_digest(weights).encode())
+        digest.update(weights_digest(weights).encode())
     return digest.hexdigest()
 
 

@@ -6,7 +6,6 @@ same weights segment none twice. The first stage of a cascade leaves its labels 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
@@ -44,7 +43,7 @@ from training.data.workspace import (
     probabilities_file,
 )
 from training.fit import history
-from training.fit.checkpoint import load_checkpoint
+from training.fit.checkpoint import load_checkpoint, weights_digest
 from training.fit.fold_run import FoldRun
 from training.scoring.ignored import leave_out
 from training.store import chunks
@@ -94,10 +93,11 @@ def validate(
     weights = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration, run.cases)[
         "network"
     ]
-    found = records.continued(run, weights_digest(weights))
+    digest = weights_digest(weights)
+    found = records.continued(run, digest)
     if run.group.count > 1:
         run.group.all_done(done=True)  # what is of other weights has gone now
-        found = records.continued(run, found.weights)
+        found = records.continued(run, digest)
     second = cascade_labels.following(run.plans, run.configuration.name)
     names = run.spec.validation[run.group.rank :: run.group.count]
     waiting = [name for name in names if not _is_done(workspace, run, found, second, name)]
@@ -120,7 +120,7 @@ def validate(
             yield scores
 
     def store(given: GridCase, scores: Tensor) -> dict[str, float | None]:
-        labels = _write_case(workspace, run, given, scores, second)
+        labels = _write_case(workspace, run, given, scores, second, digest)
         reference = volume.read(cases[given.name].reference).voxels
         return score_labels(labels, reference, run.plans, data.ignore_label)
 
@@ -304,21 +304,13 @@ def score_labels(
     return {name: None if math.isnan(score) else score for name, score in scores.items()}
 
 
-def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """The sha256 over all tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _write_case(
     workspace: Path,
     run: FoldRun,
     given: GridCase,
     scores: Tensor,
     second: Sequence[Configuration],
+    digest: str,
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Write a case's mask, its probabilities and its labels for a second stage; gives the mask."""
     labels = restore([(scores, given.placement)], run.plans)
@@ -327,7 +319,14 @@ def _write_case(
     for stage in second:
         if cascade_labels.can_store(workspace, stage, given.name):
             cascade_labels.store_labels(
-                workspace, run.plans, stage, given.name, given.channels, scores, given.placement
+                workspace,
+                run.plans,
+                stage,
+                given.name,
+                given.channels,
+                scores,
+                given.placement,
+                digest,
             )
     return labels
 
@@ -342,7 +341,7 @@ def _is_done(
     if name not in record.dice or not mask_file(run.folder, name).is_file():
         return False
     return all(
-        cascade_labels.has_labels(workspace, stage, name)
+        cascade_labels.has_labels(workspace, stage, name, record.weights)
         for stage in second
         if cascade_labels.can_store(workspace, stage, name)
     )

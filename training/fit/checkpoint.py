@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import math
 import time
 import zipfile
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from ichseg.errors import OutputError, PlansError, TrainingError
 from ichseg.files import replacing
@@ -52,6 +55,7 @@ def checkpoint_of(run: FoldRun, state: TrainingState) -> dict[str, Any]:
         "learning_rate": run.config.learning_rate,
         "cases": {"train": run.cases.train, "validation": run.cases.validation},
         "sources": dict(run.sources),
+        "first_stage": dict(run.first_stage),
         "schedule": dataclasses.asdict(state.schedule),
         "losses": state.losses,
         "seconds": state.seconds,
@@ -385,6 +389,15 @@ def read_checkpoint(
             f"{path}: of other plans than {configuration.name} has now; begin anew with --restart"
         )
     return raw
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """The sha256 over all tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _check_sums(path: Path) -> None:

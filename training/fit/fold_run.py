@@ -38,6 +38,8 @@ class FoldRun:
             there is none.
         sources: For each stored case a digest of the files that it was made from; empty where that
             is not known.
+        first_stage: For each case of a cascade's second stage a digest of the first-stage weights
+            whose labels it is trained on; empty for other configurations.
         group: The processes that train this fold together.
     """
 
@@ -50,6 +52,7 @@ class FoldRun:
     device: torch.device
     ignore_label: int | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
+    first_stage: Mapping[str, str] = field(default_factory=dict)
     group: ProcessGroup = ALONE
 
     @property

@@ -127,7 +127,8 @@ def open_fold(
     Raises:
         DatasetError: Cases are not stored, or have changed since.
         TrainingError: Cases lack the labels of a cascade's first stage, which its second needs, or
-            unless ``restart`` is given the fold was trained on files that were corrected since.
+            unless ``restart`` is given the fold was trained on files that were corrected since, or
+            on labels of first-stage weights that have been replaced since.
         IchsegError: Something else is missing, see ``open_run``.
     """
     run = open_run(workspace, configuration, fold, config, group)
@@ -139,9 +140,21 @@ def open_fold(
     if not restart:
         require_sources(run)
     if run.configuration.previous_stage is not None:
-        names = [case.name for case in cases]
-        cascade_labels.require_labels(workspace, run.configuration, needed, names)
+        run = _with_first_stage(workspace, run, needed, restart=restart)
     return run
+
+
+def _with_first_stage(
+    workspace: Path, run: FoldRun, needed: Sequence[str], *, restart: bool
+) -> FoldRun:
+    """The run of a second stage that knows on whose labels it trains: the first's as it is now."""
+    cascade_labels.require_labels(workspace, run.plans, run.configuration, needed)
+    path = run.folder / LATEST_CHECKPOINT
+    if path.exists() and not restart:
+        seen = load_checkpoint(path, run.configuration, run.cases)
+        cascade_labels.require_same_first_stage(workspace, run.plans, run.configuration, path, seen)
+    noted = cascade_labels.weights_of_labels(workspace, run.configuration, needed)
+    return dataclasses.replace(run, first_stage=noted)
 
 
 def wants_validation(run: FoldRun) -> bool:

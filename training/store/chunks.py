@@ -12,7 +12,8 @@ One folder per configuration, four files per case:
 
 and a fifth for a cascade's second stage, written when the first stage has been trained:
 
-    <case>.previous.b2nd    labels int8 (Z, Y, X) that the first stage found
+    <case>.previous.b2nd    labels int8 (Z, Y, X) that the first stage found, with a digest of its
+                            weights in the array's metadata
 
 The arrays are Blosc2 files: compressed blocks, of which a read inflates those that it touches. Why
 whole numbers, and how large the steps are: docs/decisions/0005-store.md.
@@ -20,7 +21,7 @@ whole numbers, and how large the steps are: docs/decisions/0005-store.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ _LISTED_FRACTION = 0.01  # of larger labels
 _SEED = 1234
 _DATA, _TARGET, _FOREGROUND, _META = ".data.b2nd", ".target.b2nd", ".foreground.npz", ".json"
 _PREVIOUS = ".previous.b2nd"
+_WEIGHTS = "weights"  # in the metadata of the first stage's labels
 _ANNOTATED = "annotated"  # beside the labels in the file of the coordinates
 
 
@@ -128,6 +130,7 @@ class StoredCase:
         target: Reads as int8, ``(Z, Y, X)``.
         foreground: For each label present, voxel coordinates ``(n, 3)``: all, or a sample.
         previous: Labels of the cascade's first stage, as the target; None if not written.
+        previous_weights: Digest of the weights that found them; empty if it is not known.
         annotated: Voxel coordinates ``(n, 3)`` to centre other patches on: a sample of all voxels
             that are not to be ignored. None where no label stands for ignored voxels.
         ignore_label: The value of ignored voxels in the target; None where there is none.
@@ -138,6 +141,7 @@ class StoredCase:
     target: StoredArray
     foreground: dict[int, npt.NDArray[np.integer]]
     previous: StoredArray | None = None
+    previous_weights: str = ""
     annotated: npt.NDArray[np.integer] | None = None
     ignore_label: int | None = None
 
@@ -203,13 +207,14 @@ def write_case(
         temporary.write_text(strict_json.dumps(meta), encoding="utf-8")
 
 
-def write_previous(folder: Path, name: str, labels: npt.NDArray[np.int8]) -> None:
+def write_previous(folder: Path, name: str, labels: npt.NDArray[np.int8], weights: str) -> None:
     """Store beside a finished case what the cascade's first stage found in it.
 
     Args:
         folder: The second stage's configuration.
         name: Name of the case.
         labels: int8, ``(Z, Y, X)`` as the case's target; 0 is background.
+        weights: Digest of the weights that found them.
 
     Raises:
         DatasetError: The case is not there, or the labels are of another type or shape.
@@ -221,7 +226,7 @@ def write_previous(folder: Path, name: str, labels: npt.NDArray[np.int8]) -> Non
             f"{folder}: previous labels of case {name} are {labels.dtype} {labels.shape}, "
             f"expected int8 {shape}"
         )
-    _write_labels(_file(folder, name, _PREVIOUS), labels)
+    _write_labels(_file(folder, name, _PREVIOUS), labels, {_WEIGHTS: weights})
 
 
 def choose_step(image: npt.NDArray[np.float32], normalisation: Normalisation) -> float:
@@ -250,7 +255,12 @@ def open_case(folder: Path, name: str) -> StoredCase:
     previous = StoredArray(path, meta.shape[1:]) if path.is_file() else None
     try:
         shapes = tuple(_open_array(array.path).shape for array in (data, target))
-        before = None if previous is None else _open_array(previous.path).shape
+        before, weights = None, ""
+        if previous is not None:
+            found = _open_array(previous.path)
+            before = found.shape
+            if _WEIGHTS in found.schunk.meta:  # older versions did not note them
+                weights = str(found.schunk.meta[_WEIGHTS])
         with np.load(_file(folder, name, _FOREGROUND)) as file:
             annotated = file[_ANNOTATED] if _ANNOTATED in file.files else None
             foreground = {int(key): file[key] for key in file.files if key != _ANNOTATED}
@@ -265,7 +275,9 @@ def open_case(folder: Path, name: str) -> StoredCase:
         raise DatasetError(
             f"{path}: previous labels have shape {before}, expected {meta.shape[1:]}"
         )
-    return StoredCase(name, data, target, foreground, previous, annotated, meta.ignore_label)
+    return StoredCase(
+        name, data, target, foreground, previous, weights, annotated, meta.ignore_label
+    )
 
 
 def load_meta(folder: Path, name: str) -> CaseMeta:
@@ -348,14 +360,18 @@ def _multiples(data: npt.NDArray[np.float32], steps: tuple[float, ...]) -> Any:
     return array
 
 
-def _write_labels(path: Path, labels: npt.NDArray[np.int8]) -> None:
+def _write_labels(
+    path: Path, labels: npt.NDArray[np.int8], metadata: Mapping[str, str] | None = None
+) -> None:
     with replacing(path, suffix=".b2nd") as temporary:
-        array = _new_array(labels.shape, np.int8)
+        array = _new_array(labels.shape, np.int8, metadata)
         array[:] = np.ascontiguousarray(labels)
         temporary.write_bytes(array.to_cframe())
 
 
-def _new_array(shape: tuple[int, ...], dtype: type) -> Any:
+def _new_array(
+    shape: tuple[int, ...], dtype: type, metadata: Mapping[str, str] | None = None
+) -> Any:
     """An empty Blosc2 array in memory: filled there and written at once, it is stored sooner."""
     import blosc2  # here: it loads a web client, and who only lists cases need not wait for it
 
@@ -370,6 +386,7 @@ def _new_array(shape: tuple[int, ...], dtype: type) -> Any:
         contiguous=True,
         chunks=leading + chunk,
         blocks=leading + block,
+        meta=dict(metadata or {}),
         cparams=blosc2.CParams(codec=blosc2.Codec.LZ4HC, clevel=1, filters=filters, nthreads=1),
     )
 
