@@ -17,7 +17,7 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TypeVar
 
 import fastapi
@@ -29,16 +29,33 @@ from ichseg.errors import DeviceError, OutputError
 
 PORT = 4743
 Loaded = TypeVar("Loaded")
-_LOOK_EVERY_S = 0.2  # whether the client of a job that waits is still there
-_Jobs = queue.SimpleQueue["Future[int]"]
+_LOOK_EVERY_S = 0.05  # whether a job has ended, and whether its client is still there
+
+
+@dataclass(slots=True)
+class _Job:
+    """A POST, which both threads look at: each field is written by one of them, in one step.
+
+    Attributes:
+        abandoned: Whether its client has gone.
+        begun: Whether it is run, or has been.
+        status: The exit status of its run; None until that has ended.
+    """
+
+    abandoned: bool = False
+    begun: bool = False
+    status: int | None = None
+
+
+_Jobs = queue.SimpleQueue[_Job]
 
 
 def serve(load: Callable[[], Loaded], run_job: Callable[[Loaded], int], port: int = PORT) -> None:
     """Load, then run a job for each POST, until a signal's handler raises.
 
-    What it raises while there is no job ends the server in peace; in the middle of a job it passes
-    through, after the job has cleaned up. Either way every POST is answered. A job whose client has
-    gone before it began is not done.
+    What it raises while there is no job, or the last one has ended, ends the server in peace; in
+    the middle of a job it passes through, after the job has cleaned up. Either way every POST is
+    answered. A job whose client has gone before it began is not done.
 
     Args:
         load: Called once; the server answers ``/health`` with 503 meanwhile. What it raises ends
@@ -53,38 +70,33 @@ def serve(load: Callable[[], Loaded], run_job: Callable[[Loaded], int], port: in
     """
     jobs: _Jobs = queue.SimpleQueue()
     ready = threading.Event()
+    job = _Job()
     with _listening(_application(jobs, ready), port):
         try:
             loaded = load()
             ready.set()
             say(f"listening on port {port}")
             while True:
-                try:
-                    job = jobs.get()
-                except BaseException:
-                    return
-                if job.set_running_or_notify_cancel():  # else its client has gone
-                    _run(job, loaded, run_job)
+                job = jobs.get()
+                job.begun = not job.abandoned
+                job.status = _run(loaded, run_job) if job.begun else 1
+        except BaseException as error:
+            in_mid_job = job.begun and job.status is None
+            if isinstance(error, Exception) or in_mid_job or not ready.is_set():
+                raise
         finally:
-            ready.clear()
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    waiting = jobs.get_nowait()
-                    if waiting.set_running_or_notify_cancel():
-                        waiting.set_result(1)
+            ready.clear()  # with which whoever waits is answered
 
 
-def _run(job: Future[int], loaded: Loaded, run_job: Callable[[Loaded], int]) -> None:
-    """Run a job, whose POST is answered whatever happens."""
-    status = 1
+def _run(loaded: Loaded, run_job: Callable[[Loaded], int]) -> int:
+    """The exit status of a job, of which only a signal and a lost device end the server."""
     try:
-        status = run_job(loaded)
+        return run_job(loaded)
     except DeviceError:
         raise
     except Exception:  # a fault of ours: the next job may well succeed
         say_traceback()
-    finally:
-        job.set_result(status)
+        return 1
 
 
 def _application(jobs: _Jobs, ready: threading.Event) -> fastapi.FastAPI:
@@ -103,13 +115,12 @@ def _application(jobs: _Jobs, ready: threading.Event) -> fastapi.FastAPI:
     async def invoke(request: fastapi.Request) -> JSONResponse:
         if not ready.is_set():
             return JSONResponse({"error": "loading, or ending"}, status_code=503)
-        job: Future[int] = Future()
+        job = _Job()
         jobs.put(job)
-        waiting = asyncio.wrap_future(job)
-        while not (await asyncio.wait([waiting], timeout=_LOOK_EVERY_S))[0]:
-            if await request.is_disconnected():
-                job.cancel()  # if it has not begun
-        if waiting.cancelled() or waiting.result() != 0:
+        while job.status is None and ready.is_set():
+            await asyncio.sleep(_LOOK_EVERY_S)
+            job.abandoned = job.abandoned or await request.is_disconnected()
+        if job.status != 0:
             error = "the job failed or was stopped; the last line of the log says why"
             return JSONResponse({"error": error}, status_code=500)
         return JSONResponse({"status": "done"}, status_code=201)

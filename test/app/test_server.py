@@ -47,6 +47,12 @@ def run_job(loaded):
             temporary.write_text("half")
             print("half", flush=True)
             time.sleep(60)
+    if step == "last":  # a signal comes between its end and the wait for the next
+        serving = sys._getframe()
+        while serving.f_code.co_name != "serve":
+            serving = serving.f_back
+        serving.f_trace = lambda frame, event, _: sys.settrace(None) or stop(signal.SIGTERM, frame)
+        sys.settrace(lambda *_: None)
     print("end", step, flush=True)
     return int(step == "failing")
 
@@ -183,6 +189,14 @@ def test_sigterm_in_mid_job_ends_it_and_leaves_nothing(serve):
     assert (code, answers) == (143, [500])
     assert seconds < 4
     assert sorted(path.name for path in served.place.iterdir()) == ["jobs", "loaded"]
+
+
+def test_a_signal_after_a_job_ends_in_peace_what_it_would_cut_off_in_mid_job(serve):
+    served = serve("last")
+    served.load()
+    assert served.status("POST", "/invoke") == 201
+    assert (served.line(), served.line()) == ("begin last", "end last")
+    assert served.process.wait(10) == 0
 
 
 def post_in_a_thread(served, answers):
