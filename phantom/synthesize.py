@@ -129,7 +129,7 @@ def _run(jobs: list[tuple[SynthesisConfig, int, Path]], workers: int) -> Iterato
                 "a worker process was killed, perhaps for want of memory; try fewer --workers"
             ) from error
         finally:  # interrupted: the cases that have not begun never do
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 def _begin_worker() -> None:

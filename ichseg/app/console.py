@@ -98,6 +98,7 @@ def _write(text: str) -> None:
         sys.stderr.flush()
     except OSError:
         with contextlib.suppress(OSError):  # what is buffered would fail again at the exit
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stderr.fileno())
-            os.close(nowhere)
+            nowhere, number = os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno()
+            if nowhere != number:  # else it was closed: what is opened next must not get its number
+                os.dup2(nowhere, number)
+                os.close(nowhere)

@@ -51,3 +51,12 @@ def test_streams_that_were_closed_are_none_that_a_file_gets(tmp_path, closed):
     )
     assert done.returncode == 3
     assert (tmp_path / "mask").read_bytes() == b""
+
+
+def test_no_file_gets_the_number_of_a_stderr_that_was_closed_in_between(tmp_path):
+    code = (
+        "import os, sys; from ichseg.app import console; os.close(2); console.say('a line'); "
+        f"sys.exit(os.open({str(tmp_path / 'mask')!r}, os.O_WRONLY | os.O_CREAT))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    assert done.returncode == 3

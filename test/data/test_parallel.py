@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -27,6 +28,17 @@ def test_each_case_goes_on_after_a_failure(workers):
     failure = found[cases[1]]
     assert isinstance(failure, KeyError)
     assert describe_failure(cases[1], failure) == "case bad: KeyError: 'odd'"
+
+
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_nothing_of_the_workers_is_left_when_the_cases_are_done(all_of_them):
+    """What still closes its pipes while Python ends makes that end in an error, now and then."""
+    before = set(threading.enumerate())
+    results = each_case(triple_or_fail, [Case(n, (), None) for n in "abcdef"], 1, workers=2)
+    for _ in results:
+        if not all_of_them:
+            results.close()
+    assert set(threading.enumerate()) == before
 
 
 def test_each_case_says_when_a_worker_was_killed():

@@ -79,7 +79,9 @@ def each_case(
                         ) from failure
                     yield case, failure if isinstance(failure, Exception) else future.result()
         finally:  # interrupted: the cases that have not begun never do
-            pool.shutdown(wait=False, cancel_futures=True)
+            # Waits, as the end of this process would in any case: the thread that manages the
+            # workers closes its pipe when they have ended, and Python writes to it at its end.
+            pool.shutdown(cancel_futures=True)
 
 
 def end_with_parent() -> None:
