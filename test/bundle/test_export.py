@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import re
 import shutil
 
 import numpy as np
@@ -165,7 +166,9 @@ def test_the_real_check_passes_and_is_told(workspace, tmp_path, caplog):
     assert command(line) == 1  # nothing has been selected
     line += ["--configuration", "3d_fullres"]
     assert command([*line, "--check-cases", "1", "--threads", "1"]) == 0
-    assert "as trained" in caplog.text
+    score = r"hemorrhage \d\.\d{4}"
+    said = rf"3d_fullres fold 1, case case_\d: Dice {score} as trained, {score} in fp16"
+    assert re.search(said, caplog.text)
     model = bundle.load_model(tmp_path)
     assert model.name == "tiny-3d_fullres"
     assert model.description == (

@@ -60,7 +60,12 @@ def check_rounding(
             for state in (weights, rounded)
         )
         _log.info(
-            "%s, case %s: Dice %s as trained, %s in fp16", run.folder.name, name, before, after
+            "%s fold %s, case %s: Dice %s as trained, %s in fp16",
+            run.configuration.name,
+            run.fold,
+            name,
+            _text(before),
+            _text(after),
         )
         for label, old in before.items():
             new = after[label]
@@ -74,6 +79,12 @@ def check_rounding(
     for label, scores in pairs.items():
         _require_same_mean(run, label, scores)
     return checked
+
+
+def _text(scores: Mapping[str, float | None]) -> str:
+    """The Dice of each label, finer than the change that is allowed; a dash where there is none."""
+    numbers = {label: "-" if dice is None else f"{dice:.4f}" for label, dice in scores.items()}
+    return ", ".join(f"{label} {number}" for label, number in numbers.items())
 
 
 def _require_same_mean(run: FoldRun, label: str, scores: list[tuple[float, float]]) -> None:
