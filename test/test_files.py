@@ -69,6 +69,7 @@ def test_a_written_file_is_readable_by_others(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o644
 
 
+ROOT = Path(__file__).parents[1]
 WRITES = """
 import pathlib, sys, time
 from ichseg.files import replacing, unfinished_folder
@@ -85,7 +86,7 @@ def test_what_a_run_has_left_is_removed_once_that_has_been_killed(tmp_path):
     (tmp_path / "b").touch()
     (tmp_path / ".writing-of-an-older-version").touch()
     command = [sys.executable, "-c", WRITES, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout.readline() == "writing\n"
         try:
             remove_unfinished(tmp_path)

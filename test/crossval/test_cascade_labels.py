@@ -154,7 +154,7 @@ def test_labels_of_replaced_weights_are_refused_until_they_are_made_again(shared
     assert run_fold(tmp_path, "3d_lowres", "1", anew, restart=True)
 
     stale = (
-        f"{len(unseen)} of 6 cases, such as {unseen[0]}, have labels of other weights than "
+        f"{len(unseen)} of 6 cases, such as {min(unseen)}, have labels of other weights than "
         "3d_lowres has now in its folds 1; run `train 3d_lowres --fold K`"
     )
     for restart in (False, True):
