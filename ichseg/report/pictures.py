@@ -41,7 +41,12 @@ JPEG_QUALITY = 88
 
 
 def draw_overlay(
-    image: Volume, mask: Volume, *, title: str = "", is_ct: bool = True
+    image: Volume,
+    mask: Volume,
+    *,
+    title: str = "",
+    is_ct: bool = True,
+    reference: Volume | None = None,
 ) -> Image.Image:
     """Draw a montage of the head at brain window with the mask outlined; nothing is written.
 
@@ -55,6 +60,7 @@ def draw_overlay(
         mask: Its mask, of the same shape; everything but 0 is outlined.
         title: One line above the slices.
         is_ct: Whether the scan is in HU; else it is shown whole, in a window that fits it.
+        reference: A mask to compare with, dashed, each of its labels in a colour of its own.
 
     Returns:
         A picture of Pillow, which a notebook shows where it is the last thing of a cell.
@@ -62,7 +68,10 @@ def draw_overlay(
     Raises:
         ValueError: The shapes differ.
     """
-    framed = frame(image, {"prediction": mask.with_voxels(mask.voxels != 0)}, is_ct=is_ct)
+    masks = {"prediction": mask.with_voxels(mask.voxels != 0)}
+    if reference is not None:
+        masks["reference"] = reference
+    framed = frame(image, masks, is_ct=is_ct)
     window = BRAIN if is_ct else fitting_window(framed)
     panels = []
     for index in _choose_slices(_with_mask(framed), len(framed.image)):
@@ -74,7 +83,13 @@ def draw_overlay(
 
 
 def write_overlay(
-    image: Volume, mask: Volume, path: Path, *, title: str = "", is_ct: bool = True
+    image: Volume,
+    mask: Volume,
+    path: Path,
+    *,
+    title: str = "",
+    is_ct: bool = True,
+    reference: Volume | None = None,
 ) -> None:
     """Write the picture that ``draw_overlay`` draws as a PNG.
 
@@ -84,12 +99,14 @@ def write_overlay(
         path: A file that ends in ``.png``; it is replaced whole or not at all.
         title: One line above the slices.
         is_ct: Whether the scan is in HU.
+        reference: A mask to compare with.
 
     Raises:
         ValueError: The shapes differ.
         OutputError: The file cannot be written.
     """
-    _write(draw_overlay(image, mask, title=title, is_ct=is_ct), path, "PNG")
+    drawn = draw_overlay(image, mask, title=title, is_ct=is_ct, reference=reference)
+    _write(drawn, path, "PNG")
 
 
 def write_strip(

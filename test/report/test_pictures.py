@@ -273,3 +273,16 @@ def test_what_is_no_ct_is_shown_whole_in_a_window_that_fits(tmp_path: Path) -> N
     write_overlay(image, mask, tmp_path / "mr.png", is_ct=False)
     picture = np.asarray(Image.open(tmp_path / "mr.png"))
     assert len(np.unique(picture[..., 0])) > 12
+
+
+def test_overlay_shows_the_reference_beside_what_was_found(tmp_path: Path) -> None:
+    image = Volume(np.full((1, 40, 40), 30, np.int16), (5.0, 1.0, 1.0))
+    found, reference = np.zeros((2, 1, 40, 40), np.uint8)
+    found[0, 5:15, 5:15], reference[0, 25:35, 25:35] = 1, 2
+    masks = image.with_voxels(found), image.with_voxels(reference)
+    write_overlay(image, masks[0], tmp_path / "both.png", reference=masks[1])
+    picture = np.asarray(Image.open(tmp_path / "both.png"))[TITLE_PX:]
+    rows, _ = np.nonzero(colour(picture, "prediction"))
+    assert 0 < rows.max() < 128
+    rows, _ = np.nonzero(colour(picture, "reference", 2))
+    assert rows.min() > 128

@@ -12,7 +12,7 @@ from scipy import stats
 
 RESAMPLES = 10_000
 _BATCH = 1_000  # resamples at once, so that memory stays small
-_NORMAL_95 = 1.959964  # deviations of a normal distribution within which 95 % lie
+NORMAL_95 = 1.959964  # deviations of a normal distribution within which 95 % lie
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def volume_agreement(found_ml: Sequence[float], reference_ml: Sequence[float]) -
     bias = float(differences.mean())
     if len(pairs) == 1:
         return VolumeAgreement(bias, None, None, None)
-    reach = _NORMAL_95 * float(differences.std(ddof=1))
+    reach = NORMAL_95 * float(differences.std(ddof=1))
     correlation = intraclass_correlation(pairs)
     return VolumeAgreement(
         bias, bias - reach, bias + reach, None if math.isnan(correlation) else correlation
@@ -123,7 +123,7 @@ def wilson(hits: int, of: int) -> tuple[float, float]:
     """The 95 % interval of a share, here ``hits / of`` (Wilson 1927); of nothing it is 0 to 1."""
     if of == 0:
         return 0.0, 1.0
-    z, share = _NORMAL_95, hits / of
+    z, share = NORMAL_95, hits / of
     centre = (share + z * z / (2 * of)) / (1 + z * z / of)
     reach = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of)) / (1 + z * z / of)
     return max(0.0, centre - reach), min(1.0, centre + reach)
