@@ -46,7 +46,7 @@ from benchmarks.default_weights_cases import (
 from ichseg.errors import IchsegError
 from ichseg.predict.ensemble import Ensemble
 from training.data import dataset, splits
-from training.scoring.detection import area_under_roc
+from training.scoring.roc import area_under_roc
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "test" / "sample"

@@ -1,93 +1,138 @@
-"""ROC and its area: worked by hand, and against DeLong's definition and scikit-learn."""
+"""Detection by case: worked by hand from small scans, and the command from folders to files."""
 
-import math
+import json
 
 import numpy as np
 import pytest
-from scipy import stats
-from sklearn import metrics
 
-from training.scoring.detection import area_under_roc, roc_curve
+from ichseg.errors import DatasetError
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
+from training.__main__ import main
+from training.scoring import detection
 
-
-def delong_by_definition(positive, scores):
-    """DeLong, DeLong and Clarke-Pearson 1988: every pair is looked at."""
-    xs = [s for p, s in zip(positive, scores, strict=True) if p]
-    ys = [s for p, s in zip(positive, scores, strict=True) if not p]
-
-    def kernel(x, y):
-        return 1.0 if y < x else 0.5 if y == x else 0.0
-
-    v10 = [sum(kernel(x, y) for y in ys) / len(ys) for x in xs]
-    v01 = [sum(kernel(x, y) for x in xs) / len(xs) for y in ys]
-    area = sum(v10) / len(xs)
-    s10 = sum((v - area) ** 2 for v in v10) / (len(xs) - 1)
-    s01 = sum((v - area) ** 2 for v in v01) / (len(ys) - 1)
-    return area, math.sqrt(s10 / len(xs) + s01 / len(ys))
+SPACING_MM = (5.0, 10.0, 10.0)  # 0.5 mL a voxel
+BLEED, OTHER, UNKNOWN = (1, 2, 2), (1, 6, 6), 2
 
 
-def test_area_worked_by_hand():
-    # of 2 x 2 pairs: 0.9 > 0.5, 0.9 > 0.1, 0.3 < 0.5, 0.3 > 0.1
-    found = area_under_roc([True, False, True, False], [0.9, 0.5, 0.3, 0.1])
-    assert found.value == 0.75
-    # shares of the scans with a bleed 1 and 1/2, of those without 1/2 and 1: variance 2 * 0.125 / 2
-    assert found.low == pytest.approx(0.75 - 1.959964 * math.sqrt(0.125))
-    assert found.high == 1.0
-    assert area_under_roc([True, False], [0.4, 0.4]).value == 0.5
+def put(folder, name, *places, value=1):
+    voxels = np.zeros((3, 8, 8), np.uint8)
+    for place in places:
+        voxels[place] = value
+    volume.write(Volume(voxels, SPACING_MM), folder / f"{name}.nii.gz")
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_area_is_delongs_by_definition_ties_included(seed):
-    random = np.random.default_rng(seed)
-    positive = random.random(60) < 0.4
-    scores = np.round(random.normal(positive * 0.8, 1), 1)  # tenths: many ties
-    area, deviation = delong_by_definition(positive.tolist(), scores.tolist())
-    found = area_under_roc(positive, scores)
-    assert found.value == pytest.approx(area, abs=1e-12)
-    assert found.value == pytest.approx(metrics.roc_auc_score(positive, scores), abs=1e-12)
-    u = stats.mannwhitneyu(scores[positive], scores[~positive]).statistic
-    assert found.value == pytest.approx(u / positive.sum() / (~positive).sum(), abs=1e-12)
-    reach = stats.norm.ppf(0.975) * deviation
-    assert found.low == pytest.approx(area - reach, abs=1e-6)
-    assert found.high == pytest.approx(min(1, area + reach), abs=1e-6)
-
-
-def test_interval_is_near_that_of_a_bootstrap():
-    random = np.random.default_rng(1)
-    ill, well = random.normal(1, 1, 120), random.normal(0, 1, 150)
-    found = area_under_roc([True] * 120 + [False] * 150, [*ill, *well])
-    areas = [
-        metrics.roc_auc_score(
-            [1] * 120 + [0] * 150, [*random.choice(ill, 120), *random.choice(well, 150)]
-        )
-        for _ in range(300)
-    ]
-    low, high = np.percentile(areas, [2.5, 97.5])
-    assert found.low == pytest.approx(low, abs=0.015)
-    assert found.high == pytest.approx(high, abs=0.015)
-
-
-def test_an_area_without_an_interval():
-    assert area_under_roc([True, True], [1, 2]).value is None
-    assert area_under_roc([], []).value is None
-    alone = area_under_roc([True, False, False], [2, 1, 3])
-    assert (alone.value, alone.low) == (0.5, None)
-    apart = area_under_roc([True, True, False, False], [4, 3, 2, 1])
-    assert (apart.value, apart.low, apart.high) == (1.0, None, None)
-
-
-def test_curve_worked_by_hand():
-    points = roc_curve([True, False, True, False], [0.9, 0.5, 0.3, 0.1])
-    assert [(p.false_positive_rate, p.sensitivity) for p in points] == [
-        (0, 0), (0, 0.5), (0.5, 0.5), (0.5, 1), (1, 1),
+def put_results(folder, scores):
+    entries = [
+        {"outputs": [{"type": "metaio_image", "filename": f"{name}.nii.gz"}],
+         "inputs": [{"type": "metaio_image", "filename": f"{name}.nii.gz"}],
+         "error_messages": [], "report": {"case_score": score}}
+        for name, score in scores.items()
     ]  # fmt: skip
-    assert [p.threshold for p in points] == [None, 0.9, 0.5, 0.3, 0.1]
+    (folder / "results.json").write_text(json.dumps(entries))
 
 
-def test_refusals():
-    with pytest.raises(ValueError, match="2 scans and 1 scores"):
-        area_under_roc([True, False], [1.0])
-    with pytest.raises(ValueError, match="not finite"):
-        area_under_roc([True, False], [1.0, math.nan])
-    with pytest.raises(ValueError, match="2 scans of one kind"):
-        roc_curve([False, False], [0.1, 0.2])
+@pytest.fixture
+def folders(tmp_path):
+    """Two scans with a bleed, one missed; three without, one of them with two false lesions."""
+    found, references = tmp_path / "found", tmp_path / "references"
+    put(found, "hit", BLEED)
+    put(references, "hit", BLEED)
+    put(found, "missed", OTHER)
+    put(references, "missed", BLEED)
+    for name in ("quiet", "silent"):
+        put(found, name)
+        put(references, name)
+    put(found, "false", BLEED, OTHER)
+    put(references, "false")
+    return found, references
+
+
+def run(folders, out, *more):
+    found, references = folders
+    arguments = ["evaluate", "--predictions", str(found), "--out", str(out), *map(str, more)]
+    if references is not None:
+        arguments += ["--references", str(references)]
+    assert main([*arguments, "--workers", "1"] if references else arguments) == 0
+    path = out / "detection.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def test_sensitivity_specificity_and_false_lesions_by_hand(folders, tmp_path, capsys):
+    put_results(folders[0], {"hit": 0.9, "missed": 0.2, "quiet": 0.1, "silent": 0, "false": 0.8})
+    said = run(folders, tmp_path / "out")
+    assert said["scored_by"] == "case_score"
+    assert said["area"]["value"] == pytest.approx(5 / 6)  # 0.2 < 0.8 is the one wrong pair
+    assert (said["sensitivity"]["hits"], said["sensitivity"]["of"]) == (2, 2)
+    assert (said["specificity"]["hits"], said["specificity"]["of"]) == (2, 3)
+    assert (said["false_lesions"], said["false_lesions_in"]) == (3, 5)
+    assert {scan["name"]: scan["positive"] for scan in said["scans"]} == {
+        "hit": True, "missed": True, "quiet": False, "silent": False, "false": False,
+    }  # fmt: skip
+    assert (tmp_path / "out" / "roc.png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert "false lesions: 0.60 a scan (3 in 5)" in printed
+    assert "area under the ROC curve (case_score): 0.833" in printed
+
+
+def test_without_case_scores_volumes_rank(folders, tmp_path, caplog):
+    said = run(folders, tmp_path / "out")
+    assert said["scored_by"] == "volume_ml"
+    assert said["area"]["value"] == pytest.approx(4 / 6)  # 0.5, 0.5 mL against 0, 0, 1 mL
+    put_results(folders[0], {"hit": 0.9})
+    assert run(folders, tmp_path / "again")["scored_by"] == "volume_ml"
+    assert "no case score of false (4 of 5 scans)" in caplog.text
+
+
+def test_where_every_scan_bleeds_there_is_nothing_to_tell(tmp_path):
+    put(tmp_path / "found", "a", BLEED)
+    put(tmp_path / "references", "a", BLEED)
+    assert run((tmp_path / "found", tmp_path / "references"), tmp_path / "out") is None
+
+
+def test_a_reference_that_only_ignores_tells_nothing(folders, tmp_path, capsys):
+    put(folders[0], "unknown", BLEED)
+    put(folders[1], "unknown", BLEED, value=UNKNOWN)
+    said = run(folders, tmp_path / "out", "--ignore-label", UNKNOWN)
+    assert said["left_out"] == ["unknown"]
+    assert len(said["scans"]) == 5
+    assert "nobody could tell, left out: unknown" in capsys.readouterr().out
+
+
+def test_a_table_takes_the_place_of_references(folders, tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("case,positive\nhit,1\nmissed,1\nquiet,0\nsilent,0\nfalse,0\n")
+    said = run((folders[0], None), tmp_path / "out", "--positives", table)
+    assert (said["sensitivity"]["hits"], said["specificity"]["hits"]) == (2, 2)
+    assert (said["false_lesions"], said["false_lesions_in"]) == (2, 3)  # of scans without alone
+    # and it wins over references
+    table.write_text("case,positive\nhit,1\nmissed,1\nquiet,0\nsilent,0\nfalse,1\n")
+    said = run(folders, tmp_path / "both", "--positives", table)
+    assert (said["sensitivity"]["of"], said["specificity"]["of"]) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("name,bleed\na,1\n", "begins with 'name,bleed'"),
+        ("", "begins with 'nothing'"),
+        ("case,positive\na,yes\n", "row 2 is 'a,yes', expected case,0 or 1"),
+        ("case,positive\na,1\na,0\n", "row 3 has case a again"),
+    ],
+)
+def test_tables_that_are_refused(tmp_path, text, reason):
+    path = tmp_path / "table.csv"
+    path.write_text(text)
+    with pytest.raises(DatasetError, match=reason):
+        detection.read_positives(path)
+
+
+def test_a_table_that_lacks_a_case_and_no_table_at_all(folders, tmp_path, capsys):
+    table = tmp_path / "table.csv"
+    table.write_text("case,positive\nhit,1\n")
+    arguments = ["evaluate", "--predictions", str(folders[0]), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--positives", str(table)]) != 0
+    assert "no row for case" in capsys.readouterr().err
+    assert main(arguments) != 0
+    assert "--references DIR, or --positives CSV" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

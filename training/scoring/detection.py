@@ -1,113 +1,334 @@
-"""Whether a scan shows a bleed at all: how well a case's score tells those that do from the others.
+"""Scans, not voxels: whether a bleed is seen where there is one, and none where there is none.
 
-The area under the ROC curve is the chance that a scan with a bleed scores higher than one without;
-equal scores count half. Its 95 % interval is DeLong's (1988), computed from midranks as Sun and Xu
-do (2014).
+A scan is called positive where its mask has a voxel; its score ranks it for the ROC curve. Which
+scans show a bleed is told by a table, or else by their references. ``detection.json`` keeps all of
+it, ``roc.png`` shows the curve.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import csv
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-from scipy import stats
-from sklearn import metrics
 
-from training.scoring.statistics import NORMAL_95
+from ichseg.app import results
+from ichseg.errors import DatasetError
+from ichseg.files import replacing, stem_of
+from ichseg.model import strict_json
+from training.scoring.lesions import find_lesions
+from training.scoring.roc import Area, RocPoint, area_under_roc, roc_curve
+from training.scoring.scores import CaseScore, read_labels
+from training.scoring.statistics import wilson
+
+DETECTION_FILE, ROC_PICTURE = "detection.json", "roc.png"
+BY_SCORE, BY_VOLUME = "case_score", "volume_ml"
+_POSITIVES_HEADER = ["case", "positive"]
+_MOST_LABELS = 63
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Area:
-    """The area under an ROC curve.
+class Scan:
+    """One scan.
 
     Attributes:
-        value: The area; None unless there are scans of both kinds.
-        low: The lower end of its 95 % interval; None with fewer than two scans of a kind, and where
-            no two scans of different kinds stand in the wrong order, or all do: DeLong's variance
-            is 0 then and says nothing.
-        high: The upper end of the interval; None likewise.
+        name: The case's name.
+        positive: Whether it shows a bleed.
+        volume_ml: The volume that was found in it.
+        score: What ranks it, see ``Detection.scored_by``.
+        false_lesions: How many lesions were found in it that are none; None where no reference
+            tells.
     """
 
+    name: str
+    positive: bool
+    volume_ml: float
+    score: float
+    false_lesions: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A share of scans with its 95 % interval (Wilson 1927).
+
+    Attributes:
+        hits: How many scans.
+        of: Of how many.
+        value: ``hits / of``; None of none.
+        low: The lower end of the interval.
+        high: The upper end.
+    """
+
+    hits: int
+    of: int
     value: float | None
-    low: float | None
-    high: float | None
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, slots=True)
-class RocPoint:
-    """Shares of scans that score a threshold or more.
+class Detection:
+    """How well scans with a bleed are told from those without; the layout of ``detection.json``.
 
     Attributes:
-        threshold: The threshold; None for the curve's first point, above all scores.
-        false_positive_rate: Of the scans without a bleed.
-        sensitivity: Of the scans with one.
+        schema_version: The version of this layout.
+        scored_by: What ranks the scans: ``case_score`` of ``results.json``, or ``volume_ml``.
+        area: The area under the ROC curve, with DeLong's 95 % interval.
+        sensitivity: Of the scans with a bleed, those in which anything was found.
+        specificity: Of the scans without, those in which nothing was found.
+        false_lesions: How many lesions were found that are none.
+        false_lesions_in: In how many scans these were counted.
+        roc: The curve; empty unless there are scans of both kinds.
+        left_out: Scans of which neither the reference nor a table tells whether they show a bleed.
+        scans: All others, sorted by name.
     """
 
-    threshold: float | None
-    false_positive_rate: float
-    sensitivity: float
+    schema_version: int
+    scored_by: str
+    area: Area
+    sensitivity: Share
+    specificity: Share
+    false_lesions: int
+    false_lesions_in: int
+    roc: tuple[RocPoint, ...]
+    left_out: tuple[str, ...]
+    scans: tuple[Scan, ...]
+
+    def __post_init__(self) -> None:
+        strict_json.check_schema("detection", self.schema_version, 1)
 
 
-def area_under_roc(positive: Sequence[bool], scores: Sequence[float]) -> Area:
-    """The area under the ROC curve with DeLong's 95 % interval.
+def of_evaluation(
+    cases: Sequence[CaseScore],
+    case_scores: Mapping[str, float],
+    positives: Mapping[str, bool] | None = None,
+) -> Detection | None:
+    """Detection in cases that were scored against their references.
 
     Args:
-        positive: For each scan whether it shows a bleed.
-        scores: For each scan a score, higher where a bleed is likelier.
+        cases: The scored cases.
+        case_scores: For each case its case score; those that it lacks make all be ranked by volume.
+        positives: Whether each case shows a bleed; None where the references tell. Then one whose
+            reference has no label, but voxels that nobody could tell, is left out.
+
+    Returns:
+        None without a table where every case has a bleed: then there is nothing to tell apart.
 
     Raises:
-        ValueError: The lengths differ, or a score is not finite.
+        DatasetError: The table lacks a case.
     """
-    is_positive, values = _checked(positive, scores)
-    with_bleed, without = values[is_positive], values[~is_positive]
-    count_with, count_without = len(with_bleed), len(without)
-    if not count_with or not count_without:
-        return Area(None, None, None)
-    ranks = stats.rankdata(np.concatenate([with_bleed, without]))
-    # each scan's share of the scans of the other kind that stand on the right side of it
-    of_with = (ranks[:count_with] - stats.rankdata(with_bleed)) / count_without
-    of_without = 1 - (ranks[count_with:] - stats.rankdata(without)) / count_with
-    area = float(of_with.mean())
-    if min(count_with, count_without) < 2:
-        return Area(area, None, None)
-    variance = of_with.var(ddof=1) / count_with + of_without.var(ddof=1) / count_without
-    if variance < 1e-15:
-        return Area(area, None, None)
-    reach = NORMAL_95 * math.sqrt(variance)
-    return Area(area, max(0.0, area - reach), min(1.0, area + reach))
+    told: dict[str, bool] = {}
+    for case in cases:
+        bleeds = any(score.reference_ml > 0 for score in case.labels)
+        if positives is not None:
+            told[case.name] = _positive(positives, case.name)
+        elif bleeds or not case.ignored_ml:
+            told[case.name] = bleeds
+    if positives is None and all(told.values()):
+        return None
+    found = {c.name: sum(score.predicted_ml for score in c.labels) for c in cases}
+    false = {
+        case.name: sum(not lesion.overlap_ml for s in case.labels for lesion in s.predicted_lesions)
+        for case in cases
+    }
+    left_out = [case.name for case in cases if case.name not in told]
+    return make_detection(told, found, case_scores, false, left_out)
 
 
-def roc_curve(positive: Sequence[bool], scores: Sequence[float]) -> tuple[RocPoint, ...]:
-    """The ROC curve from nothing called positive to everything; scans of both kinds are needed.
+def of_masks(
+    masks: Mapping[str, Path], case_scores: Mapping[str, float], positives: Mapping[str, bool]
+) -> Detection:
+    """Detection in scans that have no reference but a row of a table.
+
+    False lesions are counted in scans without a bleed alone.
 
     Args:
-        positive: As for ``area_under_roc``.
-        scores: As for ``area_under_roc``.
+        masks: The mask of each case.
+        case_scores: As for ``of_evaluation``.
+        positives: Whether each case shows a bleed.
 
     Raises:
-        ValueError: The lengths differ, a score is not finite, or all scans are of one kind.
+        DatasetError: The table lacks a case.
+        InputError: A file is not a volume of labels.
     """
-    is_positive, values = _checked(positive, scores)
-    if is_positive.all() or not is_positive.any():
-        raise ValueError(f"{len(is_positive)} scans of one kind, expected some with and without")
-    false_rates, sensitivities, thresholds = metrics.roc_curve(is_positive, values)
-    return tuple(
-        RocPoint(None if math.isinf(threshold) else threshold, false_rate, sensitivity)
-        for threshold, false_rate, sensitivity in zip(
-            thresholds.tolist(), false_rates.tolist(), sensitivities.tolist(), strict=True
-        )
+    told = {name: _positive(positives, name) for name in masks}
+    found, false = {}, {}
+    for name, path in masks.items():
+        mask = read_labels(path, _MOST_LABELS)
+        bleed = mask.voxels != 0
+        found[name] = float(np.count_nonzero(bleed) * mask.voxel_ml)
+        if not told[name]:
+            false[name] = len(find_lesions(bleed, np.zeros_like(bleed), mask.voxel_ml))
+    return make_detection(told, found, case_scores, false)
+
+
+def make_detection(
+    positives: Mapping[str, bool],
+    volumes_ml: Mapping[str, float],
+    case_scores: Mapping[str, float],
+    false_lesions: Mapping[str, int],
+    left_out: Iterable[str] = (),
+) -> Detection:
+    """Put scans together.
+
+    Args:
+        positives: For each scan whether it shows a bleed.
+        volumes_ml: For each scan the volume found.
+        case_scores: For scans their case score; without that of one, volumes rank all.
+        false_lesions: For scans how many lesions were found that are none, where that is known.
+        left_out: Scans that nobody can tell.
+    """
+    names = sorted(positives)
+    missing = [name for name in names if name not in case_scores]
+    if missing and case_scores:
+        _log.warning(
+            "no case score of %s (%d of %d scans): all are ranked by the volume found",
+            missing[0], len(missing), len(names),
+        )  # fmt: skip
+    ranks = volumes_ml if missing else case_scores
+    scans = tuple(
+        Scan(name, positives[name], volumes_ml[name], ranks[name], false_lesions.get(name))
+        for name in names
+    )
+    truth, scores = [scan.positive for scan in scans], [scan.score for scan in scans]
+    called = [scan.volume_ml > 0 for scan in scans]
+    counted = [scan.false_lesions for scan in scans if scan.false_lesions is not None]
+    return Detection(
+        schema_version=1,
+        scored_by=BY_VOLUME if missing else BY_SCORE,
+        area=area_under_roc(truth, scores),
+        sensitivity=_share([c for c, positive in zip(called, truth, strict=True) if positive]),
+        specificity=_share([not c for c, p in zip(called, truth, strict=True) if not p]),
+        false_lesions=sum(counted),
+        false_lesions_in=len(counted),
+        roc=roc_curve(truth, scores) if any(truth) and not all(truth) else (),
+        left_out=tuple(sorted(left_out)),
+        scans=scans,
     )
 
 
-def _checked(
-    positive: Sequence[bool], scores: Sequence[float]
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
-    is_positive, values = np.asarray(positive, bool), np.asarray(scores, np.float64)
-    if is_positive.shape != values.shape:
-        raise ValueError(f"{len(is_positive)} scans and {len(values)} scores")
-    if not np.isfinite(values).all():
-        raise ValueError("a score that is not finite")
-    return is_positive, values
+def read_positives(path: Path) -> dict[str, bool]:
+    """Which cases show a bleed, from a CSV table with the header ``case,positive``, 1 or 0.
+
+    Raises:
+        DatasetError: No such table, another header or value, or a case that stands twice.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:  # spreadsheets write a mark
+            rows = [[cell.strip() for cell in row] for row in csv.reader(stream)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{path}: cannot read as a table ({error})") from error
+    if not rows or rows[0] != _POSITIVES_HEADER:
+        raise DatasetError(
+            f"{path}: begins with {','.join(rows[0]) if rows else 'nothing'!r}, expected the "
+            f"header {','.join(_POSITIVES_HEADER)!r}"
+        )
+    found: dict[str, bool] = {}
+    for number, row in enumerate(rows[1:], start=2):
+        if not any(row):
+            continue
+        if len(row) != len(_POSITIVES_HEADER) or row[1] not in ("0", "1"):
+            raise DatasetError(f"{path}: row {number} is {','.join(row)!r}, expected case,0 or 1")
+        if row[0] in found:
+            raise DatasetError(f"{path}: row {number} has case {row[0]} again")
+        found[row[0]] = row[1] == "1"
+    return found
+
+
+def read_case_scores(folder: Path) -> dict[str, float]:
+    """The case scores in ``results.json`` of a folder by case; none without such a file.
+
+    Raises:
+        OutputError: The file is something else than the results of a run.
+    """
+    return {
+        stem_of(Path(result.mask)): float(result.report["case_score"])
+        for result in results.read_results(folder).values()
+        if result.mask is not None and result.report.get("case_score") is not None
+    }
+
+
+def save(detection: Detection, folder: Path) -> None:
+    """Write ``detection.json``, and ``roc.png`` if there is a curve.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    with replacing(folder / DETECTION_FILE) as temporary:
+        temporary.write_text(strict_json.dumps(detection), encoding="utf-8")
+    if detection.roc:
+        _draw(detection, folder / ROC_PICTURE)
+
+
+def describe(detection: Detection) -> str:
+    """What the terminal shows: the area, sensitivity, specificity and false lesions."""
+    area, false, scans = detection.area, detection.false_lesions, detection.false_lesions_in
+    with_bleed = sum(scan.positive for scan in detection.scans)
+    lines = [
+        f"by case: {len(detection.scans)} scans, {with_bleed} with a bleed, "
+        f"{len(detection.scans) - with_bleed} without",
+        f"area under the ROC curve ({detection.scored_by}): {_area_in_words(area)}",
+        f"sensitivity: {_share_in_words(detection.sensitivity, 'with something found')}",
+        f"specificity: {_share_in_words(detection.specificity, 'with nothing found')}",
+    ]
+    if scans:
+        lines.append(f"false lesions: {false / scans:.2f} a scan ({false} in {scans})")
+    if detection.left_out:
+        lines.append(f"nobody could tell, left out: {', '.join(detection.left_out)}")
+    return "\n".join(lines) + "\n"
+
+
+def _draw(detection: Detection, path: Path) -> None:
+    from matplotlib.figure import Figure  # a second to import
+
+    figure = Figure(figsize=(5, 5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    false_rates = [point.false_positive_rate for point in detection.roc]
+    axes.plot([0, 1], [0, 1], color="tab:gray", linewidth=0.8, linestyle="dashed")
+    axes.plot(false_rates, [point.sensitivity for point in detection.roc], color="tab:blue")
+    false_rate, sensitivity = detection.specificity.value, detection.sensitivity.value
+    if false_rate is not None and sensitivity is not None:
+        axes.plot([1 - false_rate], [sensitivity], "o", color="tab:red", label="anything found")
+        axes.legend(loc="lower right")
+    axes.set(
+        title=f"Area {_area_in_words(detection.area)}",
+        xlabel="1 - specificity",
+        ylabel="sensitivity",
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+        aspect="equal",
+    )
+    with replacing(path, suffix=".png") as temporary:
+        figure.savefig(temporary)
+
+
+def _positive(positives: Mapping[str, bool], name: str) -> bool:
+    if name not in positives:
+        raise DatasetError(f"the table of positives has no row for case {name}")
+    return positives[name]
+
+
+def _share(hits: Sequence[bool]) -> Share:
+    count, of = sum(hits), len(hits)
+    return Share(count, of, count / of if of else None, *wilson(count, of))
+
+
+def _area_in_words(area: Area) -> str:
+    if area.value is None:
+        return "not defined, all scans are of one kind"
+    interval = "" if area.low is None else f", 95 % {area.low:.3f} to {area.high:.3f} (DeLong)"
+    return f"{area.value:.3f}{interval}"
+
+
+def _share_in_words(share: Share, which: str) -> str:
+    if share.value is None:
+        return "not defined"
+    return (
+        f"{share.value:.3f}, 95 % {share.low:.3f} to {share.high:.3f} "
+        f"({share.hits} of {share.of} {which})"
+    )

@@ -2,7 +2,8 @@
 
 ``metrics.json`` is made by evalutils, as challenges of Grand Challenge make theirs; no other module
 imports it. Beside it stand ``evaluation.json`` and ``cases.csv``, see
-``training.scoring.summary``.
+``training.scoring.summary``, and where there are scans without a bleed ``detection.json``, see
+``training.scoring.detection``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from ichseg.errors import DatasetError, IchsegError, InputError, TrainingError
 from ichseg.files import SCAN_SUFFIXES, is_named_as_scan, replacing, stem_of
 from ichseg.scan import volume
 from training.data import parallel
-from training.scoring import summary, tables
+from training.scoring import detection, summary, tables
+from training.scoring.detection import Detection
 from training.scoring.measures import EMPTY_POLICIES, MEASURES
 from training.scoring.scores import CaseScore, Pair, score_pair
 from training.scoring.summary import Evaluation, LabelSummary
@@ -245,10 +247,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the ``evaluate`` command."""
     parser.add_argument("--predictions", type=Path, required=True, metavar="DIR",
                         help="folder of masks, named as the references")  # fmt: skip
-    parser.add_argument("--references", type=Path, required=True, metavar="DIR",
-                        help="folder of reference masks")  # fmt: skip
+    parser.add_argument("--references", type=Path, metavar="DIR",
+                        help="folder of reference masks; optional with --positives")  # fmt: skip
+    parser.add_argument("--positives", type=Path, metavar="CSV",
+                        help="table case,positive (1 or 0) of the scans that show a bleed "
+                        "[those whose reference is not empty]")  # fmt: skip
+    parser.add_argument("--results", type=Path, metavar="DIR",
+                        help="folder with the results.json that has the case scores "
+                        "[that of the predictions]")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR",
-                        help="folder for metrics.json, evaluation.json and cases.csv")  # fmt: skip
+                        help="folder for metrics.json, evaluation.json, cases.csv and "
+                        "detection.json")  # fmt: skip
     parser.add_argument("--labels", metavar="NAMES",
                         help="names of the labels 1, 2, ..., with commas [those that occur, by "
                         "their number]")  # fmt: skip
@@ -268,14 +277,43 @@ def main(args: argparse.Namespace) -> int:
     names = None if args.labels is None else tuple(args.labels.split(","))
     if names is not None and (len(set(names)) < len(names) or not all(names)):
         raise TrainingError(f"--labels {args.labels}: expected different names with commas between")
-    found = evaluate(
-        args.predictions, args.references, args.out,
-        names=names, empty=args.empty, ignore_label=args.ignore_label, workers=args.workers,
-    )  # fmt: skip
-    sys.stdout.write(tables.describe(found))
-    sys.stdout.write(f"\nwrote {METRICS_FILE}, {summary.EVALUATION_FILE} and "
-                     f"{summary.CASES_FILE} to {args.out}\n")  # fmt: skip
+    if args.references is None and args.positives is None:
+        raise TrainingError("evaluate needs --references DIR, or --positives CSV for scans alone")
+    case_scores = detection.read_case_scores(args.results or args.predictions)
+    positives = None if args.positives is None else detection.read_positives(args.positives)
+    written: list[str] = []
+    by_case: Detection | None
+    if args.references is not None:
+        found = evaluate(
+            args.predictions, args.references, args.out,
+            names=names, empty=args.empty, ignore_label=args.ignore_label, workers=args.workers,
+        )  # fmt: skip
+        sys.stdout.write(tables.describe(found) + "\n")
+        written = [METRICS_FILE, summary.EVALUATION_FILE, summary.CASES_FILE]
+        by_case = detection.of_evaluation(found.cases, case_scores, positives)
+    else:
+        by_case = detection.of_masks(_masks(args.predictions), case_scores, positives or {})
+    if by_case is not None:
+        detection.save(by_case, args.out)
+        sys.stdout.write(detection.describe(by_case) + "\n")
+        written += [detection.DETECTION_FILE, *([detection.ROC_PICTURE] if by_case.roc else [])]
+    sys.stdout.write(f"wrote {', '.join(written)} to {args.out}\n")
     return 0
+
+
+def _masks(folder: Path) -> dict[str, Path]:
+    """Every volume below a folder, by its name."""
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such folder")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if is_named_as_scan(path) and path.is_file():
+            if stem_of(path) in found:
+                raise DatasetError(f"{path}: the same case as {found[stem_of(path)]}")
+            found[stem_of(path)] = path
+    if not found:
+        raise DatasetError(f"{folder}: no volumes, expected files {', '.join(SCAN_SUFFIXES)}")
+    return found
 
 
 def _score_pairs(

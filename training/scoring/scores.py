@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ichseg.errors import DatasetError, InputError
+from ichseg.model import strict_json
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.data.examine import compare, grid_of
@@ -77,12 +78,14 @@ class CaseScore:
         prediction: The name of the file that was scored.
         reference: The name of the reference file.
         labels: One score for each label, in the order of the label values.
+        ignored_ml: The volume of the reference's voxels that were left out.
     """
 
     name: str
     prediction: str
     reference: str
     labels: tuple[LabelScore, ...]
+    ignored_ml: float = strict_json.optional(0.0)
 
 
 def score_pair(
@@ -117,7 +120,10 @@ def score_pair(
         names=names,
         empty=empty,
     )
-    return CaseScore(pair.name, pair.prediction.name, pair.reference.name, labels)
+    ignored_ml = 0.0
+    if ignore_label is not None:
+        ignored_ml = float(np.count_nonzero(reference.voxels == ignore_label) * reference.voxel_ml)
+    return CaseScore(pair.name, pair.prediction.name, pair.reference.name, labels, ignored_ml)
 
 
 def score_labels(
