@@ -19,6 +19,10 @@ Labels = npt.NDArray[np.uint8]
 Point = tuple[float, float, float]
 _CONNECTED = np.ones((3, 3, 3), bool)
 SCORED_ML = 0.2  # of the case's score
+# Specks at the inner table: smaller, thinner and less sure than these, and mostly beside bone.
+SPECK_ML, SPECK_MM, SPECK_PROBABILITY, BESIDE_BONE_MM = 2.0, 5.0, 0.8, 4.0
+_BONE_HU, _LEAST_BONE_ML = 250, 50.0  # a skull is several hundred mL
+_MOST_SPECKS = 100  # that are looked at; noise has hundreds of thousands
 _SLAB_VOXELS = 300_000  # looked at together
 
 
@@ -107,6 +111,78 @@ def case_score(foreground: Labels, voxel_ml: float) -> float:
         if taken == wanted:
             break
     return total / wanted / 255
+
+
+def speck_warning(labels: Labels, scan: Volume, foreground: Labels) -> str | None:
+    """Words for a mask of which half or more looks like specks at the inner table of the skull.
+
+    There partial volume, beam hardening and the dura are as dense as blood. A speck is thin, lies
+    mostly beside bone, and no network is sure of it (docs/decisions/0017-confidence.md).
+
+    Args:
+        labels: ``(z, y, x)``, in the scan's grid; 0 is background.
+        scan: The CT in HU, or in a window of them whose bone saturates.
+        foreground: The probability of anything but background in steps of 1/255.
+
+    Returns:
+        A warning; None if there are fewer specks, or no skull.
+    """
+    bone_hu = min(_BONE_HU, float(scan.voxels.max()) - 1)
+    where = ndimage.find_objects((labels != 0).view(np.uint8))
+    if not where or np.greater_equal(scan.voxels, bone_hu).sum() * scan.voxel_ml < _LEAST_BONE_ML:
+        return None
+    components, count = ndimage.label(labels[where[0]], _CONNECTED)
+    likely = foreground[where[0]]
+    sizes = np.bincount(components.ravel(), minlength=count + 1)[1:]
+    boxes = ndimage.find_objects(components)
+    around = [int(np.ceil(BESIDE_BONE_MM / mm)) for mm in scan.spacing_mm]
+    specks_ml, surest = 0.0, 0.0
+    for index in np.argsort(-sizes, kind="stable")[:_MOST_SPECKS]:
+        speck_ml = float(sizes[index]) * scan.voxel_ml
+        inside = components[boxes[index]] == index + 1
+        sure = float(likely[boxes[index]][inside].mean()) / 255
+        if speck_ml >= SPECK_ML or sure >= SPECK_PROBABILITY:
+            continue
+        outer = tuple(
+            slice(max(whole.start + part.start - more, 0), whole.start + part.stop + more)
+            for whole, part, more in zip(where[0], boxes[index], around, strict=True)
+        )
+        before = [
+            whole.start + part.start - wide.start
+            for whole, part, wide in zip(where[0], boxes[index], outer, strict=True)
+        ]
+        bone = np.greater_equal(scan.voxels[outer], bone_hu)
+        at = tuple(i + start for i, start in zip(np.nonzero(inside), before, strict=True))
+        if _is_thin(inside, scan.spacing_mm) and _is_beside(bone, at, scan.spacing_mm):
+            specks_ml += speck_ml
+            surest = max(surest, sure)
+    found_ml = float(sizes.sum()) * scan.voxel_ml
+    if specks_ml < found_ml / 2 or not specks_ml:
+        return None
+    share = "all that was found" if specks_ml > 0.999 * found_ml else "most of what was found"
+    return (
+        f"{share} ({specks_ml:.2f} of {found_ml:.2f} mL) looks like specks at the inner table of "
+        f"the skull: thin, beside bone, of a mean probability of {surest:.2f} at most; it may well "
+        "be none"
+    )
+
+
+def _is_thin(inside: npt.NDArray[np.bool_], spacing_mm: Sequence[float]) -> bool:
+    """Whether a component is nowhere thicker than a speck."""
+    reach = ndimage.distance_transform_edt(np.pad(inside, 1), sampling=spacing_mm).max()
+    return bool(2 * reach - min(spacing_mm) <= SPECK_MM)
+
+
+def _is_beside(
+    bone: npt.NDArray[np.bool_],
+    at: tuple[npt.NDArray[np.intp], ...],
+    spacing_mm: Sequence[float],
+) -> bool:
+    """Whether half or more of the voxels ``at`` these indices lie beside bone."""
+    if not bone.any():
+        return False
+    away = ndimage.distance_transform_edt(~bone, sampling=spacing_mm)[at]
+    return bool((away <= BESIDE_BONE_MM).mean() >= 0.5)
 
 
 def apply_rules(

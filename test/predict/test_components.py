@@ -10,7 +10,7 @@ from ichseg.errors import PlansError
 from ichseg.model import strict_json
 from ichseg.model.rules import ComponentRule
 from ichseg.predict import components
-from ichseg.predict.components import apply_rules, case_score, lesions
+from ichseg.predict.components import apply_rules, case_score, lesions, speck_warning
 from ichseg.scan.volume import Volume
 
 
@@ -187,3 +187,60 @@ def test_rules_survive_json_and_refuse_what_makes_no_sense():
             {"label": 0, "keep_largest": True, "drop_below_ml": 0.0},
             where="here",
         )
+
+
+def skull_with(*places, sure=0.6, bone=900, plane=2):
+    """A head of 5 x 1 x 1 mm in a ring of bone, labels at these places, and how likely they are."""
+    y, x = np.indices((80, 80)) - 39.5
+    radius = np.hypot(y, x)
+    voxels = np.full((10, 80, 80), 30, np.int16)
+    voxels[:, radius > 30] = bone  # the inner table; 360 mL of bone in all
+    voxels[:, radius > 36] = -1000 if bone > 200 else -20
+    labels = np.zeros(voxels.shape, np.uint8)
+    for rows, columns in places:
+        labels[plane, rows, columns] = 1
+    chance = np.where(labels, round(255 * sure), 0).astype(np.uint8)
+    return labels, Volume(voxels, (5.0, 1.0, 1.0)), chance
+
+
+SPECK = (slice(35, 45), slice(11, 14))  # 10 x 3 mm, 0.15 mL, at the skull's right side
+CENTRAL = (slice(35, 45), slice(38, 41))
+BLEED = (slice(30, 50), slice(25, 50))  # 2.5 mL
+
+
+def test_specks_at_the_inner_table_are_told():
+    said = speck_warning(*skull_with(SPECK))
+    assert said is not None
+    assert "all that was found (0.15 of 0.15 mL)" in said
+    assert "mean probability of 0.60" in said
+    assert speck_warning(*skull_with(SPECK, bone=100)) is not None  # in a window of HU
+    said = speck_warning(*skull_with(SPECK, (slice(38, 42), slice(38, 41))))
+    assert said is not None
+    assert "most of what was found (0.15 of 0.21 mL)" in said
+
+
+@pytest.mark.parametrize(
+    ("places", "sure"),
+    [
+        ([], 0.6),
+        ([SPECK], 0.85),  # the networks are sure
+        ([CENTRAL], 0.6),  # not beside bone
+        ([(slice(35, 45), slice(10, 19))], 0.6),  # 9 mm thick
+        ([SPECK, CENTRAL, (slice(50, 60), slice(38, 41))], 0.6),  # the lesser part
+        ([SPECK, BLEED], 0.6),
+    ],
+)
+def test_what_is_no_speck_is_not_told(places, sure):
+    assert speck_warning(*skull_with(*places, sure=sure)) is None
+
+
+def test_a_thick_sheet_of_slices_is_no_speck_and_without_a_skull_there_are_none():
+    labels, scan, chance = skull_with(SPECK)
+    bare = scan.with_voxels(np.where(scan.voxels > 100, 0, scan.voxels).astype(np.int16))
+    bare.voxels[2, 35, 11] = 70
+    assert speck_warning(labels, bare, chance) is None
+    labels[:] = labels[2]  # 10 slices: 1.5 mL, still 3 mm thin
+    chance[:] = chance[2]
+    assert speck_warning(labels, scan, chance) is not None
+    labels[:, 30:50, 11:14], chance[:, 30:50, 11:14] = 1, 150  # 3 mL
+    assert speck_warning(labels, scan, chance) is None

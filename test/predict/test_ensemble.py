@@ -12,7 +12,7 @@ from ichseg.engine.engine import in_batches
 from ichseg.errors import DeviceError, DeviceFullError, InputError, WeightsError
 from ichseg.model import bundle
 from ichseg.model.network import build_network
-from ichseg.predict import prepare, presets, sliding_window
+from ichseg.predict import components, prepare, presets, sliding_window
 from ichseg.predict.ensemble import Ensemble
 from ichseg.predict.passes import Pass
 from ichseg.predict.presets import budget_record
@@ -58,6 +58,20 @@ def test_presets_run_what_they_say(tmp_path, scan):
         assert result.ran["tiles_at_once"] == {"3d_fullres": 1}  # by OpenVINO
     with pytest.raises(InputError, match="preset 'best', expected one of full, balanced, fast"):
         ensemble.segment(scan, "best")
+
+
+def test_specks_are_a_warning_of_the_segmentation(tmp_path, scan, monkeypatch):
+    make_bundle(tmp_path)
+    seen = []
+
+    def told(labels, volume, foreground):
+        seen.append((labels.shape, volume.voxels.shape, foreground.dtype))
+        return "specks"
+
+    monkeypatch.setattr(components, "speck_warning", told)
+    found = Ensemble.load(tmp_path, "cpu").segment(scan, "fast")
+    assert "specks" in found.warnings
+    assert seen == [(scan.voxels.shape, scan.voxels.shape, np.uint8)]
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path, scan):
