@@ -41,7 +41,7 @@ _FLAGS = (
     "--hide-scrollbars",
     "--no-sandbox",  # root has none
 )
-_TIMEOUT_S = 60.0
+_TIMEOUT_S = 180.0  # WebGL in software, on a machine that others use too
 
 
 def find() -> str | None:
