@@ -6,8 +6,10 @@ saturates is given the density of bone for as long as it takes to find the brain
 
 from __future__ import annotations
 
+import collections
 import csv
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +19,11 @@ from scipy import ndimage
 
 from ichseg.errors import DatasetError, InputError
 from ichseg.scan.volume import Volume, read
+from ichseg.wording import times
 from phantom.anatomy import enlarge, estimate_anatomy
 from phantom.bleeds import cannot_be_blood, draw_bleed, label, oedema, rasterise
 
+IGNORE = 2  # the label of voxels that nobody could tell, in a dataset of real scans
 _BONE_HU, _AIR_HU = 900.0, -1000.0
 _WINDOW_TOP = (70, 130)  # where the upper end of a window lies whose bone saturates, in HU
 _SKULL_PIXELS = 300  # a saturated piece of a slice is skull from this on; less is a calcification
@@ -63,28 +67,46 @@ def find_backgrounds(path: Path) -> tuple[Background, ...]:
     """The scan of that name, or all training scans of a folder in MSD layout.
 
     Raises:
-        DatasetError: The folder is no such dataset, or ``groups.csv`` beside it misses a case.
+        DatasetError: The folder is no such dataset, two of its cases have one name, or
+            ``groups.csv`` beside it misses a case.
     """
     if not path.is_dir():
         return (Background(path.name, path.name, path),)
+    listing = path / "dataset.json"
     try:
-        table = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
+        table = json.loads(listing.read_text(encoding="utf-8"))
         files = [(path / each["image"], path / each["label"]) for each in table["training"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise DatasetError(
-            f"{path}: expected a scan or a folder in MSD layout: {error!r}"
+            f"{path}: expected a scan or a folder in MSD layout: {repr(error)[:200]}"
         ) from error
+    if not files:
+        raise DatasetError(f"{listing}: no training cases, expected scans to draw bleeds into")
     names = [image.name.removesuffix(".gz").removesuffix(".nii") for image, _ in files]
-    groups = {name: name for name in names}
-    if (path / "groups.csv").is_file():
-        with (path / "groups.csv").open(newline="", encoding="utf-8") as stream:
-            groups = {row["case"]: row["group"] for row in csv.DictReader(stream)}
-    missing = [name for name in names if name not in groups]
-    if missing:
-        raise DatasetError(f"{path / 'groups.csv'}: no row for case {missing[0]}")
+    if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
+        raise DatasetError(f"{listing}: two images are called {twice[0][:100]!r}")
+    groups = _groups(path / "groups.csv", names)
     return tuple(
         Background(name, groups[name], *pair) for name, pair in zip(names, files, strict=True)
     )
+
+
+def _groups(table: Path, names: Sequence[str]) -> Mapping[str, str]:
+    """The patient of each case; without a table each is one of its own."""
+    if not table.exists():
+        return {name: name for name in names}
+    try:
+        with table.open(newline="", encoding="utf-8") as stream:
+            groups = {row["case"]: row["group"] for row in csv.DictReader(stream)}
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise DatasetError(
+            f"{table}: expected a table in UTF-8 with the columns case and group: "
+            f"{repr(error)[:200]}"
+        ) from error
+    missing = [name for name in names if not groups.get(name)]
+    if missing:
+        raise DatasetError(f"{table}: no group for case {missing[0][:100]!r}")
+    return groups
 
 
 def paint(
@@ -102,9 +124,7 @@ def paint(
     """
     scan = read(background.image)
     voxels, window = unwindowed(scan, background.image)
-    labels = np.zeros(voxels.shape, np.uint8)
-    if background.label is not None:
-        labels = read(background.label).voxels.astype(np.uint8)
+    labels = _own_labels(background, voxels.shape)
     volumes: dict[str, float] = {}
     for kind, volume_ml in lesions:
         try:
@@ -121,13 +141,35 @@ def paint(
     return Painted(voxels.astype(np.int16), labels, scan.spacing_mm, volumes)
 
 
+def _own_labels(background: Background, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """The labels that a scan has already; none by default.
+
+    Raises:
+        InputError: They are of another shape, or hold what is neither a bleed nor to be ignored.
+    """
+    if background.label is None:
+        return np.zeros(shape, np.uint8)
+    found = read(background.label).voxels
+    if found.shape != shape:
+        raise InputError(
+            f"{background.label}: {times(found.shape)} voxels, expected {times(shape)} as in "
+            f"{background.image}"
+        )
+    if not np.isin(found, (0, 1, IGNORE)).all():
+        raise InputError(f"{background.label}: expected the labels 0, 1 and {IGNORE} alone")
+    return found.astype(np.uint8)
+
+
 def unwindowed(scan: Volume, path: Path) -> tuple[npt.NDArray[np.int16], tuple[int, int] | None]:
     """HU with air and bone as such, and the ends of the window that the scan had been cut to.
 
     Raises:
         InputError: The values are neither HU with air around the head nor a window of them.
     """
-    voxels = np.round(scan.voxels.astype(np.float32)).astype(np.int16)
+    values = np.round(scan.voxels.astype(np.float32))
+    if not np.isfinite(values).all() or max(-values.min(), values.max()) > np.iinfo(np.int16).max:
+        raise InputError(f"{path}: values that are no number or beyond 16 bits, expected HU")
+    voxels = values.astype(np.int16)
     low, top = int(voxels.min()), int(voxels.max())
     if low <= -500:
         return voxels, None

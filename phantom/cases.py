@@ -54,6 +54,11 @@ class SynthesisConfig:
     shrink: int = 1
     """Divides the in-plane matrix; above 1 for tests."""
 
+    @property
+    def draws_into_dataset(self) -> bool:
+        """Whether the bleeds go into a dataset of real scans, whose cases keep their names."""
+        return any(background.label is not None for background in self.backgrounds)
+
 
 @dataclass(frozen=True)
 class Case:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import logging
 import multiprocessing
@@ -24,7 +25,7 @@ from ichseg.engine import machine
 from ichseg.errors import DatasetError, InputError
 from ichseg.scan.volume import Volume
 from phantom import check
-from phantom.background import find_backgrounds
+from phantom.background import IGNORE, find_backgrounds
 from phantom.cases import SynthesisConfig, make_case
 
 Row = dict[str, object]  # of cases.csv
@@ -69,8 +70,9 @@ def main(args: argparse.Namespace) -> int:
     if args.out is None:
         raise DatasetError("synthesize needs --out DIR (or --check CT)")
     backgrounds = find_backgrounds(args.background) if args.background else ()
-    cases = args.cases or (len(backgrounds) if len(backgrounds) > 1 else 100)
-    config = SynthesisConfig(cases, args.seed, args.negatives, args.balanced, backgrounds)
+    config = SynthesisConfig(100, args.seed, args.negatives, args.balanced, backgrounds)
+    every = len(backgrounds) if config.draws_into_dataset else config.cases
+    config = dataclasses.replace(config, cases=every if args.cases is None else args.cases)
     write_dataset(config, args.out, workers=args.workers)
     return 0
 
@@ -154,7 +156,7 @@ def _write_case(job: tuple[SynthesisConfig, int, Path]) -> Row | str:
     try:
         case = make_case(config, index)
     except InputError as error:
-        if len(config.backgrounds) < 2:
+        if not config.draws_into_dataset:
             raise
         return str(error)
     name, _ = _name_and_group(config, index)
@@ -170,7 +172,7 @@ def _write_case(job: tuple[SynthesisConfig, int, Path]) -> Row | str:
 
 def _name_and_group(config: SynthesisConfig, index: int) -> tuple[str, str]:
     """What a case is called, and whose it is: a scan drawn into is its patient's."""
-    if len(config.backgrounds) < 2:
+    if not config.draws_into_dataset:
         name = f"ICH_{index + 1:04d}"
         return name, name
     again, which = divmod(index, len(config.backgrounds))
@@ -190,8 +192,8 @@ def _write_tables(config: SynthesisConfig, rows: list[Row], folder: Path) -> Non
         {"image": f"./imagesTr/{row['case']}.nii.gz", "label": f"./labelsTr/{row['case']}.nii.gz"}
         for row in rows
     ]
-    real = len(config.backgrounds) > 1
-    ignore = {"2": "ignore"} if real else {}  # of the backgrounds' own labels
+    real = config.draws_into_dataset
+    ignore = {str(IGNORE): "ignore"} if real else {}  # of the backgrounds' own labels
     description = {
         "name": "SyntheticHeadCT",
         "description": f"Head-CT phantoms with intracranial bleeds, seed {config.seed}"

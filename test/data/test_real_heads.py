@@ -8,6 +8,7 @@ import pytest
 import SimpleITK as sitk
 
 from ichseg.errors import DatasetError
+from training.data import downloads as downloads_of
 from training.data import real_heads, windowed
 from training.data.layouts import read_source
 
@@ -184,6 +185,102 @@ def test_what_is_missing_is_named(downloads):
     (ich / "brain" / "note.png").write_bytes(b"")
     with pytest.raises(DatasetError, match=r"note.png: expected a name such as"):
         real_heads.write_dataset(downloads / "out", ct_ich=ich)
+
+
+PHE = "slice,xmin,ymin,xmax,ymax\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (PHE + "0001_01,1,2,3,x\n", "boxes.csv: ymax is 'x', expected a number"),
+        (PHE + "0001_01,1,2,3,nan\n", "boxes.csv: ymax is 'nan', expected a number"),
+        (PHE + "0001_01,1,2,3,1e999\n", "boxes.csv: ymax is '1e999', expected a number"),
+        (PHE + "0001_01,1,2\n", "boxes.csv: line 2 is too short, expected slice, xmin"),
+        (PHE + "0001_01,9,2,3,4\n", "boxes.csv: box 9, 2, 3, 4 in slice '0001_01', expected"),
+        (PHE.encode() + b"\xff\xfe", "boxes.csv: not a table in UTF-8"),
+    ],
+)
+def test_damaged_tables_of_boxes_are_refused(downloads, content, message):
+    raw = content if isinstance(content, bytes) else content.encode()
+    (downloads / "phe" / "boxes.csv").write_bytes(raw)
+    with pytest.raises(DatasetError, match=message):
+        real_heads.write_dataset(downloads / "out", phe_sich=downloads / "phe")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("x,1,1", "PatientNumber is 'x', expected a number"),
+        ("51,1,", "No_Hemorrhage is '', expected a number"),
+        ("51,1,2", "No_Hemorrhage is 2 for slice 1 of patient 51, expected 0 or 1"),
+    ],
+)
+def test_damaged_tables_of_bleeds_are_refused(downloads, row, message):
+    with (downloads / "ich" / "hemorrhage_diagnosis.csv").open("a") as stream:
+        stream.write(row + "\n")
+    with pytest.raises(DatasetError, match=message):
+        real_heads.write_dataset(downloads / "out", ct_ich=downloads / "ich")
+
+
+def test_pictures_that_are_damaged_or_of_another_size_are_named(downloads):
+    images = downloads / "phe" / "images"
+    whole = (images / "0002_03.png").read_bytes()
+    (images / "0002_03.png").write_bytes(whole[:90])
+    with pytest.raises(DatasetError, match=r"phesich_0002: .*0002_03\.png: not a picture"):
+        real_heads.write_dataset(downloads / "out", phe_sich=downloads / "phe")
+    as_png(images, "0002_03", np.zeros((60, 50), np.uint8))
+    with pytest.raises(DatasetError, match=r"0002_03\.png: 60x50 pixels, expected 240x240 as in"):
+        real_heads.write_dataset(downloads / "out", phe_sich=downloads / "phe")
+    assert not (downloads / "out" / "dataset.json").exists()
+
+
+def test_slices_without_a_picture_are_told(downloads, caplog):
+    (downloads / "phe" / "images" / "0001_02.png").unlink()
+    (downloads / "ich" / "brain" / "060_02.png").unlink()
+    assert len(downloads_of.find_phe_sich(downloads / "phe")) == 2
+    assert len(downloads_of.find_ct_ich(downloads / "ich")) == 2
+    assert "boxes.csv: 1 slice without a picture, such as 0001_02; their scans" in caplog.text
+    assert "diagnosis.csv: 1 slice without a picture, such as 060_2; their scans" in caplog.text
+
+
+def finished(folder, name, voxels, labels):
+    """Another dataset, of one case."""
+    for part, array in (("imagesTr", voxels), ("labelsTr", labels)):
+        (folder / part).mkdir(parents=True)
+        sitk.WriteImage(sitk.GetImageFromArray(array), str(folder / part / f"{name}.nii.gz"))
+    entry = {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+    listed = {
+        "name": "Other", "modality": {"0": "CT"}, "numTraining": 1, "training": [entry],
+        "labels": {"0": "background", "1": "hemorrhage", "2": "ignore"},
+    }  # fmt: skip
+    (folder / "dataset.json").write_text(json.dumps(listed))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros((3, 4, 5), np.uint8), r"a\.nii\.gz: 3x4x5 voxels, expected 3x4x6 as in .*a\.nii"),
+        (np.full((3, 4, 6), 257, np.int16), r"labelsTr/a\.nii\.gz: label 257, expected 0, 1 or 2"),
+    ],
+)
+def test_labels_of_another_dataset_must_fit_its_scans(tmp_path, labels, message):
+    other = finished(tmp_path / "other", "a", np.zeros((3, 4, 6), np.int16), labels)
+    with pytest.raises(DatasetError, match=message):
+        real_heads.write_dataset(tmp_path / "out", also=[other])
+
+
+def test_two_cases_of_one_name_are_refused(tmp_path):
+    voxels, labels = np.zeros((3, 4, 6), np.int16), np.zeros((3, 4, 6), np.uint8)
+    folders = [
+        finished(tmp_path / name, case, voxels, labels)
+        for name, case in (("x", "a"), ("y", "a"), ("z", "a_copy"))
+    ]
+    with pytest.raises(DatasetError, match="two cases would be called a"):
+        real_heads.write_dataset(tmp_path / "out", also=folders[:2])
+    with pytest.raises(DatasetError, match="two cases would be called a_copy"):
+        real_heads.write_dataset(tmp_path / "out", also=folders[1:])
 
 
 def test_a_dataset_is_not_written_over(downloads):

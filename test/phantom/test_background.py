@@ -1,6 +1,7 @@
 """Bleeds drawn into real scans; a head made by hand stands for them."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from phantom import bleeds
 from phantom.background import Background, find_backgrounds, insert_bleed, paint
 from phantom.cases import SynthesisConfig
 from phantom.synthesize import write_dataset
+from training.__main__ import main as command
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +166,60 @@ def test_a_dataset_of_real_scans_becomes_one_with_bleeds(backgrounds, tmp_path, 
 
 def test_a_patient_without_a_group_is_refused(backgrounds):
     (backgrounds / "groups.csv").write_text("case,group\np_1,p\n")
-    with pytest.raises(DatasetError, match=r"groups\.csv: no row for case p_2"):
+    with pytest.raises(DatasetError, match=r"groups\.csv: no group for case 'p_2'"):
         find_backgrounds(backgrounds)
+    for text in ("name,group\np_1,p\n", b"case,group\np_1,\xff\n", "case,group\n\0,\0\n"):
+        content = text if isinstance(text, bytes) else text.encode()
+        (backgrounds / "groups.csv").write_bytes(content)
+        with pytest.raises(DatasetError, match=r"groups\.csv: (expected a table|no group)"):
+            find_backgrounds(backgrounds)
+
+
+def test_a_dataset_of_one_scan_is_a_dataset(backgrounds, tmp_path):
+    """Its case keeps its name, its patient and the declaration of what it ignores."""
+    listing = backgrounds / "dataset.json"
+    first = json.loads(listing.read_text())["training"][:1]
+    listing.write_text(json.dumps({"training": first}))
+    line = ["synthesize", "--background", str(backgrounds), "--out", str(tmp_path / "out")]
+    assert command([*line, "--workers", "1", "--negatives", "0"]) == 0
+    described = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert [case["image"] for case in described["training"]] == ["./imagesTr/p_1_bled.nii.gz"]
+    assert described["labels"] == {"0": "background", "1": "hemorrhage", "2": "ignore"}
+    assert (tmp_path / "out" / "groups.csv").read_text() == "case,group\np_1_bled,p\n"
+
+
+def test_a_dataset_without_scans_does_not_become_phantoms(backgrounds):
+    for training, message in (
+        ([], "dataset.json: no training cases"),
+        ([{"image": f"{n}/a.nii", "label": "b.nii"} for n in "xy"], "two images are called 'a'"),
+        (["a.nii"], "expected a scan or a folder"),
+    ):
+        (backgrounds / "dataset.json").write_text(json.dumps({"training": training}))
+        with pytest.raises(DatasetError, match=message):
+            find_backgrounds(backgrounds)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros((2, 3, 4), np.uint8), r"b\.nii\.gz: 2x3x4 voxels, expected 30x180x160"),
+        (np.full((30, 180, 160), 7, np.uint8), r"b\.nii\.gz: expected the labels 0, 1 and 2"),
+        (np.full((30, 180, 160), 257, np.int16), r"b\.nii\.gz: expected the labels 0, 1 and 2"),
+    ],
+)
+def test_labels_that_are_not_of_the_scan_are_refused(scan, tmp_path, labels, message):
+    files = write(tmp_path / "a.nii.gz", scan), write(tmp_path / "b.nii.gz", labels)
+    with pytest.raises(InputError, match=message):
+        paint(Background("a", "a", *files), (("epidural", 25.0),), np.random.default_rng(9))
+
+
+@pytest.mark.parametrize("value", [np.nan, 40_000.0])
+def test_values_that_16_bits_do_not_hold_are_refused(scan, tmp_path, value):
+    voxels = scan.astype(np.float32)
+    voxels[0, 0, 0] = value
+    path = write(tmp_path / "a.nii.gz", voxels)
+    with pytest.raises(InputError, match=r"a\.nii\.gz: "):
+        paint(Background("a", "a", path), (("epidural", 25.0),), np.random.default_rng(9))
 
 
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path):

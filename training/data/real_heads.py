@@ -20,21 +20,23 @@ import collections
 import csv
 import json
 import logging
-import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
+from PIL import Image
 
 from ichseg.errors import DatasetError
+from ichseg.scan import volume
+from ichseg.wording import times
 from training.data import windowed
-from training.data.layouts import read_source
+from training.data.downloads import Scan, find_ct_ich, find_others, find_phe_sich
 from training.data.parallel import each_case, with_progress
-from training.data.windowed import Box, Hu
+from training.data.windowed import Hu
 from training.data.workspace import DATASET_FILE, GROUPS_FILE
 
 RECORD_FILE = "record.csv"
@@ -43,36 +45,7 @@ IGNORE = 2
 SLICE_MM = 5.0  # of both sets; neither stores it
 CT_ICH_WINDOW = (-20.0, 100.0)
 
-# PHE-SICH: what was corrected after all scans had been looked at.
-DROPPED = {
-    "0038": "its bleed is too faint for the rule, and for the eye to draw its border",
-}
-ADDED_BOXES: dict[str, dict[int, Box]] = {
-    "0013": dict.fromkeys(range(11, 18), (205, 150, 280, 225)),  # listed without any box
-}
-
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Scan:
-    """One scan to make, and what of it to mark.
-
-    Attributes:
-        name: The name of the case.
-        group: The patient's name; scans of one patient stay in one fold.
-        source: ``phe-sich``, ``ct-ich`` or ``other``.
-        files: Pictures of its slices from the feet up, or image and label of a finished scan.
-        boxes: For each slice the boxes around its bleeds (PHE-SICH).
-        bleeding: For each slice whether it shows a bleed (CT-ICH).
-    """
-
-    name: str
-    group: str
-    source: str
-    files: tuple[Path, ...]
-    boxes: tuple[tuple[Box, ...], ...] = ()
-    bleeding: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +112,8 @@ def write_dataset(
     makes it anew.
 
     Raises:
-        DatasetError: A download is not there, is incomplete, or ``out`` holds a dataset already.
+        DatasetError: A download is not there, is incomplete or damaged, two cases have one name,
+            or ``out`` holds a dataset already.
     """
     if (out / DATASET_FILE).exists():
         raise DatasetError(f"{out}: holds a dataset already, expected a new folder")
@@ -150,13 +124,24 @@ def write_dataset(
     ]
     if not scans:
         raise DatasetError("nothing to make: name --phe-sich, --ct-ich or --also")
+    counts = collections.Counter(
+        name for scan in scans for name in (scan.name, *([f"{scan.name}_copy"] if copies else []))
+    )
+    if twice := [name for name, count in counts.items() if count > 1]:
+        folders = sorted({str(s.files[0].parent) for s in scans if twice[0].startswith(s.name)})
+        raise DatasetError(f"{', '.join(folders)}: two cases would be called {twice[0]}")
     for name in ("imagesTr", "labelsTr"):
         (out / name).mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, str]] = []
     made = each_case(_make, scans, out, seed, copies, workers=workers)
     for scan, found in with_progress(made, len(scans), "scans"):
         if isinstance(found, Exception):
-            raise DatasetError(f"{scan.name}: {found}") from found
+            reason = str(found)
+            if str(scan.files[0].parent) not in reason:
+                reason = (
+                    f"{scan.files[0]}: {type(found).__name__}: {' '.join(reason.split())[:300]}"
+                )
+            raise DatasetError(f"{scan.name}: {reason}") from found
         rows += found
     rows.sort(key=lambda row: row["case"])
     _write_table(out / RECORD_FILE, rows)
@@ -180,73 +165,18 @@ def write_dataset(
     (out / DATASET_FILE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
-def find_phe_sich(folder: Path) -> list[Scan]:
-    """The patients of PHE-SICH-CT-IDS that are there, less those that were dropped."""
-    boxes: dict[str, list[Box]] = collections.defaultdict(list)
-    for row in _rows(folder / "boxes.csv", ("slice", "xmin", "ymin", "xmax", "ymax")):
-        x0, y0, x1, y1 = (round(float(row[key])) for key in ("xmin", "ymin", "xmax", "ymax"))
-        boxes[row["slice"]].append((x0, y0, x1, y1))
-    scans = []
-    for patient, files in _stacks(folder / "images", r"(\d{4})_(\d+)").items():
-        if patient in DROPPED:
-            _log.info("%s is left out: %s", patient, DROPPED[patient])
-            continue
-        added = ADDED_BOXES.get(patient, {})
-        in_slices = tuple(
-            (*boxes.get(file.stem, ()), *((added[z],) if z in added else ()))
-            for z, file in enumerate(files)
-        )
-        if not any(in_slices):
-            raise DatasetError(f"{folder}: no box for any slice of {patient}")
-        name = f"phesich_{patient}"
-        scans.append(Scan(name, name, "phe-sich", tuple(files), boxes=in_slices))
-    return scans
-
-
-def find_ct_ich(folder: Path) -> list[Scan]:
-    """The patients of CT-ICH that are there."""
-    table = folder / "hemorrhage_diagnosis.csv"
-    bleeds: dict[tuple[int, int], bool] = {}
-    for row in _rows(table, ("PatientNumber", "SliceNumber", "No_Hemorrhage")):
-        bleeds[int(row["PatientNumber"]), int(row["SliceNumber"])] = row["No_Hemorrhage"] != "1"
-    scans = []
-    for patient, files in _stacks(folder / "brain", r"(\d{3})_(\d+)").items():
-        numbers = [(int(patient), int(file.stem.rpartition("_")[2])) for file in files]
-        missing = [number for number in numbers if number not in bleeds]
-        if missing:
-            raise DatasetError(f"{table}: no row for slice {missing[0][1]} of patient {patient}")
-        name = f"ctich_{patient}"
-        shown = tuple(bleeds[number] for number in numbers)
-        scans.append(Scan(name, name, "ct-ich", tuple(files), bleeding=shown))
-    return scans
-
-
-def find_others(folder: Path) -> list[Scan]:
-    """The cases of another dataset of one channel.
-
-    Each is a patient of its own, unless ``groups.csv`` beside them says whose it is.
-    """
-    source = read_source(folder)
-    if len(source.channels) != 1:
-        raise DatasetError(f"{folder}: {len(source.channels)} channels, expected 1")
-    groups = {case.name: case.name for case in source.cases}
-    if (folder / GROUPS_FILE).exists():
-        groups |= {r["case"]: r["group"] for r in _rows(folder / GROUPS_FILE, ("case", "group"))}
-    return [
-        Scan(case.name, groups[case.name], "other", (case.images[0], case.label))
-        for case in source.cases
-        if case.label is not None
-    ]
-
-
 def load(scan: Scan) -> Labelled:
     """The scan in HU with its labels, in-plane averaged to about 1 mm where it is finer."""
     if scan.source == "other":
-        image, label = (sitk.ReadImage(str(path)) for path in scan.files)
-        x, y, z = image.GetSpacing()
-        hu = sitk.GetArrayFromImage(image).astype(np.float32)
-        return Labelled(hu, sitk.GetArrayFromImage(label).astype(np.uint8), (z, y, x))
-    grey = np.stack([_read_grey(file) for file in scan.files])
+        return _load_finished(*scan.files)
+    planes = [_read_grey(file) for file in scan.files]
+    for file, plane in zip(scan.files, planes, strict=True):
+        if plane.shape != planes[0].shape:
+            raise DatasetError(
+                f"{file}: {times(plane.shape)} pixels, expected {times(planes[0].shape)} as in the "
+                "first slice"
+            )
+    grey = np.stack(planes)
     if scan.source == "ct-ich":
         hu = windowed.hu_of_window(grey, *CT_ICH_WINDOW)
         labels = np.zeros(hu.shape, np.uint8)
@@ -259,6 +189,22 @@ def load(scan: Scan) -> Labelled:
         hu, labels = _halved(hu.transpose(0, 2, 1), labels.transpose(0, 2, 1))
     in_plane = windowed.head_spacing_mm(hu)
     return Labelled(hu, labels, (SLICE_MM, in_plane, in_plane))
+
+
+def _load_finished(image: Path, label: Path) -> Labelled:
+    """A scan of another dataset with its labels, of which 1 is a bleed and 2 is to be ignored."""
+    scan, labels = volume.read(image), volume.read(label).voxels
+    if labels.shape != scan.voxels.shape:
+        raise DatasetError(
+            f"{label}: {times(labels.shape)} voxels, expected {times(scan.voxels.shape)} as in "
+            f"{image}"
+        )
+    if other := sorted(set(np.unique(labels).tolist()) - {0, 1, IGNORE}):
+        raise DatasetError(f"{label}: label {other[0]:g}, expected 0, 1 or {IGNORE}")
+    hu = scan.voxels.astype(np.float32)
+    if not np.isfinite(hu).all() or np.abs(hu).max() > np.iinfo(np.int16).max:
+        raise DatasetError(f"{image}: values that are no number or beyond 16 bits, expected HU")
+    return Labelled(hu, labels.astype(np.uint8), scan.spacing_mm)
 
 
 def as_handed_in(scan: Labelled, generator: np.random.Generator) -> tuple[Labelled, str]:
@@ -333,6 +279,8 @@ def _write(path: Path, voxels: npt.NDArray[np.generic], scan: Labelled) -> None:
 def _halved(hu: Hu, labels: npt.NDArray[np.uint8]) -> tuple[Hu, npt.NDArray[np.uint8]]:
     """Both at half the in-plane matrix; where any of four voxels is doubtful, the result is."""
     count, height, width = hu.shape
+    if height % 2 or width % 2:
+        raise DatasetError(f"{height} x {width} pixels a slice, expected even numbers")
     blocks = (count, height // 2, 2, width // 2, 2)
     coarse = hu.reshape(blocks).mean((2, 4))
     bleed = (labels == 1).reshape(blocks).mean((2, 4)) >= 0.5
@@ -342,40 +290,16 @@ def _halved(hu: Hu, labels: npt.NDArray[np.uint8]) -> tuple[Hu, npt.NDArray[np.u
 
 def _read_grey(path: Path) -> npt.NDArray[np.uint8]:
     """A picture as grey levels of 8 bit."""
-    found = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            found = np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DatasetError(f"{path}: not a picture ({str(error)[:160]})") from error
     if found.ndim == 3:
         found = found[..., 0]  # grey pictures that were stored in colour
-    if found.dtype != np.uint8:
+    if found.ndim != 2 or found.dtype != np.uint8:
         raise DatasetError(f"{path}: {found.dtype} levels, expected 8 bit")
     return found
-
-
-def _stacks(folder: Path, pattern: str) -> Mapping[str, Sequence[Path]]:
-    """The pictures of each patient, slices in their order."""
-    if not folder.is_dir():
-        raise DatasetError(f"{folder}: no such folder")
-    found: dict[str, list[tuple[int, Path]]] = collections.defaultdict(list)
-    for path in sorted(folder.glob("*.png")):
-        match = re.fullmatch(pattern, path.stem)
-        if match is None:
-            raise DatasetError(f"{path}: expected a name such as PATIENT_SLICE.png")
-        found[match[1]].append((int(match[2]), path))
-    if not found:
-        raise DatasetError(f"{folder}: no .png slices")
-    return {patient: [path for _, path in sorted(files)] for patient, files in found.items()}
-
-
-def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    """The rows of a table that has these columns."""
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream)
-            missing = set(columns) - set(reader.fieldnames or ())
-            if missing:
-                raise DatasetError(f"{path}: lacks the columns {', '.join(sorted(missing))}")
-            yield from reader
-    except OSError as error:
-        raise DatasetError(f"{path}: cannot read ({error.strerror})") from error
 
 
 def _write_table(path: Path, rows: Sequence[Mapping[str, str]]) -> None:

@@ -1,0 +1,202 @@
+"""The scans of ``real-heads``: which there are in the downloads, by their tables and pictures."""
+
+from __future__ import annotations
+
+import collections
+import csv
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ichseg.errors import DatasetError
+from ichseg.wording import counted
+from training.data.layouts import read_source
+from training.data.windowed import Box
+from training.data.workspace import GROUPS_FILE
+
+# PHE-SICH: what was corrected after all scans had been looked at.
+DROPPED = {
+    "0038": "its bleed is too faint for the rule, and for the eye to draw its border",
+}
+ADDED_BOXES: dict[str, dict[int, Box]] = {
+    "0013": dict.fromkeys(range(11, 18), (205, 150, 280, 225)),  # listed without any box
+}
+
+_SIDES = ("xmin", "ymin", "xmax", "ymax")
+_LARGEST = 1e6  # of a patient's number, a slice's or a pixel's
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """One scan to make, and what of it to mark.
+
+    Attributes:
+        name: The name of the case.
+        group: The patient's name; scans of one patient stay in one fold.
+        source: ``phe-sich``, ``ct-ich`` or ``other``.
+        files: Pictures of its slices from the feet up, or image and label of a finished scan.
+        boxes: For each slice the boxes around its bleeds (PHE-SICH).
+        bleeding: For each slice whether it shows a bleed (CT-ICH).
+    """
+
+    name: str
+    group: str
+    source: str
+    files: tuple[Path, ...]
+    boxes: tuple[tuple[Box, ...], ...] = ()
+    bleeding: tuple[bool, ...] = ()
+
+
+def find_phe_sich(folder: Path) -> list[Scan]:
+    """The patients of PHE-SICH-CT-IDS that are there, less those that were dropped.
+
+    Raises:
+        DatasetError: There are none, or the table does not fit their pictures.
+    """
+    table = folder / "boxes.csv"
+    boxes: dict[str, list[Box]] = collections.defaultdict(list)
+    for row in _rows(table, ("slice", *_SIDES)):
+        x0, y0, x1, y1 = (round(_number(table, row, side)) for side in _SIDES)
+        if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
+            raise DatasetError(
+                f"{table}: box {x0}, {y0}, {x1}, {y1} in slice {row['slice'][:40]!r}, expected "
+                "xmin, ymin, xmax, ymax in pixels, from 0 on"
+            )
+        boxes[row["slice"]].append((x0, y0, x1, y1))
+    stacks = _stacks(folder / "images", r"(\d{4})_(\d+)")
+    shown = {file.stem for files in stacks.values() for file in files}
+    _tell_of_missing(table, [name for name in boxes if name[:4] in stacks and name not in shown])
+    scans = []
+    for patient, files in stacks.items():
+        if patient in DROPPED:
+            _log.info("%s is left out: %s", patient, DROPPED[patient])
+            continue
+        added = ADDED_BOXES.get(patient, {})
+        in_slices = tuple(
+            (*boxes.get(file.stem, ()), *((added[z],) if z in added else ()))
+            for z, file in enumerate(files)
+        )
+        if not any(in_slices):
+            raise DatasetError(f"{folder}: no box for any slice of {patient}")
+        name = f"phesich_{patient}"
+        scans.append(Scan(name, name, "phe-sich", tuple(files), boxes=in_slices))
+    return scans
+
+
+def find_ct_ich(folder: Path) -> list[Scan]:
+    """The patients of CT-ICH that are there.
+
+    Raises:
+        DatasetError: There are none, or the table does not fit their pictures.
+    """
+    table = folder / "hemorrhage_diagnosis.csv"
+    bleeds: dict[tuple[int, int], bool] = {}
+    for row in _rows(table, ("PatientNumber", "SliceNumber", "No_Hemorrhage")):
+        patient, number, none = (
+            int(_number(table, row, key))
+            for key in ("PatientNumber", "SliceNumber", "No_Hemorrhage")
+        )
+        if none not in (0, 1):
+            raise DatasetError(
+                f"{table}: No_Hemorrhage is {none} for slice {number} of patient {patient}, "
+                "expected 0 or 1"
+            )
+        bleeds[patient, number] = not none
+    stacks = _stacks(folder / "brain", r"(\d{3})_(\d+)")
+    slices = {
+        name: [(int(name), int(file.stem.rpartition("_")[2])) for file in files]
+        for name, files in stacks.items()
+    }
+    shown = {number for numbers in slices.values() for number in numbers}
+    unseen = sorted(n for n in bleeds if f"{n[0]:03}" in stacks and n not in shown)
+    _tell_of_missing(table, [f"{patient:03}_{number}" for patient, number in unseen])
+    scans = []
+    for name, files in stacks.items():
+        missing = [number for number in slices[name] if number not in bleeds]
+        if missing:
+            raise DatasetError(f"{table}: no row for slice {missing[0][1]} of patient {name}")
+        bleeding = tuple(bleeds[number] for number in slices[name])
+        case = f"ctich_{name}"
+        scans.append(Scan(case, case, "ct-ich", tuple(files), bleeding=bleeding))
+    return scans
+
+
+def find_others(folder: Path) -> list[Scan]:
+    """The cases of another dataset of one channel.
+
+    Each is a patient of its own, unless ``groups.csv`` beside them says whose it is.
+    """
+    source = read_source(folder)
+    if len(source.channels) != 1:
+        raise DatasetError(f"{folder}: {len(source.channels)} channels, expected 1")
+    groups = {case.name: case.name for case in source.cases}
+    if (folder / GROUPS_FILE).exists():
+        groups |= {r["case"]: r["group"] for r in _rows(folder / GROUPS_FILE, ("case", "group"))}
+    return [
+        Scan(case.name, groups[case.name], "other", (case.images[0], case.label))
+        for case in source.cases
+        if case.label is not None
+    ]
+
+
+def _stacks(folder: Path, pattern: str) -> Mapping[str, Sequence[Path]]:
+    """The pictures of each patient, slices in their order."""
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such folder")
+    found: dict[str, list[tuple[int, Path]]] = collections.defaultdict(list)
+    for path in sorted(folder.glob("*.png")):
+        match = re.fullmatch(pattern, path.stem)
+        if match is None:
+            raise DatasetError(f"{path}: expected a name such as PATIENT_SLICE.png")
+        found[match[1]].append((int(match[2]), path))
+    if not found:
+        raise DatasetError(f"{folder}: no .png slices")
+    return {patient: [path for _, path in sorted(files)] for patient, files in found.items()}
+
+
+def _tell_of_missing(table: Path, slices: Sequence[str]) -> None:
+    """Say which slices of the patients that are there have no picture; their scans lack them."""
+    if slices:
+        _log.warning(
+            "%s: %s without a picture, such as %s; their scans are made of those that there are",
+            table,
+            counted(len(slices), "slice"),
+            slices[0][:40],
+        )
+
+
+def _number(table: Path, row: Mapping[str, str], column: str) -> float:
+    """A number of a table."""
+    try:
+        found = float(row[column])
+    except (TypeError, ValueError):  # a row that is too short has None
+        found = math.nan
+    if not -_LARGEST < found < _LARGEST:
+        raise DatasetError(f"{table}: {column} is {str(row[column])[:40]!r}, expected a number")
+    return found
+
+
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """The rows of a table that has these columns."""
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream)
+            missing = set(columns) - set(reader.fieldnames or ())
+            if missing:
+                raise DatasetError(f"{path}: lacks the columns {', '.join(sorted(missing))}")
+            for row in reader:
+                if any(row[column] is None for column in columns):
+                    raise DatasetError(
+                        f"{path}: line {reader.line_num} is too short, expected "
+                        f"{', '.join(columns)}"
+                    )
+                yield row
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot read ({error.strerror})") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{path}: not a table in UTF-8 ({str(error)[:160]})") from error
