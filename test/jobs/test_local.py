@@ -304,9 +304,9 @@ def test_at_a_terminal_a_table_says_what_runs_where(monkeypatch):
         watcher.begins(jobs[1], "GPU 0")
         watcher.hear(jobs[0], "epoch 3/9  train +0.1  ETA 0:00:09")
         watcher.ended(jobs[1], queue.Ending(1, "the loss is nan"))
-        with Console(file=io.StringIO(), width=100) as console:
-            console.print(watcher.table())
-            lines = console.file.getvalue().splitlines()
+        console = Console(file=io.StringIO(), width=100)
+        console.print(watcher.table())
+        lines = console.file.getvalue().splitlines()
     assert lines[1].split()[:5] == ["train", "3d", "0", "GPU", "1"]
     assert lines[1].rstrip().endswith("epoch 3/9  ETA 0:00:09")
     assert lines[2].split() == ["train", "3d", "1", "failed", "the", "loss", "is", "nan"]
