@@ -1,123 +1,39 @@
 """A folder of cases, with networks that only pretend: what overlaps, what is kept, what is said."""
 
 import dataclasses
-import json
 import threading
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
+from helpers.pretended import (
+    Pretended,
+    add,
+    entries,
+    limit_memory,
+    make_place,
+    predicted_by_resume,
+    run,
+    with_pictures,
+)
 
-from ichseg.app import case_report, one_case, pipeline, results
+from ichseg.app import one_case, pipeline
 from ichseg.app.cases import find_cases
 from ichseg.app.one_case import Options
-from ichseg.app.results import Record
 from ichseg.engine import machine
-from ichseg.errors import InputError, OutputError, WeightsError
+from ichseg.errors import OutputError, WeightsError
 from ichseg.files import replacing
-from ichseg.predict import components, memory
-from ichseg.predict.components import Segmentation
 from ichseg.report import case_files, inference_page, pictures
-from ichseg.scan import plausibility, reader, volume
-from ichseg.scan.volume import Volume
-
-
-class Pretended:
-    """Marks what lies above 50 HU; keeps an account of its calls and of the cases in its hands."""
-
-    model = SimpleNamespace(expects_hu=False)
-    engine = SimpleNamespace(name="none", device_bytes=lambda: None)
-
-    def __init__(self):
-        self.calls, self.alive, self.most_alive = [], set(), 0
-        self.lock = threading.Lock()
-        self.budgets = []
-
-    def note(self, stage, name):
-        with self.lock:
-            self.calls.append(f"{stage} {name}")
-            self.alive.add(name)
-            self.most_alive = max(self.most_alive, len(self.alive))
-
-    def plan(self, scan, preset):
-        return scan
-
-    def need(self, plan, **_):
-        return memory.Need(opening=10, predicting=20, writing=30, network=5), False
-
-    def prepare(self, scan):
-        name = int(scan.voxels.max())
-        self.note("prepare", name)
-        if name == 666:
-            raise InputError("an ugly one")
-        if name == 667:
-            raise MemoryError
-        if name == 668:
-            raise ZeroDivisionError("our fault")
-        return SimpleNamespace(scan=scan, name=name, parts=[])
-
-    def predict(self, prepared, progress, budget_s, *, on_host, keep_networks):
-        self.note("predict", prepared.name)
-        self.budgets.append(budget_s)
-        self.during_predict(prepared.name)
-        self.note("predicted", prepared.name)
-        return prepared
-
-    def during_predict(self, name):
-        pass
-
-    def finish(self, prepared, **_):
-        self.note("finish", prepared.name)
-        self.during_finish(prepared.name)
-        mask = prepared.scan.with_voxels((prepared.scan.voxels > 50).astype(np.uint8))
-        self.note("finished", prepared.name)
-        self.alive.discard(prepared.name)
-        return Segmentation(
-            mask=mask,
-            volume_ml=float(mask.voxels.sum() * mask.voxel_ml),
-            ran={"tiles": 1, "tiles_skipped": 0},
-            seconds={"total": 0.1, "compile": 0.0},
-            disagreement=0.25,
-            warnings=("odd",),
-            lesions=components.lesions(mask.voxels, prepared.scan),
-        )
-
-    def during_finish(self, name):
-        pass
+from ichseg.scan import plausibility, reader
 
 
 @pytest.fixture(autouse=True)
 def allowed(monkeypatch):
-    """What the memory may become: a list of one, None for anything. A case opened takes 10."""
-    limit = [None]
-    monkeypatch.setattr(machine, "memory_limit", lambda: limit[0])
-    monkeypatch.setattr(machine, "resident_bytes", lambda: 1000)
-    monkeypatch.setattr(volume, "stored_shape", lambda _: (1, 1, 1))
-    return limit
+    return limit_memory(monkeypatch)
 
 
 @pytest.fixture
 def place(tmp_path):
-    for name in range(101, 106):
-        add(tmp_path, name)
-    return tmp_path
-
-
-def add(place, name, lesions=((0, 1, 1), (2, 4, 4))):
-    voxels = np.zeros((3, 6, 6), np.int16)
-    for where in lesions:
-        voxels[where] = name
-    volume.write(Volume(voxels, (5.0, 1.0, 1.0)), place / "input" / f"{name}.mha")
-
-
-def run(place, ensemble, **options):
-    job = find_cases(place / "input", place / "output", input_slug="a", output_slug="b")
-    chosen = Options(place / "output", "fast", made_from={"preset": "fast"}, **options)
-    return pipeline.run(job, ensemble, chosen)
-
-
-def entries(place):
-    return json.loads((place / "output" / "results.json").read_text())
+    return make_place(tmp_path)
 
 
 def test_what_reading_noticed_is_in_the_result(place, monkeypatch):
@@ -214,40 +130,6 @@ def test_a_case_that_needs_more_than_is_allowed_is_refused_before_it_is_prepared
     assert not run(place, ensemble)[0].error
 
 
-def test_what_results_json_says(place):
-    (place / "input" / "102.mha").unlink()
-    ensemble = Pretended()
-    first = run(place, ensemble)[0]
-    report = entries(place)[0]["report"]
-    assert report == json.loads(json.dumps(first.report))
-    assert list(report) == [
-        "volume_ml", "case_score", "lesions", "doubt", "warnings", "ran", "seconds", "made_from",
-        "mask_sha256",
-    ]  # fmt: skip
-    assert report["volume_ml"] == 0.01
-    assert report["lesions"] == [
-        {
-            "label": 1,
-            "volume_ml": 0.005,
-            "centroid_mm": [at, at, z],
-            "box_mm": [[at - 0.5, at - 0.5, z - 2.5], [at + 0.5, at + 0.5, z + 2.5]],
-            "mean_hu": 101.0,
-            "mean_probability": None,
-            "max_probability": None,
-        }
-        for at, z in ((1.0, 0.0), (4.0, 10.0))
-    ]
-    assert (report["doubt"], report["warnings"]) == (0.25, ["odd"])
-    assert set(report["seconds"]) == {"read", "write", "compile", "total"}
-
-
-def test_a_long_table_of_lesions_is_cut_and_says_so(place, monkeypatch):
-    monkeypatch.setattr(case_report, "MOST_LESIONS", 1)
-    report = run(place, Pretended())[0].report
-    assert len(report["lesions"]) == 1
-    assert report["warnings"] == ["odd", "2 lesions, the 1 largest are listed"]
-
-
 def test_faults_of_one_case_do_not_stop_the_others(place, allowed, capsys):
     allowed[0] = machine.MemoryLimit(2000, "someone")
     for name in (666, 667, 668):
@@ -308,49 +190,6 @@ def test_an_interruption_loses_the_cases_under_way_and_leaves_nothing_half_writt
     assert predicted_by_resume(place) == []
 
 
-def test_each_scan_is_looked_up_once(place, monkeypatch, allowed):
-    """A folder of DICOM slices may have thousands of files."""
-    allowed[0] = machine.MemoryLimit(10_000, "someone")
-    looked_up, stamp_of = [], results.stamp_of
-
-    def noted(image, **given):
-        looked_up.append(image.name)
-        return stamp_of(image, **given)
-
-    monkeypatch.setattr(results, "stamp_of", noted)
-    run(place, Pretended(), resume=True)
-    assert sorted(looked_up) == [f"{name}.mha" for name in range(101, 106)]
-
-
-def predicted_by_resume(place):
-    """What a run with ``resume`` had to predict."""
-    ensemble = Pretended()
-    run(place, ensemble, resume=True)
-    return [call for call in ensemble.calls if call.startswith("predict ")]
-
-
-def test_resume_does_again_what_has_changed(place):
-    run(place, Pretended())
-    assert predicted_by_resume(place) == []
-    mask = place / "output" / "101.mha"
-    mask.write_bytes(mask.read_bytes()[:-1])
-    (place / "output" / "102.mha").unlink()
-    add(place, 103, lesions=((1, 1, 1),))
-    ended = entries(place)
-    ended[3]["report"]["made_from"]["preset"] = "full"
-    del ended[4]["report"]["made_from"]  # as an older version wrote it
-    (place / "output" / "results.json").write_text(json.dumps(ended))
-    assert predicted_by_resume(place) == [f"predict {name}" for name in range(101, 106)]
-    assert predicted_by_resume(place) == []
-
-
-def test_without_resume_everything_is_done_again(place):
-    run(place, Pretended())
-    ensemble = Pretended()
-    run(place, ensemble)
-    assert len(ensemble.budgets) == 5
-
-
 def test_the_time_left_is_shared_by_the_cases_left(place, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(one_case.time, "monotonic", lambda: now[0])
@@ -381,13 +220,6 @@ def test_pictures_are_of_what_the_model_expects(place, monkeypatch, is_ct):
     job = find_cases(place / "input", place / "out", input_slug="ct", output_slug="mask")
     pipeline.run(job, ensemble, Options(place / "out", "fast", pictures=True))
     assert seen == [is_ct] * 10
-
-
-def with_pictures(place, **options):
-    ensemble = Pretended()
-    ensemble.model = SimpleNamespace(expects_hu=False, name="m", version="1")
-    ensemble.engine = SimpleNamespace(name="none")
-    return run(place, ensemble, pictures=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -422,79 +254,3 @@ def test_a_failing_page_is_a_warning_and_the_masks_stay(place, monkeypatch, caps
     said = [entry["report"]["warnings"] for entry in entries(place)]
     assert said == [["odd", "no page of all scans (disk full)"]] * 5
     assert "warning: no page of all scans (disk full)" in capsys.readouterr().err
-
-
-def test_results_json_is_not_written_for_each_case(place, monkeypatch):
-    """4,000 damaged scans would write 8 million entries."""
-    for name in range(200, 260):
-        (place / "input" / f"{name}.mha").write_bytes(b"damaged")
-    written, write_results = [], results.write_results
-
-    def counted(ended, path):
-        written.append(len(ended))
-        write_results(ended, path)
-
-    monkeypatch.setattr(results, "write_results", counted)
-    run(place, Pretended())
-    assert written == [65]
-    assert len(entries(place)) == 65
-    assert not (place / "output" / "results.jsonl").exists()
-
-
-def test_what_a_killed_run_left_in_the_journal_is_gone_on_from(place, monkeypatch):
-    """The journal's last line is cut off, as by SIGKILL; results.json was never written."""
-    with monkeypatch.context() as killed:
-        killed.setattr(Record, "save", lambda self: None)
-        run(place, Pretended())
-    journal = place / "output" / "results.jsonl"
-    assert not (place / "output" / "results.json").exists()
-    journal.write_bytes(journal.read_bytes()[:-20])
-    assert predicted_by_resume(place) == ["predict 105"]
-    assert not journal.exists()
-    assert len(entries(place)) == 5
-
-
-@pytest.mark.parametrize(("every_s", "expected"), [(30.0, [0] * 5), (-1.0, [0, 1, 2, 3, 4])])
-def test_a_long_run_writes_results_json_meanwhile(place, monkeypatch, every_s, expected):
-    monkeypatch.setattr(results, "_EVERY_S", every_s)
-    ensemble, seen = Pretended(), []
-    path = place / "output" / "results.json"
-    ensemble.during_finish = lambda _: seen.append(len(entries(place)) if path.exists() else 0)
-    run(place, ensemble)
-    assert seen == expected
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "again"),
-    [
-        ({"pictures": True}, {"pictures": False}, False),
-        ({"pictures": False}, {"pictures": True}, True),
-    ],
-)
-def test_a_picture_that_is_asked_for_now_is_made(place, before, now, again):
-    run_as = {True: with_pictures, False: lambda place, **more: run(place, Pretended(), **more)}
-    run_as[before["pictures"]](place)
-    (place / "output" / "101.mha").touch()
-    inode = (place / "output" / "101.mha").stat().st_ino
-    run_as[now["pictures"]](place, resume=True)
-    assert ((place / "output" / "101.mha").stat().st_ino != inode) == again
-
-
-def test_a_refused_case_is_in_the_results_and_takes_nothing(place):
-    (place / "input" / "100.mha").symlink_to("nowhere")
-    (place / "output").mkdir()
-    (place / "output" / "100.mha").write_bytes(b"of an earlier run")
-    ended = run(place, Pretended())
-    assert not (place / "output" / "100.mha").exists()
-    assert [bool(result.error) for result in ended] == [True] + [False] * 5
-    assert entries(place)[0]["error_messages"] == [
-        f"{place / 'input'}/100.mha: a link to nothing, expected a scan"
-    ]
-
-
-def test_a_refused_case_in_the_output_folder_itself_stays(place):
-    """Its mask would have its name."""
-    (place / "input" / "100.mha").symlink_to("nowhere")
-    job = find_cases(place / "input", place / "input", input_slug="a", output_slug="b")
-    results.refuse_cases(job, Record(place / "input", job.cases))
-    assert (place / "input" / "100.mha").is_symlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import SimpleITK as sitk
 
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
@@ -95,3 +96,17 @@ def contents(folder):
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def write_4d(path, channels, dtype=np.int16):
+    """As ITK writes a series of volumes: channels last in NIfTI, a direction of 4x4."""
+    turn = np.deg2rad(10)
+    direction = (np.cos(turn), -np.sin(turn), 0, np.sin(turn), np.cos(turn), 0, 0, 0, 1)
+    stack = []
+    for channel in channels:
+        image = sitk.GetImageFromArray(channel.astype(dtype))
+        image.SetSpacing((0.5, 0.75, 5.0))
+        image.SetOrigin((-10.0, 20.0, 30.0))
+        image.SetDirection(direction)
+        stack.append(image)
+    sitk.WriteImage(sitk.JoinSeries(stack, 7.0, 2.0), str(path))

@@ -18,6 +18,15 @@ DATASET: dict[str, Any] = {
     "numTraining": 5,
     "file_ending": ".nii.gz",
 }
+# made by benchmarks/nnunetv2_networks.py, of nnunetv2's own networks
+NETWORKS: dict[str, dict[str, Any]] = {
+    described["name"]: described
+    for described in json.loads(
+        Path(__file__).with_name("nnunetv2_networks.json").read_text(encoding="utf-8")
+    )["networks"]
+}
+SMALL = NETWORKS["residual_2d"] | {"input": [1, 1, 16, 24]}
+VOLUME = NETWORKS["residual_3d"]
 
 
 def resampling(theirs: str, order: int) -> dict[str, Any]:
