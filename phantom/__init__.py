@@ -2,5 +2,6 @@
 
 In come a seed and the atlas; out comes a dataset in the Decathlon's layout, one scan and one exact
 mask a case. Open ``cases`` first, then ``person``, ``head``, ``bleeds`` and ``scanner``;
-``synthesize`` is the command. Nothing here is a real patient.
+``findings`` draws what else heads show, ``synthesize`` is the command. Nothing here is a real
+patient.
 """

@@ -43,6 +43,7 @@ class Bleed:
         hu: Density of the blood at each voxel.
         oedema_mm: Reach of the dark rim, 0 for none.
         oedema_hu: How much darker the rim is next to the blood.
+        labelled: Whether it is a bleed for the label; an old, dark collection is not.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Bleed:
     hu: Array
     oedema_mm: float
     oedema_hu: float
+    labelled: bool = True
 
 
 def draw_bleed(anatomy: Anatomy, *, kind: str, volume_ml: float, rng: np.random.Generator) -> Bleed:
@@ -66,6 +68,24 @@ def draw_bleed(anatomy: Anatomy, *, kind: str, volume_ml: float, rng: np.random.
             f"{kind} bleed of {volume_ml} mL, expected more than 0 and at most {LARGEST_ML[kind]}"
         )
     field = _FIELDS[kind](anatomy, volume_ml, rng)
+    return bleed_of(anatomy, field, kind=kind, volume_ml=volume_ml, rng=rng)
+
+
+def bleed_of(
+    anatomy: Anatomy, field: Array, *, kind: str, volume_ml: float, rng: np.random.Generator
+) -> Bleed:
+    """A bleed of a field, cut at the level that gives its volume, with its density.
+
+    Args:
+        anatomy: The head.
+        field: Higher deeper inside the bleed; very low where no blood may be.
+        kind: One of ``KINDS``.
+        volume_ml: Wanted volume.
+        rng: Draws the density.
+
+    Raises:
+        ValueError: There is no room for it.
+    """
     voxel_ml = float(np.prod(anatomy.spacing_mm)) / 1000
     wanted = max(round(volume_ml / voxel_ml), 1)
     allowed = field[field > _OUTSIDE / 2]

@@ -38,11 +38,11 @@ def brain_hu(
         ATLAS_ORIGIN_MM[a] + np.indices(grey.shape, sparse=True)[a].astype(np.float32)
         for a in range(3)
     )
-    depth = _full(atlas.depth_mm, grey.shape)
+    depth = full_size(atlas.depth_mm, grey.shape)
     if p.old_infarct:
         _add_old_infarct(hu, atlas, (z, y, x), depth, rng)
     hu += _dura((z, y, x), depth, rng) * (p.dura_hu - hu)
-    hu += _vessels((z, y, x)) * np.clip(p.grey_hu + 9 - hu, 0, None)
+    hu += arteries((z, y, x)) * np.clip(p.grey_hu + 9 - hu, 0, None)
     hu += p.rim_hu * np.exp(-depth / 12.0)
     # where that is strong, the dura under the inner table shows as a thin bright line, too
     line = np.clip((p.rim_hu - 1.5) / 6.5, 0, 1) * np.clip(1.5 - depth / 2.0, 0, 1)
@@ -59,7 +59,7 @@ def _tissue_hu(
     """Mix grey matter, white matter (paler around the ventricles) and fluid, with some texture."""
     shape = grey.shape
     white = 1 - grey - fluid
-    near = np.exp(-_full(atlas.ventricle_distance_mm, shape) / 9.0)
+    near = np.exp(-full_size(atlas.ventricle_distance_mm, shape) / 9.0)
     patchy = 1 + 0.5 * smooth_noise(shape, 8.0, rng)
     hu: Array = (
         p.grey_hu * grey
@@ -90,17 +90,31 @@ def _dura(axes_mm: Axes, depth: Array, rng: np.random.Generator) -> Array:
     wave = 1.2 * np.sin(y / 31 + rng.uniform(0, 6)) * np.sin(z / 27 + rng.uniform(0, 6))
     sheet = np.clip(1.3 - np.abs(x - wave) / 1.0, 0, 1) * above * (z > -8 - 0.12 * y) * (depth < 55)
     # tentorium: a tent whose ridge falls to the sides, behind the midbrain
-    roof = 2.0 - 0.011 * x**2 - 0.0045 * (y - 50) ** 2 - 0.10 * (y - 40)
+    roof = tentorium_mm(y, x)
     tent = np.clip(1.0 - np.abs(z - roof) / 1.1, 0, 1) * (y > 32 + 0 * z) * (np.abs(x) > 3 + 0 * z)
-    sinus = (
-        np.clip(2.0 - depth / 3.5 - np.abs(x) / 4.5, 0, 1) * (z > -10) * (depth > 0.5) * (y > -50)
-    )
-    transverse = np.clip(1.4 - depth / 4.5 - np.abs(z - roof) / 5, 0, 1) * (y > 50)
-    dura: Array = np.maximum.reduce([sheet, 0.7 * tent, sinus * np.ones_like(depth), transverse])
+    dura: Array = np.maximum.reduce([sheet, 0.7 * tent, sinuses(axes_mm, depth)])
     return dura
 
 
-def _vessels(axes_mm: Axes) -> Array:
+def tentorium_mm(y: Array, x: Array) -> Array:
+    """Height of the tentorium in the atlas, a tent whose ridge falls to the sides."""
+    roof: Array = 2.0 - 0.011 * x**2 - 0.0045 * (y - 50) ** 2 - 0.10 * (y - 40)
+    return roof
+
+
+def sinuses(axes_mm: Axes, depth: Array) -> Array:
+    """Share of each voxel that the venous sinuses along midline and tentorium take."""
+    z, y, x = axes_mm
+    sagittal = (
+        np.clip(2.0 - depth / 3.5 - np.abs(x) / 4.5, 0, 1) * (z > -10) * (depth > 0.5) * (y > -50)
+    )
+    roof = tentorium_mm(y, x)
+    transverse = np.clip(1.4 - depth / 4.5 - np.abs(z - roof) / 5, 0, 1) * (y > 50)
+    found: Array = np.maximum(sagittal * np.ones_like(depth), transverse)
+    return found
+
+
+def arteries(axes_mm: Axes) -> Array:
     """Basilar, carotid and middle cerebral arteries, which stand out a little against fluid."""
     z, y, x = axes_mm
     basilar = np.exp(-(((x - 1) / 1.7) ** 2 + ((y - 14 - 0.08 * (z + 30)) / 1.7) ** 2)) * (
@@ -137,7 +151,7 @@ def _random_site(atlas: Atlas, rng: np.random.Generator) -> Array:
     return (ATLAS_ORIGIN_MM + 2.0 * candidates[rng.integers(len(candidates))]).astype(np.float32)
 
 
-def _full(half: Array, shape: tuple[int, ...]) -> Array:
+def full_size(half: Array, shape: tuple[int, ...]) -> Array:
     """A map of every second voxel, enlarged to all of them."""
     tensor = torch.from_numpy(half)[None, None]
     return torch.nn.functional.interpolate(tensor, shape, mode="trilinear", align_corners=True)[

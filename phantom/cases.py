@@ -13,6 +13,14 @@ from ichseg.errors import InputError
 from phantom import bleeds, scanner
 from phantom.anatomy import Anatomy, enlarge
 from phantom.background import Background, paint
+from phantom.findings import subdurals
+from phantom.findings.choose import (
+    NOTHING,
+    Findings,
+    add_findings,
+    draw_findings,
+    with_hydrocephalus,
+)
 from phantom.head import (
     BEND_NODES,
     BEND_STEP_MM,
@@ -32,6 +40,7 @@ _COMPANIONS = {
     "epidural": ("intraparenchymal", "subdural"),
     "subarachnoid": ("intraventricular", "intraparenchymal", "subdural"),
 }
+_FINDINGS_STREAM = 1  # findings have random numbers of their own: they move no other draw
 _TRIES = 6  # a real scan may show no ventricles, or be too small for what was drawn
 _COARSE_MM = (2.5, 1.9)  # slice and in-plane step of the grid that bleeds are drawn on
 
@@ -53,6 +62,9 @@ class SynthesisConfig:
     """Real scans to draw the bleeds into, in turn, instead of phantoms."""
     shrink: int = 1
     """Divides the in-plane matrix; above 1 for tests."""
+    findings: bool = False
+    """Whether phantoms also show what ``phantom.findings`` draws; without, they stay as they were,
+    byte for byte."""
 
     @property
     def draws_into_dataset(self) -> bool:
@@ -70,6 +82,7 @@ class Case:
         spacing_mm: Voxel size ``(z, y, x)``.
         lesions: Kind and wanted volume in mL of each bleed.
         volumes_ml: Labelled volume of each kind.
+        findings: What else there is to see, see ``phantom.findings``.
     """
 
     voxels: npt.NDArray[np.int16]
@@ -77,6 +90,7 @@ class Case:
     spacing_mm: tuple[float, float, float]
     lesions: tuple[tuple[str, float], ...]
     volumes_ml: dict[str, float]
+    findings: Findings = NOTHING
 
 
 def make_case(config: SynthesisConfig, index: int) -> Case:
@@ -87,7 +101,12 @@ def make_case(config: SynthesisConfig, index: int) -> Case:
         return _make_on_background(config, index, lesions, rng)
     head_parameters = draw_head(rng)
     scan = scanner.draw_scan(head_parameters, rng, shrink=config.shrink)
-    return make_phantom(head_parameters, scan, lesions, rng)
+    if not config.findings:
+        return make_phantom(head_parameters, scan, lesions, rng)
+    apart = np.random.default_rng([config.seed, index, _FINDINGS_STREAM])
+    return make_phantom(
+        head_parameters, scan, lesions, rng, draw_findings(lesions, apart), findings_rng=apart
+    )
 
 
 def draw_lesions(
@@ -117,21 +136,42 @@ def make_phantom(
     scan: scanner.ScanParameters,
     lesions: tuple[tuple[str, float], ...],
     rng: np.random.Generator,
+    findings: Findings | None = None,
+    *,
+    findings_rng: np.random.Generator | None = None,
 ) -> Case:
-    """Scan a phantom with the given bleeds."""
+    """Scan a phantom with the given bleeds, and with findings if there are any.
+
+    Args:
+        head_parameters: The person.
+        scan: The scanner and its protocol.
+        lesions: Kind and wanted volume in mL of each bleed.
+        rng: Draws everything but the findings.
+        findings: What else there is to see.
+        findings_rng: Draws the findings; needed where there are any.
+    """
+    shown, apart = findings or NOTHING, findings_rng or rng
     if any(kind == "intraventricular" and volume > 6 for kind, volume in lesions):
         growth = float(head_parameters.ventricle_growth_mm + rng.uniform(1.5, 3.5))
         head_parameters = dataclasses.replace(head_parameters, ventricle_growth_mm=growth)
-    head = make_head(head_parameters, rng)
+    head = make_head(with_hydrocephalus(head_parameters, shown, apart), rng)
+    if shown.names:
+        head = add_findings(head, shown, apart)
     anatomy = coarse_anatomy(head, scan)
-    drawn = [
-        bleeds.draw_bleed(anatomy, kind=kind, volume_ml=volume, rng=rng) for kind, volume in lesions
-    ]
+    drawn: list[bleeds.Bleed] = []
+    for kind, volume in lesions:
+        if kind == "subdural" and shown.acute_on_chronic:
+            drawn += subdurals.acute_on_chronic(anatomy, volume, apart)
+        elif kind == "subdural" and shown.tentorial:
+            drawn.append(subdurals.tentorial(anatomy, _coarse_position(head, scan), volume, apart))
+        else:
+            drawn.append(bleeds.draw_bleed(anatomy, kind=kind, volume_ml=volume, rng=rng))
     push = mass_effect(anatomy, drawn, scan, rng)
     fine, blood = _draw(head, scan, drawn, push)
     voxels = scanner.acquire(fine, scan, rng)
     thick = blood.reshape(scan.shape[0], scan.parts, *blood.shape[1:]).mean(axis=1)
-    return _finish(voxels, enlarge(thick, scan.shape), scan.spacing_mm, lesions, drawn)
+    case = _finish(voxels, enlarge(thick, scan.shape), scan.spacing_mm, lesions, drawn)
+    return dataclasses.replace(case, findings=shown)
 
 
 def _draw(
@@ -161,7 +201,8 @@ def _draw(
             brain_hu -= bleeds.oedema(bleed, fraction, step_mm)  # type: ignore[arg-type]
         blood_hu = enlarge(bleed.hu, shape)[:, rows, columns]
         brain_hu += fraction * (blood_hu - brain_hu)
-        total = np.maximum(total, fraction)
+        if bleed.labelled:
+            total = np.maximum(total, fraction)
     fine[:, rows, columns] = outside_hu + inside * (brain_hu - outside_hu)
     blood[:, rows, columns] = total * np.clip((inside - 0.85) * 10, 0, 1)
     skin = np.flatnonzero((fine[: shape[0] // 2, :, columns] > -300).any(axis=(0, 2)))
@@ -195,12 +236,7 @@ def _finish(
 
 def coarse_anatomy(head: Head, scan: scanner.ScanParameters) -> Anatomy:
     """The head on the grid that bleeds are drawn on."""
-    extent = [n * s for n, s in zip(scan.shape, scan.spacing_mm, strict=True)]
-    shape = (
-        scan.shape[0] * max(round(scan.spacing_mm[0] / _COARSE_MM[0]), 1),
-        round(extent[1] / _COARSE_MM[1]),
-        round(extent[2] / _COARSE_MM[1]),
-    )
+    shape, extent = _coarse_shape(scan)
     at = atlas_position(head, scanner.grid_axes_mm(scan, shape))
     maps = sample(head.maps, at).numpy()
     side = -1 if head.parameters.mirrored else 1
@@ -212,6 +248,26 @@ def coarse_anatomy(head: Head, scan: scanner.ScanParameters) -> Anatomy:
         ventricles=maps[4],
         middle_mm=middle,
     )
+
+
+def _coarse_shape(scan: scanner.ScanParameters) -> tuple[tuple[int, int, int], list[float]]:
+    """Shape of the grid that bleeds are drawn on, and the scan's extent in mm, ``(z, y, x)``."""
+    extent = [n * s for n, s in zip(scan.shape, scan.spacing_mm, strict=True)]
+    shape = (
+        scan.shape[0] * max(round(scan.spacing_mm[0] / _COARSE_MM[0]), 1),
+        round(extent[1] / _COARSE_MM[1]),
+        round(extent[2] / _COARSE_MM[1]),
+    )
+    return shape, extent
+
+
+def _coarse_position(head: Head, scan: scanner.ScanParameters) -> npt.NDArray[np.float32]:
+    """Where each voxel of the grid that bleeds are drawn on lies in the atlas, in mm."""
+    shape, _ = _coarse_shape(scan)
+    position: npt.NDArray[np.float32] = atlas_position(
+        head, scanner.grid_axes_mm(scan, shape)
+    ).numpy()
+    return position
 
 
 def mass_effect(

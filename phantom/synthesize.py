@@ -52,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--balanced", action="store_true", help="the five kinds in turn, one a case"
     )
     parser.add_argument(
+        "--findings",
+        action="store_true",
+        help="phantoms also show what makes heads hard to read: hydrocephalus, fresh blood in old "
+        "subdural collections, layers along the tentorium, calcified dura, scalp haematomas, "
+        "fractures, surgical material, contrast medium",
+    )
+    parser.add_argument(
         "--background",
         type=Path,
         metavar="SCAN|FOLDER",
@@ -70,7 +77,11 @@ def main(args: argparse.Namespace) -> int:
     if args.out is None:
         raise DatasetError("synthesize needs --out DIR (or --check CT)")
     backgrounds = find_backgrounds(args.background) if args.background else ()
-    config = SynthesisConfig(100, args.seed, args.negatives, args.balanced, backgrounds)
+    if backgrounds and args.findings:
+        raise DatasetError("--findings are drawn into phantoms alone, not with --background")
+    config = SynthesisConfig(
+        100, args.seed, args.negatives, args.balanced, backgrounds, findings=args.findings
+    )
     every = len(backgrounds) if config.draws_into_dataset else config.cases
     config = dataclasses.replace(config, cases=every if args.cases is None else args.cases)
     write_dataset(config, args.out, workers=args.workers)
@@ -167,7 +178,7 @@ def _write_case(job: tuple[SynthesisConfig, int, Path]) -> Row | str:
         "case": name, "kinds": ";".join(case.volumes_ml),
         "lesions": len(case.lesions), "volume_ml": volumes,
         "spacing_mm": "x".join(f"{s:g}" for s in case.spacing_mm), "seed": config.seed,
-    }  # fmt: skip
+    } | ({"findings": ";".join(case.findings.names)} if config.findings else {})  # fmt: skip
 
 
 def _name_and_group(config: SynthesisConfig, index: int) -> tuple[str, str]:
