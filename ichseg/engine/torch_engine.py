@@ -56,7 +56,8 @@ def engine_on(device: torch.device, precision: str = "auto", threads: int = 0) -
         torch.set_num_threads(threads or cpu_threads())
     else:
         torch_device.warm_up(device)
-        torch.backends.cudnn.benchmark = True  # the shapes of batches are few, and come again
+        # the shapes of batches are few, and come again; what is measured may differ between runs
+        torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic
     sizes: dict[NetworkSpec, BatchSize] = {}
 
     def size_of(spec: NetworkSpec) -> BatchSize:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURE
 
-from ichseg.engine import choose, openvino_engine, openvino_graph, torch_engine
+from ichseg.engine import choose, openvino_engine, openvino_graph, torch_device, torch_engine
 from ichseg.engine.choose import choose_engine
 from ichseg.engine.engine import NetworkSpec
 from ichseg.engine.torch_engine import BatchSize
@@ -418,6 +418,23 @@ def test_the_batch_is_known_by_the_tile_and_not_by_what_memory_is_free():
     chosen = choose_engine("torch-cpu")
     assert chosen.batch_of(SPECS["plain 3d"]) == 1_200_000 // (4 * 16 * 16)
     assert chosen.batch_of(SPECS["plain 3d"]) == chosen.batch_of(SPECS["plain 3d"])
+
+
+def test_a_deterministic_training_validates_so(monkeypatch):
+    """No algorithm is chosen by measuring then; there is no card here, and none is asked."""
+    monkeypatch.setattr(torch_device, "warm_up", lambda _: None)
+    monkeypatch.setattr(torch_device, "describe", lambda _: "a card")
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    try:
+        for deterministic in (True, False):
+            cudnn.deterministic = deterministic
+            chosen = torch_engine.engine_on(torch.device("cuda"))
+            assert cudnn.benchmark is not deterministic
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+    assert (chosen.kind, chosen.precision, chosen.name) == ("cuda", "float16", "a card, float16")
+    assert chosen.batch_of(SPECS["plain 3d"]) == 8_000_000 // (4 * 16 * 16)
 
 
 @pytest.mark.gpu
