@@ -113,7 +113,9 @@ def case_score(foreground: Labels, voxel_ml: float) -> float:
     return total / wanted / 255
 
 
-def speck_warning(labels: Labels, scan: Volume, foreground: Labels) -> str | None:
+def speck_warning(
+    labels: Labels, scan: Volume, foreground: Labels, found: Sequence[Lesion]
+) -> str | None:
     """Words for a mask of which half or more looks like specks at the inner table of the skull.
 
     There partial volume, beam hardening and the dura are as dense as blood. A speck is thin, lies
@@ -123,17 +125,24 @@ def speck_warning(labels: Labels, scan: Volume, foreground: Labels) -> str | Non
         labels: ``(z, y, x)``, in the scan's grid; 0 is background.
         scan: The CT in HU, or in a window of them whose bone saturates.
         foreground: The probability of anything but background in steps of 1/255.
+        found: The lesions of these labels.
 
     Returns:
         A warning; None if there are fewer specks, or no skull.
     """
+    perhaps_ml = sum(each.volume_ml for each in found if _may_be_speck(each))
+    if perhaps_ml < sum(each.volume_ml for each in found) / 2:
+        return None  # as nearly always, and without the memory of what follows
     bone_hu = min(_BONE_HU, float(scan.voxels.max()) - 1)
     where = ndimage.find_objects((labels != 0).view(np.uint8))
     if not where or np.greater_equal(scan.voxels, bone_hu).sum() * scan.voxel_ml < _LEAST_BONE_ML:
         return None
     components, count = ndimage.label(labels[where[0]], _CONNECTED)
     likely = foreground[where[0]]
-    sizes = np.bincount(components.ravel(), minlength=count + 1)[1:]
+    sizes = np.zeros(count + 1, np.int64)
+    for rows in _slabs(components.shape):
+        sizes += np.bincount(components[rows].ravel(), minlength=count + 1)
+    sizes = sizes[1:]
     boxes = ndimage.find_objects(components)
     around = [int(np.ceil(BESIDE_BONE_MM / mm)) for mm in scan.spacing_mm]
     specks_ml, surest = 0.0, 0.0
@@ -165,6 +174,11 @@ def speck_warning(labels: Labels, scan: Volume, foreground: Labels) -> str | Non
         f"the skull: thin, beside bone, of a mean probability of {surest:.2f} at most; it may well "
         "be none"
     )
+
+
+def _may_be_speck(lesion: Lesion) -> bool:
+    sure = lesion.mean_probability
+    return lesion.volume_ml < SPECK_ML and (sure is None or sure < SPECK_PROBABILITY)
 
 
 def _is_thin(inside: npt.NDArray[np.bool_], spacing_mm: Sequence[float]) -> bool:

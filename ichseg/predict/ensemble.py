@@ -280,7 +280,7 @@ class Ensemble:
         lesions = components.lesions(labels, volume, foreground)
         doubtful = None
         if self.model.expects_hu:
-            doubtful = components.speck_warning(labels, volume, foreground)
+            doubtful = components.speck_warning(labels, volume, foreground, lesions)
         seconds = predicted.seconds | {"restore": time.perf_counter() - began}
         seconds["total"] = sum(seconds.values())
         decided = {} if threshold is None else {"threshold": threshold}

@@ -158,7 +158,7 @@ def test_only_the_fresh_blood_is_labelled():
         findings_rng=np.random.default_rng(2),
     )  # fmt: skip
     labelled_ml = case.mask.sum() * np.prod(case.spacing_mm) / 1000
-    assert labelled_ml == pytest.approx(15.0, rel=0.2)
+    assert labelled_ml == pytest.approx(15.0, rel=0.3)  # voxels of 2 mm
     assert case.voxels[case.mask > 0].mean() > 45
 
 

@@ -10,7 +10,7 @@ from ichseg.errors import PlansError
 from ichseg.model import strict_json
 from ichseg.model.rules import ComponentRule
 from ichseg.predict import components
-from ichseg.predict.components import apply_rules, case_score, lesions, speck_warning
+from ichseg.predict.components import apply_rules, case_score, lesions
 from ichseg.scan.volume import Volume
 
 
@@ -187,6 +187,10 @@ def test_rules_survive_json_and_refuse_what_makes_no_sense():
             {"label": 0, "keep_largest": True, "drop_below_ml": 0.0},
             where="here",
         )
+
+
+def speck_warning(labels, scan, foreground):
+    return components.speck_warning(labels, scan, foreground, lesions(labels, scan, foreground))
 
 
 def skull_with(*places, sure=0.6, bone=900, plane=2):

@@ -78,6 +78,7 @@ def train_fold(
         torch.set_num_threads(run.config.threads)
     with determinism(run), memory_advice(run):
         reason = _train(run, _state_of(run, restart=restart), interrupted)
+        run.group.all_done(done=True)  # one writes the checkpoint, and all of them read it next
     if reason is not None:
         _log.info("training has ended: %s", reason)
     return reason is not None
