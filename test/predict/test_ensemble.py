@@ -64,7 +64,8 @@ def test_specks_are_a_warning_of_the_segmentation(tmp_path, scan, monkeypatch):
     make_bundle(tmp_path)
     seen = []
 
-    def told(labels, volume, foreground):
+    def told(labels, volume, foreground, lesions):
+        assert len(lesions) > 0
         seen.append((labels.shape, volume.voxels.shape, foreground.dtype))
         return "specks"
 
