@@ -22,7 +22,7 @@ def choose_engine(device: str, precision: str = "auto", threads: int = 0) -> Eng
             (OpenVINO; torch if that is not installed), ``cuda``, or ``torch-cpu`` (the reference).
         precision: Of convolutions. ``auto`` is float16 on CUDA, float32 by torch on the CPU, and by
             OpenVINO bfloat16 on processors that compute it themselves, else float32.
-        threads: Of the CPU; 0 for as many as this process may really use.
+        threads: How many threads of the CPU run it; 0 takes as many as this process may use.
 
     Raises:
         DeviceError: Another word; or CUDA was asked for and is not usable; or torch on the CPU was

@@ -142,8 +142,8 @@ class Ensemble:
             progress: Called with (forward passes done, all of them) after each; what it raises ends
                 the work.
             budget_s: Seconds that all of it may take, see ``predict``.
-            spacing_mm: Of a numpy array: the size of a voxel along each axis, in the array's order.
-            axes: Of a numpy array: its order, ``zyx`` or ``xyz``, see ``images.as_scan``.
+            spacing_mm: A numpy array needs the size of its voxels along each axis, in its order.
+            axes: The order of a numpy array is ``zyx`` or ``xyz``, see ``images.as_scan``.
             probabilities: Whether the result has the probabilities of each label, as float16.
             threshold: See ``finish``.
 
