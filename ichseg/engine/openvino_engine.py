@@ -30,7 +30,7 @@ def engine(threads: int, precision: str = "auto") -> Engine:
     """
     openvino: Any = import_openvino()
     version = openvino.__version__.split("-")[0]
-    core = openvino.Core()
+    core = _core()
     if precision == "auto":
         precision = "bfloat16" if computes_bfloat16(openvino, core) else "float32"
     return Engine(
@@ -43,6 +43,17 @@ def engine(threads: int, precision: str = "auto") -> Engine:
         device_bytes=lambda: None,
         batch_of=lambda _: 1,
     )
+
+
+@functools.cache
+def _core() -> Any:
+    """The one core of this process, which stays to its end.
+
+    OpenVINO gives the thread that begins it a stack for signals, and takes it away with the core.
+    With two cores that end in the order in which they began, or with one that ends in another
+    thread, signals are handled on memory that is gone: the next one is a segmentation fault.
+    """
+    return import_openvino().Core()
 
 
 def computes_bfloat16(openvino: Any, core: Any) -> bool:
