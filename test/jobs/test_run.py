@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -308,7 +309,8 @@ def test_two_runs_of_one_workspace_do_not_meet(copy, dataset, capsys):
         line = ["run", str(dataset), "--workspace", str(copy), *TINY]
         assert command(line) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"error: {copy}: another process is at work on this workspace"
+    where = f"process {os.getpid()} on {socket.gethostname()}"
+    assert last == f"error: {copy}: another process is at work on this workspace: {where}"
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 75), ("SIGUSR1", 75)])

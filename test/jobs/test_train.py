@@ -2,10 +2,7 @@
 
 import argparse
 import errno
-import fcntl
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +10,6 @@ import torch
 from ichseg.errors import TrainingError
 from training.__main__ import main as command
 from training.jobs import train
-from training.jobs.claim import claimed
 from training.jobs.job_log import logged_to
 from training.jobs.train import parse_folds, train_in_sequence
 
@@ -40,16 +36,6 @@ def test_memory_that_runs_out_in_a_validation_stops_no_other_fold(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: 1 of 2 folds failed: fold 0: ")
     assert "out of memory on cpu while segmenting the validation cases; the training has" in last
-
-
-def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with claimed(tmp_path, "training this fold"):
-        pass
-    assert f"{tmp_path} cannot be locked (No locks available); see to it that no" in caplog.text
 
 
 def test_a_log_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, caplog, capsys):
@@ -111,28 +97,3 @@ def test_folds_are_numbers():
     ):
         with pytest.raises(argparse.ArgumentTypeError, match=message):
             parse_folds(text)
-
-
-def test_two_processes_cannot_train_one_fold(tmp_path):
-    code = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from training.jobs.claim import claimed\n"
-        "with claimed(Path(sys.argv[1]), 'training this fold'):\n"
-        "    print('claimed', flush=True)\n"
-        "    sys.stdin.read()\n"
-    )
-    with claimed(tmp_path, "training this fold"):
-        pass
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert other.stdout.readline() == b"claimed\n"
-    with (
-        pytest.raises(TrainingError, match="another process is training"),
-        claimed(tmp_path, "training this fold"),
-    ):
-        pass
-    other.communicate()
-    with claimed(tmp_path, "training this fold"):
-        pass

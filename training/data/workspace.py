@@ -33,7 +33,7 @@ CONFIG_FILE = "config.json"
 LATEST_CHECKPOINT, BEST_CHECKPOINT = "checkpoint_latest.pt", "checkpoint_best.pt"
 PROGRESS_TABLE, PROGRESS_PICTURE, TRAIN_LOG = "progress.csv", "progress.png", "train.log"
 VALIDATION_FILE = "validation.json"
-LOCK_FILE = ".lock"
+CLAIM_FILE = ".claim.json"  # who is at work in a folder
 
 _FOLD = "fold_"
 _RAW, _PREPROCESSED, _RUNS, _EVALUATION = "raw", "preprocessed", "runs", "evaluation"
