@@ -25,6 +25,7 @@ from ichseg.model import plans
 from ichseg.predict.dice import dice_of_masks
 from ichseg.scan import volume
 from training.data import dataset, splits
+from training.scoring.ignored import leave_out
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -67,7 +68,7 @@ class FoldPair:
     """How to call both sides.
 
     Attributes:
-        source: The dataset, in the Decathlon's layout.
+        source: The dataset, in the Decathlon's layout or as a raw folder of nnU-Net v2.
         folder: The folder for all that is made.
         settings: What both sides are told.
         rival_python: The Python of the rival's environment.
@@ -213,16 +214,18 @@ class FoldPair:
         ]  # fmt: skip
 
     def scores(self, side: str, seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """The Dice of the held-out cases, ``(cases, foreground labels)``; NaN where undefined."""
+        """The Dice of the held-out cases, ``(cases, labels or regions)``; NaN where undefined."""
         kept = json.loads(self.done(side, seed).read_text())
-        cases = {case.name: case for case in dataset.load_dataset(self.workspace(seed)).labelled}
-        labels = range(1, len(dataset.load_dataset(self.workspace(seed)).labels))
+        data = dataset.load_dataset(self.workspace(seed))
+        cases = {case.name: case for case in data.labelled}
+        foreground = plans.load(self.workspace(seed) / "plans.json").foreground
         found = []
         for name in self.fold(seed).validation:
             predicted = volume.read(Path(kept["predictions"]) / f"{name}.nii.gz").voxels
             reference = volume.read(cases[name].label or Path()).voxels
+            predicted, reference = leave_out(predicted, reference, data.ignore_label)
             found.append(
-                [dice_of_masks(predicted == label, reference == label) for label in labels]
+                [dice_of_masks(each.mask(predicted), each.mask(reference)) for each in foreground]
             )
         return np.array(found)
 
@@ -277,6 +280,9 @@ class FoldPair:
         """Copy the dataset to nnunetv2's raw folder."""
         raw = self.folder / "rival" / "nnUNet_raw" / self.settings.dataset
         described = json.loads((self.source / "dataset.json").read_text())
+        if "file_ending" in described:  # the rival's own layout
+            shutil.copytree(self.source, raw)
+            return
         for name in ("imagesTr", "labelsTr"):
             (raw / name).mkdir(parents=True)
         images = sorted((self.source / "imagesTr").glob("[!.]*.nii.gz"))

@@ -7,10 +7,13 @@ spacings and strides are in (z, y, x) order *after* ``Plans.transpose``; a 2D co
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ichseg.errors import PlansError
 from ichseg.model import strict_json
@@ -145,6 +148,25 @@ class Configuration:
 
 
 @dataclass(frozen=True, slots=True)
+class Region:
+    """What is trained for and scored by itself: a foreground label, or several taken together.
+
+    Attributes:
+        name: Its name, for people.
+        label: The label that a mask has where it is found.
+        labels: The labels of a reference that it holds; of a label by itself that one.
+    """
+
+    name: str
+    label: int
+    labels: tuple[int, ...]
+
+    def mask(self, labels: Any) -> Any:
+        """Where labels, a numpy array or a tensor of any shape, are among those of the region."""
+        return functools.reduce(operator.or_, (labels == label for label in self.labels))
+
+
+@dataclass(frozen=True, slots=True)
 class Override:
     """A value that the user chose in place of the planner.
 
@@ -241,20 +263,7 @@ class Plans:
             raise ValueError(f"crop {self.crop!r}, expected one of {CROPS}")
         if self.crop == "head" and any(n.scheme != "ct" for n in self.normalisations):
             raise ValueError("crop 'head' is found in HU, but not every channel is CT")
-        self._check_regions()
-
-    def _check_regions(self) -> None:
-        """Refuse regions that write or hold what is no label."""
-        last = len(self.labels) - 1
-        if not set(self.regions) <= set(range(1, last + 1)):
-            raise ValueError(f"regions write the labels {self.regions}, expected 1 to {last}")
-        if len(self.region_labels) not in (0, len(self.regions)):
-            raise ValueError(
-                f"{len(self.region_labels)} region_labels of {len(self.regions)} regions"
-            )
-        for held in self.region_labels:
-            if not held or not set(held) <= set(range(last + 1)):
-                raise ValueError(f"a region holds the labels {held}, expected among 0 to {last}")
+        check_regions(len(self.labels) - 1, self.regions, self.region_labels)
 
     def _check_stages(self) -> None:
         """Refuse configurations of one name, and stages that no first stage comes before."""
@@ -302,6 +311,47 @@ class Plans:
     def scores(self) -> int:
         """Scores that a network gives each voxel: one a region, or without regions one a label."""
         return len(self.regions) or len(self.labels)
+
+    @property
+    def foreground(self) -> tuple[Region, ...]:
+        """What is trained for and scored: each region, or without regions each foreground label.
+
+        Raises:
+            PlansError: There are regions, and the plans do not say which labels they hold.
+        """
+        if len(self.region_labels) < len(self.regions):
+            raise PlansError(
+                "the bundle's plans do not say which labels its regions hold, as those of an older "
+                "import; import it anew"
+            )
+        written = self.regions or range(1, len(self.labels))
+        held = self.region_labels or [(label,) for label in written]
+        return tuple(
+            Region(self.labels[label], label, labels)
+            for label, labels in zip(written, held, strict=True)
+        )
+
+
+def check_regions(
+    last: int, regions: Sequence[int], region_labels: Sequence[Sequence[int]]
+) -> None:
+    """Refuse regions that write or hold what is no label.
+
+    Args:
+        last: The highest label.
+        regions: The label that each region writes.
+        region_labels: The labels that each region holds; empty if that is not known.
+
+    Raises:
+        ValueError: There is no such label, or the two do not fit each other.
+    """
+    if not set(regions) <= set(range(1, last + 1)):
+        raise ValueError(f"regions write the labels {regions}, expected 1 to {last}")
+    if len(region_labels) not in (0, len(regions)):
+        raise ValueError(f"{len(region_labels)} region_labels of {len(regions)} regions")
+    for held in region_labels:
+        if not held or not set(held) <= set(range(last + 1)):
+            raise ValueError(f"a region holds the labels {held}, expected among 0 to {last}")
 
 
 def check_name(text: str) -> None:

@@ -2,12 +2,21 @@ import dataclasses
 
 import numpy as np
 import pytest
+from conftest import PLANS
 from helpers.workspaces import BUSY, make_workspace
 
-from ichseg.errors import TrainingError
+from ichseg.errors import DatasetError, TrainingError
 from training.batches.augmentation import NO_AUGMENTATION
 from training.batches.reading import centred, make_patches, overlap, read_region, read_regions
-from training.batches.sampling import BatchKey, BatchSpec, draw_batch, draw_lower, is_oversampled
+from training.batches.sampling import (
+    BatchKey,
+    BatchSpec,
+    draw_batch,
+    draw_lower,
+    is_oversampled,
+    merge_samples,
+)
+from training.store.chunks import write_case
 
 FULL_JITTER = {"on_foreground": True, "jitter": 1.0}
 KEYS = [BatchKey(0, 0), BatchKey(0, 1), BatchKey(0, 0, validation=True), BatchKey(1, 0)]
@@ -254,3 +263,74 @@ def test_where_voxels_are_to_be_ignored_patches_are_centred_on_others():
     assert lowers(foreground, (2,) * 3, on_foreground=True) == {(2, 2, 2)}
     assert lowers({}, (2,) * 3, on_foreground=True) == {(9, 9, 9), (4, 5, 6)}
     assert lowers({}, (1, 2, 2), on_foreground=False) == {(10, 9, 9), (5, 5, 6)}
+
+
+def test_a_region_is_drawn_and_then_any_of_its_voxels():
+    """Of label 1 a hundredth is listed, of label 2 all; merged, a hundredth of each is."""
+    one, two = np.full((100, 3), 1), np.full((5000, 3), 2)
+    merged = merge_samples([one, two], [10_000, 5000])
+    assert len(merged) == 100 + 50
+    assert (merged[:, 0] == 2).sum() == 50
+    whole = merge_samples([one, two], [100, 5000])
+    assert len(whole) == 5100
+    assert merge_samples([two], [9999]) is not two
+    assert len(merge_samples([two], [9999])) == 5000
+
+
+def stored(folder, target, **more):
+    """A store of one case without intensities."""
+    data = np.zeros((1, *target.shape), np.float32)
+    write_case(folder, "a", data, target, PLANS.normalisations, **more)
+    return folder
+
+
+def middles(spec, count=200):
+    """The voxels in the middle of the second samples, which lie on foreground."""
+    half = np.array(spec.tile) // 2
+    draws = [draw_batch(spec, BatchKey(0, number))[1] for number in range(count)]
+    return [tuple(int(v) for v in np.array(draw.lower) + half) for draw in draws]
+
+
+def test_half_of_the_patches_are_centred_on_each_of_two_regions(spec, tmp_path):
+    """The core is a hundredth of the bleed, yet it is in the middle of half of the patches."""
+    target = np.zeros((10, 40, 40), np.int8)
+    target[2:7, 10:30, 10:30] = 1
+    target[4, 18:22, 18:23] = 2
+    folder = stored(tmp_path / "store", target)
+    own = dataclasses.replace(
+        spec, folder=folder, train=("a",), patch=(2, 4, 4), augmentation=NO_AUGMENTATION,
+        regions=((1, 2), (2,)),
+    )  # fmt: skip
+    found = [target[place] for place in middles(own)]
+    assert np.mean(np.array(found) == 2) == pytest.approx(0.505, abs=0.1)
+    assert set(found) == {1, 2}
+    nearly_all = dataclasses.replace(own, regions=((1, 2), (1,)))
+    assert np.mean([target[place] == 2 for place in middles(nearly_all)]) < 0.05
+
+
+def test_small_lesions_are_drawn_as_often_as_large_ones(spec, tmp_path):
+    """One of 2000 voxels and one of 8: by voxels the small one is hardly ever drawn."""
+    target = np.zeros((10, 40, 40), np.int8)
+    target[2:7, 4:24, 4:24] = 1
+    target[7:9, 32:34, 32:34] = 1
+    folder = stored(tmp_path / "store", target)
+    own = dataclasses.replace(
+        spec, folder=folder, train=("a",), patch=(2, 4, 4), augmentation=NO_AUGMENTATION
+    )
+    for fraction, share in ((0.0, 0.004), (0.5, 0.252), (1.0, 0.5)):
+        places = middles(dataclasses.replace(own, lesion_fraction=fraction))
+        small = np.mean([y > 30 for _, y, _ in places])
+        assert small == pytest.approx(share, abs=0.02 if not fraction else 0.1)
+
+
+def test_a_store_without_lesions_says_so(spec, tmp_path):
+    folder = stored(tmp_path / "store", np.ones((4, 8, 8), np.int8))
+    path = folder / "a.foreground.npz"
+    with np.load(path) as file:
+        kept = {key: file[key] for key in file.files if key != "lesions"}
+    np.savez_compressed(path, **kept)
+    own = dataclasses.replace(
+        spec, folder=folder, train=("a",), patch=(2, 4, 4), lesion_fraction=0.5
+    )
+    with pytest.raises(DatasetError, match=r"case a was stored by a version .* preprocess again"):
+        middles(own)

@@ -52,7 +52,7 @@ def put(workspace, configuration, case, image, lead):
     share = np.clip(lead[np.ix_(*steps)], 0, 1).astype(np.float32)
     scores = torch.from_numpy(np.stack((1 - share, share)))
     folder = run_folder(workspace, configuration.name, "0")
-    probabilities.save(probabilities_file(folder, case.name), scores)
+    probabilities.save(probabilities_file(folder, case.name), scores, regions=False)
     labels = restore([(scores.numpy(), wanted)], PLANNED)
     volume.write(image.with_voxels(labels), mask_file(folder, case.name))
     return scores, wanted

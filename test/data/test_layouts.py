@@ -32,14 +32,14 @@ def test_msd_reads_the_names_of_nnunet_v2(tmp_path):
         labels={"bleed": 1, "background": 0},
     )
     found = read_source(source)
-    assert (found.layout, found.channels, found.labels) == ("MSD task", ("ct",), LABELS)
+    assert (found.layout, found.channels, found.declared.labels) == ("MSD task", ("ct",), LABELS)
 
 
 def test_nnunet_v1(tmp_path):
     source = write_v1(tmp_path / "Task101_Tiny", numTraining=3)
     found = read_source(source)
     assert found.layout == "nnU-Net v1 raw folder"
-    assert (found.name, found.channels, found.labels) == ("Tiny", ("T1", "T2"), LABELS)
+    assert (found.name, found.channels, found.declared.labels) == ("Tiny", ("T1", "T2"), LABELS)
     images = tuple(source / f"imagesTr/b_{i:04d}.nii.gz" for i in range(2))
     assert found.cases[1] == Case("b", images, source / "labelsTr/b.nii.gz")
     converted = convert(source, tmp_path / "work")
@@ -57,7 +57,8 @@ def test_nnunet_v2(tmp_path, caplog):
     (source / "imagesTr/.hidden_0000.nii.gz").touch()
     found = read_source(source)
     assert found.layout == "nnU-Net v2 raw folder"
-    assert (found.name, found.channels, found.labels) == ("Dataset101_Tiny", ("T1", "T2"), LABELS)
+    assert (found.name, found.channels) == ("Dataset101_Tiny", ("T1", "T2"))
+    assert found.declared.labels == LABELS
     images = tuple(source / f"imagesTr/a_1_{i:04d}.nii.gz" for i in range(2))
     assert found.cases[0] == Case("a_1", images, source / "labelsTr/a_1.nii.gz")
     assert [case.name for case in found.cases] == ["a_1", "b"]
@@ -142,10 +143,6 @@ def test_msd_refuses(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"labels": {"background": 0, "all": [1, 2]}},
-            r"'all' is the region \[1, 2\]; regions are",
-        ),
         (
             {"labels": {"ignore": 0, "background": 1, "bleed": 2}},
             "label 'ignore' is 0, expected the highest, 2",

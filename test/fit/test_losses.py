@@ -4,13 +4,17 @@ import pytest
 import torch
 from torch.nn import functional
 
+from ichseg.model.plans import Region
 from training.fit.losses import (
-    cross_entropy,
     deep_supervision_weights,
     dice_cross_entropy,
+    mean_entropy,
     one_hot,
     soft_dice,
 )
+
+# All of the bleed, labels 1 and 2, and its core, label 2.
+REGIONS = (Region("bleed", 1, (1, 2)), Region("core", 2, (2,)))
 
 
 def logits_of(foreground):
@@ -137,7 +141,7 @@ def test_voxels_to_ignore_are_as_if_they_were_not_there(batch_dice):
     logits = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
     target = torch.randint(0, 3, (2, 4, 6))
     target[:, :, 4:] = 3
-    loss = dice_cross_entropy(logits, target, batch_dice=batch_dice, ignoring=True)
+    loss = dice_cross_entropy(logits, target, batch_dice=batch_dice, ignore_label=3)
     kept = dice_cross_entropy(logits[..., :4], target[..., :4], batch_dice=batch_dice)
     torch.testing.assert_close(loss, kept)
     loss.backward()
@@ -147,14 +151,15 @@ def test_voxels_to_ignore_are_as_if_they_were_not_there(batch_dice):
 
 def test_cross_entropy_with_voxels_to_ignore_is_that_of_torch():
     torch.manual_seed(1)
-    scores, target = torch.randn(2, 3, 5, 7).log_softmax(1), torch.randint(0, 4, (2, 5, 7))
-    found = cross_entropy(scores, one_hot(target, 3), ignoring=True)
+    scores, target = torch.randn(2, 3, 5, 7), torch.randint(0, 4, (2, 5, 7))
+    entropy = functional.cross_entropy(scores, target, ignore_index=3, reduction="none")[:, None]
+    found = mean_entropy(entropy, (target != 3).float()[:, None])
     torch.testing.assert_close(found, functional.cross_entropy(scores, target, ignore_index=3))
 
 
 def test_a_patch_of_nothing_but_voxels_to_ignore_teaches_nothing():
     logits = torch.randn(1, 2, 4, requires_grad=True)
-    loss = dice_cross_entropy(logits, torch.full((1, 4), 2), batch_dice=False, ignoring=True)
+    loss = dice_cross_entropy(logits, torch.full((1, 4), 2), batch_dice=False, ignore_label=2)
     loss.backward()
     assert loss.item() == pytest.approx(-1)  # no cross-entropy, and Dice of nothing with nothing
     assert (logits.grad == 0).all()
@@ -169,15 +174,16 @@ def test_heads_of_deep_supervision_ignore_alike():
     for head in other:
         head[..., head.shape[-1] // 2 :] = 9.0
     one, two = (
-        dice_cross_entropy(found, target, batch_dice=True, ignoring=True)
+        dice_cross_entropy(found, target, batch_dice=True, ignore_label=2)
         for found in (heads, other)
     )
     assert one.item() == two.item()
 
 
-@pytest.mark.parametrize("ignoring", [False, True])
+@pytest.mark.parametrize("regions", [(), REGIONS])
+@pytest.mark.parametrize("ignore_label", [None, 3])
 @pytest.mark.parametrize("batch_dice", [False, True])
-def test_no_number_is_copied_from_the_host(batch_dice, ignoring, monkeypatch):
+def test_no_number_is_copied_from_the_host(batch_dice, ignore_label, regions, monkeypatch):
     """On a GPU each such copy would wait for all that the GPU has to do."""
 
     def copied(*_):
@@ -188,4 +194,98 @@ def test_no_number_is_copied_from_the_host(batch_dice, ignoring, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "item", copied)
     logits = [torch.zeros(2, 2, 4, 4), torch.zeros(2, 2, 2, 2), torch.zeros(2, 2, 1, 1)]
     target = torch.ones(2, 4, 4, dtype=torch.int8)
-    dice_cross_entropy(logits, target, batch_dice=batch_dice, ignoring=ignoring)
+    dice_cross_entropy(
+        logits,
+        target,
+        batch_dice=batch_dice,
+        regions=regions,
+        ignore_label=ignore_label,
+        top_k_fraction=0.5,
+    )
+
+
+def test_undecided_regions_by_hand():
+    """Three voxels of labels 0, 1, 2: the bleed is 2 of them, the core 1; each p is 1/2.
+
+    BCE = ln 2 everywhere; Dice of the bleed 2 * 1 / (1.5 + 2), of the core 2 * 0.5 / (1.5 + 1).
+    """
+    target = torch.tensor([[0, 1, 2]])
+    loss = dice_cross_entropy(torch.zeros(1, 2, 3), target, batch_dice=False, regions=REGIONS)
+    assert loss.item() == pytest.approx(math.log(2) - (2 / 3.5 + 1 / 2.5) / 2, abs=1e-4)
+
+
+def test_a_missed_region_costs_its_own_dice_and_no_other():
+    """The bleed is found and the core is not: Dice 1 and 0; the core's one voxel costs -log p."""
+    target = torch.tensor([[0, 1, 2, 0]])
+    logits = torch.tensor([[[-30.0, 30.0, 30.0, -30.0], [-30.0, -30.0, -8.0, -30.0]]])
+    loss = dice_cross_entropy(logits, target, batch_dice=True, regions=REGIONS)
+    entropy = math.log(1 + math.exp(8)) / 8  # of eight, two regions in four voxels
+    assert loss.item() == pytest.approx(entropy - 0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_regions_against_torch_written_another_way(batch_dice):
+    """nnU-Net v2's DC_and_BCE_loss: do_bg, sigmoid, mean binary cross-entropy, equal weights."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(2, 2, 3, 4, 5, generator=generator)
+    target = torch.randint(0, 3, (2, 3, 4, 5), generator=generator, dtype=torch.int8)
+    truth = torch.stack([torch.isin(target, torch.tensor(held)) for held in ([1, 2], [2])], 1)
+    truth, p = truth.float(), 1 / (1 + torch.exp(-logits))
+    axes = (0, 2, 3, 4) if batch_dice else (2, 3, 4)
+    tp, fp, fn = (p * truth).sum(axes), (p * (1 - truth)).sum(axes), ((1 - p) * truth).sum(axes)
+    ratio = ((2 * tp + 1e-5) / (2 * tp + fp + fn + 1e-5)).mean()
+    entropy = -(truth * p.log() + (1 - truth) * (1 - p).log()).mean()
+    found = dice_cross_entropy(logits, target, batch_dice=batch_dice, regions=REGIONS)
+    torch.testing.assert_close(found, entropy - ratio)
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_regions_ignore_voxels_as_if_they_were_not_there(batch_dice):
+    torch.manual_seed(5)
+    logits = torch.randn(2, 2, 4, 6, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 3, (2, 4, 6))
+    target[:, :, 4:] = 3
+    common = {"batch_dice": batch_dice, "regions": REGIONS}
+    loss = dice_cross_entropy(logits, target, ignore_label=3, **common)
+    torch.testing.assert_close(loss, dice_cross_entropy(logits[..., :4], target[..., :4], **common))
+    loss.backward()
+    assert (logits.grad[..., 4:] == 0).all()
+    assert (logits.grad[..., :4] != 0).all()
+
+
+def test_regions_of_a_coarser_head_are_those_of_its_labels():
+    """Of each block of three voxels the middle one counts, as the core lies in the bleed there."""
+    target = torch.tensor([[[0, 2, 0, 2, 0, 1]]])
+    fine = torch.zeros(1, 2, 1, 6)
+    right = torch.tensor([[[[30.0, -30.0]], [[30.0, -30.0]]]])
+    loss = dice_cross_entropy([fine, right, right], target, batch_dice=True, regions=REGIONS)
+    undecided = dice_cross_entropy(fine, target, batch_dice=True, regions=REGIONS)
+    assert loss.item() == pytest.approx((2 * undecided.item() - 1) / 3, abs=1e-4)
+
+
+def test_top_k_takes_the_hardest_voxels():
+    """Cross-entropies 1 to 10: their mean is 5.5, of a fifth 9.5, and of one voxel 10."""
+    entropy = torch.arange(1.0, 11).reshape(1, 1, 2, 5)
+    for fraction, mean in ((1.0, 5.5), (0.2, 9.5), (0.01, 10.0)):
+        assert mean_entropy(entropy, top_k_fraction=fraction).item() == pytest.approx(mean)
+
+
+def test_top_k_of_few_voxels_that_count_is_their_mean():
+    """Eight of ten are to be ignored: of the five hardest two are there, with the mean 1.5."""
+    told = torch.zeros(1, 1, 10)
+    told[..., :2] = 1
+    entropy = torch.arange(1.0, 11).reshape(1, 1, 10) * told
+    assert mean_entropy(entropy, told, top_k_fraction=0.5).item() == pytest.approx(1.5)
+
+
+def test_easy_voxels_do_not_pull_under_top_k():
+    logits = torch.tensor([[[5.0, 0.5, 5.0, 5.0], [0.0, 0.0, 0.0, 0.0]]], requires_grad=True)
+    target = torch.zeros(1, 4, dtype=torch.int8)
+    dice_cross_entropy(logits, target, batch_dice=False, top_k_fraction=0.25).backward()
+    with_dice = logits.grad.clone()
+    logits.grad = None
+    dice_cross_entropy(logits, target, batch_dice=False).backward()
+    # Dice is the same in both: what differs is the cross-entropy of three easy voxels and one hard
+    change = (with_dice - logits.grad)[0, 1]
+    assert change[1] > 0
+    assert (change[[0, 2, 3]] < 0).all()

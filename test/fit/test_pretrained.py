@@ -9,10 +9,11 @@ from ichseg.engine import torch_engine
 from ichseg.errors import TrainingError, WeightsError
 from ichseg.model import bundle
 from ichseg.model.network import build_network
+from training.bundle.pretrained import choose_member, read_pretrained
 from training.data.workspace import LATEST_CHECKPOINT, run_folder
-from training.fit import loop
 from training.fit.checkpoint import read_checkpoint
-from training.fit.pretrained import choose_member, load_pretrained
+from training.fit.pretrained import begin_with
+from training.jobs import train
 from training.jobs.train import run_fold
 
 
@@ -27,6 +28,10 @@ def folder(tmp_path):
 def weights(folder, fold):
     member = bundle.load_model(folder).members[fold]
     return torch_engine.tensors(bundle.load_state(folder, member))
+
+
+def load_pretrained(network, folder, configuration, fold):
+    begin_with(network, read_pretrained(folder, configuration, fold), configuration)
 
 
 def fill(network, value):
@@ -72,8 +77,8 @@ def test_what_does_not_fit_stays_and_is_named(folder, caplog):
             torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0)
     assert "12 of 14 tensors" in caplog.text
     assert (
-        "trained from scratch: encoder.0.0.weight (4x2x1x3x3, in the bundle 4x1x1x3x3), "
-        "heads.0.weight (3x4x1x1x1, in the bundle 2x4x1x1x1)"
+        "trained from scratch: encoder.0.0.weight (4x2x1x3x3, in the file 4x1x1x3x3), "
+        "heads.0.weight (3x4x1x1x1, in the file 2x4x1x1x1)"
     ) in caplog.text
 
 
@@ -81,7 +86,7 @@ def test_a_long_list_is_cut_short(folder, caplog):
     deep = dataclasses.replace(ARCHITECTURE, encoder_convs=(3, 1))
     load_pretrained(build_network(deep, 1, 2), folder, "3d_fullres", "0")
     line = next(text for text in caplog.text.splitlines() if "from scratch" in text)
-    assert "encoder.0.3.weight (4x4x1x3x3, in the bundle missing)" in line
+    assert "encoder.0.3.weight (4x4x1x3x3, in the file missing)" in line
     assert line.endswith(" and 4 more")
 
 
@@ -104,7 +109,8 @@ def test_training_begins_with_them_but_a_resumed_run_does_not(folder, tmp_path, 
     for name, tensor in trained.items():
         torch.testing.assert_close(tensor, given[name], rtol=0, atol=1e-7)
     loaded = []
-    monkeypatch.setattr(loop, "load_pretrained", lambda *args: loaded.append(args))
+    real = train.read_pretrained
+    monkeypatch.setattr(train, "read_pretrained", lambda *args: loaded.append(args) or real(*args))
     longer = dataclasses.replace(config, epochs=2)
     assert run_fold(workspace, "3d_fullres", "1", longer)
     assert loaded == []

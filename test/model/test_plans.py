@@ -2,12 +2,14 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ARCHITECTURE, CONFIGURATION, PLANS
 
 from ichseg.errors import PlansError
 from ichseg.model import plans, strict_json
-from ichseg.model.plans import Override
+from ichseg.model.plans import Override, Region
 
 
 def test_plans_survive_json(tmp_path):
@@ -137,3 +139,18 @@ def test_first_stages_come_before_their_second_and_once():
     assert planned.with_first_stages([full, "low", "second"]) == (full, "low", "second")
     with pytest.raises(PlansError, match="no configuration 'other'"):
         planned.with_first_stages(["other"])
+
+
+def test_foreground_is_each_label_or_each_region():
+    """A region has the name of the label that it writes, and a mask of all that it holds."""
+    three = dataclasses.replace(PLANS, labels=("background", "bleed", "core"))
+    assert three.foreground == (Region("bleed", 1, (1,)), Region("core", 2, (2,)))
+    nested = dataclasses.replace(three, regions=(1, 2), region_labels=((1, 2), (2,)))
+    assert nested.foreground == (Region("bleed", 1, (1, 2)), Region("core", 2, (2,)))
+    labels = np.array([0, 1, 2, 3])
+    assert nested.foreground[0].mask(labels).tolist() == [False, True, True, False]
+    core = nested.foreground[1].mask(torch.from_numpy(labels))
+    assert core.tolist() == [False, False, True, False]
+    unknown = dataclasses.replace(three, regions=(1, 2))
+    with pytest.raises(PlansError, match="do not say which labels its regions hold"):
+        unknown.foreground  # noqa: B018

@@ -16,10 +16,10 @@ from training.store.chunks import (
     is_complete,
     list_cases,
     open_case,
-    sample_foreground,
     write_case,
     write_previous,
 )
+from training.store.foreground import sample_foreground, sample_lesions
 
 CT = Normalisation("ct", clip_low=0, clip_high=100, mean=40, deviation=8)
 ZSCORE = Normalisation("zscore")
@@ -303,3 +303,29 @@ def test_large_labels_are_sampled_alike_with_voxels_to_ignore(tmp_path):
     assert counts == {1: 39 * 1600}
     plain, _ = sample_foreground(np.where(target == 2, 0, target).astype(np.int8))
     np.testing.assert_array_equal(sampled[1], plain[1])
+
+
+def test_each_lesion_has_voxels_of_its_own(tmp_path):
+    """A box of 3000 voxels of two labels, one voxel that touches a corner of it, one alone."""
+    target = np.zeros((20, 30, 40), np.int8)
+    target[1:11, 1:21, 1:16] = 1
+    target[1:11, 1:11, 1:16] = 2
+    target[11, 21, 16] = 1
+    target[15, 25, 35] = 2
+    target[18, 0, 0] = 3  # nobody could tell
+    listed = sample_lesions(target, ignore_label=3)
+    assert np.bincount(listed[:, 0])[1:].tolist() == [1000, 1]
+    assert listed[listed[:, 0] == 2, 1:].tolist() == [[15, 25, 35]]
+    assert len(np.unique(listed[:, 1:], axis=0)) == 1001
+    assert np.isin(target[tuple(listed[:, 1:].T)], (1, 2)).all()
+    data = np.zeros((1, *target.shape), np.float32)
+    write_case(tmp_path, "a", data, target, (CT,), ignore_label=3)
+    case = open_case(tmp_path, "a")
+    assert {number: len(voxels) for number, voxels in case.lesions.items()} == {1: 1000, 2: 1}
+    assert case.counts == {1: 1501, 2: 1501}
+
+
+def test_a_case_without_foreground_has_no_lesions(tmp_path):
+    target = np.zeros((2, 3, 4), np.int8)
+    write_case(tmp_path, "a", np.zeros((1, 2, 3, 4), np.float32), target, (CT,))
+    assert open_case(tmp_path, "a").lesions == {}

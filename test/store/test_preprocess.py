@@ -163,6 +163,16 @@ def test_plans_for_other_labels_are_refused(work):
     assert not (workspace / "preprocessed").exists()
 
 
+def test_plans_for_other_regions_are_refused(work):
+    workspace, dataset, plans = work
+    two = {"labels": ("background", "bleed", "core"), "regions": (1, 2)}
+    planned = replace(plans, region_labels=((1, 2), (2,)), **two)
+    with pytest.raises(PlansError, match=r"hold \(\(1, 2\), \(2,\)\), but those of the dataset"):
+        preprocess_dataset(
+            replace(dataset, region_labels=((1,), (2,)), **two), planned, "3d_fullres", workspace, 1
+        )
+
+
 def test_a_touched_file_is_not_done_again(work):
     workspace, dataset, plans = work
     preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)

@@ -7,7 +7,7 @@ these four numbers, so neither the number of workers nor what was drawn before c
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ichseg.errors import TrainingError
+from ichseg.errors import DatasetError, TrainingError
 from training.batches.augmentation import (
     NO_AUGMENTATION,
     AugmentationConfig,
@@ -53,6 +53,10 @@ class BatchSpec:
         seed, fold: First words of every batch's seed.
         centre_jitter: How far the chosen foreground may lie from a patch's centre, see
             ``draw_lower``.
+        lesion_fraction: Share of the patches on foreground that are centred on a lesion, each of
+            the case as likely as another.
+        regions: The labels that each region holds, of which one is drawn for a patch on foreground;
+            empty where one of the labels is.
         previous_labels: Foreground classes of a cascade's first stage, which become channels.
         share: Number of this process and how many there are: each makes its part of each batch.
     """
@@ -69,6 +73,8 @@ class BatchSpec:
     seed: int
     fold: int
     centre_jitter: float = 0.0
+    lesion_fraction: float = 0.0
+    regions: tuple[tuple[int, ...], ...] = ()
     previous_labels: int = 0
     share: tuple[int, int] = (0, 1)
 
@@ -150,7 +156,7 @@ def draw_lower(
     Args:
         rng: Source of the draw.
         shape: Voxels of the case ``(z, y, x)``.
-        foreground: Voxels ``(n, 3)`` of each class.
+        foreground: Voxels ``(n, 3)`` of each class: a label, a region or a lesion, from 1.
         patch: Size ``(z, y, x)``.
         on_foreground: Whether to centre the patch on foreground (foreground oversampling).
         annotated: Voxels ``(n, 3)`` that are not to be ignored; None where none is.
@@ -180,17 +186,69 @@ def _draw_sample(spec: BatchSpec, key: BatchKey, index: int, rng: np.random.Gene
     name = names[int(rng.integers(len(names)))]
     case = stored_case(spec.folder, name)
     z, y, x = case.target.shape
+    on_foreground = is_oversampled(index, spec.batch, spec.foreground_fraction)
+    foreground: Foreground = case.foreground
+    if on_foreground and spec.lesion_fraction and rng.random() < spec.lesion_fraction:
+        foreground = _lesions_of(spec, case)
+    elif spec.regions:
+        foreground = _regions_of(spec.folder, name, spec.regions)
     lower = draw_lower(
         rng,
         (z, y, x),
-        case.foreground,
+        foreground,
         spec.tile,
-        on_foreground=is_oversampled(index, spec.batch, spec.foreground_fraction),
+        on_foreground=on_foreground,
         annotated=case.annotated,
         jitter=spec.centre_jitter,
     )
     warp = draw_warp(rng, spec.augmentation_of(key), spec.patch, in_plane=spec.in_plane)
     return Draw(name, lower, warp, rng)
+
+
+def _lesions_of(spec: BatchSpec, case: StoredCase) -> Foreground:
+    """Voxels of each lesion of a case.
+
+    Raises:
+        DatasetError: An older version stored the case, and did not list them.
+    """
+    if case.lesions is None:
+        raise DatasetError(
+            f"{spec.folder}: case {case.name} was stored by a version that did not list its "
+            "lesions, which --lesion-fraction needs; delete the folder and preprocess again"
+        )
+    return case.lesions
+
+
+@functools.lru_cache(maxsize=1024)
+def _regions_of(folder: Path, name: str, regions: tuple[tuple[int, ...], ...]) -> Foreground:
+    """Voxels of each region that a case has, by its number from 1, from those of the labels."""
+    case = stored_case(folder, name)
+    return {
+        number: merge_samples(
+            [case.foreground[label] for label in held if label in case.foreground],
+            [case.counts[label] for label in held if label in case.foreground],
+        )
+        for number, held in enumerate(regions, start=1)
+        if any(label in case.foreground for label in held)
+    }
+
+
+def merge_samples(
+    samples: Sequence[npt.NDArray[np.integer]], counts: Sequence[int]
+) -> npt.NDArray[np.integer]:
+    """One sample of the union of disjoint sets, each voxel of which is in it as likely as another.
+
+    Args:
+        samples: Voxels ``(n, 3)`` of each set: all of it, or a sample.
+        counts: How many voxels each set has.
+    """
+    rng = np.random.default_rng(0)
+    share = min(len(voxels) / count for voxels, count in zip(samples, counts, strict=True))
+    found = []
+    for voxels, count in zip(samples, counts, strict=True):
+        wanted = max(1, round(share * count))
+        found.append(rng.choice(voxels, wanted, replace=False) if wanted < len(voxels) else voxels)
+    return np.concatenate(found)
 
 
 def _draw_offset(rng: np.random.Generator, size: int, jitter: float) -> int:

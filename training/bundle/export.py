@@ -130,7 +130,7 @@ def export(
         input_slug=identity.input_slug,
         output_slug=identity.output_slug,
         licence=identity.licence,
-        average="probabilities",
+        average=trained[0].run.average,
         mirror_axes=_mirror_axes(trained),
         plans=dataclasses.replace(planned, sources=""),
         members=tuple(members),
@@ -146,10 +146,8 @@ def export(
 
 def describe_plans(planned: Plans) -> str:
     """Say what a bundle is for and what not, by its plans."""
-    return (
-        f"Segments {', '.join(planned.labels[1:])}. Trained on {planned.dataset}. "
-        "For research, not for diagnosis."
-    )
+    names = ", ".join(region.name for region in planned.foreground)
+    return f"Segments {names}. Trained on {planned.dataset}. For research, not for diagnosis."
 
 
 def _finished(

@@ -28,12 +28,12 @@ from training.bundle.import_nnunet import CHECKPOINTS
 from training.bundle.nnunet_checkpoint import their_names
 from training.bundle.nnunet_plans import (
     ARCHITECTURES,
-    BACKGROUND,
     ENCODER,
     IGNORE,
     NETWORKS,
     RESAMPLING,
 )
+from training.data.regions import BACKGROUND
 from training.data.workspace import DATASET_FILE, PLANS_FILE
 from training.planning.recipes import ANISOTROPY
 
@@ -146,20 +146,16 @@ def write_dataset(model: Model) -> dict[str, Any]:
             to ignore, or it is not known which labels the regions hold.
     """
     plans = model.plans
-    written = plans.regions or range(1, len(plans.labels))
-    names = [plans.labels[label] for label in written]
+    names = [region.name for region in plans.foreground]
     for name in names:
         if names.count(name) > 1 or name in (BACKGROUND, IGNORE):
             raise PlansError(
                 f"label {name!r} in the bundle's plans, expected names that differ from one "
                 f"another and from {BACKGROUND} and {IGNORE}"
             )
-    if plans.regions and not plans.region_labels:
-        raise PlansError(
-            "the bundle's plans do not say which labels its regions hold, as those of an older "
-            "import; import it anew"
-        )
-    members = [*map(list, plans.region_labels)] if plans.regions else list(written)
+    members = [
+        list(region.labels) if plans.regions else region.label for region in plans.foreground
+    ]
     cases = model.provenance.get("cases", 0)
     return {
         "name": plans.dataset,

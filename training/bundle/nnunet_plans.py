@@ -24,6 +24,7 @@ from ichseg.model.plans import (
     Resampling,
 )
 from training.bundle.nnunet_values import listed, real, refused_as, text, whole, wholes
+from training.data.regions import BACKGROUND, Declared, declare
 from training.data.workspace import DATASET_FILE, PLANS_FILE
 from training.planning.recipes import ANISOTROPY
 
@@ -40,7 +41,7 @@ ORIENTATIONS = {
     "NibabelIOWithReorient": "RAS",
 }
 RESAMPLING = "resample_data_or_seg_to_shape"
-BACKGROUND, IGNORE = "background", "ignore"  # labels that nnU-Net knows by their names
+IGNORE = "ignore"  # a label that nnU-Net knows by its name, as the background
 # Beyond what any network of nnU-Net has; so a damaged file cannot ask for years of work.
 MOST_LEVELS, MOST_FEATURES, MOST_CONVS, MOST_KERNEL, MOST_STRIDE = 16, 8192, 64, 15, 16
 MOST_VOXELS, LEAST_MM, MOST_MM = 1_000_000, 1e-6, 1e6
@@ -72,7 +73,7 @@ def read_plans(folder: Path, name: str) -> Plans:
     path = folder / DATASET_FILE
     dataset = strict_json.load_object(path, strict=False)
     with refused_as(path):
-        labels, regions, region_labels = _labels(dataset)
+        declared = _labels(dataset)
         channels = _channels(dataset)
     path = folder / PLANS_FILE
     plans = strict_json.load_object(path, strict=False)
@@ -89,7 +90,7 @@ def read_plans(folder: Path, name: str) -> Plans:
             recipe="nnunetv2",
             dataset=text("dataset_name", plans["dataset_name"]),
             channels=channels,
-            labels=labels,
+            labels=declared.labels,
             orientation=ORIENTATIONS[reader],
             transpose=(i, j, k),
             normalise_first=True,
@@ -97,8 +98,8 @@ def read_plans(folder: Path, name: str) -> Plans:
             resampling=_resampling(raw),
             configurations=(_configuration(plans, raw, name),),
             architecture=ARCHITECTURES.get(plans["plans_name"], "plain"),
-            regions=regions,
-            region_labels=region_labels,
+            regions=declared.regions,
+            region_labels=declared.region_labels,
         )
 
 
@@ -236,9 +237,7 @@ def _per_axis(what: str, levels: object, most: int) -> tuple[tuple[int, ...], ..
     )
 
 
-def _labels(
-    dataset: Json,
-) -> tuple[tuple[str, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]:
+def _labels(dataset: Json) -> Declared:
     """The names of the labels by value; of regions, if there are any, what they write and hold.
 
     The ignore label is for training alone and is left out.
@@ -251,16 +250,11 @@ def _labels(
     every = sorted({value for listed in values.values() for value in listed})
     if values.get(BACKGROUND) != [0] or every != list(range(len(every))) or len(every) > 255:
         raise PlansError(f"labels {dataset['labels']}, expected background 0, then 1, 2, ... 254")
-    names = {0: BACKGROUND} | {value: f"label {value}" for value in every[1:]}
     if all(len(listed) == 1 for listed in values.values()):
-        names |= {listed[0]: name for name, listed in values.items()}
-        return tuple(names[value] for value in every), (), ()
-    order = wholes("regions_class_order", dataset["regions_class_order"], 1, 255, longest=255)
-    regions = {name: tuple(held) for name, held in values.items() if set(held) != {0}}
-    if len(order) != len(regions):
-        raise PlansError(f"regions_class_order {list(order)} of the regions {', '.join(regions)}")
-    names |= dict(zip(order, regions, strict=True))
-    return tuple(names[value] for value in every), order, tuple(regions.values())
+        names = {listed[0]: name for name, listed in values.items()}
+        return Declared(tuple(names[value] for value in every))
+    order = wholes("regions_class_order", dataset["regions_class_order"], 1, every[-1], longest=255)
+    return declare({name: held for name, held in values.items() if set(held) != {0}}, order)
 
 
 def _channels(dataset: Json) -> tuple[str, ...]:

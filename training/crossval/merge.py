@@ -56,7 +56,7 @@ def cross_validate(
     masks = validated_masks(workspace, configuration)
     data = dataset.load_dataset(workspace)
     cases = {case.name: case for case in data.labelled}
-    labels = plans.load(plans_file(workspace)).labels[1:]
+    foreground = plans.load(plans_file(workspace)).foreground
     out = evaluation_folder(workspace, configuration)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".paired-") as beside:
@@ -71,7 +71,8 @@ def cross_validate(
             predictions,
             references,
             out,
-            names=labels,
+            names=tuple(region.name for region in foreground),
+            held=tuple(region.labels for region in foreground),
             empty=empty,
             ignore_label=data.ignore_label,
             made_from=fold_weights(workspace, configuration),

@@ -91,7 +91,8 @@ def extended(
     """The record with the scores of more cases, in the order of the fold's."""
     known = {**record.dice, **scores}
     cases = {name: known[name] for name in run.spec.validation if name in known}
-    means = {label: _mean([s[label] for s in cases.values()]) for label in run.plans.labels[1:]}
+    names = [region.name for region in run.plans.foreground]
+    means = {name: _mean([s[name] for s in cases.values()]) for name in names}
     return dataclasses.replace(
         record, complete=len(cases) == len(run.spec.validation), mean_dice=means, dice=cases
     )

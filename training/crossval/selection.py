@@ -64,7 +64,7 @@ class Selection:
     Attributes:
         schema_version: The version of this layout.
         cases: How many cases were judged.
-        labels: The names of the foreground labels.
+        labels: The names of the foreground labels, or of the regions.
         configurations: The names of the chosen configurations.
         rules: The component rules that were adopted.
         mean_dice: The mean foreground Dice of the chosen configurations with these rules.
@@ -101,7 +101,7 @@ def select(
     pairs, by means of the probabilities that validation has stored. A later candidate must be
     better by 0.0001. Then each component rule is tried on what the chosen candidate found. Of each
     label's rules the best is adopted, if the label's mean Dice rises by as much. A rule changes its
-    own label only, so no other gets worse.
+    own label only, so no other gets worse. Of regions, which share labels, none is tried.
 
     Args:
         workspace: The folder with the validations of all folds.
@@ -134,7 +134,7 @@ def select(
     selection = Selection(
         schema_version=SCHEMA_VERSION,
         cases=len(cases),
-        labels=planned.labels[1:],
+        labels=tuple(region.name for region in planned.foreground),
         configurations=chosen.configurations,
         rules=tuple(trial.rule for trial in trials if trial.adopted),
         mean_dice=float(np.mean(by_label)),
@@ -184,7 +184,8 @@ def describe(selection: Selection) -> str:
     for candidate in selection.candidates:
         mark = "*" if candidate.configurations == selection.configurations else " "
         lines.append(f"{mark} {candidate.mean_dice:.4f}  {' + '.join(candidate.configurations)}")
-    lines += ["", "rules, each on what these found"]
+    tried = "each on what these found" if selection.trials else "none, which regions do not have"
+    lines += ["", f"rules, {tried}"]
     for trial in selection.trials:
         mark = "*" if trial.adopted else " "
         label = selection.labels[trial.rule.label - 1]
@@ -219,6 +220,8 @@ def _try_rules(
     workers: int,
 ) -> tuple[Trial, ...]:
     """Try each component rule on what the chosen candidate found; ``plain`` is its Dice without."""
+    if planned.regions:
+        return ()
     known = not unseen.without_probabilities(workspace, cases, chosen.configurations)
     tried = rules.to_try(len(planned.labels) - 1, probabilities=known)
     ruled = _each(

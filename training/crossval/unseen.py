@@ -116,7 +116,7 @@ def require_probabilities(
 def compare_case(
     unseen: UnseenCase, workspace: Path, planned: Plans, combinations: Sequence[tuple[str, ...]]
 ) -> tuple[tuple[float, ...], ...]:
-    """INSTANCE's Dice of each foreground label by each combination of configurations."""
+    """INSTANCE's Dice of each foreground label or region by each combination of configurations."""
     reference = volume.read(unseen.case.reference)
     image = volume.read(unseen.case.images[0])
     return tuple(
@@ -126,7 +126,7 @@ def compare_case(
                 reference.voxels,
                 unseen.ignore_label,
             ),
-            len(planned.labels),
+            planned,
         )
         for names in combinations
     )
@@ -154,7 +154,7 @@ def try_rules(
                 reference.voxels,
                 unseen.ignore_label,
             ),
-            len(planned.labels),
+            planned,
         )
         for rule in tried
     )
@@ -177,15 +177,16 @@ def _parts(
     for name in names:
         path = probabilities_file(run_folder(workspace, name, unseen.fold), unseen.case.name)
         placement = place([image], planned, planned.configuration(name))
-        parts.append((probabilities.load(path), placement))
+        scores = probabilities.load(path, regions=bool(planned.regions))
+        parts.append((scores, placement))
     return parts
 
 
 def _dice(
-    found: npt.NDArray[np.generic], reference: npt.NDArray[np.generic], labels: int
+    found: npt.NDArray[np.generic], reference: npt.NDArray[np.generic], planned: Plans
 ) -> tuple[float, ...]:
-    """INSTANCE's Dice of each foreground label; 1 where neither mask has it."""
+    """INSTANCE's Dice of each foreground label or region; 1 where neither mask has it."""
     return tuple(
-        dice_of_masks(found == label, reference == label, smoothing=SMOOTHING)
-        for label in range(1, labels)
+        dice_of_masks(region.mask(found), region.mask(reference), smoothing=SMOOTHING)
+        for region in planned.foreground
     )

@@ -205,7 +205,7 @@ def is_validated(workspace: Path, run: FoldRun, weights: Mapping[str, Tensor]) -
 
 
 def load_network(run: FoldRun, weights: Mapping[str, Tensor]) -> Network:
-    """The fold's network, from tiles to probabilities, run by who runs it in inference."""
+    """The fold's network, from tiles to what is averaged, run by who runs it in inference."""
     if run.device.type == "cpu":
         engine = choose_engine("cpu", threads=run.config.threads)
     else:
@@ -215,7 +215,7 @@ def load_network(run: FoldRun, weights: Mapping[str, Tensor]) -> Network:
         input_channels=run.plans.input_channels(run.configuration),
         scores=run.plans.scores,
         tile=run.configuration.tile,
-        average="probabilities",
+        average=run.average,
     )
     network = engine.load(spec, {name: tensor.numpy() for name, tensor in weights.items()})
     return _on_tensors(network) if engine.kind == "openvino" else network
@@ -237,7 +237,7 @@ def segment_case(
     """Segment one case; the labels have the case's own grid, shape ``(z, y, x)``."""
     given = read_case(case, run)
     scores = predict_case(given, run, load_network(run, weights))
-    return restore([(scores, given.placement)], run.plans)
+    return restore([(scores, given.placement)], run.plans, average=run.average)
 
 
 def read_case(case: dataset.Case, run: FoldRun) -> GridCase:
@@ -287,7 +287,7 @@ def score_labels(
     planned: Plans,
     ignore_label: int | None,
 ) -> dict[str, float | None]:
-    """The Dice of each foreground label, by its name; None where neither mask has the label.
+    """The Dice of each foreground label or region, by name; None where neither mask has it.
 
     Args:
         labels: The labels that were found, shape ``(z, y, x)``.
@@ -297,9 +297,8 @@ def score_labels(
     """
     found, expected = leave_out(labels, reference, ignore_label)
     scores = {
-        name: dice_of_masks(found == value, expected == value)
-        for value, name in enumerate(planned.labels)
-        if value
+        region.name: dice_of_masks(region.mask(found), region.mask(expected))
+        for region in planned.foreground
     }
     return {name: None if math.isnan(score) else score for name, score in scores.items()}
 
@@ -313,8 +312,9 @@ def _write_case(
     digest: str,
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Write a case's mask, its probabilities and its labels for a second stage; gives the mask."""
-    labels = restore([(scores, given.placement)], run.plans)
-    probabilities.save(probabilities_file(run.folder, given.name), scores)
+    labels = restore([(scores, given.placement)], run.plans, average=run.average)
+    path = probabilities_file(run.folder, given.name)
+    probabilities.save(path, scores, regions=bool(run.plans.regions))
     volume.write(given.channels[0].with_voxels(labels), mask_file(run.folder, given.name))
     for stage in second:
         if cascade_labels.can_store(workspace, stage, given.name):

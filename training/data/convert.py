@@ -24,7 +24,7 @@ from ichseg.errors import DatasetError
 from ichseg.files import remove_unfinished, replacing, sha256, suffix_of
 from ichseg.scan import volume
 from ichseg.wording import duration
-from training.data import parallel, splits
+from training.data import parallel, regions, splits
 from training.data.dataset import (
     Case,
     Dataset,
@@ -100,7 +100,18 @@ def convert(
         for case in found.cases
     ]
     targets = tuple(move.target for move in moves)
-    dataset = Dataset(found.name, found.channels, found.labels, targets, found.ignore_label)
+    declared = found.declared
+    dataset = Dataset(
+        found.name,
+        found.channels,
+        declared.labels,
+        targets,
+        declared.ignore_label,
+        declared.regions,
+        declared.region_labels,
+    )
+    for sentence in regions.rewritten(declared.regions, declared.region_labels):
+        _log.warning("%s: %s, by the last region that holds it", source, sentence)
     table = None if groups is None else _read_table(groups, workspace, dataset)
     _log.info("%s: %s, %d cases", source, found.layout, len(found.cases))
     failures = []
@@ -264,9 +275,13 @@ def main(args: argparse.Namespace) -> int:
     )
     number = dataset.ignore_label
     ignored = "" if number is None else f" ({number} is left out of training and scores)"
+    held = "".join(
+        f"; region {dataset.labels[written]} is {' and '.join(map(str, labels))}"
+        for written, labels in zip(dataset.regions, dataset.region_labels, strict=True)
+    )
     sys.stdout.write(
         f"{dataset.name}: {len(dataset.cases)} cases, channels {', '.join(dataset.channels)}, "
-        f"labels {', '.join(dataset.labels)}{ignored} -> {args.workspace} "
+        f"labels {', '.join(dataset.labels)}{ignored}{held} -> {args.workspace} "
         f"in {duration(time.monotonic() - started)}\n"
     )
     return 0

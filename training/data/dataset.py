@@ -16,6 +16,7 @@ import numpy as np
 from ichseg.errors import DatasetError, IchsegError, InputError
 from ichseg.files import replacing
 from ichseg.model import strict_json
+from ichseg.model.plans import check_regions
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.data.workspace import dataset_file
@@ -60,6 +61,8 @@ class Dataset:
         cases: The cases, sorted by name.
         ignore_label: The value of voxels that nobody could tell, which count neither in training
             nor in scores; always the one above the last label. None if there are no such voxels.
+        regions: The label that each region writes where labels are regions, see ``Plans``.
+        region_labels: The labels that each region holds.
     """
 
     name: str
@@ -67,6 +70,8 @@ class Dataset:
     labels: tuple[str, ...]
     cases: tuple[Case, ...]
     ignore_label: int | None = None
+    regions: tuple[int, ...] = ()
+    region_labels: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.channels:
@@ -80,6 +85,15 @@ class Dataset:
                 f"dataset {self.name}: the label to ignore is {self.ignore_label}, expected the "
                 f"highest, {len(self.labels)}"
             )
+        if len(self.region_labels) != len(self.regions):
+            raise DatasetError(
+                f"dataset {self.name}: {len(self.regions)} regions, and the labels of "
+                f"{len(self.region_labels)}"
+            )
+        try:
+            check_regions(len(self.labels) - 1, self.regions, self.region_labels)
+        except ValueError as error:
+            raise DatasetError(f"dataset {self.name}: {error}") from error
         names = [case.name for case in self.cases]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -118,6 +132,8 @@ class _DatasetFile:
     labels: tuple[str, ...]
     cases: tuple[_CaseEntry, ...]
     ignore_label: int | None = strict_json.optional(None)
+    regions: tuple[int, ...] = strict_json.optional(())
+    region_labels: tuple[tuple[int, ...], ...] = strict_json.optional(())
 
     def __post_init__(self) -> None:
         strict_json.check_schema("dataset", self.schema_version, SCHEMA_VERSION)
@@ -148,7 +164,15 @@ def load_dataset(workspace: Path) -> Dataset:
         for entry in raw.cases
     )
     ordered = tuple(sorted(cases, key=lambda case: case.name))
-    return Dataset(raw.name, raw.channels, raw.labels, ordered, raw.ignore_label)
+    return Dataset(
+        raw.name,
+        raw.channels,
+        raw.labels,
+        ordered,
+        raw.ignore_label,
+        raw.regions,
+        raw.region_labels,
+    )
 
 
 def save_dataset(dataset: Dataset, workspace: Path) -> None:
@@ -168,6 +192,8 @@ def save_dataset(dataset: Dataset, workspace: Path) -> None:
         dataset.labels,
         cases,
         dataset.ignore_label,
+        dataset.regions,
+        dataset.region_labels,
     )
     with replacing(dataset_file(workspace)) as temporary:
         temporary.write_text(strict_json.dumps(content), encoding="utf-8")

@@ -34,6 +34,7 @@ from ichseg.files import WRITTEN_SUFFIXES, is_named_as_scan, stem_of
 from ichseg.model import strict_json
 from ichseg.scan import volume
 from training.data.dataset import Case
+from training.data.regions import BACKGROUND, Declared, declare
 from training.data.workspace import DATASET_FILE
 
 _IGNORE = "ignore"  # the label of voxels that nobody could tell
@@ -47,9 +48,9 @@ class Source:
 
     Attributes:
         layout: What it was recognised as, in words.
-        name, channels, labels: The fields of ``Dataset`` with these names.
+        name, channels: The fields of ``Dataset`` with these names.
+        declared: What is said of the labels.
         cases: The cases, sorted by name; each has one image file a channel, or one 4D file.
-        ignore_label: The field of ``Dataset`` with this name.
         masks: Whether labels may be masks of 0 and 255, as programs for pictures write them; 255
             then means 1.
     """
@@ -57,9 +58,8 @@ class Source:
     layout: str
     name: str
     channels: tuple[str, ...]
-    labels: tuple[str, ...]
+    declared: Declared
     cases: tuple[Case, ...]
-    ignore_label: int | None = None
     masks: bool = False
 
 
@@ -139,7 +139,7 @@ def read_source(folder: Path, labels: tuple[str, ...] = ()) -> Source:
 
 def _read_described(folder: Path, path: Path, raw: Mapping[str, Any]) -> Source:
     """A dataset with a dataset.json, in one of three layouts."""
-    channels, (labels, ignore_label) = _channels(raw, path), _labels(raw, path)
+    channels, declared = _channels(raw, path), _labels(raw, path)
     name = str(raw.get("name") or folder.resolve().name)
     if "file_ending" in raw:
         layout, cases = "nnU-Net v2 raw folder", _v2_cases(folder, path, raw, channels)
@@ -158,7 +158,7 @@ def _read_described(folder: Path, path: Path, raw: Mapping[str, Any]) -> Source:
             )
             for image, label in listed
         ]
-    return Source(layout, name, channels, labels, _sorted(cases), ignore_label)
+    return Source(layout, name, channels, declared, _sorted(cases))
 
 
 def _listed(folder: Path, path: Path, raw: Mapping[str, Any]) -> list[tuple[Path, Path]]:
@@ -250,7 +250,7 @@ def _read_pairs(folder: Path, pairs: Pairs, labels: tuple[str, ...]) -> Source:
         layout=pairs.layout,
         name=pairs.name or folder.resolve().name,
         channels=("CT",),
-        labels=labels or pairs.names,
+        declared=Declared(labels or pairs.names),
         cases=_sorted(Case(name, (image,), references[name]) for name, image in images.items()),
         masks=pairs.masks,
     )
@@ -286,23 +286,26 @@ def _channels(raw: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     return tuple(str(table[number]) for number in _consecutive(table, path, key))
 
 
-def _labels(raw: Mapping[str, Any], path: Path) -> tuple[tuple[str, ...], int | None]:
-    """Label names by value, and the value of the label named ``ignore``, if there is one.
+def _labels(raw: Mapping[str, Any], path: Path) -> Declared:
+    """Label names by value, regions, and the value of the label named ``ignore``, if there is one.
 
-    MSD and nnU-Net v1 write value -> name, nnU-Net v2 writes name -> value. As in the latter, the
-    label to ignore is the highest.
+    MSD and nnU-Net v1 write value -> name, nnU-Net v2 writes name -> value, or name -> values where
+    labels are regions. As in the latter, the label to ignore is the highest.
     """
     table = raw.get("labels")
     if not isinstance(table, Mapping) or not table:
         raise DatasetError(
             f"{path}: labels is {table!r}, expected an object such as {{'0': 'background'}}"
         )
-    for name, value in table.items():
-        if isinstance(value, list):
-            raise DatasetError(
-                f"{path}: label {name!r} is the region {value}; regions are not supported, "
-                "expected one whole number a label"
-            )
+    if any(isinstance(value, list) and len(value) > 1 for value in table.values()):
+        try:
+            return _regions(table, raw.get("regions_class_order"))
+        except ValueError as error:
+            raise DatasetError(f"{path}: {error}") from error
+    table = {
+        name: value[0] if isinstance(value, list) and value else value
+        for name, value in table.items()
+    }
     if not any(isinstance(value, str) for value in table.values()):
         by_value = {str(value): name for name, value in table.items()}
         if len(by_value) < len(table):
@@ -310,13 +313,43 @@ def _labels(raw: Mapping[str, Any], path: Path) -> tuple[tuple[str, ...], int | 
         table = by_value
     names = [str(table[number]) for number in _consecutive(table, path, "labels")]
     if _IGNORE not in names:
-        return tuple(names), None
+        return Declared(tuple(names))
     if names.index(_IGNORE) != len(names) - 1:
         raise DatasetError(
             f"{path}: label {_IGNORE!r} is {names.index(_IGNORE)}, expected the highest, "
             f"{len(names) - 1}"
         )
-    return tuple(names[:-1]), len(names) - 1
+    return Declared(tuple(names[:-1]), ignore_label=len(names) - 1)
+
+
+def _regions(table: Mapping[str, Any], order: Any) -> Declared:
+    """Regions, one name or more of which stands for several labels.
+
+    Raises:
+        ValueError: The labels or the order are not as nnU-Net v2 has them.
+    """
+    values: dict[str, tuple[int, ...]] = {}
+    for name, value in table.items():
+        held = value if isinstance(value, list) else [value]
+        if not held or not all(isinstance(v, int) and not isinstance(v, bool) for v in held):
+            raise ValueError(f"label {name!r} is {value!r}, expected a whole number, or several")
+        values[str(name)] = tuple(sorted(set(held)))
+    background, ignored = values.pop(BACKGROUND, None), values.pop(_IGNORE, None)
+    every = sorted({label for held in values.values() for label in held})
+    last = len(every)
+    if background != (0,) or every != list(range(1, last + 1)):
+        raise ValueError(
+            f"labels {dict(table)}, expected background 0, and regions of 1, 2 and so on"
+        )
+    if ignored not in (None, (last + 1,)):
+        raise ValueError(f"label {_IGNORE!r} is {table[_IGNORE]}, expected the highest, {last + 1}")
+    if not isinstance(order, list) or len(order) != len(set(map(str, order))):
+        raise ValueError(
+            f"regions_class_order is {order!r}, expected the label that each region writes"
+        )
+    if not all(label in every for label in order):
+        raise ValueError(f"regions_class_order is {order}, expected among 1 to {last}")
+    return declare(values, order, None if ignored is None else last + 1)
 
 
 def _consecutive(table: Mapping[str, Any], path: Path, what: str) -> list[str]:

@@ -27,6 +27,11 @@ def _option(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"help": doc})
 
 
+def _new_option(default: Any, doc: str) -> Any:
+    """The same of a field that older files of settings do not have."""
+    return field(default=default, metadata={"help": doc, "optional": True})
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingConfig:
     """What the user chose. Each field is a flag of ``train``; a recipe is one such object."""
@@ -66,9 +71,21 @@ class TrainingConfig:
         "where in its patch that foreground may lie: 0 puts one of its voxels in the centre, 1 "
         "anywhere, 0.5 up to half of the way to the border",
     )
+    lesion_fraction: float = _new_option(
+        0.0,
+        "share of those foreground patches that are centred on a lesion, each lesion of the case "
+        "as likely as another, however small; 0 goes by voxels alone",
+    )
+    top_k_fraction: float = _new_option(
+        1.0,
+        "top-k loss: the cross-entropy is averaged over this share of the voxels, those where it "
+        "is highest; 1 takes all",
+    )
     augmentation: AugmentationConfig = field(default=MSD2018)
     pretrained: str | None = _option(
-        None, "folder of a weights bundle to begin with, as far as its tensors fit"
+        None,
+        "folder of a weights bundle, or of nnU-Net v2's results of one configuration, to begin "
+        "with, as far as its tensors fit",
     )
     seed: int = _option(0, "of network and batches; fixes everything on the CPU bit for bit")
     device: str = _option("auto", "auto, cpu or cuda")
@@ -117,8 +134,13 @@ class TrainingConfig:
             )
         if not 0 <= self.foreground_fraction <= 1:
             raise ValueError(f"foreground_fraction is {self.foreground_fraction}, expected 0 to 1")
-        if not 0 <= self.centre_jitter <= 1:
-            raise ValueError(f"centre_jitter is {self.centre_jitter}, expected 0 to 1")
+        for name in ("centre_jitter", "lesion_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        if not 0 < self.top_k_fraction <= 1:
+            raise ValueError(
+                f"top_k_fraction is {self.top_k_fraction}, expected more than 0, at most 1"
+            )
         if not 0 <= self.momentum < 1 or (
             self.optimiser == "sgd" and self.nesterov and not self.momentum
         ):

@@ -61,6 +61,14 @@ class FoldRun:
         return Split(self.spec.train, self.spec.validation)
 
     @property
+    def average(self) -> str:
+        """What is averaged over tiles and mirrorings: ``probabilities``, or ``logits`` of regions.
+
+        Of regions the reference's way alone is known, see ``docs/decisions/0024-regions.md``.
+        """
+        return "logits" if self.plans.regions else "probabilities"
+
+    @property
     def precision(self) -> str:
         """``fp32``, ``bf16`` or ``fp16``."""
         if self.config.precision != "auto":
@@ -123,6 +131,8 @@ def open_run(
         seed=config.seed,
         fold=number,
         centre_jitter=config.centre_jitter,
+        lesion_fraction=config.lesion_fraction,
+        regions=planned.region_labels,
         previous_labels=0 if chosen.previous_stage is None else len(planned.labels) - 1,
         share=(group.rank, group.count),
     )

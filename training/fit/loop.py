@@ -36,7 +36,7 @@ from training.fit.compiling import forward_of
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun
 from training.fit.history import EpochRow
-from training.fit.pretrained import load_pretrained
+from training.fit.pretrained import Pretrained, begin_with
 from training.fit.progress import Moment, Watch
 from training.fit.step import (
     Reading,
@@ -57,13 +57,19 @@ _log = logging.getLogger(__name__)
 
 
 def train_fold(
-    run: FoldRun, *, restart: bool = False, interrupted: Interrupted = lambda: False
+    run: FoldRun,
+    *,
+    restart: bool = False,
+    pretrained: Callable[[], Pretrained] | None = None,
+    interrupted: Interrupted = lambda: False,
 ) -> bool:
     """Train one fold to its end, or until it is interrupted.
 
     Args:
         run: The fold, with its cases preprocessed.
         restart: Begin anew although there is a checkpoint.
+        pretrained: Reads the weights to begin with; not called where there is a checkpoint to go on
+            from.
         interrupted: Asked at each step whether to stop.
 
     Returns:
@@ -77,7 +83,8 @@ def train_fold(
     if run.config.threads:
         torch.set_num_threads(run.config.threads)
     with determinism(run), memory_advice(run):
-        reason = _train(run, _state_of(run, restart=restart), interrupted)
+        state = _state_of(run, None if restart else run.folder / LATEST_CHECKPOINT, pretrained)
+        reason = _train(run, state, interrupted)
         run.group.all_done(done=True)  # one writes the checkpoint, and all of them read it next
     if reason is not None:
         _log.info("training has ended: %s", reason)
@@ -92,14 +99,15 @@ def batch_keys(config: TrainingConfig, epoch: int, step: int) -> Iterator[BatchK
         yield from _validation_keys(config, later)
 
 
-def _state_of(run: FoldRun, *, restart: bool) -> TrainingState:
-    """The state to begin with: from the latest checkpoint, from a bundle, or from nothing."""
+def _state_of(
+    run: FoldRun, latest: Path | None, pretrained: Callable[[], Pretrained] | None
+) -> TrainingState:
+    """The state to begin with: from the latest checkpoint, from other weights, or from nothing."""
     state = begin(run)
-    if (run.folder / LATEST_CHECKPOINT).exists() and not restart:
+    if latest is not None and latest.exists():
         resume(run, state)
-    elif run.config.pretrained is not None:
-        bundle = Path(run.config.pretrained)
-        load_pretrained(state.network, bundle, run.configuration.name, run.fold)
+    elif pretrained is not None:
+        begin_with(state.network, pretrained(), run.configuration.name)
     state.forward = forward_of(run, state.network)
     if run.group.leads:
         files.remove_unfinished(run.folder)  # of a session that was killed
@@ -203,7 +211,7 @@ def _validate_batches(
 ) -> bool:
     """Validate on patches, which ends the epoch; False when interrupted."""
     losses: list[float] = []
-    counts = torch.zeros(len(run.plans.labels) - 1, 2, dtype=torch.int64, device=run.device)
+    counts = torch.zeros(len(run.plans.foreground), 2, dtype=torch.int64, device=run.device)
     state.network.eval()
     steps = run.config.validation_batches
     while len(losses) < steps:
@@ -298,7 +306,7 @@ def _watch(run: FoldRun, state: TrainingState) -> Iterator[Watch | None]:
         title=f"{run.configuration.name}, fold {run.fold}",
         config=run.config,
         device=run.device,
-        labels=run.plans.labels[1:],
+        labels=[region.name for region in run.plans.foreground],
         history=state.history,
     ) as watch:
         yield watch

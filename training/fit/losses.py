@@ -1,7 +1,9 @@
-"""Soft Dice plus cross-entropy, never in less than float32.
+"""Soft Dice plus cross-entropy, of labels or of regions; never in less than float32.
 
-Both are ratios of sums over voxels. Where several processes share a batch, the sums are added over
-them before the ratio, so that loss and gradient are those of the whole batch.
+Labels exclude one another: softmax, and the Dice of all but the background. Regions may overlap:
+each has a sigmoid, a binary cross-entropy and a Dice of its own. Both terms are ratios of sums over
+voxels. Where several processes share a batch, the sums are added over them before the ratio, so
+that loss and gradient are those of the whole batch.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ichseg.model.plans import Region
 from training.fit.process_group import ALONE, ProcessGroup
 
 SMOOTH = 1e-5
@@ -22,31 +25,47 @@ def dice_cross_entropy(
     target: Tensor,
     *,
     batch_dice: bool,
-    ignoring: bool = False,
+    regions: Sequence[Region] = (),
+    ignore_label: int | None = None,
+    top_k_fraction: float = 1.0,
     group: ProcessGroup = ALONE,
 ) -> Tensor:
     """Mean cross-entropy minus mean soft Dice of the foreground classes; the best is -1.
 
     Args:
-        logits: ``(B, K, *patch)``, or a list of such, finest first, under deep supervision.
+        logits: ``(B, K, *patch)``, or a list of such, finest first, under deep supervision. K are
+            the labels, the background first, or the regions.
         target: Labels ``(B, *patch)``, integer.
         batch_dice: Dice of the batch as one volume (True), or mean Dice of its samples.
-        ignoring: Whether voxels whose label is K or more are left out, as nnU-Net v2 does with
-            those of its label ``ignore``.
+        regions: The regions that the logits are of; empty where they are of labels.
+        ignore_label: The label of voxels that are left out; None where there is none.
+        top_k_fraction: Share of the voxels, those of the highest cross-entropy, over which that is
+            averaged: 1 takes all, less is a top-k loss.
         group: The processes that have the rest of the batch.
 
     Returns:
         A scalar, float32 (float64 for logits in float64), the same in every process. The sum of its
         gradients over the processes is the gradient of the whole batch.
     """
+
+    def one_scale(scale: Tensor, labels: Tensor) -> Tensor:
+        """The loss of one head, whose target has its size."""
+        dtype = torch.promote_types(scale.dtype, torch.float32)
+        told = None if ignore_label is None else (labels != ignore_label)[:, None].to(dtype)
+        found, truth, entropy = (
+            _of_regions(scale.to(dtype), labels, regions) if regions else _of_labels(scale, labels)
+        )
+        if told is not None:  # there nothing is found, and nothing is to be
+            found, truth, entropy = found * told, truth * told, entropy * told
+        dice = soft_dice(found, truth, batch_dice=batch_dice, background=not regions, group=group)
+        return mean_entropy(entropy, told, top_k_fraction=top_k_fraction, group=group) - dice
+
     if isinstance(logits, Tensor):
-        return _one_scale(logits, target, batch_dice, ignoring, group)
+        return one_scale(logits, target)
     total = torch.zeros((), device=target.device)
     for weight, scale in zip(deep_supervision_weights(len(logits)), logits, strict=True):
         if weight > 0:
-            total = total + weight * _one_scale(
-                scale, _shrink(target, tuple(scale.shape[2:])), batch_dice, ignoring, group
-            )
+            total = total + weight * one_scale(scale, _shrink(target, tuple(scale.shape[2:])))
     return total
 
 
@@ -58,33 +77,44 @@ def deep_supervision_weights(heads: int) -> tuple[float, ...]:
     return tuple(weight / sum(raw) for weight in raw)
 
 
-def cross_entropy(
-    log_probabilities: Tensor,
-    truth: Tensor,
+def mean_entropy(
+    entropy: Tensor,
+    told: Tensor | None = None,
     *,
-    ignoring: bool = False,
+    top_k_fraction: float = 1.0,
     group: ProcessGroup = ALONE,
 ) -> Tensor:
-    """Mean over all voxels that are not to be ignored, background included; 0 if all are.
+    """Mean cross-entropy over all voxels that are not to be ignored; 0 if all are.
+
+    With a fraction it is the mean over the hardest voxels, of which each process takes those of its
+    share of the batch.
 
     Args:
-        log_probabilities: ``(B, K, *patch)``.
-        truth: Target of the same shape, 0 or 1, as :func:`one_hot` gives it.
-        ignoring: See :func:`dice_cross_entropy`.
+        entropy: Of each voxel, ``(B, 1, *patch)``, or of each region, ``(B, K, *patch)``; 0 where a
+            voxel is to be ignored.
+        told: ``(B, 1, *patch)``, 0 where a voxel is to be ignored and else 1; None if none is.
+        top_k_fraction: See :func:`dice_cross_entropy`.
         group: The processes that have the rest of the batch.
     """
-    # Not nll_loss, which has no deterministic form on CUDA
-    likelihood = (log_probabilities * truth).sum()
-    if ignoring:
-        voxels = truth.count_nonzero().to(likelihood.dtype)  # each voxel has one label, or none
-    else:
-        voxels = likelihood.new_full((), truth.numel() // truth.shape[1])  # no copy to wait for
-    total = group.total(torch.stack([likelihood, voxels]))
-    return -total[0] / total[1].clamp(min=1)
+    # Counted without a copy to or from the host, which would wait for all that a GPU has to do.
+    count = entropy.new_full((), entropy.numel())
+    if told is not None:
+        count = told.sum() * entropy.shape[1]
+    if top_k_fraction < 1:
+        k = max(1, int(top_k_fraction * entropy.numel()))
+        entropy = entropy.flatten().topk(k, sorted=False).values
+        count = count.clamp(max=k)
+    total = group.total(torch.stack([entropy.sum(), count]))
+    return total[0] / total[1].clamp(min=1)
 
 
 def soft_dice(
-    probabilities: Tensor, truth: Tensor, *, batch_dice: bool, group: ProcessGroup = ALONE
+    probabilities: Tensor,
+    truth: Tensor,
+    *,
+    batch_dice: bool,
+    background: bool = True,
+    group: ProcessGroup = ALONE,
 ) -> Tensor:
     """Soft Dice averaged over the foreground classes (and over samples unless ``batch_dice``).
 
@@ -93,16 +123,17 @@ def soft_dice(
     by mistake; not here.
 
     Args:
-        probabilities: ``(B, K, *patch)``, summing to one over K.
-        truth: Target of the same shape, 0 or 1, as :func:`one_hot` gives it.
+        probabilities: ``(B, K, *patch)``.
+        truth: Target of the same shape, 0 or 1.
         batch_dice: Dice of the batch as one volume (True), or mean Dice of its samples.
+        background: Whether the first of K is the background, which does not count.
         group: The processes that have the rest of the batch.
     """
     voxels = tuple(range(2, probabilities.ndim))
-    hits = (probabilities * truth).sum(voxels)[:, 1:]  # (B, K - 1)
-    masks = (probabilities.sum(voxels) + truth.sum(voxels))[:, 1:]  # 2 tp + fp + fn
+    hits = (probabilities * truth).sum(voxels)[:, int(background) :]  # (B, classes)
+    masks = (probabilities.sum(voxels) + truth.sum(voxels))[:, int(background) :]  # 2 tp + fp + fn
     if batch_dice:
-        hits, masks = group.total(torch.stack([hits.sum(0), masks.sum(0)]))  # (K - 1) each
+        hits, masks = group.total(torch.stack([hits.sum(0), masks.sum(0)]))  # (classes) each
     ratio = (2 * hits + SMOOTH) / (masks + SMOOTH)
     if batch_dice:
         return ratio.mean()
@@ -119,17 +150,22 @@ def one_hot(target: Tensor, classes: int, dtype: torch.dtype = torch.float32) ->
     return (target[:, None] == labels.view(-1, *(1,) * (target.ndim - 1))).to(dtype)
 
 
-def _one_scale(
-    logits: Tensor, target: Tensor, batch_dice: bool, ignoring: bool, group: ProcessGroup
-) -> Tensor:
+def _of_labels(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities and truth of each label ``(B, K, *patch)``, and the entropy of each voxel."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_probabilities = functional.log_softmax(logits, dim=1, dtype=dtype)
     truth = one_hot(target, logits.shape[1], dtype)
-    probabilities = log_probabilities.exp()
-    if ignoring:
-        probabilities = probabilities * truth.sum(1, keepdim=True)  # nothing is found there, either
-    dice = soft_dice(probabilities, truth, batch_dice=batch_dice, group=group)
-    return cross_entropy(log_probabilities, truth, ignoring=ignoring, group=group) - dice
+    # Not nll_loss, which has no deterministic form on CUDA
+    return log_probabilities.exp(), truth, -(log_probabilities * truth).sum(1, keepdim=True)
+
+
+def _of_regions(
+    logits: Tensor, target: Tensor, regions: Sequence[Region]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities, truth and entropy of each region, ``(B, K, *patch)`` each."""
+    truth = torch.stack([region.mask(target) for region in regions], 1).to(logits.dtype)
+    entropy = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    return logits.sigmoid(), truth, entropy
 
 
 def _shrink(target: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -21,7 +21,7 @@ from training.fit import schedule
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun
 from training.fit.history import EpochRow
-from training.fit.losses import dice_cross_entropy
+from training.fit.losses import dice_cross_entropy, one_hot
 from training.fit.process_group import GradientSums
 from training.fit.schedule import ScheduleState
 from training.planning import recipes
@@ -71,7 +71,7 @@ def begin(run: FoldRun) -> TrainingState:
     network = build_network(
         run.configuration.architecture,
         run.plans.input_channels(run.configuration),
-        len(run.plans.labels),
+        run.plans.scores,
     )
     network = network.to(run.device, memory_format=run.layout)  # type: ignore[call-overload]
     return TrainingState(
@@ -174,21 +174,27 @@ def _step_if(wanted: Tensor, optimiser: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def validation_step(run: FoldRun, state: TrainingState, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Loss, and per foreground class the hits and both masks' voxels, int64 ``(K - 1, 2)``.
+    """Loss, and per foreground class the hits and both masks' voxels, int64 ``(classes, 2)``.
 
     Both are of the whole batch, whichever process has which samples, and where they were computed.
     """
     logits = _forward(run, state, batch.data)
     assert isinstance(logits, Tensor)  # the network is in evaluation mode: one head
     loss = _loss(run, logits, batch.target)
-    found, target = logits.argmax(1), batch.target
+    target = batch.target
+    found = logits > 0 if run.plans.regions else _likeliest(logits)
     if run.ignore_label is not None:  # nothing counts as found there
-        found = found.masked_fill(target == run.ignore_label, 0)
+        found = found.logical_and((target != run.ignore_label)[:, None])
     counts = []
-    for label in range(1, logits.shape[1]):
-        ours, theirs = found == label, target == label
+    for ours, region in zip(found.unbind(1), run.plans.foreground, strict=True):
+        theirs = region.mask(target)
         counts.append(torch.stack([(ours & theirs).sum(), ours.sum() + theirs.sum()]))
     return loss, run.group.total(torch.stack(counts))
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """Whether each foreground label is the likeliest of all, ``(B, K - 1, *patch)``."""
+    return one_hot(logits.argmax(1), logits.shape[1], torch.bool)[:, 1:]
 
 
 class Reading:
@@ -226,7 +232,9 @@ def _loss(run: FoldRun, logits: Tensor | Sequence[Tensor], target: Tensor) -> Te
         logits,
         target,
         batch_dice=run.configuration.batch_dice,
-        ignoring=run.ignore_label is not None,
+        regions=run.plans.foreground if run.plans.regions else (),
+        ignore_label=run.ignore_label,
+        top_k_fraction=run.config.top_k_fraction,
         group=run.group,
     )
 

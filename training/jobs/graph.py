@@ -185,7 +185,7 @@ def training_bytes(plans: Plans, configuration: Configuration) -> int:
         configuration.patch,
         configuration.architecture,
         plans.input_channels(configuration),
-        len(plans.labels),
+        1 + len(plans.foreground),
     )
     share = elements * configuration.batch / (limits.budget * limits.batch)
     return round(share * recipe.gpu_memory_gb * 1e9)

@@ -17,6 +17,7 @@ from pathlib import Path
 from ichseg.engine import torch_device
 from ichseg.errors import DeviceFullError, IchsegError, TrainingError
 from ichseg.model import plans
+from training.bundle.pretrained import read_pretrained
 from training.crossval import cascade_labels
 from training.crossval.validate import is_validated, validate
 from training.data import dataset
@@ -80,8 +81,12 @@ def run_fold(
     """
     run = open_fold(workspace, configuration, fold, config, group, restart=restart)
 
+    pretrained = None
+    if config.pretrained is not None:
+        folder = Path(config.pretrained)
+        pretrained = functools.partial(read_pretrained, folder, configuration, fold)
     with signals or _signals() as noted:
-        if not train_fold(run, restart=restart, interrupted=noted.came):
+        if not train_fold(run, restart=restart, pretrained=pretrained, interrupted=noted.came):
             _log.info("stopped by %s; the same command goes on from here", noted.name)
             return False
         if not wants_validation(run):

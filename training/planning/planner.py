@@ -102,7 +102,7 @@ def decide(
         case_voxels=float(np.prod(median)),
         cases=len(fingerprint.names),
         channels=len(dataset.channels),
-        classes=len(dataset.labels),
+        classes=1 + (len(dataset.regions) or len(dataset.labels) - 1),  # as nnU-Net counts them
     )
     ordered = overrides
     if overrides.patch is not None:
@@ -127,6 +127,8 @@ def decide(
         architecture=architecture,
         crop=crop,
         sources=fingerprint.sources,
+        regions=dataset.regions,
+        region_labels=dataset.region_labels,
     )
     if overrides != Overrides():
         chosen = record(

@@ -21,7 +21,7 @@ from ichseg.files import replacing, stem_of
 from ichseg.model import strict_json
 from training.scoring.lesions import find_lesions
 from training.scoring.roc import Area, RocPoint, area_under_roc, roc_curve
-from training.scoring.scores import CaseScore, read_labels
+from training.scoring.scores import CaseScore, LabelScore, read_labels
 from training.scoring.statistics import wilson
 
 DETECTION_FILE, ROC_PICTURE = "detection.json", "roc.png"
@@ -124,20 +124,27 @@ def of_evaluation(
     """
     told: dict[str, bool] = {}
     for case in cases:
-        bleeds = any(score.reference_ml > 0 for score in case.labels)
+        bleeds = any(score.reference_ml > 0 for score in _disjoint(case))
         if positives is not None:
             told[case.name] = _positive(positives, case.name)
         elif bleeds or not case.ignored_ml:
             told[case.name] = bleeds
     if positives is None and all(told.values()):
         return None
-    found = {c.name: sum(score.predicted_ml for score in c.labels) for c in cases}
+    found = {c.name: sum(score.predicted_ml for score in _disjoint(c)) for c in cases}
     false = {
-        case.name: sum(not lesion.overlap_ml for s in case.labels for lesion in s.predicted_lesions)
+        case.name: sum(
+            not lesion.overlap_ml for s in _disjoint(case) for lesion in s.predicted_lesions
+        )
         for case in cases
     }
     left_out = [case.name for case in cases if case.name not in told]
     return make_detection(told, found, case_scores, false, left_out)
+
+
+def _disjoint(case: CaseScore) -> tuple[LabelScore, ...]:
+    """Scores that share no voxel: those of the labels, or where regions overlap that of all."""
+    return case.labels if case.whole is None else (case.whole,)
 
 
 def of_masks(

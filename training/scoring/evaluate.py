@@ -31,7 +31,7 @@ from training.data import parallel
 from training.scoring import detection, summary, tables
 from training.scoring.detection import Detection
 from training.scoring.measures import EMPTY_POLICIES, MEASURES
-from training.scoring.scores import CaseScore, Pair, score_pair
+from training.scoring.scores import CaseScore, Pair, highest_label, score_pair
 from training.scoring.summary import Evaluation, LabelSummary
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class _Evaluation(ClassificationEvaluation):
         names: As for ``evaluate``.
         empty: As for ``evaluate``.
         ignore_label: As for ``evaluate``.
+        held: As for ``evaluate``.
         workers: As for ``evaluate``.
     """
 
@@ -95,6 +96,7 @@ class _Evaluation(ClassificationEvaluation):
         names: tuple[str, ...] | None,
         empty: str,
         ignore_label: int | None,
+        held: tuple[tuple[int, ...], ...],
         workers: int | None,
     ) -> None:
         super().__init__(
@@ -107,7 +109,7 @@ class _Evaluation(ClassificationEvaluation):
             join_key="case",
             output_file=output,
         )  # fmt: skip
-        self._names, self._empty = names, empty
+        self._names, self._held, self._empty = names, held, empty
         self._ignore_label, self._workers = ignore_label, workers
         self.evaluation: Evaluation | None = None
 
@@ -137,7 +139,9 @@ class _Evaluation(ClassificationEvaluation):
             Pair(case["case"], case["path_prediction"], case["path_ground_truth"])
             for _, case in self._cases.iterrows()
         ]
-        scored = _score_pairs(pairs, self._names, self._empty, self._ignore_label, self._workers)
+        scored = _score_pairs(
+            pairs, self._names, self._empty, self._ignore_label, self._held, self._workers
+        )
         self.evaluation = summary.make_evaluation(
             scored, self._names, self._empty, self._ignore_label
         )
@@ -163,6 +167,7 @@ def evaluate(
     names: tuple[str, ...] | None = None,
     empty: str = "instance",
     ignore_label: int | None = None,
+    held: tuple[tuple[int, ...], ...] = (),
     made_from: str = "",
     workers: int | None = None,
 ) -> Evaluation:
@@ -179,6 +184,8 @@ def evaluate(
         empty: The policy for empty masks, see ``training.scoring.measures``.
         ignore_label: The value of the references' voxels that are left out of all scores, the one
             above all labels; None if there are none.
+        held: For each name the labels that it stands for: those of a region, which may overlap
+            others. By default the names are of the labels 1, 2, ...
         made_from: A digest of the networks that found the masks, which is kept.
         workers: How many processes to use; None for as many as cores and memory allow.
 
@@ -189,11 +196,11 @@ def evaluate(
         OutputError: The folder cannot be written.
     """
     logging.getLogger("evalutils").setLevel(logging.ERROR)  # warns of each file that is no volume
-    above = range(2, 256) if names is None else [len(names) + 1]
+    above = range(2, 256) if names is None else [highest_label(names, held) + 1]
     if ignore_label is not None and ignore_label not in above:
         raise TrainingError(f"label {ignore_label} to ignore, expected the one above all labels")
     run = _Evaluation(
-        predictions, references, out / METRICS_FILE, names, empty, ignore_label, workers
+        predictions, references, out / METRICS_FILE, names, empty, ignore_label, held, workers
     )
     try:
         run.evaluate()
@@ -259,8 +266,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="folder for metrics.json, evaluation.json, cases.csv and "
                         "detection.json")  # fmt: skip
     parser.add_argument("--labels", metavar="NAMES",
-                        help="names of the labels 1, 2, ..., with commas [those that occur, by "
-                        "their number]")  # fmt: skip
+                        help="names of the labels 1, 2, ..., with commas; of regions with the "
+                        "labels that each holds, as bleed=1+2,core=2 [those that occur, by their "
+                        "number]")  # fmt: skip
     parser.add_argument("--empty", choices=EMPTY_POLICIES, default="instance",
                         help="what an empty mask scores: as INSTANCE does (infinite distance), "
                         "the volume's diagonal, or nothing where it is not defined "
@@ -274,9 +282,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the ``evaluate`` command."""
-    names = None if args.labels is None else tuple(args.labels.split(","))
-    if names is not None and (len(set(names)) < len(names) or not all(names)):
-        raise TrainingError(f"--labels {args.labels}: expected different names with commas between")
+    names, held = (None, ()) if args.labels is None else parse_labels(args.labels)
     if args.references is None and args.positives is None:
         raise TrainingError("evaluate needs --references DIR, or --positives CSV for scans alone")
     case_scores = detection.read_case_scores(args.results or args.predictions)
@@ -286,7 +292,8 @@ def main(args: argparse.Namespace) -> int:
     if args.references is not None:
         found = evaluate(
             args.predictions, args.references, args.out,
-            names=names, empty=args.empty, ignore_label=args.ignore_label, workers=args.workers,
+            names=names, empty=args.empty, ignore_label=args.ignore_label, held=held,
+            workers=args.workers,
         )  # fmt: skip
         sys.stdout.write(tables.describe(found) + "\n")
         written = [METRICS_FILE, summary.EVALUATION_FILE, summary.CASES_FILE]
@@ -299,6 +306,26 @@ def main(args: argparse.Namespace) -> int:
         written += [detection.DETECTION_FILE, *([detection.ROC_PICTURE] if by_case.roc else [])]
     sys.stdout.write(f"wrote {', '.join(written)} to {args.out}\n")
     return 0
+
+
+def parse_labels(text: str) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+    """Names, and of regions what each holds: ``ich,oedema`` or ``bleed=1+2,core=2``.
+
+    Raises:
+        TrainingError: Names are missing or given twice, or some hold labels and others do not.
+    """
+    parts = [part.partition("=") for part in text.split(",")]
+    names = tuple(name for name, _, _ in parts)
+    if len(set(names)) < len(names) or not all(names):
+        raise TrainingError(f"--labels {text}: expected different names with commas between")
+    if not any(equals for _, equals, _ in parts):
+        return names, ()
+    values = [held.split("+") for _, _, held in parts]
+    if not all(value.isdecimal() and 0 < int(value) < 255 for held in values for value in held):
+        raise TrainingError(
+            f"--labels {text}: expected the labels that each region holds, as bleed=1+2,core=2"
+        )
+    return names, tuple(tuple(int(value) for value in held) for held in values)
 
 
 def _masks(folder: Path) -> dict[str, Path]:
@@ -321,11 +348,18 @@ def _score_pairs(
     names: tuple[str, ...] | None,
     empty: str,
     ignore_label: int | None,
+    held: tuple[tuple[int, ...], ...],
     workers: int | None,
 ) -> list[CaseScore]:
     """Score all cases; what is wrong with the first bad one, by name, is raised."""
     results = parallel.each_case(
-        score_pair, pairs, names, empty, ignore_label, workers=workers or _default_workers(pairs)
+        score_pair,
+        pairs,
+        names,
+        empty,
+        ignore_label,
+        held,
+        workers=workers or _default_workers(pairs),
     )
     scored, failures = [], {}
     for pair, result in parallel.with_progress(results, len(pairs), "evaluate"):

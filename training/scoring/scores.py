@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ichseg.errors import DatasetError, InputError
 from ichseg.model import strict_json
+from ichseg.model.plans import Region
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.data.examine import compare, grid_of
@@ -79,6 +80,7 @@ class CaseScore:
         reference: The name of the reference file.
         labels: One score for each label, in the order of the label values.
         ignored_ml: The volume of the reference's voxels that were left out.
+        whole: The score of all foreground together, where regions share labels; else None.
     """
 
     name: str
@@ -86,10 +88,15 @@ class CaseScore:
     reference: str
     labels: tuple[LabelScore, ...]
     ignored_ml: float = strict_json.optional(0.0)
+    whole: LabelScore | None = strict_json.optional(None)  # noqa: RUF009
 
 
 def score_pair(
-    pair: Pair, names: tuple[str, ...] | None, empty: str, ignore_label: int | None = None
+    pair: Pair,
+    names: tuple[str, ...] | None,
+    empty: str,
+    ignore_label: int | None = None,
+    held: tuple[tuple[int, ...], ...] = (),
 ) -> CaseScore:
     """Read a case's two files, see that they fit each other, and score each label.
 
@@ -100,12 +107,13 @@ def score_pair(
         empty: The policy for empty masks, see ``training.scoring.measures``.
         ignore_label: The value of the reference's voxels that are left out of all scores, the one
             above all labels; None if there are none.
+        held: For each name the labels that it stands for, where these are not 1, 2, ...
 
     Raises:
         InputError: A file is not a volume of labels.
         DatasetError: The files differ in size or place.
     """
-    highest = _MOST_LABELS - 1 if names is None else len(names)
+    highest = _MOST_LABELS - 1 if names is None else highest_label(names, held)
     if ignore_label is not None:
         highest = ignore_label - 1
     reference = read_labels(pair.reference, highest if ignore_label is None else ignore_label)
@@ -119,11 +127,25 @@ def score_pair(
         reference.spacing_mm,
         names=names,
         empty=empty,
+        held=held,
     )
     ignored_ml = 0.0
     if ignore_label is not None:
         ignored_ml = float(np.count_nonzero(reference.voxels == ignore_label) * reference.voxel_ml)
-    return CaseScore(pair.name, pair.prediction.name, pair.reference.name, labels, ignored_ml)
+    whole = None
+    if held:
+        every = tuple(range(1, highest + 1))
+        (whole,) = score_labels(
+            np.asarray(found, np.uint8),
+            np.asarray(expected, np.uint8),
+            reference.spacing_mm,
+            names=["whole"],
+            empty=empty,
+            held=[every],
+        )
+    return CaseScore(
+        pair.name, pair.prediction.name, pair.reference.name, labels, ignored_ml, whole
+    )
 
 
 def score_labels(
@@ -133,6 +155,7 @@ def score_labels(
     *,
     names: Sequence[str] | None,
     empty: str,
+    held: Sequence[tuple[int, ...]] = (),
 ) -> tuple[LabelScore, ...]:
     """Score each label of two label arrays.
 
@@ -142,6 +165,7 @@ def score_labels(
         spacing_mm: The voxel size, ``(z, y, x)``.
         names: As for ``score_pair``.
         empty: As for ``score_pair``.
+        held: As for ``score_pair``.
     """
     across = diagonal_mm(reference.shape, spacing_mm)
     box = bounding_box((prediction | reference) != 0)
@@ -149,13 +173,31 @@ def score_labels(
     if names is None:
         counts = np.bincount(prediction.ravel()), np.bincount(reference.ravel())
         values = sorted({int(v) for c in counts for v in np.flatnonzero(c)} - {0})
-        labels = [(value, str(value)) for value in values]
+        regions = [Region(str(value), value, (value,)) for value in values]
     else:
-        labels = list(enumerate(names, start=1))
+        regions = regions_of(names, held)
     return tuple(
-        _score_label(name, prediction == value, reference == value, spacing_mm, empty, across)
-        for value, name in labels
+        _score_label(
+            region.name,
+            region.mask(prediction),
+            region.mask(reference),
+            spacing_mm,
+            empty,
+            across,
+        )
+        for region in regions
     )
+
+
+def regions_of(names: Sequence[str], held: Sequence[tuple[int, ...]] = ()) -> list[Region]:
+    """What is scored under each name: the labels that it stands for, by default 1, 2, ..."""
+    labels = held or [(label,) for label in range(1, len(names) + 1)]
+    return [Region(name, own[0], own) for name, own in zip(names, labels, strict=True)]
+
+
+def highest_label(names: Sequence[str], held: Sequence[tuple[int, ...]] = ()) -> int:
+    """The highest label that masks may have where these are scored."""
+    return max(max(region.labels) for region in regions_of(names, held))
 
 
 def absent(label: str, empty: str) -> LabelScore:

@@ -6,7 +6,8 @@ One folder per configuration, four files per case:
     <case>.target.b2nd      labels int8 (Z, Y, X); -1 is background outside the nonzero mask, the
                             value above the last label is a voxel to be ignored
     <case>.foreground.npz   voxel coordinates (n, 3) of each label, for foreground sampling; where
-                            voxels may be ignored also of all others, as ``annotated``
+                            voxels may be ignored also of all others, as ``annotated``; and of each
+                            lesion, with its number before them (n, 4), as ``lesions``
     <case>.json             shape, steps, voxel counts and a digest of the files it was made from;
                             written last: it marks a finished case
 
@@ -33,18 +34,16 @@ from ichseg.errors import DatasetError
 from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.model.plans import Normalisation
+from training.store.foreground import by_lesion, sample_foreground, sample_lesions, sample_voxels
 
 SCHEMA_VERSION = 2
 HU_STEP = 1 / 16  # CT: rounding errs by at most 0.032 HU
 DEVIATION_STEP = 1 / 1024  # other images: by at most 0.0005 standard deviations
 _CHUNK, _BLOCK = (16, 128, 128), (4, 64, 64)  # voxels (z, y, x); a block is inflated at once
-_LISTED_AT_LEAST = 10_000  # voxels of a label whose coordinates are kept (nnU-Net v1)
-_LISTED_FRACTION = 0.01  # of larger labels
-_SEED = 1234
 _DATA, _TARGET, _FOREGROUND, _META = ".data.b2nd", ".target.b2nd", ".foreground.npz", ".json"
 _PREVIOUS = ".previous.b2nd"
 _WEIGHTS = "weights"  # in the metadata of the first stage's labels
-_ANNOTATED = "annotated"  # beside the labels in the file of the coordinates
+_ANNOTATED, _LESIONS = "annotated", "lesions"  # beside the labels in the file of the coordinates
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +128,9 @@ class StoredCase:
         data: Reads as float32, ``(C, Z, Y, X)``.
         target: Reads as int8, ``(Z, Y, X)``.
         foreground: For each label present, voxel coordinates ``(n, 3)``: all, or a sample.
+        counts: How many voxels each of these labels has.
+        lesions: For each lesion, by a number, voxel coordinates ``(n, 3)``: all, or a sample. None
+            in a store that an older version made.
         previous: Labels of the cascade's first stage, as the target; None if not written.
         previous_weights: Digest of the weights that found them; empty if it is not known.
         annotated: Voxel coordinates ``(n, 3)`` to centre other patches on: a sample of all voxels
@@ -140,6 +142,8 @@ class StoredCase:
     data: StoredArray
     target: StoredArray
     foreground: dict[int, npt.NDArray[np.integer]]
+    counts: dict[int, int]
+    lesions: dict[int, npt.NDArray[np.integer]] | None = None
     previous: StoredArray | None = None
     previous_weights: str = ""
     annotated: npt.NDArray[np.integer] | None = None
@@ -202,6 +206,7 @@ def write_case(
         arrays: dict[str, Any] = {str(label): found for label, found in foreground.items()}
         if ignore_label is not None:
             arrays[_ANNOTATED] = sample_voxels(target != ignore_label)
+        arrays[_LESIONS] = sample_lesions(target, ignore_label)
         np.savez_compressed(temporary, **arrays)
     with replacing(_file(folder, name, _META)) as temporary:
         temporary.write_text(strict_json.dumps(meta), encoding="utf-8")
@@ -263,7 +268,9 @@ def open_case(folder: Path, name: str) -> StoredCase:
                 weights = str(found.schunk.meta[_WEIGHTS])
         with np.load(_file(folder, name, _FOREGROUND)) as file:
             annotated = file[_ANNOTATED] if _ANNOTATED in file.files else None
-            foreground = {int(key): file[key] for key in file.files if key != _ANNOTATED}
+            listed = file[_LESIONS] if _LESIONS in file.files else None
+            labels = [key for key in file.files if key not in (_ANNOTATED, _LESIONS)]
+            foreground = {int(key): file[key] for key in labels}
     except (OSError, RuntimeError, ValueError) as error:
         raise DatasetError(f"{folder}: case {name} is damaged ({error})") from error
     if shapes != (meta.shape, meta.shape[1:]) or len(steps) != meta.shape[0]:
@@ -276,7 +283,16 @@ def open_case(folder: Path, name: str) -> StoredCase:
             f"{path}: previous labels have shape {before}, expected {meta.shape[1:]}"
         )
     return StoredCase(
-        name, data, target, foreground, previous, weights, annotated, meta.ignore_label
+        name=name,
+        data=data,
+        target=target,
+        foreground=foreground,
+        counts=dict(zip(meta.labels, meta.voxels, strict=True)),
+        lesions=None if listed is None else by_lesion(listed),
+        previous=previous,
+        previous_weights=weights,
+        annotated=annotated,
+        ignore_label=meta.ignore_label,
     )
 
 
@@ -302,47 +318,6 @@ def is_complete(folder: Path, name: str) -> bool:
     return all(
         _file(folder, name, suffix).is_file() for suffix in (_DATA, _TARGET, _FOREGROUND, _META)
     )
-
-
-def sample_foreground(
-    target: npt.NDArray[np.int8], ignore_label: int | None = None
-) -> tuple[dict[int, npt.NDArray[np.integer]], dict[int, int]]:
-    """Coordinates to centre foreground patches on, and voxel counts, both by label.
-
-    Args:
-        target: ``(Z, Y, X)``; values above 0 are foreground, but for the one to be ignored.
-        ignore_label: That value, or None.
-
-    Returns:
-        For each label that is present the coordinates ``(n, 3)`` as ``sample_voxels`` draws them,
-        and how many voxels it has.
-    """
-    random = np.random.RandomState(_SEED)
-    foreground: dict[int, npt.NDArray[np.integer]] = {}
-    counts: dict[int, int] = {}
-    for label in range(1, int(target.max(initial=0)) + 1):
-        mask = target == label
-        if label != ignore_label and (count := int(np.count_nonzero(mask))):
-            counts[label] = count
-            foreground[label] = sample_voxels(mask, random)
-    return foreground, counts
-
-
-def sample_voxels(
-    mask: npt.NDArray[np.bool_], random: np.random.RandomState | None = None
-) -> npt.NDArray[np.integer]:
-    """Coordinates ``(n, 3)`` of the voxels of a mask ``(Z, Y, X)``, in order.
-
-    All of up to 10 000 voxels; of more 10 000 or 1 %, whichever is more, drawn without replacement
-    with a fixed seed.
-    """
-    random = np.random.RandomState(_SEED) if random is None else random
-    dtype = np.int16 if max(mask.shape) <= np.iinfo(np.int16).max else np.int32
-    flat = np.flatnonzero(mask)
-    wanted = max(min(_LISTED_AT_LEAST, len(flat)), int(np.ceil(len(flat) * _LISTED_FRACTION)))
-    if wanted < len(flat):
-        flat = flat[np.sort(random.choice(len(flat), wanted, replace=False))]
-    return np.stack(np.unravel_index(flat, mask.shape), axis=1).astype(dtype)
 
 
 def _multiples(data: npt.NDArray[np.float32], steps: tuple[float, ...]) -> Any:

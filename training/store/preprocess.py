@@ -233,13 +233,20 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _refuse_other_dataset(dataset: Dataset, plans: Plans) -> None:
-    """Refuse plans whose channels or labels are not the dataset's."""
+    """Refuse plans whose channels, labels or regions are not the dataset's."""
     planned, found = (plans.channels, plans.labels), (dataset.channels, dataset.labels)
     if planned != found:
         raise PlansError(
             f"the plans are for channels {', '.join(plans.channels)} and labels "
             f"{', '.join(plans.labels)}, but the dataset has channels "
             f"{', '.join(dataset.channels)} and labels {', '.join(dataset.labels)}; `plan` anew"
+        )
+    regions = (plans.regions, plans.region_labels), (dataset.regions, dataset.region_labels)
+    if regions[0] != regions[1]:
+        raise PlansError(
+            f"the plans are for regions that write {plans.regions} and hold {plans.region_labels}, "
+            f"but those of the dataset write {dataset.regions} and hold {dataset.region_labels}; "
+            "`plan` anew"
         )
 
 

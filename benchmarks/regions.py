@@ -1,0 +1,134 @@
+"""Training on regions against nnunetv2 2.8.1: bleeds with a core, in a small set made here.
+
+    PYTHONPATH=. .venv/bin/python benchmarks/regions.py --work FOLDER
+
+Twenty volumes of noise with bleeds of two labels, of which two overlapping regions are trained: all
+of the bleed, and its core. Both sides have the same plan, split, length and schedule (recipe
+``nnunetv2``), three seeds each, one at a time on one thread of the CPU. What is done is kept in
+FOLDER, so that the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from benchmarks import rivals
+from benchmarks.fold_pair import SIDES, FoldPair, Settings, mean_dice
+from benchmarks.rows import Row, report
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
+
+CASES, SHAPE, SPACING_MM = 20, (16, 48, 48), (2.0, 1.0, 1.0)
+NAMES = ("bleed", "core")
+
+
+def main() -> int:
+    """Print the Dice of each seed and one line of JSON; 1 if ours is worse by a deviation."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="what is done is kept here")
+    parser.add_argument("--seeds", type=int, default=3, help="[%(default)s]")
+    parser.add_argument("--epochs", type=int, default=10, help="[%(default)s]")
+    parser.add_argument("--batches-per-epoch", type=int, default=25, help="[%(default)s]")
+    rivals.add_arguments(parser)
+    args = parser.parse_args()
+    settings = Settings(
+        dataset="Dataset777_Regions",
+        batch=2,
+        features=(8, 16, 32, 64),
+        epochs=args.epochs,
+        batches=args.batches_per_epoch,
+        validation_batches=5,
+        device="cpu",
+        precision="fp32",
+        threads=1,
+        workers=0,
+    )
+    work = args.work.absolute()
+    pair = FoldPair(work / "source", work, settings, rivals.python_of(args.rival_env))
+    pair.check_settings()
+    pair.keep_settings()
+    make_dataset(pair.source)
+    for seed in range(args.seeds):
+        for side in SIDES:
+            pair.train(side, seed)
+        pair.check_same(seed)
+    return print_table(pair, args.seeds)
+
+
+def print_table(pair: FoldPair, seeds: int) -> int:
+    """Print both sides by seed, then the rows; ours may be worse by the rival's deviation."""
+    means = {side: mean_dice([pair.scores(side, n) for n in range(seeds)]) for side in SIDES}
+    print(f"\nDice on {len(pair.fold(0).validation)} held-out cases, mean over cases")
+    print(f"{'':6} {'seed':>9}" + "".join(f"{name:>10}" for name in NAMES))
+    for side in SIDES:
+        for seed, found in enumerate(means[side]):
+            print(f"{side:6} {seed:9}" + "".join(f"{value:10.4f}" for value in found))
+    rows = []
+    for i, name in enumerate(NAMES):
+        ours, rival = means["ours"][:, i], means["rival"][:, i]
+        difference = float(ours.mean() - rival.mean())
+        deviation = float(rival.std(ddof=1)) if seeds > 1 else 0.0
+        rows += [
+            Row(f"Dice of the {name} (difference)", float(ours.mean()), float(rival.mean()), "",
+                difference, -deviation, difference >= -deviation),
+            Row(f"  its deviation over {seeds} seeds", float(ours.std(ddof=min(1, seeds - 1))),
+                deviation, "", None, None, None),
+        ]  # fmt: skip
+    return report("regions", rows)
+
+
+def make_dataset(folder: Path) -> None:
+    """Write the set as an nnU-Net v2 raw folder, unless it is there."""
+    described = folder / "dataset.json"
+    if described.exists():
+        return
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for number in range(CASES):
+        image, labels = make_case(np.random.default_rng([7, number]))
+        grid = Volume(image, SPACING_MM)
+        volume.write(grid, folder / "imagesTr" / f"case_{number:02}_0000.nii.gz")
+        volume.write(grid.with_voxels(labels), folder / "labelsTr" / f"case_{number:02}.nii.gz")
+    described.write_text(
+        json.dumps(
+            {
+                "channel_names": {"0": "CT"},
+                "labels": {"background": 0, "bleed": [1, 2], "core": 2},
+                "regions_class_order": [1, 2],
+                "numTraining": CASES,
+                "file_ending": ".nii.gz",
+            }
+        )
+    )
+
+
+def make_case(
+    rng: np.random.Generator,
+) -> tuple[np.ndarray[tuple[int, ...], np.dtype], np.ndarray[tuple[int, ...], np.dtype]]:
+    """One image in HU and its labels, both ``(z, y, x)``: one to three bleeds, each with a core.
+
+    Bleed and core exceed the brain by as much as the noise deviates, so that voxels alone do not
+    tell them apart.
+    """
+    labels = np.zeros(SHAPE, np.uint8)
+    grid = np.indices(SHAPE, np.float32) * np.array(SPACING_MM, np.float32)[:, None, None, None]
+    for _ in range(rng.integers(1, 4)):
+        centre = np.array([rng.uniform(8, 24), rng.uniform(12, 36), rng.uniform(12, 36)])
+        radii = rng.uniform(4, 10, 3)
+        distance = np.sqrt((((grid.T - centre) / radii) ** 2).sum(-1)).T
+        distance += ndimage.gaussian_filter(rng.normal(size=SHAPE), 2) * 2
+        labels[(distance < 1) & (labels == 0)] = 1
+        labels[distance < 0.55] = 2
+    noise = ndimage.gaussian_filter(rng.normal(size=SHAPE), 0.7) * 24
+    image = 32 + np.choose(labels, (0, 14, 28)) + noise
+    return image.round().astype(np.int16), labels
+
+
+if __name__ == "__main__":
+    sys.exit(main())
