@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
 import logging
+import os
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
 
+from ichseg.app.start import ensure_streams
 from ichseg.errors import IchsegError
 from training.jobs import command
 
@@ -111,6 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("numexpr").setLevel(logging.WARNING)  # comes with blosc2, and greets
     module_name, summary, example = COMMANDS[chosen.command]
     command.end_with_parent()
+    # Before numpy is loaded. Sums in several threads differ in their last bits from those in one,
+    # and cases that are worked on side by side would only wait for each other's threads.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         module = importlib.import_module(module_name)
         command_parser = argparse.ArgumentParser(
@@ -150,12 +159,68 @@ def _top_parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":
-    exit_status = 1
+class _Stdout:
+    """Standard output that a command goes on without when nothing can be written there any more.
+
+    Attributes:
+        lost: The number of the error from which on nothing was written; 0 if all was.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self.lost = stream, 0
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the stream's."""
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or note why not."""
+        with self._noting():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or note why not."""
+        with self._noting():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.lost = error.errno or errno.EIO
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # or Python would try again as it ends
+            os.close(nowhere)
+
+
+def _process() -> int:
+    """Run one command as a process of its own; its exit status, once all has been written."""
+    ensure_streams()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before this process began
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
+    stdout = _Stdout(sys.stdout)
+    sys.stdout = stdout  # type: ignore[assignment]
+    status = 1
     try:
-        exit_status = main()
+        status = main()
+    except SystemExit as end:  # argparse's
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception:
         traceback.print_exc()
+    stdout.flush()
+    if stdout.lost == errno.EPIPE:
+        return 128 + signal.SIGPIPE  # whoever reads has what he wanted, as `| head -1`
+    if stdout.lost:
+        sys.stderr.write(f"error: standard output: {os.strerror(stdout.lost)}\n")
+        return 1
+    return status
+
+
+if __name__ == "__main__":
+    exit_status = _process()
     if "training.fit.process_group" in sys.modules:
         sys.modules["training.fit.process_group"].leave(exit_status)
     sys.exit(exit_status)

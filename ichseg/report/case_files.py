@@ -94,7 +94,7 @@ def write_case(
     if "prediction" in masks:
         write(masks["prediction"], cases / f"{slug}_prediction.nii.gz")
     shown = Shown(
-        name=name,
+        name=name.encode(errors="backslashreplace").decode(),  # it may be no text
         slug=slug,
         is_ct=is_ct,
         masks=tuple(masks),

@@ -16,6 +16,9 @@ TYPES = {
     "MET_FLOAT": "f4", "MET_DOUBLE": "f8",
 }  # fmt: skip
 
+# Names of the field that says how the axes lie; without it ITK takes them for the patient's.
+_DIRECTIONS = ("TransformMatrix", "Rotation", "Orientation")
+
 
 def parse_header(stream: BinaryIO, *, detached: bool = False) -> Header:
     """Read and check the header; no voxels are read.
@@ -54,11 +57,12 @@ def parse_header(stream: BinaryIO, *, detached: bool = False) -> Header:
         raw=text[:start],
         packed=_flag(fields, "CompressedData", False),
         beside="" if where == "LOCAL" else where,
+        has_frame=any(name in fields for name in _DIRECTIONS),
     )
 
 
 def _refuse_other_kinds(fields: dict[str, str], detached: bool) -> None:
-    """Refuse all but one number a voxel, binary, in the file itself or in one beside it."""
+    """Refuse all but one number a voxel, binary, in one file, with voxels of a size in mm."""
     where = fields["ElementDataFile"]
     if detached and where != "LOCAL":
         _refuse_other_places(where)
@@ -73,6 +77,11 @@ def _refuse_other_kinds(fields: dict[str, str], detached: bool) -> None:
     channels = fields.get("ElementNumberOfChannels", "1")
     if channels != "1":
         raise OtherKindError(f"{channels[:20]} components per voxel, expected a scalar volume")
+    if "ElementSpacing" not in fields and "ElementSize" not in fields:
+        raise OtherKindError("no ElementSpacing, expected the size of its voxels in mm")
+    unit = fields.get("DistanceUnits", "mm")
+    if unit not in ("mm", "?"):
+        raise OtherKindError(f"DistanceUnits {unit[:20]}, expected mm")
     kind = fields.get("ElementType", "none")
     if kind not in TYPES:
         raise OtherKindError(f"element type {kind[:20]}, expected one of {', '.join(TYPES)}")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,14 +19,8 @@ from training.__main__ import main
 from training.bundle.export_nnunet import export_folders, lost
 from training.bundle.import_nnunet import import_folders
 
-HELPERS = Path(__file__).parents[1] / "helpers"
-NETWORKS = {
-    described["name"]: described
-    for described in json.loads((HELPERS / "nnunetv2_networks.json").read_text())["networks"]
-}
-FLAT = NETWORKS["residual_2d"] | {"input": [1, 1, 16, 24]}
-PLAIN = NETWORKS["plain_3d"] | {"input": [1, 1, 8, 16, 16], "classes": 2}
-VOLUME = NETWORKS["residual_3d"]
+FLAT, VOLUME = theirs.SMALL, theirs.VOLUME
+PLAIN = theirs.NETWORKS["plain_3d"] | {"input": [1, 1, 8, 16, 16], "classes": 2}
 REGIONS = DATASET | {
     "labels": {"background": 0, "whole": [1, 2], "core": 2},
     "regions_class_order": [1, 2],

@@ -197,6 +197,7 @@ PHE = "slice,xmin,ymin,xmax,ymax\n"
         (PHE + "0001_01,1,2,3,nan\n", "boxes.csv: ymax is 'nan', expected a number"),
         (PHE + "0001_01,1,2,3,1e999\n", "boxes.csv: ymax is '1e999', expected a number"),
         (PHE + "0001_01,1,2\n", "boxes.csv: line 2 is too short, expected slice, xmin"),
+        (PHE + "0001-01,1,2,3,4\n", "boxes.csv: slice is '0001-01', expected PATIENT_SLICE"),
         (PHE + "0001_01,9,2,3,4\n", "boxes.csv: box 9, 2, 3, 4 in slice '0001_01', expected"),
         (PHE.encode() + b"\xff\xfe", "boxes.csv: not a table in UTF-8"),
     ],
@@ -235,13 +236,31 @@ def test_pictures_that_are_damaged_or_of_another_size_are_named(downloads):
     assert not (downloads / "out" / "dataset.json").exists()
 
 
-def test_slices_without_a_picture_are_told(downloads, caplog):
+def test_slices_without_a_picture_are_told_and_recorded(downloads, caplog):
+    """One with a box, one that no table lists, one of which a table says what it shows."""
     (downloads / "phe" / "images" / "0001_02.png").unlink()
-    (downloads / "ich" / "brain" / "060_02.png").unlink()
-    assert len(downloads_of.find_phe_sich(downloads / "phe")) == 2
-    assert len(downloads_of.find_ct_ich(downloads / "ich")) == 2
-    assert "boxes.csv: 1 slice without a picture, such as 0001_02; their scans" in caplog.text
-    assert "diagnosis.csv: 1 slice without a picture, such as 060_2; their scans" in caplog.text
+    (downloads / "phe" / "images" / "0002_04.png").unlink()
+    (downloads / "ich" / "brain" / "060_04.png").unlink()
+    out = downloads / "out"
+    real_heads.write_dataset(out, phe_sich=downloads / "phe", ct_ich=downloads / "ich")
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [line.partition(";")[0] for line in told] == [
+        f"{downloads}/phe/images: no picture of 2 slices: phesich_0001 2, phesich_0002 4",
+        f"{downloads}/ich/brain: no picture of 1 slice: ctich_060 4",
+    ]
+    record = {row["case"]: row for row in csv.DictReader((out / "record.csv").open())}
+    assert {name: row["missing_slices"] for name, row in record.items()} == {
+        "phesich_0001": "2", "phesich_0001_copy": "2",
+        "phesich_0002": "4", "phesich_0002_copy": "4",
+        "ctich_051": "", "ctich_051_copy": "", "ctich_060": "4", "ctich_060_copy": "4",
+    }  # fmt: skip
+
+
+def test_one_slice_by_two_names_is_refused(downloads):
+    images = downloads / "phe" / "images"
+    (images / "0001_002.png").write_bytes((images / "0001_02.png").read_bytes())
+    with pytest.raises(DatasetError, match=r"0001_02\.png: slice 2 of 0001 is there twice, the"):
+        downloads_of.find_phe_sich(downloads / "phe")
 
 
 def finished(folder, name, voxels, labels):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -63,6 +64,16 @@ def folder(tmp_path_factory):
             case_files.write_case(out, entry.name, image, {"prediction": mask})
     inference_page.write(out, entries(), title="A <title>", subtitle="with & without")
     return out
+
+
+def test_a_name_that_is_not_utf8_does_not_take_the_others_pages_away(tmp_path):
+    names = [os.fsdecode(b"a\xff.mha"), "b.mha"]
+    image, mask = scan()
+    for name in names:
+        case_files.write_case(tmp_path, name, image, {"prediction": mask})
+    shown = [inference_page.Entry(name, "", facts(1.5)) for name in names]
+    inference_page.write(tmp_path, shown, title="t", subtitle="s")
+    assert [card["data-name"] for card in page_in(tmp_path).cards] == ["a\\udcff.mha", "b.mha"]
 
 
 def test_failures_come_first_then_the_largest(folder):

@@ -92,11 +92,30 @@ def test_mha_of_every_type_and_order_as_itk_reads_it(tmp_path, kind, dtype, big,
         ({"kind": "MET_SHORT\nElementNumberOfChannels = 3"}, "3 components per voxel"),
         ({"kind": "MET_SHORT\nDimSize = 1 1 1"}, "no MetaImage header"),
         ({"kind": "MET_SHORT\nBinaryData"}, "no MetaImage header"),
+        ({"kind": "MET_SHORT\nDistanceUnits = um"}, "DistanceUnits um, expected mm"),
     ],
 )
 def test_mha_that_is_not_what_it_says_is_refused(tmp_path, change, reason):
     with pytest.raises(InputError, match=reason):
         volume.read(mha(tmp_path, **change))
+
+
+def without(path: Path, field: str) -> Path:
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(line for line in lines if not line.startswith(field.encode())))
+    return path
+
+
+def test_mha_without_the_size_of_its_voxels_is_refused(tmp_path):
+    """ITK would take 1 mm, as for voxels of 0.45 x 0.45 x 5 mm nobody could."""
+    with pytest.raises(InputError, match=r"case.mha: no ElementSpacing, expected the size of its"):
+        volume.read(without(mha(tmp_path), "ElementSpacing"))
+
+
+def test_mha_that_does_not_say_how_the_head_lies_is_read_with_a_warning(tmp_path):
+    assert reader.read(mha(tmp_path)).warnings == ()
+    (warning,) = reader.read(without(mha(tmp_path), "TransformMatrix")).warnings
+    assert "does not say how the head lies; taken was the first axis from right to left" in warning
 
 
 @pytest.mark.parametrize(

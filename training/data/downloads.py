@@ -7,7 +7,7 @@ import csv
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,10 @@ ADDED_BOXES: dict[str, dict[int, Box]] = {
 }
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
+_PHE_SICH = r"(\d{4})_(\d{1,4})"  # patient and slice
+_CT_ICH = r"(\d{3})_(\d{1,4})"
 _LARGEST = 1e6  # of a patient's number, a slice's or a pixel's
+_MOST_NAMED = 20  # scans that lack slices, in one line
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ class Scan:
         files: Pictures of its slices from the feet up, or image and label of a finished scan.
         boxes: For each slice the boxes around its bleeds (PHE-SICH).
         bleeding: For each slice whether it shows a bleed (CT-ICH).
+        missing: Numbers of slices of which there is no picture.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Scan:
     files: tuple[Path, ...]
     boxes: tuple[tuple[Box, ...], ...] = ()
     bleeding: tuple[bool, ...] = ()
+    missing: tuple[int, ...] = ()
 
 
 def find_phe_sich(folder: Path) -> list[Scan]:
@@ -59,7 +64,7 @@ def find_phe_sich(folder: Path) -> list[Scan]:
         DatasetError: There are none, or the table does not fit their pictures.
     """
     table = folder / "boxes.csv"
-    boxes: dict[str, list[Box]] = collections.defaultdict(list)
+    boxes: dict[str, dict[int, list[Box]]] = {}
     for row in _rows(table, ("slice", *_SIDES)):
         x0, y0, x1, y1 = (round(_number(table, row, side)) for side in _SIDES)
         if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
@@ -67,24 +72,37 @@ def find_phe_sich(folder: Path) -> list[Scan]:
                 f"{table}: box {x0}, {y0}, {x1}, {y1} in slice {row['slice'][:40]!r}, expected "
                 "xmin, ymin, xmax, ymax in pixels, from 0 on"
             )
-        boxes[row["slice"]].append((x0, y0, x1, y1))
-    stacks = _stacks(folder / "images", r"(\d{4})_(\d+)")
-    shown = {file.stem for files in stacks.values() for file in files}
-    _tell_of_missing(table, [name for name in boxes if name[:4] in stacks and name not in shown])
+        name = re.fullmatch(_PHE_SICH, row["slice"])
+        if name is None:
+            raise DatasetError(
+                f"{table}: slice is {row['slice'][:40]!r}, expected PATIENT_SLICE such as 0001_02"
+            )
+        boxes.setdefault(name[1], {}).setdefault(int(name[2]), []).append((x0, y0, x1, y1))
+    stacks = _stacks(folder / "images", _PHE_SICH)
     scans = []
-    for patient, files in stacks.items():
+    for patient, pictures in stacks.items():
         if patient in DROPPED:
             _log.info("%s is left out: %s", patient, DROPPED[patient])
             continue
-        added = ADDED_BOXES.get(patient, {})
+        listed, added = boxes.get(patient, {}), ADDED_BOXES.get(patient, {})
         in_slices = tuple(
-            (*boxes.get(file.stem, ()), *((added[z],) if z in added else ()))
-            for z, file in enumerate(files)
+            (*listed.get(number, ()), *((added[number],) if number in added else ()))
+            for number in pictures
         )
         if not any(in_slices):
             raise DatasetError(f"{folder}: no box for any slice of {patient}")
-        name = f"phesich_{patient}"
-        scans.append(Scan(name, name, "phe-sich", tuple(files), boxes=in_slices))
+        case = f"phesich_{patient}"
+        scans.append(
+            Scan(
+                case,
+                case,
+                "phe-sich",
+                tuple(pictures.values()),
+                boxes=in_slices,
+                missing=_missing(pictures, listed),
+            )
+        )
+    _tell_of_missing(folder / "images", scans)
     return scans
 
 
@@ -95,7 +113,7 @@ def find_ct_ich(folder: Path) -> list[Scan]:
         DatasetError: There are none, or the table does not fit their pictures.
     """
     table = folder / "hemorrhage_diagnosis.csv"
-    bleeds: dict[tuple[int, int], bool] = {}
+    bleeds: dict[int, dict[int, bool]] = collections.defaultdict(dict)
     for row in _rows(table, ("PatientNumber", "SliceNumber", "No_Hemorrhage")):
         patient, number, none = (
             int(_number(table, row, key))
@@ -106,23 +124,24 @@ def find_ct_ich(folder: Path) -> list[Scan]:
                 f"{table}: No_Hemorrhage is {none} for slice {number} of patient {patient}, "
                 "expected 0 or 1"
             )
-        bleeds[patient, number] = not none
-    stacks = _stacks(folder / "brain", r"(\d{3})_(\d+)")
-    slices = {
-        name: [(int(name), int(file.stem.rpartition("_")[2])) for file in files]
-        for name, files in stacks.items()
-    }
-    shown = {number for numbers in slices.values() for number in numbers}
-    unseen = sorted(n for n in bleeds if f"{n[0]:03}" in stacks and n not in shown)
-    _tell_of_missing(table, [f"{patient:03}_{number}" for patient, number in unseen])
+        bleeds[patient][number] = not none
     scans = []
-    for name, files in stacks.items():
-        missing = [number for number in slices[name] if number not in bleeds]
-        if missing:
-            raise DatasetError(f"{table}: no row for slice {missing[0][1]} of patient {name}")
-        bleeding = tuple(bleeds[number] for number in slices[name])
+    for name, pictures in _stacks(folder / "brain", _CT_ICH).items():
+        listed = bleeds[int(name)]
+        if unlisted := [number for number in pictures if number not in listed]:
+            raise DatasetError(f"{table}: no row for slice {unlisted[0]} of patient {name}")
         case = f"ctich_{name}"
-        scans.append(Scan(case, case, "ct-ich", tuple(files), bleeding=bleeding))
+        scans.append(
+            Scan(
+                case,
+                case,
+                "ct-ich",
+                tuple(pictures.values()),
+                bleeding=tuple(listed[number] for number in pictures),
+                missing=_missing(pictures, listed),
+            )
+        )
+    _tell_of_missing(folder / "brain", scans)
     return scans
 
 
@@ -144,29 +163,46 @@ def find_others(folder: Path) -> list[Scan]:
     ]
 
 
-def _stacks(folder: Path, pattern: str) -> Mapping[str, Sequence[Path]]:
-    """The pictures of each patient, slices in their order."""
+def _stacks(folder: Path, pattern: str) -> dict[str, dict[int, Path]]:
+    """The pictures of each patient by the numbers of their slices, in order."""
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder")
-    found: dict[str, list[tuple[int, Path]]] = collections.defaultdict(list)
+    found: dict[str, dict[int, Path]] = collections.defaultdict(dict)
     for path in sorted(folder.glob("*.png")):
         match = re.fullmatch(pattern, path.stem)
         if match is None:
             raise DatasetError(f"{path}: expected a name such as PATIENT_SLICE.png")
-        found[match[1]].append((int(match[2]), path))
+        patient, number = match[1], int(match[2])
+        if number in found[patient]:
+            raise DatasetError(
+                f"{path}: slice {number} of {patient} is there twice, the other is "
+                f"{found[patient][number].name}"
+            )
+        found[patient][number] = path
     if not found:
         raise DatasetError(f"{folder}: no .png slices")
-    return {patient: [path for _, path in sorted(files)] for patient, files in found.items()}
+    return {patient: dict(sorted(pictures.items())) for patient, pictures in found.items()}
 
 
-def _tell_of_missing(table: Path, slices: Sequence[str]) -> None:
-    """Say which slices of the patients that are there have no picture; their scans lack them."""
-    if slices:
+def _missing(pictures: Mapping[int, Path], listed: Collection[int]) -> tuple[int, ...]:
+    """Numbers of slices without a picture: between those that there are, and of the table."""
+    between = range(min(pictures), max(pictures))
+    return tuple(sorted({*between, *listed} - pictures.keys()))
+
+
+def _tell_of_missing(folder: Path, scans: Sequence[Scan]) -> None:
+    """Say which slices of the patients that are there have no picture."""
+    lacking = [scan for scan in scans if scan.missing]
+    if lacking:
+        named = [f"{s.name} {' '.join(map(str, s.missing))}" for s in lacking[:_MOST_NAMED]]
+        more = len(lacking) - len(named)
         _log.warning(
-            "%s: %s without a picture, such as %s; their scans are made of those that there are",
-            table,
-            counted(len(slices), "slice"),
-            slices[0][:40],
+            "%s: no picture of %s: %s%s; their scans are made of those that there are, as if "
+            "nothing lay between, and the record names them",
+            folder,
+            counted(sum(len(scan.missing) for scan in lacking), "slice"),
+            ", ".join(named),
+            f" and of {counted(more, 'more scan')}" if more else "",
         )
 
 

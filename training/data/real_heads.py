@@ -261,6 +261,7 @@ def _make(scan: Scan, out: Path, seed: int, copies: bool) -> list[dict[str, str]
                 "group": scan.group,
                 "source": scan.source,
                 "copy": said,
+                "missing_slices": " ".join(map(str, scan.missing)),
                 "spacing_mm": f"{each.spacing_mm[1]:.3f}",
                 "bleed_ml": f"{(each.labels == 1).sum() * voxel_ml:.2f}",
                 "ignored_ml": f"{(each.labels == IGNORE).sum() * voxel_ml:.2f}",

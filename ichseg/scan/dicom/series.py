@@ -110,8 +110,11 @@ def _refuse_several(folder: Path, slices: Sequence[DicomFile]) -> None:
     Raises:
         InputError: They are.
     """
-    for what, key in (("studies", "StudyInstanceUID"), ("patients", "PatientID")):
-        several = {value for file in slices if (value := file.text(key))}
+    keys = [("studies", "StudyInstanceUID"), ("patients", "PatientID")]
+    if not all(file.text("PatientID") for file in slices):  # names alone may be spelt differently
+        keys += [("patients", "PatientName"), ("patients", "PatientBirthDate")]
+    for what, key in keys:
+        several = {value for file in slices if (value := file.text(key).rstrip("^ ").upper())}
         if len(several) > 1:
             raise InputError(f"{folder}: slices of {len(several)} {what}, expected those of one")
 

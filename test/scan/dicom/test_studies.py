@@ -101,3 +101,24 @@ def test_slices_of_several_patients_are_refused(tmp_path):
     put(tmp_path / "a", heights=(5.0,), SeriesInstanceUID=SERIES, PatientID="SECRET")
     with pytest.raises(InputError, match=r"a: slices of 2 patients, expected those of one$"):
         find_series(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_refused"),
+    [
+        ({"PatientName": "A"}, {"PatientName": "B"}, True),
+        ({"PatientBirthDate": "19500101"}, {"PatientBirthDate": "19510101"}, True),
+        ({"PatientName": "Doe^Jane"}, {"PatientName": "DOE^JANE^^"}, False),
+        ({"PatientName": "A", "PatientID": "1"}, {"PatientName": "B", "PatientID": "1"}, False),
+    ],
+)
+def test_patients_without_numbers_are_told_apart_by_name(tmp_path, one, other, is_refused):
+    """Whoever took their numbers away gave all of them the same study and series."""
+    without = {"SeriesInstanceUID": SERIES, "PatientID": None}
+    put(tmp_path / "a", **(without | one))
+    put(tmp_path / "a" / "b", heights=(2.5, 7.5), **(without | other))
+    if is_refused:
+        with pytest.raises(InputError, match=r"a: slices of 2 patients, expected those of one$"):
+            read_scan(tmp_path / "a")
+    else:
+        assert read_scan(tmp_path / "a").voxels.shape[0] == 4
