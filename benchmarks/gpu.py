@@ -1,267 +1,376 @@
-"""Training and inference on one GPU, against nnunetv2; ``gpu.sh`` calls it.
+"""Everything that is measured on a GPU, part by part in order of worth; ``gpu.sh`` calls it.
 
-    PYTHONPATH=. python benchmarks/gpu.py --work FOLDER [--data TASK04] [--rival-env FOLDER]
+    PYTHONPATH=. python benchmarks/gpu.py --out FOLDER [--seconds 540] [--only PART ...]
+    PYTHONPATH=. python benchmarks/gpu.py --out FOLDER --tiny --device cpu
 
-1. Speed on made scans of INSTANCE's size (28 to 30 slices of 512x512, 5 mm by 0.45 mm), whose plan
-   is 16x320x320, batch 2: milliseconds per iteration, share of the card's bf16 peak, data wait.
-2. Inference with that plan, see ``gpu_inference.py``.
-3. With ``--data``, the Decathlon's Hippocampus: its automatic plan, fold 0, as many epochs as fit
-   into ``--minutes`` a side at the speed of the slower side: Dice on the held-out cases.
-
-Without nnunetv2 ``gpu_plain.py`` and ``gpu_plain_predict.py`` stand in for it in 1 and 2, and 3 has
-no rival. What is done is kept in FOLDER. ``--tiny --device cpu`` runs through all of it within
-minutes, and measures nothing.
+Each part runs in a process of its own within a time of its own. Each of its figures is a line of
+``FOLDER/rows.jsonl`` as soon as there is one, and ``FOLDER/table.txt`` is written anew after each
+part, so that nothing is lost where the whole is cut off. ``--tiny --device cpu`` runs through all
+of it within minutes, and measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
+import contextlib
+import functools
+import importlib.util
 import os
+import resource
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+import xml.etree.ElementTree
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+from benchmarks import rows
+from benchmarks.rows import Row, informs
 
-from benchmarks import blocks as timing
-from benchmarks import gpu_inference
-from benchmarks.blocks import BlockProcess
-from benchmarks.fold_pair import CONFIGURATION, HERE, SIDES, FoldPair, Settings, mean_dice
-from benchmarks.rivals import DEFAULT_ENV
-from benchmarks.rows import Row, faster, report
-from ichseg.model import plans
-from ichseg.model.network import build_network
-from ichseg.scan import volume
-from ichseg.scan.volume import Volume
+ROOT = Path(__file__).resolve().parent.parent
+RATE = "matrix product in bf16"
+LEAST_S = 15.0  # with less time left no part is begun
+LEFT_OUT_STATUS = 3
+LIMIT_BYTES = 7 * 2**30  # of data, as the platform limits a process that may take 8 GiB
 
-# Dense bf16, tera operations per second, from the vendor's data sheets.
-PEAK_TFLOPS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0, "L40S": 362.0}
-LEAST_SPEEDUP = 1.5
-LARGEST_WAIT = 5.0  # percent
-INSTANCE_PLAN = ((16, 320, 320), 2)
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a part is told.
+
+    Attributes:
+        work: The folder for what is made.
+        device: ``cuda`` or ``cpu``.
+        tiny: Whether all is small.
+        rate_tflops: The card's rate of bf16 matrix products, once it is measured.
+        seconds: How long the part may take.
+    """
+
+    work: Path
+    device: str
+    tiny: bool
+    rate_tflops: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of the measurement.
+
+    Attributes:
+        most_s: How long it may take; it is ended then.
+        measure: Gives its figures, one by one.
+    """
+
+    most_s: float
+    measure: Callable[[Work], Iterable[Row]]
 
 
 def main() -> int:
-    """Print one table and one line of JSON; 1 if a bar is missed."""
+    """Run all parts, or the one that is named; 1 if a part failed or a bar is missed."""
     args = _arguments()
-    rival = _nnunetv2(args.rival_env)
-    print(f"{_card(args.device)}, torch {torch.__version__}, {os.cpu_count()} cores")
-    print(
-        f"rival: nnunetv2 in {args.rival_env}" if rival else
-        "rival: no nnunetv2 here; its network, loss and optimiser in plain torch under fp16 "
-        "autocast, on one batch that already lies on the device (benchmarks/gpu_plain.py)"
-    )  # fmt: skip
-    rows = time_instance(args, rival) + time_inference(args, rival)
-    if args.data:
-        rows += train_hippocampus(args, rival)
-    print(f"\n{_card(args.device)}; rival {'nnunetv2' if rival else 'plain torch, never waiting'}")
-    return report("gpu", rows)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.part:
+        return run_part(args)
+    log, table, kept = (args.out / name for name in ("log.txt", "table.txt", "rows.jsonl"))
+    ends = time.monotonic() + args.seconds
+    for name in args.only or PARTS:
+        before = len(rows.load(kept))
+        row = _in_its_time(name, args, log, ends - time.monotonic())
+        rows.keep(row, kept)
+        for found in rows.load(kept)[before:]:
+            print(f"{found.row}: {found.ours:.5g} {found.unit}", flush=True)
+        with table.open("w") as stream, contextlib.redirect_stdout(stream):
+            rows.report("gpu", [*rows.load(kept), *verdicts(rows.load(kept), tiny=args.tiny)])
+    return rows.report("gpu", [*rows.load(kept), *verdicts(rows.load(kept), tiny=args.tiny)])
 
 
-def time_instance(args: argparse.Namespace, rival: Path | None) -> list[Row]:
-    """Measure seconds per iteration of both sides, in blocks that take turns."""
-    source = args.work / "made" / "Task01_Made"
-    if not (source / "dataset.json").exists():
-        make_scans(source, count=6 if args.tiny else 20, size=64 if args.tiny else 512)
-    settings = _settings(
-        args, "Dataset001_Made", features=(4, 8, 8, 8, 8, 8) if args.tiny else None
+def run_part(args: argparse.Namespace) -> int:
+    """Run one part in this process, and keep its figures as they come."""
+    kept = args.out / "rows.jsonl"
+    rate = [row.ours for row in rows.load(kept) if row.row == RATE]
+    work = Work(args.work, args.device, args.tiny, rate[-1] if rate else None, args.seconds)
+    try:
+        for row in PARTS[args.part].measure(work):
+            rows.keep(row, kept)
+    except rows.LeftOutError as error:
+        print(f"left out: {error}", flush=True)
+        return LEFT_OUT_STATUS
+    return 0
+
+
+def verdicts(found: Sequence[Row], *, tiny: bool) -> list[Row]:
+    """What the figures come to, held against what is asked for; nothing of tiny ones."""
+    named = {row.row: row.ours for row in found}
+    verdict = []
+
+    def least(start: str, end: str) -> tuple[str, float] | None:
+        fitting = [
+            (value, name)
+            for name, value in named.items()
+            if name.startswith(start) and name.endswith(end)
+        ]
+        return min(fitting)[::-1] if fitting else None
+
+    ours = least("training, ours", ", one iteration")
+    plain = least("training, plain torch", ", one iteration")
+    if tiny:
+        return []
+    if ours is not None:
+        variant = ours[0].removesuffix(", one iteration")
+        if plain is not None:
+            verdict.append(rows.faster(f"{variant} / plain torch", ours[1], plain[1], "ms", 1.5))
+        share = named.get(f"{variant}, share of the bf16 rate")
+        if share is not None:
+            verdict.append(_at_least(f"{variant}, share of the bf16 rate", share, 35))
+        wait = named[f"{variant}, data wait"]
+        verdict.append(rows.at_most(f"{variant}, data wait", wait, "%", 5))
+    case, plain = "inference, ours, one case", least("inference, plain torch", ", one case")
+    if case in named and plain is not None:
+        verdict.append(rows.faster(f"{case} / plain torch", named[case], plain[1], "s", 2))
+    share = named.get(f"{case}, share of the bf16 rate")
+    if share is not None:
+        verdict.append(_at_least(f"{case}, share of the bf16 rate", share, 45))
+    return verdict
+
+
+def know_the_card(work: Work) -> Iterator[Row]:
+    """What the card can do, and what CUDA takes of the host's memory."""
+    before = _memory_gb()
+    import torch
+
+    imported = _memory_gb()
+    device = torch.device(work.device)
+    card = torch.cuda.get_device_name() if work.device == "cuda" else "CPU"
+    print(f"{card}, torch {torch.__version__}, {os.cpu_count()} cores", flush=True)
+    if work.device == "cuda":
+        yield informs(card, torch.cuda.get_device_properties(0).total_memory / 1e9, "GB")
+    size = 512 if work.tiny else 8192
+    square = torch.randn(size, size, device=device).bfloat16()
+    seconds = _median_s(functools.partial(torch.mm, square, square.T), 3 if work.tiny else 30)
+    yield informs(RATE, 2 * size**3 / seconds / 1e12, "TFLOP/s")
+    block = torch.randn(2**20 if work.tiny else 2**30, device=device)
+    seconds = _median_s(
+        functools.partial(torch.empty_like(block).copy_, block), 3 if work.tiny else 20
     )
-    pair = FoldPair(source, args.work / "instance", settings, rival or Path(sys.executable))
-    prepare(pair, rival)
-    planned = plans.load(pair.workspace(0) / "plans.json").configuration(CONFIGURATION)
-    print(f"made scans: patch {planned.patch}, batch {planned.batch}")
-    if not args.tiny and (planned.patch, planned.batch) != INSTANCE_PLAN:
-        raise SystemExit(f"error: planned {planned.patch}, {planned.batch}, not {INSTANCE_PLAN}")
-    found = take_turns(pair, rival, args)
-    ours, its = (timing.median_of(found[side], "seconds") for side in SIDES)
-    peak = _peak(args.device)
-    waits = [timing.median_wait(found[side]) for side in SIDES]
-    patch = "x".join(map(str, planned.patch))
-    rows = [
-        faster(f"{patch}, one iteration", 1000 * ours, 1000 * its, "ms", LEAST_SPEEDUP),
-        Row("data wait", *waits, "%", None, LARGEST_WAIT, waits[0] <= LARGEST_WAIT),
-    ]
-    if peak:
-        work = operations(pair) / 1e12
-        shares = (100 * work / seconds / peak for seconds in (ours, its))
-        rows.append(Row("share of the bf16 peak", *shares, "%", None, None, None))
-    return rows
+    yield informs("copy in the card's memory", 2 * block.nbytes / seconds / 1e12, "TB/s")
+    del square, block
+    # a convolution brings cuDNN, which is the largest of the libraries
+    layer = torch.nn.Conv3d(8, 8, 3, padding=1).to(device)
+    layer(torch.randn(1, 8, 16, 32, 32, device=device)).sum().backward()
+    for kind, start, after, end in zip(
+        ("VmData", "VmSize", "VmRSS"), before, imported, _memory_gb(), strict=True
+    ):
+        yield informs(f"host memory, {kind}, of torch", after - start, "GB")
+        yield informs(f"host memory, {kind}, of CUDA beside it", end - after, "GB")
 
 
-def time_inference(args: argparse.Namespace, rival: Path | None) -> list[Row]:
-    """Measure inference with five folds, eight mirrorings and the plan of the made scans."""
-    return gpu_inference.compare(
-        args.work / "inference",
-        args.work / "instance" / "workspace-seed0" / "plans.json",
-        rival,
-        device=args.device,
-        peak_tflops=_peak(args.device),  # of fp16 as of bf16
-        tiny=args.tiny,
-        repeats=1 if args.tiny else 3,
+def run_tests(work: Work) -> Iterator[Row]:
+    """Run the tests that need a GPU; on the CPU they are only collected."""
+    marked = sorted(
+        str(path) for path in (ROOT / "test").rglob("test_*.py") if "mark.gpu" in path.read_text()
     )
+    report = work.work / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors", "--tb=short", "-rfE", "--durations=8"]
+    if work.device == "cpu":
+        command += ["--collect-only", "-q"]
+    elif importlib.util.find_spec("xdist"):
+        command += ["-n", "4"]  # compiling takes most of the time
+    began = time.perf_counter()
+    status = subprocess.run(
+        [*command, f"--junitxml={report}", *marked], cwd=ROOT, check=False
+    ).returncode
+    if work.device == "cpu":
+        yield Row("tests that cannot be read", float(status != 0), None, "", None, 0, status == 0)
+        return
+    cases = list(xml.etree.ElementTree.parse(report).iter("testcase"))
+    failed = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    skipped = [c for c in cases if c.find("skipped") is not None]
+    yield informs("tests, passed", len(cases) - len(failed) - len(skipped), "")
+    yield informs("tests, skipped", len(skipped), "")
+    yield rows.at_most("tests, failed", len(failed), "", 0)
+    for case in failed:
+        yield informs(f"test failed: {case.get('classname')}.{case.get('name')}", 1, "")
+    yield informs("tests, time", time.perf_counter() - began, "s")
 
 
-def train_hippocampus(args: argparse.Namespace, rival: Path | None) -> list[Row]:
-    """Train both sides on the Hippocampus; the Dice after equally many epochs."""
-    settings = _settings(
-        args, "Dataset004_Hippocampus", features=(8, 16, 16, 16) if args.tiny else None
+def training(layout: str, precision: str, *, compiled: bool) -> Callable[[Work], Iterator[Row]]:
+    """A part that times our training in one way."""
+
+    def measure(work: Work) -> Iterator[Row]:
+        from benchmarks import gpu_training
+
+        yield from gpu_training.measure_ours(
+            _place(work),
+            work.rate_tflops,
+            layout=layout,
+            precision="fp32" if work.device == "cpu" else precision,
+            compiled=compiled and work.device == "cuda",  # on a CPU that takes minutes
+        )
+
+    return measure
+
+
+def plain_training(work: Work) -> Iterator[Row]:
+    """Time what nnunetv2 does."""
+    from benchmarks import gpu_training
+
+    compiled = work.device == "cuda"
+    yield from gpu_training.measure_plain(_place(work), work.rate_tflops, compiled=compiled)
+
+
+def inference(work: Work) -> Iterator[Row]:
+    """Time our inference."""
+    from benchmarks import gpu_inference
+
+    yield from gpu_inference.measure_ours(_place(work), work.rate_tflops)
+
+
+def plain_inference(work: Work) -> Iterator[Row]:
+    """Time what nnunetv2 does."""
+    from benchmarks import gpu_inference
+
+    compiled = work.device == "cuda"
+    yield from gpu_inference.measure_plain(_place(work), work.rate_tflops, compiled=compiled)
+
+
+def samples(work: Work) -> Iterator[Row]:
+    """Hold the masks of the default weights against the CPU's."""
+    from benchmarks import gpu_inference
+
+    yield from gpu_inference.segment_samples(_place(work))
+
+
+def samples_within_limit(work: Work) -> Iterator[Row]:
+    """The same where the platform's ``ulimit -d`` limits what a process may map."""
+    resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_BYTES, LIMIT_BYTES))
+    for row in samples(work):
+        yield informs(f"ulimit -d 7 GiB: {row.row}", row.ours, row.unit)
+
+
+def openvino(work: Work) -> Iterator[Row]:
+    """How OpenVINO uses this machine's cores."""
+    from benchmarks import gpu_inference
+
+    yield from gpu_inference.scale_openvino(_place(work))
+
+
+def hippocampus(work: Work) -> Iterator[Row]:
+    """Train on a real dataset."""
+    from benchmarks import gpu_training
+
+    yield from gpu_training.train_hippocampus(_place(work), work.seconds)
+
+
+PARTS = {
+    "card": Part(40, know_the_card),
+    "tests": Part(120, run_tests),
+    "train": Part(60, training("channels_last", "bf16", compiled=False)),
+    "train-plain": Part(120, plain_training),
+    "train-compiled": Part(120, training("channels_last", "bf16", compiled=True)),
+    "infer": Part(75, inference),
+    "infer-plain": Part(100, plain_inference),
+    "samples": Part(45, samples),
+    "samples-within-limit": Part(45, samples_within_limit),
+    "train-contiguous": Part(45, training("contiguous", "bf16", compiled=False)),
+    "train-contiguous-compiled": Part(100, training("contiguous", "bf16", compiled=True)),
+    "train-fp16": Part(45, training("channels_last", "fp16", compiled=False)),
+    "train-fp32": Part(45, training("channels_last", "fp32", compiled=False)),
+    "openvino": Part(75, openvino),
+    "hippocampus": Part(300, hippocampus),
+}
+
+
+def _in_its_time(name: str, args: argparse.Namespace, log: Path, left_s: float) -> Row:
+    """Run a part in a process of its own, and end that when its time is up; what became of it."""
+    may_s = left_s if args.tiny else min(PARTS[name].most_s, left_s)
+    if left_s < LEAST_S:
+        return Row(f"part {name}: NOT BEGUN, no time was left", 0.0, None, "s", None, None, None)
+    command = [
+        sys.executable, __file__, "--part", name, "--out", args.out, "--work", args.work,
+        "--device", args.device, "--seconds", f"{may_s:.0f}", *(["--tiny"] if args.tiny else []),
+    ]  # fmt: skip
+    began = time.monotonic()
+    with log.open("a") as stream:
+        stream.write(f"\n== {name}, within {may_s:.0f} s\n")
+        stream.flush()
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = process.wait(may_s)
+            became = {0: "ended", LEFT_OUT_STATUS: "left out"}.get(status, f"FAILED ({status})")
+        except subprocess.TimeoutExpired:
+            became = "STOPPED, its time was up"
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # and what it has started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    took = time.monotonic() - began
+    fine = None if became == "left out" else became == "ended"
+    return Row(f"part {name}: {became}", took, None, "s", None, None, fine)
+
+
+def _place(work: Work):
+    from benchmarks.gpu_cases import Place
+
+    return Place(work.work, work.device, work.tiny)
+
+
+def _median_s(call: Callable[[], object], count: int) -> float:
+    """The median of so many calls, after a third of them to warm up."""
+    import torch
+
+    taken = []
+    for _ in range(count + count // 3):
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - began)
+    taken = sorted(taken[count // 3 :])
+    return taken[len(taken) // 2]
+
+
+def _memory_gb() -> tuple[float, float, float]:
+    """VmData, VmSize and VmRSS of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    sizes = dict(line.split(":", 1) for line in lines)
+    data, size, resident = (
+        int(sizes[key].split()[0]) * 1024 / 1e9 for key in ("VmData", "VmSize", "VmRSS")
     )
-    pair = FoldPair(args.data, args.work / "hippocampus", settings, rival or Path(sys.executable))
-    prepare(pair, rival)
-    kept = pair.folder / "timing.json"
-    if not kept.exists():
-        timing.save(take_turns(pair, rival, args), kept)
-    found = timing.load(kept)
-    seconds = {side: timing.median_of(found[side], "seconds") for side in SIDES}
-    slower = max(seconds.values()) if rival else seconds["ours"]
-    # an epoch has batches without an update, too, at about a third of the price
-    epoch_s = slower * (settings.batches + settings.validation_batches / 3)
-    epochs = 1 if args.tiny else max(1, int(60 * args.minutes / epoch_s))
-    pair = dataclasses.replace(pair, settings=dataclasses.replace(settings, epochs=epochs))
-    pair.keep_settings()
-    sides = SIDES if rival else SIDES[:1]
-    for side in sides:
-        pair.train(side, 0)
-    dice = {side: float(mean_dice([pair.scores(side, 0)]).mean()) for side in sides}
-    spent = {side: json.loads(pair.done(side, 0).read_text())["seconds"] / 60 for side in sides}
-    return [
-        _informs("Hippocampus, epochs", dict.fromkeys(sides, epochs), ""),
-        _informs("Hippocampus, mean Dice, seed 0", dice, ""),
-        _informs("Hippocampus, minutes", spent, "min"),
-        _informs("Hippocampus, one iteration", {k: 1000 * seconds[k] for k in sides}, "ms"),
-    ]
+    return data, size, resident
 
 
-def prepare(pair: FoldPair, rival: Path | None) -> None:
-    """Plan and preprocess, both sides alike."""
-    pair.folder.mkdir(parents=True, exist_ok=True)
-    pair.keep_settings()
-    pair.prepare_ours(0)
-    if rival:
-        pair.prepare_rival()
-        pair.check_same(0)
+def _at_least(row: str, value: float, bar: float) -> Row:
+    return Row(row, value, None, "%", None, bar, value >= bar)
 
 
-def take_turns(
-    pair: FoldPair, rival: Path | None, args: argparse.Namespace
-) -> dict[str, list[timing.Block]]:
-    """Train blocks of ours and of nnunetv2, or of what stands in for it."""
-    workers = pair.settings.workers
-    if rival:
-        its = timing.rival_process(pair, workers)
-    else:
-        command = [sys.executable, HERE / "gpu_plain.py", pair.workspace(0) / "plans.json"]
-        command += ["--device", args.device, "--threads", pair.settings.threads]
-        log = pair.folder / "blocks-rival.log"
-        its = BlockProcess([*map(str, command)], pair.our_environment(), log)
-    with timing.our_process(pair, workers) as ours, its:
-        blocks, iterations = (2, 2) if args.tiny else (args.blocks, args.block_iterations)
-        return timing.take_turns(ours, its, blocks=blocks, iterations=iterations)
-
-
-def operations(pair: FoldPair) -> float:
-    """Count the floating-point operations of one iteration's convolutions, there and back."""
-    planned = plans.load(pair.workspace(0) / "plans.json")
-    chosen = planned.configuration(CONFIGURATION)
-    channels = len(planned.channels)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        network = build_network(chosen.architecture, channels, len(planned.labels)).train()
-        logits = network(torch.empty(chosen.batch, channels, *chosen.patch))
-        sum(scores.sum() for scores in logits).backward()
-    return float(counter.get_total_flops())
-
-
-def make_scans(folder: Path, *, count: int, size: int) -> None:
-    """Make noisy ellipsoids in air with a bright ball, as a Decathlon task."""
-    random = np.random.default_rng(2022)
-    for name in ("imagesTr", "labelsTr"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    listed = []
-    for number in range(count):
-        shape = (28 + number % 3, size, size)
-        z, y, x = np.ogrid[tuple(slice(-1, 1, n * 1j) for n in shape)]
-        voxels = random.integers(-12, 13, shape, np.int16)
-        voxels += np.where(z**2 + y**2 + x**2 < 0.8, 30, -1000).astype(np.int16)
-        centre = random.uniform(-0.4, 0.4, 3)
-        ball = (z - centre[0]) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2 < 0.02
-        voxels[ball] += 35
-        file = f"made_{number:03}.nii.gz"
-        volume.write(Volume(voxels, (5.0, 0.45, 0.45)), folder / "imagesTr" / file)
-        volume.write(Volume(ball.astype(np.uint8), (5.0, 0.45, 0.45)), folder / "labelsTr" / file)
-        listed.append({"image": f"./imagesTr/{file}", "label": f"./labelsTr/{file}"})
-    described = {
-        "name": "Made",
-        "modality": {"0": "CT"},
-        "labels": {"0": "background", "1": "hemorrhage"},
-        "tensorImageSize": "3D",
-        "numTraining": count,
-        "training": listed,
-    }
-    (folder / "dataset.json").write_text(json.dumps(described))
-
-
-def _settings(args: argparse.Namespace, dataset: str, features: tuple[int, ...] | None) -> Settings:
-    """The settings: nnunetv2's lengths of an epoch, and as many data workers as it takes."""
-    cores = os.cpu_count() or 1
-    return Settings(
-        dataset=dataset,
-        batch=2 if args.tiny else None,
-        features=features,
-        epochs=1,
-        batches=3 if args.tiny else 250,
-        validation_batches=1 if args.tiny else 50,
-        device=args.device,
-        precision="fp32" if args.device == "cpu" else "auto",
-        threads=1,
-        workers=1 if args.tiny else min(12, cores),
-    )
-
-
-def _informs(row: str, values: dict[str, float], unit: str) -> Row:
-    return Row(row, values["ours"], values.get("rival"), unit, None, None, None)
-
-
-def _nnunetv2(folder: Path) -> Path | None:
-    """The Python of the rival's environment, if it has nnunetv2; nothing is installed."""
-    python = folder.absolute() / "bin" / "python"
-    if not python.exists():
-        return None
-    found = subprocess.run([python, "-c", "import nnunetv2"], check=False, capture_output=True)
-    return python if found.returncode == 0 else None
-
-
-def _card(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
-
-
-def _peak(device: str) -> float | None:
-    card = _card(device)
-    return next((value for name, value in PEAK_TFLOPS.items() if name in card), None)
-
-
-def _arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--work", type=lambda text: Path(text).absolute(), required=True, metavar="FOLDER")
-    add("--data", type=lambda text: Path(text).absolute(), metavar="TASK04", help="Hippocampus")
-    add("--minutes", type=float, default=3.0, help="of the Hippocampus, a side [%(default)s]")
+
+    def folder(text: str) -> Path:
+        return Path(text).absolute()
+
+    add("--out", type=folder, required=True, metavar="FOLDER", help="for figures, table and log")
+    add("--work", type=folder, metavar="FOLDER", help="for what is made [a temporary one]")
+    add("--seconds", type=float, default=540, help="for all parts together [%(default)g]")
+    add("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="[%(default)s]")
-    add("--blocks", type=int, default=6, help="of the timing, a side [%(default)s]")
-    add("--block-iterations", type=int, default=30, help="of a block [%(default)s]")
     add("--tiny", action="store_true", help="small scans and networks: does it run through?")
-    add(
-        "--rival-env",
-        type=Path,
-        default=DEFAULT_ENV,
-        metavar="FOLDER",
-        help="of nnunetv2 [%(default)s]",
-    )
-    return parser.parse_args(arguments)
+    add("--part", choices=PARTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work is None:
+        args.work = Path(tempfile.mkdtemp(prefix="gpu-"))
+    return args
 
 
 if __name__ == "__main__":

@@ -1,170 +1,205 @@
-"""Inference on one GPU, against nnunetv2: five folds, eight mirrorings, one case; ``gpu.py`` calls.
+"""How fast inference is on a GPU, and whether it finds what the CPU finds; parts of ``gpu.py``.
 
-The plan is the one that was made for the training (16x320x320), the networks' weights are random,
-the scan holds no air: 27 tiles, 1080 forward passes. Commands run in pairs, the start of Python
-included. Then our library runs on the same case in this process, warmed up once, for the share of
-the card's fp16 peak and the peak of its memory.
+Five networks with random weights, eight mirrorings, a scan of 28x512x512 without air: 27 tiles of
+16x320x320, 1080 forward passes. All is in memory, and timed the second time: loading, compiling and
+cuDNN's search for algorithms are in the first.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import shutil
-import sys
+import functools
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import torch
 
-from benchmarks import inference, inference_data
-from benchmarks.inference import Bench, Run
-from benchmarks.inference_data import ROOT, Cases
-from benchmarks.rows import Row, faster
-from ichseg.model import bundle, plans, strict_json
+from benchmarks import gpu_cases, gpu_plain
+from benchmarks.gpu_cases import CONFIGURATION, MIRRORINGS, SAMPLES, Place
+from benchmarks.inference_data import gflop
+from benchmarks.rows import LeftOutError, Row, informs
+from ichseg.engine import openvino_graph
+from ichseg.engine.engine import NetworkSpec
+from ichseg.engine.machine import cpus
+from ichseg.model import bundle
 from ichseg.model.bundle import Model
-from ichseg.model.network import build_network
-from ichseg.model.plans import Plans
+from ichseg.model.default_weights import default_weights
 from ichseg.predict import sliding_window
+from ichseg.predict.dice import dice_of_masks
 from ichseg.predict.ensemble import Ensemble
-from ichseg.scan import volume
+from ichseg.predict.many import segment_many
 
-CONFIGURATION = "3d_fullres"
-SHAPE = (28, 512, 512)
-FOLDS, MIRRORINGS = 5, 8
-LEAST_SPEEDUP = 2.0
+_MASK_FILE = "mask.npy"  # what ours has found, for the plain one to be held against
+_FOLDER_OF = 5
+_PRESET = "balanced"  # with which the stored masks were made
+LEAST_DICE = 0.999
 
 
-def compare(
-    folder: Path,
-    trained_for: Path,
-    rival: Path | None,
-    *,
-    device: str,
-    peak_tflops: float | None,
-    tiny: bool,
-    repeats: int,
-) -> list[Row]:
-    """Measure both command lines, then ours in memory.
+def measure_ours(place: Place, rate_tflops: float | None) -> Iterator[Row]:
+    """Segment one case, then five in a row.
 
     Args:
-        folder: The folder for all that is made; it is made anew.
-        trained_for: The plans that the training was measured with.
-        rival: The Python of nnunetv2's environment; without it plain torch stands in.
-        device: The device of both sides.
-        peak_tflops: The card's peak rate in fp16, dense.
-        tiny: Whether to take two folds on a small scan.
-        repeats: How often the pair of commands is run.
+        place: Where, and on what.
+        rate_tflops: The card's measured rate of bf16 matrix products; None on the CPU.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    planned = _plans(trained_for)
-    plans_file = folder / "planned.json"
-    plans_file.write_text(strict_json.dumps(planned))
-    shape, folds = ((40, 96, 96), 2) if tiny else (SHAPE, FOLDS)
-    cases = inference_data.make_cases(folder, shape, 1)
-    configuration = planned.configuration(CONFIGURATION)
-    tiles = sliding_window.cover(shape, configuration.tile)
-    passes = len(tiles.corners()) * folds * MIRRORINGS
-    name = f"{folds} folds, {MIRRORINGS} mirrorings, {len(tiles.corners())} tiles"
-    if rival:
-        bench = Bench(folder, rival, repeats, device)
-        network = inference_data.make_network(folder, CONFIGURATION, folds, rival, plans_file)
-        weights = network.weights
-        runs = inference.compare_runs(bench, network, cases, "full", passes)
-    else:
-        weights = folder / "weights"
-        draw_bundle(weights, planned, folds)
-        runs = _compare_plain(folder, cases, weights, passes, device=device, repeats=repeats)
-    took = [sorted(run.seconds for run in side)[len(side) // 2] for side in runs]
-    rows = [faster(f"{name}, end to end", took[0], took[1], "s", LEAST_SPEEDUP)]
-    return rows + _in_memory(weights, cases, passes, planned, device, peak_tflops)
-
-
-def draw_bundle(folder: Path, planned: Plans, folds: int) -> None:
-    """Write a bundle of networks with random weights."""
-    architecture = planned.configuration(CONFIGURATION).architecture
-    members = []
-    for fold in range(folds):
-        torch.manual_seed(fold)
-        state = build_network(architecture, len(planned.channels), planned.scores).state_dict()
-        members.append(bundle.save_member(folder, CONFIGURATION, str(fold), state, dtype="f4"))
-    bundle.save_model(
-        folder,
-        Model(
-            schema_version=1, name="random", version="0", description="untrained",
-            input_slug="head-ct", output_slug="bleed", average="logits", mirror_axes=(0, 1, 2),
-            plans=planned, members=tuple(members), provenance={},
-        ),
-    )  # fmt: skip
-
-
-def _plans(trained_for: Path) -> Plans:
-    """The plans with the scans' orientation and exact spacing: nothing is resampled."""
-    planned = plans.load(trained_for)
-    configuration = planned.configuration(CONFIGURATION)
-    return dataclasses.replace(
-        planned,
-        orientation="as_stored",
-        configurations=(dataclasses.replace(configuration, spacing_mm=inference_data.SPACING_MM),),
-    )
-
-
-def _compare_plain(
-    folder: Path, cases: Cases, weights: Path, passes: int, *, device: str, repeats: int
-) -> tuple[list[Run], list[Run]]:
-    """Time our command, and ``gpu_plain_predict.py`` with the same weights."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ours = [
-        sys.executable, ROOT / "benchmarks" / "inference_ours.py", "predict", "--input", cases.ours,
-        "--output", folder / "masks", "--weights", weights, "--device", device, "--preset", "full",
-    ]  # fmt: skip
-    (name,) = cases.names
-    theirs = [
-        sys.executable, ROOT / "benchmarks" / "gpu_plain_predict.py", weights,
-        cases.ours / f"{name}.nii.gz", folder / "plain.nii.gz", "--device", device,
-    ]  # fmt: skip
-    pairs = inference.in_pairs(
-        lambda: inference.run_command(ours, environment),
-        lambda: inference.run_command(theirs, environment),
-        repeats,
-    )
-    for run in (*pairs[0], *pairs[1]):
-        if run.said["passes"] != passes:
-            raise SystemExit(f"error: {run.said['passes']} forward passes, expected {passes}")
-    found = volume.read(folder / "masks" / f"{name}.nii.gz").voxels
-    expected = volume.read(folder / "plain.nii.gz").voxels
-    print(
-        f"  foreground {expected.mean():.1%}, labels differ in {(found != expected).mean():.3%} "
-        "of voxels", flush=True,
-    )  # fmt: skip
-    return pairs
-
-
-def _in_memory(
-    weights: Path, cases: Cases, passes: int, planned: Plans, device: str, peak_tflops: float | None
-) -> list[Row]:
-    ensemble = Ensemble.load(weights, device)
-    scan = volume.read(cases.ours / f"{cases.names[0]}.nii.gz")
-    if device == "cuda":
+    weights = gpu_cases.weights(place)
+    model, scan = bundle.load_model(weights), gpu_cases.scan(place)
+    if place.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(2):
-        began = time.perf_counter()
-        found = ensemble.segment(scan, "full")
-        seconds.append(time.perf_counter() - began)
-    print(f"  in memory {json.dumps(dict(found.seconds))}", flush=True)
-    rows = [Row("  in memory, the second time", seconds[1], None, "s", None, None, None)]
-    configuration = planned.configuration(CONFIGURATION)
-    cost = inference_data.gflop(configuration, len(planned.channels), 2) / 1000
-    rate = passes * cost / seconds[1]
-    rows.append(Row("  rate of the whole", rate, None, "TFLOP/s", None, None, None))
-    if peak_tflops:
-        rows.append(
-            Row("  share of the fp16 peak", 100 * rate / peak_tflops, None, "%", None, None, None)
-        )
-    if device == "cuda":
+    ensemble = Ensemble.load(weights, place.device)
+    print(ensemble.engine.name, flush=True)
+    first_s, seconds, found = _twice(functools.partial(ensemble.segment, scan), place)
+    print({"ran": dict(found.ran), "seconds": dict(found.seconds)}, flush=True)
+    np.save(place.work / _MASK_FILE, found.mask.voxels)
+    yield informs("inference, ours, one case, the first time", first_s, "s")
+    yield from _rows("inference, ours, one case", seconds, place, model, rate_tflops)
+    if place.device == "cuda":
         peak_gb = torch.cuda.max_memory_allocated() / 1e9
-        rows.append(Row("  peak CUDA memory", peak_gb, None, "GB", None, None, None))
-    return rows
+        yield informs("inference, ours, peak memory", peak_gb, "GB")
+    scans = [gpu_cases.scan(place, seed) for seed in range(2 if place.tiny else _FOLDER_OF)]
+    seconds, outcomes = _timed(lambda: list(segment_many(ensemble, scans)))
+    failed = [outcome.error for outcome in outcomes if outcome.error]
+    if failed:
+        raise failed[0]
+    name = f"inference, ours, a case of {len(scans)}"
+    yield from _rows(name, seconds / len(scans), place, model, rate_tflops)
+
+
+def measure_plain(place: Place, rate_tflops: float | None, *, compiled: bool) -> Iterator[Row]:
+    """Segment the same case in plain torch, as nnunetv2 does it.
+
+    Args:
+        place: Where, and on what.
+        rate_tflops: See ``measure_ours``.
+        compiled: Whether the network is compiled.
+    """
+    torch.backends.cudnn.benchmark = True  # as nnunetv2 sets it
+    weights = gpu_cases.weights(place)
+    model, scan = bundle.load_model(weights), gpu_cases.scan(place)
+    device = torch.device(place.device)
+    plan = gpu_cases.as_json(model.plans)
+    folds = [
+        {name: torch.from_numpy(array) for name, array in state.items()}
+        for state in (bundle.load_state(weights, member) for member in model.members)
+    ]
+    predictor = gpu_plain.Predictor(plan, device, compiled=compiled)
+    name = f"inference, plain torch{' compiled' if compiled else ''}, one case"
+    segment = functools.partial(predictor.segment, scan.voxels, folds)
+    first_s, seconds, (labels, passes) = _twice(segment, place)
+    yield informs(f"{name}, the first time", first_s, "s")
+    if passes != forward_passes(place, model):
+        raise SystemExit(f"error: {passes} passes, ours has {forward_passes(place, model)}")
+    yield from _rows(name, seconds, place, model, rate_tflops)
+    ours = place.work / _MASK_FILE
+    if ours.exists():
+        share = 100 * float((np.load(ours) != labels).mean())
+        yield informs(f"{name}, labels unlike ours", share, "% of voxels")
+
+
+def segment_samples(place: Place) -> Iterator[Row]:
+    """Segment the sample scans by the default weights, and hold the masks against the CPU's."""
+    ensemble = Ensemble.load(default_weights(), place.device)
+    paths = sorted((SAMPLES / "input").iterdir())
+    for path in paths[:1] if place.tiny else paths:
+        scan, expected = (gpu_cases.read(SAMPLES / of / path.name) for of in ("input", "expected"))
+        segment = functools.partial(ensemble.segment, scan, _PRESET)
+        first_s, seconds, found = _twice(segment, place)
+        yield informs(f"samples, {path.name}, the first time", first_s, "s")
+        yield informs(f"samples, {path.name}", seconds, "s")
+        dice = dice_of_masks(found.mask.voxels > 0, expected.voxels > 0)
+        dice = 1.0 if np.isnan(dice) else float(dice)  # both are empty
+        name = f"samples, {path.name}, Dice with the CPU's mask"
+        yield Row(name, dice, None, "", None, LEAST_DICE, dice >= LEAST_DICE)
+        apart = int((found.mask.voxels != expected.voxels).sum())
+        yield informs(f"samples, {path.name}, voxels that differ", apart, "")
+
+
+def scale_openvino(place: Place) -> Iterator[Row]:
+    """How many tiles a second OpenVINO computes on this machine's cores, by streams and threads.
+
+    Raises:
+        LeftOutError: OpenVINO is not installed.
+    """
+    try:
+        openvino: Any = openvino_graph.import_openvino()
+    except ImportError as error:
+        raise LeftOutError(f"no OpenVINO here ({error})") from error
+    model = bundle.load_model(default_weights())
+    configuration = model.plans.configuration(model.members[0].configuration)
+    spec = NetworkSpec(
+        configuration.architecture, 1, model.plans.scores, configuration.tile, model.average
+    )
+    state = bundle.load_state(default_weights(), model.members[0])
+    tile = np.random.default_rng(0).normal(size=(1, 1, *configuration.tile)).astype(np.float32)
+    core = openvino.Core()
+    for precision in ("float32",) if place.tiny else ("float32", "bfloat16"):
+        graph = openvino_graph.build(spec, state, precision)
+        for streams, threads in _shares(cpus(), place.tiny):
+            settings = {
+                "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": streams,
+                "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False,
+            }  # fmt: skip
+            compiled = core.compile_model(graph, "CPU", settings)
+            rate = _tiles_a_second(openvino, compiled, tile, streams, 0.2 if place.tiny else 1.5)
+            name = f"OpenVINO, {precision}, {threads} threads in {streams} streams"
+            yield informs(name, rate, "tiles/s")
+
+
+def forward_passes(place: Place, model: Model) -> int:
+    """How many forward passes one case takes."""
+    tile = model.plans.configuration(CONFIGURATION).tile
+    return len(sliding_window.cover(place.shape, tile).corners()) * len(model.members) * MIRRORINGS
+
+
+def _rows(
+    name: str, seconds: float, place: Place, model: Model, rate_tflops: float | None
+) -> Iterator[Row]:
+    yield informs(name, seconds, "s")
+    passes = forward_passes(place, model)
+    cost = gflop(model.plans.configuration(CONFIGURATION), 1, model.plans.scores) / 1000
+    rate = passes * cost / seconds
+    yield informs(f"{name}, rate of {passes} passes", rate, "TFLOP/s")
+    if rate_tflops:
+        yield informs(f"{name}, share of the bf16 rate", 100 * rate / rate_tflops, "%")
+
+
+def _shares(cores: int, tiny: bool) -> list[tuple[int, int]]:
+    """Streams and threads: all counts of threads in one stream, then all cores in more streams."""
+    if tiny:
+        return [(1, 1)]
+    threads = [n for n in (1, 2, 4, 8, 16, 32) if n < cores] + [cores]
+    streams = [n for n in (2, 4, 8, 16, 32) if n <= cores]
+    return [(1, n) for n in threads] + [(n, cores) for n in streams]
+
+
+def _tiles_a_second(
+    openvino: Any, compiled: Any, tile: np.ndarray[Any, Any], streams: int, seconds: float
+) -> float:
+    queue = openvino.AsyncInferQueue(compiled, streams + 1)
+    for _ in range(streams + 1):
+        queue.start_async([tile])
+    queue.wait_all()
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        queue.start_async([tile])  # waits for a free request
+        count += 1
+    queue.wait_all()
+    return count / (time.perf_counter() - began)
+
+
+def _twice(call: Callable[[], Any], place: Place) -> tuple[float, float, Any]:
+    """Seconds of the first and of the second call, and what that gave; a tiny one is not timed."""
+    first_s, found = _timed(call)
+    second_s, found = (first_s, found) if place.tiny else _timed(call)
+    return first_s, second_s, found
+
+
+def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    found = call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, found

@@ -1,27 +1,26 @@
-"""Stands in for nnunetv2 where it cannot be installed: network, loss, optimiser in plain torch.
+"""Stands in for nnunetv2, which a GPU machine without network does not have, in plain torch.
 
-    python benchmarks/gpu_plain.py PLANS.json --device cuda
-
-Written apart from ``ichseg`` and ``training``. Contiguous tensors, fp16 autocast with a scaled
-loss, compiled, as nnunetv2 trains on CUDA; on the CPU fp32, not compiled. It trains on one batch
-that lies on the device from the beginning: it is spared reading, augmenting and waiting for data.
-Answers like ``hippocampus_rival.py``, step ``blocks``.
+Written apart from ``ichseg`` and ``training``; of a plan it takes what its JSON says. It does as
+nnunetv2 does: contiguous tensors, fp16 autocast, compiled on CUDA, and on the CPU fp32 and not
+compiled. In training the loss is scaled, and one batch lies on the device from the beginning: it is
+spared reading, augmenting and waiting for data. In inference one tile goes at a time, each
+mirroring is a pass of its own, sums are in half precision on the device, and one network follows
+the other.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import time
-from pathlib import Path
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
-
-WARM_UP = 3  # iterations that are not timed
 
 
 def block(inputs: int, outputs: int, kernel: list[int], stride: list[int]) -> nn.Sequential:
@@ -93,11 +92,17 @@ def loss_of(logits: list[Tensor], targets: list[Tensor]) -> Tensor:
 class Trainer:
     """A network, its optimiser, and the one batch."""
 
-    def __init__(self, plans: Path, device: torch.device, *, compiled: bool) -> None:
-        raw = json.loads(plans.read_text())
-        planned = next(c for c in raw["configurations"] if c["name"] == "3d_fullres")
+    def __init__(self, plan: Mapping[str, Any], device: torch.device, *, compiled: bool) -> None:
+        """Draw network and batch.
+
+        Args:
+            plan: The content of ``plans.json``.
+            device: Where the network trains.
+            compiled: Whether it is compiled.
+        """
+        planned = next(c for c in plan["configurations"] if c["name"] == "3d_fullres")
         batch, patch = planned["batch"], planned["patch"]
-        classes, channels = len(raw["labels"]), len(raw["channels"])
+        classes, channels = len(plan["labels"]), len(plan["channels"])
         torch.manual_seed(0)
         self.device = device
         self.network: Any = PlainUNet(planned["architecture"], channels, classes).to(device)
@@ -126,43 +131,103 @@ class Trainer:
         return loss.item()
 
 
-def main() -> int:
-    """Answer requests until the input ends."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("plans", type=Path)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--threads", type=int, default=0)
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    torch.backends.cudnn.benchmark = True  # as nnunetv2 sets it
-    trainer = begin(args.plans, device)
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        cpu, began = time.process_time(), time.perf_counter()
-        for _ in range(int(line)):
-            trainer.step()
-        answer = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
-        print(json.dumps({**answer, "wait": 0.0}), flush=True)
-    return 0
+class Predictor:
+    """One network, which takes the weights of each fold in turn."""
+
+    def __init__(self, plan: Mapping[str, Any], device: torch.device, *, compiled: bool) -> None:
+        """Build the network.
+
+        Args:
+            plan: The content of ``plans.json``.
+            device: Where it runs.
+            compiled: Whether it is compiled.
+        """
+        (planned,) = plan["configurations"]
+        self.patch, self.device = planned["patch"], device
+        self.scheme = plan["normalisations"][0]
+        plain = PlainUNet(planned["architecture"], len(plan["channels"]), len(plan["labels"]))
+        for level in range(1, len(plain.heads)):  # only training needs them
+            plain.heads[level] = nn.Identity()
+        self.plain = plain.to(device).eval()
+        self.network: Any = torch.compile(self.plain) if compiled else self.plain
+
+    def segment(
+        self, voxels: npt.NDArray[Any], folds: Iterable[Mapping[str, Tensor]]
+    ) -> tuple[npt.NDArray[np.uint8], int]:
+        """Find the labels ``(z, y, x)`` of a scan that needs no resampling.
+
+        Args:
+            voxels: Its HU, ``(z, y, x)``.
+            folds: The tensors of each fold, named as those of ``ichseg.model.network``.
+
+        Returns:
+            The labels, and the number of forward passes.
+        """
+        data = normalised(voxels, self.scheme)
+        total, passes = None, 0
+        for state in folds:
+            found = renamed(state).items()
+            self.plain.load_state_dict(
+                {name: t for name, t in found if not name.startswith("heads.") or "heads.0" in name}
+            )
+            logits, count = self._logits(data)
+            total = logits if total is None else total + logits
+            passes += count
+        assert total is not None
+        labels: npt.NDArray[np.uint8] = total.argmax(0).to("cpu", torch.uint8).numpy()
+        return labels, passes
+
+    @torch.inference_mode()
+    def _logits(self, data: Tensor) -> tuple[Tensor, int]:
+        """The weighted mean of the logits of all tiles, each averaged over its mirrorings."""
+        shape, device = data.shape[1:], self.device
+        starts = [
+            np.rint(np.linspace(0, n - tile, 1 + math.ceil((n - tile) / (tile / 2)))).astype(int)
+            for n, tile in zip(shape, self.patch, strict=True)
+        ]
+        weight = torch.from_numpy(importance(self.patch)).to(device, torch.half)
+        data = data.to(device)
+        sums = torch.zeros((2, *shape), dtype=torch.half, device=device)
+        weights = torch.zeros(shape, dtype=torch.half, device=device)
+        flips = [c for n in range(4) for c in itertools.combinations((2, 3, 4), n)]
+        passes = 0
+        for corner in itertools.product(*starts):
+            where = tuple(slice(a, a + n) for a, n in zip(corner, self.patch, strict=True))
+            tile = data[(slice(None), *where)][None]
+            found = None
+            for axes in flips:
+                with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+                    logits = self.network(tile.flip(axes) if axes else tile)[0]
+                logits = logits.flip(axes) if axes else logits
+                found = logits if found is None else found + logits
+                passes += 1
+            assert found is not None
+            sums[(slice(None), *where)] += (found[0] / len(flips)).half() * weight
+            weights[where] += weight
+        return sums / weights, passes
 
 
-def begin(plans: Path, device: torch.device) -> Trainer:
-    """Build, compile where the machine has a C compiler, and warm up."""
-    for compiled in (True, False) if device.type == "cuda" else (False,):
-        trainer = Trainer(plans, device, compiled=compiled)
-        try:
-            for _ in range(WARM_UP):
-                print(f"compiled {compiled}, loss {trainer.step():.4f}", file=sys.stderr)
-        except Exception as error:  # of the compiler: any type
-            if not compiled:
-                raise
-            print(f"not compiled: {error}", file=sys.stderr)
-        else:
-            break
-    return trainer
+def normalised(voxels: npt.NDArray[Any], scheme: Mapping[str, Any]) -> Tensor:
+    """The CT clipped and brought to mean 0 and deviation 1; ``(1, z, y, x)``."""
+    clipped = np.clip(voxels.astype(np.float32), scheme["clip_low"], scheme["clip_high"])
+    return torch.from_numpy((clipped - scheme["mean"]) / max(scheme["deviation"], 1e-8))[None]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the names that ``PlainUNet`` has for them."""
+    parts = {"encoder": "down", "decoder": "merge", "upsampling": "up", "heads": "heads"}
+    layers = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1"}  # convolution, norm, and again
+    found = {}
+    for name, tensor in state.items():
+        part, level, *layer, kind = name.split(".")
+        found[".".join((parts[part], level, *(layers[key] for key in layer), kind))] = tensor
+    return found
+
+
+def importance(patch: Sequence[int]) -> npt.NDArray[np.float32]:
+    """A Gaussian of an eighth of the tile, 10 at its centre, never 0."""
+    point = np.zeros(patch)
+    point[tuple(size // 2 for size in patch)] = 1
+    bell = ndimage.gaussian_filter(point, [size / 8 for size in patch], mode="constant")
+    bell = bell / bell.max() * 10
+    return np.maximum(bell, bell[bell > 0].min()).astype(np.float32)

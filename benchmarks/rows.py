@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+class LeftOutError(Exception):
+    """A part of a benchmark cannot be done here, for want of a library or of data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,26 @@ def smaller(row: str, ours: float, rival: float, unit: str, bar: float | None) -
 def at_most(row: str, ours: float, unit: str, bar: float) -> Row:
     """A row with a figure of ours alone, which the bar limits."""
     return Row(row, ours, None, unit, None, bar, ours <= bar)
+
+
+def informs(row: str, ours: float, unit: str) -> Row:
+    """A row with a figure of ours alone, and no bar."""
+    return Row(row, float(ours), None, unit, None, None, None)
+
+
+def keep(row: Row, path: Path) -> None:
+    """Add a row to a file, one line of JSON each, so that it outlives whatever comes next."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(asdict(row)) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def load(path: Path) -> list[Row]:
+    """The rows of such a file; none if it is not there."""
+    if not path.exists():
+        return []
+    return [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def report(benchmark: str, rows: Sequence[Row]) -> int:

@@ -126,6 +126,8 @@ def _overlapping(
         options: What the user chose.
         finish: Called in the thread that writes, for one case after the other.
     """
+    import SimpleITK  # noqa: F401  # what it takes is the program's own, and no case's
+
     base = machine.resident_bytes()
     cases_left = iter(range(len(tasks), 0, -1))
     return overlapping(

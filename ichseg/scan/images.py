@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import SimpleITK as sitk
 
 from ichseg.errors import InputError
 from ichseg.scan import nifti, reader
@@ -22,6 +22,9 @@ from ichseg.scan.dicom.files import walk
 from ichseg.scan.reader import Scan, scan_of
 from ichseg.scan.volume import Triple, Volume
 from ichseg.wording import times
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
 
 _AXES = ("zyx", "xyz")
 _STEPS = "zyx"  # the order of directions in a volume
@@ -63,7 +66,7 @@ def as_scan(
         return image
     if isinstance(image, Volume):
         return scan_of(image)
-    if isinstance(image, sitk.Image):
+    if _is_of_simpleitk(image):
         return _of_simpleitk(image)
     if hasattr(image, "dataobj") and hasattr(image, "affine"):
         return _of_nibabel(image)
@@ -141,7 +144,15 @@ def _odd_one(values: Sequence[float], tolerance: float) -> int | None:
     return alike.index(True) if sum(alike) == 1 else None
 
 
+def _is_of_simpleitk(image: Any) -> bool:
+    """Whether it is an image of SimpleITK; whoever has one has imported that."""
+    library = sys.modules.get("SimpleITK")
+    return library is not None and isinstance(image, library.Image)
+
+
 def _of_simpleitk(image: sitk.Image) -> Scan:
+    import SimpleITK as sitk
+
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise InputError(
             f"a SimpleITK image of {image.GetDimension()} axes with "

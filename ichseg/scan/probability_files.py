@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import SimpleITK as sitk
 
 from ichseg.errors import OutputError
 from ichseg.files import replacing
@@ -106,6 +105,8 @@ def write_nnunet(steps: Steps, grid: Volume, path: Path, *, regions: bool) -> No
 
 def _header_by_itk(grid: Volume, path: Path) -> bytes:
     """A NIfTI-1 header with the grid's place, of a few voxels, as ITK writes it."""
+    import SimpleITK as sitk
+
     image = sitk.GetImageFromArray(np.zeros((2, 2, 2), np.uint8))
     image.SetSpacing(grid.spacing_mm[::-1])
     image.SetOrigin(grid.origin_mm[::-1])

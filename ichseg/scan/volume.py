@@ -14,10 +14,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import SimpleITK as sitk
 
 from ichseg.errors import InputError, OutputError
 from ichseg.files import (
@@ -30,6 +30,9 @@ from ichseg.files import (
 from ichseg.scan import headers, nifti
 from ichseg.scan.stored import Header
 from ichseg.wording import times
+
+if TYPE_CHECKING:  # imported where a file is read or written: who has arrays does not need it
+    import SimpleITK as sitk
 
 Triple = tuple[float, float, float]
 _MORE = 1 << 16  # bytes, which a full disk has no room for
@@ -164,6 +167,8 @@ def write(volume: Volume, path: Path | str) -> None:
 
 def to_itk(volume: Volume) -> sitk.Image:
     """The volume as an image of SimpleITK, with its place."""
+    import SimpleITK as sitk
+
     image = sitk.GetImageFromArray(volume.voxels)
     image.SetSpacing(volume.spacing_mm[::-1])
     image.SetOrigin(volume.origin_mm[::-1])
@@ -202,6 +207,8 @@ def _place(path: Path, header: Header) -> tuple[Triple, Triple, tuple[float, ...
     if header.place is not None:
         found = header.place
         return _checked_place(path, found.spacing_mm, found.origin_mm, np.array(found.direction))
+    import SimpleITK as sitk
+
     is_nifti = suffix_of(path) in NIFTI_SUFFIXES
     reader = sitk.ImageFileReader()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -298,6 +305,8 @@ def _itk_reason(error: RuntimeError) -> str:
 
 def _write_image(volume: Volume, path: Path) -> None:
     """Write by ITK, compressed."""
+    import SimpleITK as sitk
+
     image = to_itk(volume)
     try:
         with _named_for_itk(path) as shown:
@@ -324,6 +333,8 @@ def _write_nifti1(volume: Volume, path: Path, header: bytes) -> None:
 
 def _check_geometry(volume: Volume, written: Path, path: Path) -> None:
     """Refuse a file whose size or place differs from what was to be written."""
+    import SimpleITK as sitk
+
     reader = sitk.ImageFileReader()
     try:
         with _named_for_itk(written) as shown:

@@ -143,3 +143,27 @@ def test_default_masks_are_the_same_bytes_run_after_run(tmp_path):
         found.append((folder / "out" / last.name).read_bytes())
     assert volume.read(tmp_path / "0" / "out" / last.name).voxels.any()
     assert len(set(found)) == 1
+
+
+WITHOUT = """
+import sys
+sys.modules |= {"SimpleITK": None, "openvino": None}
+import numpy as np
+from ichseg import Ensemble
+import training.jobs.train, training.store.chunks, training.crossval.validate
+found = Ensemble.load(sys.argv[1], "cpu").segment(np.load(sys.argv[2]), spacing_mm=(5, 0.8, 0.9))
+np.save(sys.argv[3], found.mask.voxels)
+"""
+
+
+def test_arrays_need_neither_simpleitk_nor_openvino(tmp_path, scan):
+    """A machine that has neither trains from the store, and segments what is in memory."""
+    make_bundle(tmp_path / "weights")
+    np.save(tmp_path / "scan.npy", scan.voxels)
+    paths = [str(tmp_path / name) for name in ("weights", "scan.npy", "mask.npy")]
+    subprocess.run([sys.executable, "-c", WITHOUT, *paths], cwd=ROOT, check=True)
+    expected = ensemble.Ensemble.load(tmp_path / "weights", "torch-cpu").segment(
+        scan.voxels, spacing_mm=(5, 0.8, 0.9)
+    )
+    np.testing.assert_array_equal(np.load(paths[2]), expected.mask.voxels)
+    assert expected.mask.voxels.any()

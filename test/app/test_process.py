@@ -1,5 +1,6 @@
 """The entry point, run as a user runs it: another process, files in, files out."""
 
+import importlib.util
 import json
 import os
 import resource
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 import torch
 from conftest import make_bundle
 
@@ -79,6 +79,7 @@ def test_flat_folder(place, scan):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.skipif(not importlib.util.find_spec("SimpleITK"), reason="reads and writes files")
 def test_two_scans_on_a_gpu(place, scan):
     volume.write(scan, place / "input" / "again.nii.gz")
     lines = run(place, "--device", "cuda", "--preset", "full")
@@ -101,6 +102,8 @@ def test_platform_layout_gets_one_mha_and_no_pictures(place):
 
 
 def test_one_bad_scan_does_not_stop_the_others(place, scan):
+    import SimpleITK as sitk
+
     whole = (place / "input" / "scan.mha").read_bytes()
     (place / "input" / "a_truncated.mha").write_bytes(whole[: len(whole) // 2])
     nan = scan.voxels.astype(np.float32)

@@ -8,7 +8,6 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from training.batches.augment_device import augment_batch, smooth
-from training.batches.augment_host import augment
 from training.batches.augmentation import MSD2018, NNUNETV2, Warp, draw_warp
 
 # odd sizes: at a lower resolution no voxel lies halfway between two, where the engines may differ
@@ -23,6 +22,13 @@ EVERYTHING = dataclasses.replace(
 
 def rng(seed):
     return np.random.default_rng(seed)
+
+
+def augment(*arguments, **more):
+    """The host engine's, which needs batchgenerators; what needs a GPU does without."""
+    from training.batches import augment_host
+
+    return augment_host.augment(*arguments, **more)
 
 
 def make_batch(patch, config, *, in_plane, samples=4, seed=0):

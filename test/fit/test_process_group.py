@@ -31,11 +31,12 @@ VARIANTS = [
 ]
 
 
-def five_steps(workspace, batch_dice, optimiser, group):
+def five_steps(workspace, batch_dice, optimiser, group, device="cpu"):
     """Parameters after five steps in float64, the losses, and what a validation batch counts."""
     config = dataclasses.replace(
-        QUICK, optimiser=optimiser, learning_rate=0.001, gradient_clip=0.5, momentum=0.9
-    )
+        QUICK, optimiser=optimiser, learning_rate=0.001, gradient_clip=0.5, momentum=0.9,
+        device=device, augmentation_engine="host",
+    )  # fmt: skip
     run = open_run(workspace, "3d_fullres", "0", config, group)
     run = dataclasses.replace(
         run, configuration=dataclasses.replace(run.configuration, batch_dice=batch_dice)
@@ -53,15 +54,15 @@ def five_steps(workspace, batch_dice, optimiser, group):
         losses.append(validation_step(run, state, Batch(data.double(), target))[0])
         counts = validation_step(run, state, Batch(data.double(), target))[1]
     weights = torch.cat([p.detach().reshape(-1) for p in state.network.parameters()])
-    return weights, torch.tensor(losses, dtype=torch.float64), counts
+    return weights.cpu(), torch.tensor(losses, dtype=torch.float64), counts.cpu()
 
 
-def one_of_two(workspace, out):
+def one_of_two(workspace, out, device):
     """What each of the two processes does; at the end of this file."""
     torch.set_num_threads(1)
     process_group.BUCKET_BYTES = 1000  # several sums under way at once
-    with process_group.joined("cpu") as group:
-        found = {variant: five_steps(workspace, *variant, group) for variant in VARIANTS}
+    with process_group.joined("cpu") as group:  # gloo, which lets both have one GPU
+        found = {variant: five_steps(workspace, *variant, group, device) for variant in VARIANTS}
         said = group.any(group.rank == 1, False), group.of_leader(float(group.rank))
     torch.save((found, said), out / f"{group.rank}.pt")
 
@@ -104,10 +105,16 @@ def larger(fresh):
     return fresh
 
 
+ON_A_GPU = [
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+]  # fmt: skip
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one(larger, tmp_path):
-    alone = {variant: five_steps(larger, *variant, ALONE) for variant in VARIANTS}
-    torchrun(__file__, "compare", str(larger), str(tmp_path))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+def test_two_processes_equal_one(larger, tmp_path, device):
+    alone = {variant: five_steps(larger, *variant, ALONE, device) for variant in VARIANTS}
+    torchrun(__file__, "compare", str(larger), str(tmp_path), device)
     for rank in (0, 1):
         found, said = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert said == ((True, False), 0.0)
@@ -180,6 +187,30 @@ def test_gradients_are_sent_while_the_backward_pass_goes_on(monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_sums_by_nccl_wait_for_the_gradients(tmp_path, monkeypatch):
+    """One process, as NCCL has no second one on a card: each sum is the gradient itself."""
+    monkeypatch.setattr(process_group, "BUCKET_BYTES", 1000)
+    meeting = f"file://{tmp_path / 'meeting'}"
+    distributed.init_process_group("cpu:gloo,cuda:nccl", meeting, rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(512, 512, device="cuda") for _ in range(8)]
+        network = torch.nn.Sequential(*layers)
+        sums = GradientSums(network.parameters())
+        for _ in range(3):
+            x = torch.randn(4096, 512, device="cuda")
+            expected = torch.autograd.grad(network(x).square().sum(), list(network.parameters()))
+            network.zero_grad()
+            network(x).square().sum().backward()
+            sums.finish()
+            for parameter, gradient in zip(network.parameters(), expected, strict=True):
+                torch.testing.assert_close(parameter.grad, gradient)
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_refuses_a_batch_that_cannot_be_shared(fresh):
     with pytest.raises(TrainingError, match="batch of 2 over 3 processes, expected a multiple"):
         open_run(fresh, "3d_fullres", "0", QUICK, ProcessGroup(0, 3))
@@ -197,6 +228,6 @@ def test_where_one_process_fails_the_others_end_at_once_and_say_so(larger):
 
 if __name__ == "__main__":
     if sys.argv[1] == "compare":
-        one_of_two(Path(sys.argv[2]), Path(sys.argv[3]))
+        one_of_two(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
         process_group.leave(0)
     process_group.leave(fail_in_one(Path(sys.argv[2])))

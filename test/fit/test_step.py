@@ -384,6 +384,7 @@ def test_nobody_waits_for_the_gpu_within_a_step(fresh, precision):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("recipe", ["msd2018", "nnunetv2", "compact"])
 def test_a_fold_is_trained_and_validated_on_cuda(fresh, recipe):
+    pytest.importorskip("SimpleITK", reason="validation reads and writes files")
     changes = {"device": "cuda", "epochs": 2, "batches_per_epoch": 4, "validation_batches": 1}
     config = dataclasses.replace(
         TRAINING_RECIPES[recipe], **changes, augmentation=QUICK.augmentation

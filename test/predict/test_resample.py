@@ -51,19 +51,6 @@ def test_any_type_and_any_view_is_resized_as_its_float_copy(separate_axis, dtype
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("separate_axis", [None, 0])
-def test_cuda_equals_the_processor(separate_axis):
-    image = np.random.default_rng(4).normal(size=(9, 70, 66)).astype(np.float32)
-    scores = torch.from_numpy(np.stack([image, image[::-1] ** 2]))
-    for order in (0, 1, 3):
-        here, there = (
-            resize_margins(s, (14, 99, 51), slice(3, 9), order=order, separate_axis=separate_axis)
-            for s in (scores, scores.cuda())
-        )
-        np.testing.assert_allclose(there.cpu().numpy(), here.numpy(), atol=1e-5 * np.ptp(image))
-
-
 @pytest.mark.usefixtures("slabs")
 @pytest.mark.parametrize("order", [1, 3])
 @pytest.mark.parametrize("separate_axis", [0, 1, 2])

@@ -8,7 +8,7 @@ import torch
 from conftest import CONFIGURATION, PLANS
 
 from ichseg.predict.prepare import place
-from ichseg.predict.restore import restore
+from ichseg.predict.restore import resize_margins, restore
 from ichseg.scan.volume import Volume
 
 SCAN = Volume(np.zeros((9, 20, 22), np.int16), (5.0, 0.8, 0.9))
@@ -63,3 +63,17 @@ def test_what_is_decided_by_hand():
         labels = restore([(convert(scores), placement)], plans, foreground=foreground)
         assert labels[0, 0, :5].tolist() == [2, 1, 0, 1, 0]
         assert foreground[0, 0, :4].tolist() == [204, 204, 153, 176]  # 255 x (1 - background)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("separate_axis", [None, 0])
+def test_cuda_resizes_scores_as_the_processor_does(separate_axis):
+    image = np.random.default_rng(4).normal(size=(9, 70, 66)).astype(np.float32)
+    scores = torch.from_numpy(np.stack([image, image[::-1] ** 2]))
+    for order in (0, 1, 3):
+        here, there = (
+            resize_margins(s, (14, 99, 51), slice(3, 9), order=order, separate_axis=separate_axis)
+            for s in (scores, scores.cuda())
+        )
+        np.testing.assert_allclose(there.cpu().numpy(), here.numpy(), atol=1e-5 * np.ptp(image))

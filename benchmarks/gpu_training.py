@@ -1,0 +1,289 @@
+"""How fast training is on a GPU, in milliseconds an iteration; parts of ``gpu.py``.
+
+What is timed is the loop of the ``train`` command with all that it does in an epoch: drawing, cases
+on the card, augmentation, loss, update, reading the loss. ``plain`` is what nnunetv2 does, in plain
+torch (``gpu_plain.py``); that one is spared all work with data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import gpu_cases, gpu_plain
+from benchmarks.gpu_cases import CONFIGURATION, Place
+from benchmarks.gpu_pack import HIPPOCAMPUS
+from benchmarks.rows import LeftOutError, Row, informs
+from ichseg.model import plans
+from ichseg.model.network import build_network
+from ichseg.predict.dice import dice_of_masks
+from training.batches.stream import BatchStream, open_batches
+from training.crossval.validate import load_network
+from training.data.workspace import LATEST_CHECKPOINT
+from training.fit import loop
+from training.fit.checkpoint import load_checkpoint
+from training.fit.configuration import TRAINING_RECIPES, TrainingConfig
+from training.fit.fold_run import FoldRun, open_run
+from training.store import chunks
+
+WARM_UP, BLOCKS, ITERATIONS = 8, 3, 20
+MOST_WORKERS = 12  # nnunetv2's default
+
+
+class _MeasuredError(Exception):
+    """All blocks are timed, and the training need not go on."""
+
+
+class TimedStream:
+    """A stream of batches that takes the time of blocks of iterations, then ends the training.
+
+    Attributes:
+        seconds: The seconds of one iteration, of each block.
+        waits: The share of them that was spent waiting for a batch, in percent.
+    """
+
+    def __init__(self, stream: BatchStream, warm_up: int, blocks: int, iterations: int) -> None:
+        self._stream, self._iterations = stream, iterations
+        self._ends = [warm_up + block * iterations for block in range(blocks + 1)]
+        self._count = 0
+        self._began = (0.0, 0.0)
+        self.seconds: list[float] = []
+        self.waits: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __enter__(self) -> TimedStream:
+        self._stream.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.__exit__(*error)
+
+    def __next__(self) -> Any:
+        if self._count in self._ends:
+            self._take_time()
+        self._count += 1
+        return next(self._stream)
+
+    def _take_time(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        now = time.perf_counter(), self._stream.waited_s
+        if self._count > self._ends[0]:
+            took = now[0] - self._began[0]
+            self.seconds.append(took / self._iterations)
+            self.waits.append(100 * (now[1] - self._began[1]) / took)
+        if self._count == self._ends[-1]:
+            raise _MeasuredError
+        self._began = now
+
+
+def measure_ours(
+    place: Place, rate_tflops: float | None, *, layout: str, precision: str, compiled: bool
+) -> Iterator[Row]:
+    """Time our training.
+
+    Args:
+        place: Where, and on what.
+        rate_tflops: The card's measured rate of bf16 matrix products; None on the CPU.
+        layout: ``contiguous`` or ``channels_last``.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        compiled: Whether the network is compiled.
+    """
+    config = dataclasses.replace(
+        _config(place), memory_format=layout, precision=precision, compile=compiled
+    )
+    # fold 1: the fold that is scored elsewhere is 0
+    run = open_run(gpu_cases.workspace(place), CONFIGURATION, "1", config)
+    shutil.rmtree(run.folder, ignore_errors=True)
+    timed: list[TimedStream] = []
+
+    def opened(*arguments: Any, **more: Any) -> TimedStream:
+        timed.append(TimedStream(open_batches(*arguments, **more), *_lengths(place)))
+        return timed[-1]
+
+    loop.open_batches = opened  # type: ignore[assignment]
+    name = f"training, ours, {layout} {precision}{' compiled' if compiled else ''}"
+    complaints = _Complaints()
+    logging.getLogger("training.fit.compiling").addHandler(complaints)
+    _forget_peak(place)
+    began = time.perf_counter()
+    with contextlib.suppress(_MeasuredError):
+        loop.train_fold(run)
+    if complaints.said:
+        name += " (NOT COMPILED, it failed)"
+    yield from _rows(name, timed[0].seconds, rate_tflops, run.plans, place)
+    yield informs(f"{name}, data wait", statistics.median(timed[0].waits), "%")
+    yield informs(f"{name}, until the first timed iteration", _until(began, timed[0]), "s")
+
+
+def measure_plain(place: Place, rate_tflops: float | None, *, compiled: bool) -> Iterator[Row]:
+    """Time the same training in plain torch, as nnunetv2 does it.
+
+    Args:
+        place: Where, and on what.
+        rate_tflops: See ``measure_ours``.
+        compiled: Whether the network is compiled.
+    """
+    torch.backends.cudnn.benchmark = True  # as nnunetv2 sets it
+    plan = gpu_cases.planned(place)
+    _forget_peak(place)
+    trainer = gpu_plain.Trainer(
+        gpu_cases.as_json(plan), torch.device(place.device), compiled=compiled
+    )
+    warm_up, blocks, iterations = _lengths(place)
+    for _ in range(warm_up):
+        trainer.step()
+    seconds = [_seconds(trainer.step, iterations) / iterations for _ in range(blocks)]
+    name = f"training, plain torch, fp16{' compiled' if compiled else ''}"
+    yield from _rows(name, seconds, rate_tflops, plan, place)
+
+
+def train_hippocampus(place: Place, seconds: float) -> Iterator[Row]:
+    """Train fold 0 of the Hippocampus by its automatic plan, for what time is left.
+
+    Its Dice is that of the held-out cases at full volume, in the grid of the network, which is that
+    of the scans.
+
+    Args:
+        place: Where, and on what. A tiny one takes made cases if there are none.
+        seconds: How long all of it may take.
+    """
+    source = HIPPOCAMPUS
+    if not source.exists():
+        if not place.tiny:
+            raise LeftOutError("no Hippocampus was taken along, see gpu_pack.py")
+        source = gpu_cases.workspace(place)
+    folder = place.work / "hippocampus"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "preprocessed").symlink_to(source / "preprocessed")
+    for name in ("dataset.json", "plans.json"):
+        shutil.copy(source / name, folder)
+    minutes = 0.05 if place.tiny else 0.75 * seconds / 60  # the rest is for compiling and scoring
+    config = dataclasses.replace(_config(place), minutes=minutes, batches_per_epoch=100)
+    config = dataclasses.replace(config, validation_batches=1 if place.tiny else 10)
+    run = open_run(folder, CONFIGURATION, "0", config)
+    began = time.perf_counter()
+    loop.train_fold(run)
+    trained = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration, run.cases)
+    history = trained["history"]
+    yield informs("Hippocampus, training", (time.perf_counter() - began) / 60, "min")
+    yield informs("Hippocampus, whole epochs of 100 iterations", len(history), "")
+    scores = _held_out_dice(run, trained["network"])
+    for label, dice in zip(run.plans.labels[1:], np.nanmean(scores, 0), strict=True):
+        yield informs(f"Hippocampus, Dice of {label}, {len(scores)} cases", float(dice), "")
+
+
+def operations(plan: plans.Plans) -> float:
+    """Count the floating-point operations of one iteration's convolutions, there and back."""
+    chosen = plan.configuration(CONFIGURATION)
+    channels = len(plan.channels)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = build_network(chosen.architecture, channels, len(plan.labels)).train()
+        logits = network(torch.empty(chosen.batch, channels, *chosen.patch))
+        sum(scores.sum() for scores in logits).backward()
+    return float(counter.get_total_flops())
+
+
+def _rows(
+    name: str,
+    seconds: list[float],
+    rate_tflops: float | None,
+    plan: plans.Plans,
+    place: Place,
+) -> Iterator[Row]:
+    middle = statistics.median(seconds)
+    yield informs(f"{name}, one iteration", 1000 * middle, "ms")
+    spread = 100 * (max(seconds) - min(seconds)) / middle
+    yield informs(f"{name}, blocks differ by", spread, "%")
+    if rate_tflops:
+        share = 100 * operations(plan) / 1e12 / middle / rate_tflops
+        yield informs(f"{name}, share of the bf16 rate", share, "%")
+    if place.device == "cuda":
+        peak_gb = torch.cuda.max_memory_allocated() / 1e9
+        yield informs(f"{name}, peak memory", peak_gb, "GB")
+
+
+def _config(place: Place) -> TrainingConfig:
+    return dataclasses.replace(
+        TRAINING_RECIPES["nnunetv2"],
+        device=place.device,
+        precision="fp32" if place.device == "cpu" else "auto",
+        memory_format="channels_last",
+        epochs=1_000_000,
+        batches_per_epoch=1_000_000,  # no end of an epoch within a block
+        validation_batches=1,
+        validation=False,
+        workers=1 if place.tiny else min(MOST_WORKERS, os.cpu_count() or 1),
+    )
+
+
+def _lengths(place: Place) -> tuple[int, int, int]:
+    return (1, 2, 1) if place.tiny else (WARM_UP, BLOCKS, ITERATIONS)
+
+
+def _held_out_dice(run: FoldRun, weights: Any) -> np.ndarray[Any, Any]:
+    """The Dice ``(cases, labels)`` of the held-out cases; NaN where neither mask has the label."""
+    from ichseg.predict import sliding_window
+
+    network = load_network(run, weights)
+    found = []
+    for name in run.spec.validation:
+        case = chunks.open_case(run.spec.folder, name)
+        scores = sliding_window.predict_tiled(
+            network,
+            torch.from_numpy(case.data[:]).to(run.device),
+            run.configuration.tile,
+            mirror_axes=(0, 1, 2),
+        )
+        mask, reference = scores.argmax(0).cpu().numpy(), case.target[:]
+        labels = range(1, len(run.plans.labels))
+        found.append([dice_of_masks(mask == label, reference == label) for label in labels])
+    return np.array(found)
+
+
+def _seconds(step: Callable[[], object], count: int) -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(count):
+        step()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _forget_peak(place: Place) -> None:
+    if place.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _until(began: float, timed: TimedStream) -> float:
+    """Seconds from the beginning to the first timed iteration: compiling, trials, warm-up."""
+    return time.perf_counter() - began - sum(timed.seconds) * timed._iterations
+
+
+class _Complaints(logging.Handler):
+    """What the compiler could not do."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep what was said, and print it."""
+        self.said.append(record.getMessage())
+        print(self.said[-1], flush=True)
