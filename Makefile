@@ -28,9 +28,8 @@ test: $(VENV)/.dev-installed ## pytest, all but what needs a GPU or a browser
 browser: $(VENV)/.dev-installed ## the report's pages in Chromium (apt-get install chromium)
 	$(PY) -m pytest -q -m browser
 
-gpu: $(VENV)/.dev-installed ## what needs a GPU: its tests, then training and inference against nnunetv2
-	$(PY) -m pytest -q -m gpu
-	PYTHON=$(PY) benchmarks/gpu.sh --work benchmarks/.gpu $(if $(DATA),--data $(DATA))
+gpu: $(VENV)/.dev-installed ## what needs a GPU: its tests, then training and inference against plain torch
+	PYTHON=$(PY) benchmarks/gpu.sh --out benchmarks/.gpu
 
 lint: $(VENV)/.dev-installed ## ruff: rules and format
 	$(VENV)/bin/ruff check .

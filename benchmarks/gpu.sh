@@ -17,7 +17,12 @@ python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 shopt -s nullglob
-for wheel in benchmarks/.gpu-pack/*.whl; do "$python" -m zipfile -e "$wheel" "$work/site"; done
+wheels=(benchmarks/.gpu-pack/*.whl)
+if [[ ${#wheels[@]} -gt 0 ]] && ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))'; then
+  echo "gpu.sh: the packages in benchmarks/.gpu-pack are for Python 3.12, and left out here"
+  wheels=()
+fi
+for wheel in "${wheels[@]}"; do "$python" -m zipfile -e "$wheel" "$work/site"; done
 export PYTHONPATH="$PWD:$work/site${PYTHONPATH:+:$PYTHONPATH}"
 if command -v nvidia-smi > /dev/null; then nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader; fi
 "$python" benchmarks/gpu.py --work "$work/work" "$@"

@@ -92,16 +92,17 @@ def has_code_for(capability: tuple[int, int], architectures: Sequence[str]) -> b
 
 
 def warm_up(device: torch.device) -> None:
-    """Open the GPU and compute a sum on it, so that what fails fails here.
+    """Open the GPU and compute a convolution on it, so that what fails fails here.
 
-    What CUDA takes of the host's memory is taken by then, and counts as the program's own.
+    What CUDA and cuDNN take of the host's memory is taken by then, and counts as the program's own.
 
     Raises:
         DeviceError: It cannot even do that.
     """
     if device.type == "cuda":
         with guard():
-            torch.ones(2, device=device).sum().item()
+            ones = torch.ones(1, 1, 4, 4, 4, device=device)
+            torch.nn.functional.conv3d(ones, ones).sum().item()
 
 
 def describe(device: torch.device) -> str:
