@@ -43,6 +43,8 @@ def five_steps(workspace, batch_dice, optimiser, group, device="cpu"):
     )
     state = begin(run)
     state.network.double()
+    for moments in state.optimiser.state.values():  # which a fused one has from the beginning
+        moments.update({name: value.double() for name, value in moments.items()})
     keys = [*(BatchKey(0, number) for number in range(5)), BatchKey(0, 0, validation=True)]
     losses = []
     with open_batches(run.spec, iter(keys), config.stream, run.device) as stream:
