@@ -22,8 +22,9 @@ help: ## this list
 demo: $(VENV)/.demo-installed ## segment the sample cases, with pictures, into out/ (minutes, no GPU needed)
 	@$(PY) process.py --input test/sample/input --output out --preset fast --report
 
-test: $(VENV)/.dev-installed ## pytest, all but what needs a GPU or a browser
-	$(PY) -m pytest -q -m "not gpu and not browser"
+# A file of tests to each process, with a thread each: threads beside processes would wait for each other.
+test: $(VENV)/.dev-installed ## pytest, all but what needs a GPU or a browser, on up to four cores
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not gpu and not browser"
 
 browser: $(VENV)/.dev-installed ## the report's pages in Chromium (apt-get install chromium)
 	$(PY) -m pytest -q -m browser

@@ -313,7 +313,6 @@ def test_a_tiny_network_overfits_one_case_by_what_the_first_stage_found(tmp_path
         batches_per_epoch=60,
         learning_rate=1e-2,
         lr_schedule="poly",
-        precision="bf16",
         augmentation=NO_AUGMENTATION,
     )
     assert run_fold(tmp_path, SECOND.name, "all", config)

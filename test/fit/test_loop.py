@@ -78,7 +78,6 @@ def test_a_tiny_network_overfits_one_case(tmp_path, recipe, dimensions, batch, s
         validation_batches=2,
         learning_rate=1e-2,
         lr_schedule="poly",
-        precision="bf16",
         augmentation=NO_AUGMENTATION,
         device="cpu",
         threads=1,
