@@ -7,7 +7,7 @@
 # one core each. What is done is kept: run it again after an interruption.
 # These may be set in the environment:
 #   CASES    phantoms                               MINUTES  of training, each fold
-#   SEED     of phantoms and painted bleeds         BEGIN    bundle whose folds to begin with, such as the last version
+#   SEED     of phantoms and painted bleeds         BEGIN    bundle whose folds, of the same cases, to begin with
 #            (20221 is the held-out set's,          OUT      the bundle's folder
 #            never train on it)                     PYTHON   the interpreter
 set -eu

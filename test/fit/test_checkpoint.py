@@ -5,14 +5,15 @@ import dataclasses
 import os
 import random
 import resource
+import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIGURATION
-from helpers.workspaces import QUICK, leaves
+from conftest import CONFIGURATION, PLANS
+from helpers.workspaces import QUICK, leaves, make_workspace
 
 from ichseg.errors import OutputError, TrainingError
 from ichseg.model import strict_json
@@ -69,7 +70,7 @@ def test_nothing_uses_a_fold_whose_cases_have_changed(fresh):
     assert run_fold(fresh, "3d_fullres", "0", QUICK)
     run = open_run(fresh, "3d_fullres", "0", QUICK)
     path = run.folder / LATEST_CHECKPOINT
-    assert load_checkpoint(path, CONFIGURATION, before)["cases"] == {
+    assert load_checkpoint(path, PLANS, CONFIGURATION, before)["cases"] == {
         "train": before.train,
         "validation": before.validation,
     }
@@ -89,6 +90,49 @@ def test_nothing_uses_a_fold_whose_cases_have_changed(fresh):
         with pytest.raises(TrainingError, match=r"checkpoint_latest.pt: was trained on .* cases"):
             use()
     assert run_fold(fresh, "3d_fullres", "0", QUICK, restart=True)
+    assert is_finished(fresh, run)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalisations": (dataclasses.replace(PLANS.normalisations[0], mean=41.0),)},
+        {"crop": "head"},
+        {"orientation": "RAS"},
+    ],
+)
+def test_nothing_uses_a_fold_whose_scans_would_be_prepared_otherwise(tmp_path, change):
+    """Trained, then planned anew with the same network: its input would be another."""
+    fresh = make_workspace(tmp_path)
+    assert run_fold(fresh, "3d_fullres", "0", QUICK)
+    run = open_run(fresh, "3d_fullres", "0", QUICK)
+    (fresh / "plans.json").write_text(strict_json.dumps(dataclasses.replace(PLANS, **change)))
+    shutil.rmtree(run.spec.folder)  # the store was made by the old plans
+    assert command(["preprocess", "--workspace", str(fresh), "--workers", "1"]) == 0
+    later = open_run(fresh, "3d_fullres", "0", QUICK)
+    (name,) = change
+    assert later.configuration == run.configuration
+    for use in (
+        lambda: run_fold(fresh, "3d_fullres", "0", QUICK),
+        lambda: is_finished(fresh, later),
+        lambda: validate(fresh, later),
+        lambda: merge.validated_masks(fresh, "3d_fullres"),
+        lambda: merge.fold_weights(fresh, "3d_fullres"),
+        lambda: export(fresh, ["3d_fullres"], ["0"], fresh / "bundle"),
+    ):
+        with pytest.raises(TrainingError, match=f"pt: trained by plans with other {name} than"):
+            use()
+    assert run_fold(fresh, "3d_fullres", "0", QUICK, restart=True)
+    assert is_finished(fresh, later)
+
+
+def test_checkpoints_that_do_not_note_their_plans_are_read(fresh):
+    assert run_fold(fresh, "3d_fullres", "0", QUICK)
+    run = open_run(fresh, "3d_fullres", "0", QUICK)
+    path = run.folder / LATEST_CHECKPOINT
+    raw = read_checkpoint(path, CONFIGURATION)
+    del raw["plans"]
+    torch.save(raw, path)
     assert is_finished(fresh, run)
 
 

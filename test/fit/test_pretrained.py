@@ -9,6 +9,7 @@ from ichseg.engine import torch_engine
 from ichseg.errors import TrainingError, WeightsError
 from ichseg.model import bundle
 from ichseg.model.network import build_network
+from training.bundle.export import export
 from training.bundle.pretrained import choose_member, read_pretrained
 from training.data.workspace import LATEST_CHECKPOINT, run_folder
 from training.fit.checkpoint import read_checkpoint
@@ -116,3 +117,22 @@ def test_training_begins_with_them_but_a_resumed_run_does_not(folder, tmp_path, 
     assert loaded == []
     assert run_fold(workspace, "3d_fullres", "1", config, restart=True)
     assert len(loaded) == 1
+
+
+def test_no_fold_begins_with_a_network_that_knows_the_cases_it_validates(fresh, caplog):
+    """Fold 0's network has been trained on the cases of which fold 1 is validated."""
+    once = dataclasses.replace(QUICK, epochs=1)
+    assert run_fold(fresh, "3d_fullres", "0", once)
+    out = fresh / "bundle"
+    model = export(fresh, ["3d_fullres"], ["0"], out, check_cases=0)
+    begun = dataclasses.replace(once, pretrained=str(out))
+    with pytest.raises(TrainingError, match=r"fold_0\.safetensors: was trained on other cases"):
+        run_fold(fresh, "3d_fullres", "1", begun)
+    assert run_fold(fresh, "3d_fullres", "0", begun, restart=True)
+    assert run_fold(fresh, "3d_fullres", "all", begun)
+    bundle.save_model(out, dataclasses.replace(model, provenance={}))
+    assert run_fold(fresh, "3d_fullres", "1", begun)
+    assert "does not say on which cases of tiny fold 0 was trained" in caplog.text
+    others = dataclasses.replace(model, plans=dataclasses.replace(model.plans, dataset="other"))
+    bundle.save_model(out, others)
+    assert run_fold(fresh, "3d_fullres", "1", begun, restart=True)

@@ -26,6 +26,8 @@ from ichseg.scan.volume import Volume
 from training.data.dataset import Case, Dataset, save_dataset
 from training.data.sources import digest_sources
 from training.data.workspace import preprocessed_folder
+from training.fit.configuration import TrainingConfig
+from training.jobs.train import run_fold
 from training.planning import planner
 from training.planning.fingerprint import compute_fingerprint
 from training.planning.planner import Overrides
@@ -33,6 +35,7 @@ from training.store import chunks, preprocess
 from training.store.preprocess import preprocess_dataset
 
 SPACING = (5.0, 1.0, 1.0)
+NAMES = ("case_0", "case_1", "case_2")
 
 
 @pytest.fixture
@@ -81,6 +84,22 @@ def test_stores_what_inference_prepares(work):
         np.testing.assert_allclose(found.data[:], expected.data, rtol=0, atol=1.01 * half_a_step)
         label = inference.prepare_labels(volume.read(case.label), expected.placement, plans)
         np.testing.assert_array_equal(np.maximum(found.target[:], 0), label)
+
+
+def test_the_command_adds_up_in_one_thread(work):
+    """A resampled head differs in the last bits where two threads share its sums."""
+    code = (
+        "import sys, threadpoolctl; from training.__main__ import main\n"
+        "main(['preprocess', '--workspace', sys.argv[1], '--workers', '1'])\n"
+        "pools = threadpoolctl.threadpool_info()\n"
+        "print({pool['num_threads'] for pool in pools if pool['user_api'] == 'blas'})"
+    )
+    own = {key: value for key, value in os.environ.items() if not key.endswith("NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(work[0])], env=own, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "{1}"
 
 
 def test_zeros_within_the_crop_are_marked(work):
@@ -146,13 +165,13 @@ def test_a_corrected_label_arrives(work, caplog):
     volume.write(label.with_voxels(voxels), corrected)
     assert not preprocess.is_preprocessed(dataset, plans, "3d_fullres", workspace)
     with pytest.raises(DatasetError, match=r"1 of 3 .* such as case_1, which has changed since"):
-        preprocess.require_current(workspace, dataset.cases, "3d_fullres")
+        preprocess.require_current(workspace, dataset, plans, "3d_fullres", NAMES)
     assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1) == 1
     assert "case case_1 has changed since it was stored; it is done again" in caplog.text
     np.testing.assert_array_equal(chunks.open_case(folder, "case_1").target[:], voxels[:, 3:])
     changed = {name for name, content in contents(folder).items() if content != before[name]}
     assert changed == {"case_1.target.b2nd", "case_1.foreground.npz", "case_1.json"}
-    preprocess.require_current(workspace, dataset.cases, "3d_fullres")
+    preprocess.require_current(workspace, dataset, plans, "3d_fullres", NAMES)
 
 
 def test_plans_for_other_labels_are_refused(work):
@@ -161,6 +180,28 @@ def test_plans_for_other_labels_are_refused(work):
     with pytest.raises(PlansError, match="and labels background, bleed, but the dataset has"):
         preprocess_dataset(more, plans, "3d_fullres", workspace, 1)
     assert not (workspace / "preprocessed").exists()
+    preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+    with pytest.raises(PlansError, match="and labels background, bleed, but the dataset has"):
+        preprocess.require_current(workspace, more, plans, "3d_fullres", NAMES)
+
+
+def test_a_store_of_other_plans_is_refused_by_who_trains_on_it(work):
+    """Planned, preprocessed, planned anew, and then trained."""
+    workspace, dataset, plans = work
+    preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+    other = replace(plans.normalisations[0], clip_high=plans.normalisations[0].clip_high + 1)
+    for now, data in (
+        (replace(plans, normalisations=(other,)), dataset),
+        (plans, replace(dataset, ignore_label=2)),
+    ):
+        with pytest.raises(DatasetError, match="3d_fullres: was preprocessed with other plans"):
+            preprocess.require_current(workspace, data, now, "3d_fullres", NAMES)
+    config = TrainingConfig(device="cpu", workers=0, validation=False)
+    finer = replace(plans.configuration("3d_fullres"), spacing_mm=(5.0, 1.0, 0.5))
+    changed = replace(plans, configurations=(finer,))
+    (workspace / "plans.json").write_text(strict_json.dumps(changed))
+    with pytest.raises(DatasetError, match="3d_fullres: was preprocessed with other plans"):
+        run_fold(workspace, "3d_fullres", "all", config)
 
 
 def test_plans_for_other_regions_are_refused(work):
@@ -191,7 +232,7 @@ def test_a_store_without_digests_is_made_again(work, caplog):
     del raw["source"]
     path.write_text(json.dumps(raw))
     with pytest.raises(DatasetError, match="a version that did not note what it was made from"):
-        preprocess.require_current(workspace, dataset.cases, "3d_fullres")
+        preprocess.require_current(workspace, dataset, plans, "3d_fullres", NAMES)
     assert preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1) == 1
     assert "case case_2 was stored by a version that did not note" in caplog.text
     assert contents(folder) == before

@@ -162,13 +162,14 @@ def _finished(
             continue
         config = strict_json.load(TrainingConfig, path / CONFIG_FILE)
         run = open_run(workspace, configuration, fold, config)
-        reason = load_checkpoint(path / LATEST_CHECKPOINT, run.configuration, run.cases)["finished"]
+        latest, wanted = path / LATEST_CHECKPOINT, path / CHECKPOINTS[checkpoint]
+        reason = load_checkpoint(latest, run.plans, run.configuration, run.cases)["finished"]
         if reason is None:
             _log.info("%s fold %s: training has not ended, left out", configuration, fold)
             continue
-        raw = load_checkpoint(path / CHECKPOINTS[checkpoint], run.configuration, run.cases)
+        raw = load_checkpoint(wanted, run.plans, run.configuration, run.cases)
         cascade_labels.require_same_first_stage(
-            workspace, run.plans, run.configuration, path / CHECKPOINTS[checkpoint], raw
+            workspace, run.plans, run.configuration, wanted, raw
         )
         finished.append(Trained(run, fold, raw))
     if not finished:
@@ -190,7 +191,7 @@ def _provenance(
 ) -> dict[str, Any]:
     """From what the bundle was made, for people and for the model card."""
     folds = {
-        _fold_key(part.run.configuration.name, part.fold): {
+        splits.fold_key(part.run.configuration.name, part.fold): {
             "epochs": part.checkpoint["schedule"]["epoch"],
             "minutes": round(part.checkpoint["elapsed_s"] / 60, 1),
             "ended": part.checkpoint["finished"] or "best checkpoint",
@@ -211,11 +212,6 @@ def _provenance(
     }
 
 
-def _fold_key(configuration: str, fold: str) -> str:
-    """Where the provenance says of a fold how it was trained and checked."""
-    return f"{configuration} fold {fold}"
-
-
 def _checked_cases(out: Path) -> dict[Member, int]:
     """What an earlier export has written, and on how many cases it has checked the rounding."""
     try:
@@ -224,7 +220,9 @@ def _checked_cases(out: Path) -> dict[Member, int]:
         return {}
     folds = model.provenance.get("folds", {})
     return {
-        member: folds.get(_fold_key(member.configuration, member.fold), {}).get("checked_cases", 0)
+        member: folds.get(splits.fold_key(member.configuration, member.fold), {}).get(
+            "checked_cases", 0
+        )
         for member in model.members
     }
 

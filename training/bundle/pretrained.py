@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from ichseg.engine import torch_engine
-from ichseg.errors import WeightsError
+from ichseg.errors import TrainingError, WeightsError
 from ichseg.model import bundle
 from ichseg.model.bundle import Member, Model
 from ichseg.model.folder import MODEL_FILE
 from training.bundle.import_nnunet import CHECKPOINTS, find_folds
 from training.bundle.nnunet_checkpoint import read_checkpoint, rename
 from training.bundle.nnunet_plans import read_plans
-from training.data.workspace import PLANS_FILE
+from training.data.splits import digest_names, fold_key
+from training.data.workspace import ALL_FOLD, PLANS_FILE
+from training.fit.fold_run import FoldRun
 from training.fit.pretrained import Pretrained
 
 _FOLD = "fold_"
+
+_log = logging.getLogger(__name__)
 
 
 def read_pretrained(folder: Path, configuration: str, fold: str) -> Pretrained:
@@ -50,6 +55,53 @@ def read_pretrained(folder: Path, configuration: str, fold: str) -> Pretrained:
         f"{folder}: expected a weights bundle, with {MODEL_FILE}, or a folder of nnU-Net v2's "
         f"results, with {PLANS_FILE} and fold_0, fold_1, ..."
     )
+
+
+def require_unseen(folder: Path, run: FoldRun) -> None:
+    """Refuse a bundle's network that may know the cases that a fold validates.
+
+    Those of another dataset are taken to be strangers. Of the same one the network must have been
+    trained on the very cases that train the fold. nnU-Net's folders do not say on which they were.
+
+    Args:
+        folder: What ``read_pretrained`` is given.
+        run: The fold that is to begin with it.
+
+    Raises:
+        TrainingError: It was trained on other cases of the dataset.
+        WeightsError: It is a bundle that is damaged or of another version.
+    """
+    if run.fold == ALL_FOLD or not (folder / MODEL_FILE).exists():
+        return
+    model = bundle.load_model(folder)
+    if model.plans.dataset != run.plans.dataset:
+        return
+    member = choose_member(model, run.configuration.name, run.fold)
+    seen = _trained_on(model, member)
+    if seen is None:
+        _log.warning(
+            "%s: does not say on which cases of %s fold %s was trained; if it knows cases that "
+            "fold %s validates, their scores are too good",
+            folder,
+            model.plans.dataset,
+            member.fold,
+            run.fold,
+        )
+    elif seen != digest_names(run.cases.train):
+        raise TrainingError(
+            f"{folder / member.file}: was trained on other cases of {model.plans.dataset} than "
+            f"those that train fold {run.fold}, so it may know cases that this fold validates; "
+            f"expected a network of the same fold, weights of another dataset, or --fold {ALL_FOLD}"
+        )
+
+
+def _trained_on(model: Model, member: Member) -> str | None:
+    """The digest of the names of the cases that a network was trained on, if the bundle has it."""
+    try:
+        record = model.provenance["folds"][fold_key(member.configuration, member.fold)]
+        return str(record["trained_on"])
+    except (KeyError, TypeError):
+        return None
 
 
 def choose_member(model: Model, configuration: str, fold: str) -> Member:

@@ -186,16 +186,18 @@ def _first_stage_weights(
     for number, split in enumerate(splits.find_splits(workspace, _labelled(workspace))):
         path = run_folder(workspace, first.name, str(number)) / LATEST_CHECKPOINT
         if path.exists():
-            weights = _digest_at(path, path.stat().st_mtime_ns, first, split)
+            weights = _digest_at(path, path.stat().st_mtime_ns, plans, first, split)
             found |= {name: _Stranger(str(number), weights) for name in split.validation}
     return found
 
 
 @functools.cache
-def _digest_at(path: Path, modified_ns: int, configuration: Configuration, cases: Split) -> str:
+def _digest_at(
+    path: Path, modified_ns: int, plans: Plans, configuration: Configuration, cases: Split
+) -> str:
     """The digest of a checkpoint's weights, read once as long as the file stays the same."""
     del modified_ns  # only tells one file at this place from the next
-    return weights_digest(load_checkpoint(path, configuration, cases)["network"])
+    return weights_digest(load_checkpoint(path, plans, configuration, cases)["network"])
 
 
 def _labelled(workspace: Path) -> list[str]:

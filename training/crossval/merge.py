@@ -95,7 +95,7 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
         folder = run_folder(workspace, configuration, str(number))
         again = f"`train {configuration} --fold {number}` goes on with it"
         path = folder / LATEST_CHECKPOINT
-        checkpoint = load_checkpoint(path, planned, split)
+        checkpoint = load_checkpoint(path, every, planned, split)
         cascade_labels.require_same_first_stage(workspace, every, planned, path, checkpoint)
         weights = checkpoint["network"]
         try:
@@ -122,12 +122,13 @@ def fold_weights(workspace: Path, configuration: str) -> str:
     Raises:
         TrainingError: A fold has no checkpoint, or one of other plans or cases.
     """
-    planned = plans.load(plans_file(workspace)).configuration(configuration)
+    every = plans.load(plans_file(workspace))
+    planned = every.configuration(configuration)
     names = [case.name for case in dataset.load_dataset(workspace).labelled]
     digest = hashlib.sha256()
     for number, split in enumerate(splits.find_splits(workspace, names)):
         path = run_folder(workspace, configuration, str(number)) / LATEST_CHECKPOINT
-        weights = load_checkpoint(path, planned, split)["network"]
+        weights = load_checkpoint(path, every, planned, split)["network"]
         digest.update(weights_digest(weights).encode())
     return digest.hexdigest()
 

@@ -90,9 +90,8 @@ def validate(
     Returns:
         Whether all cases were done.
     """
-    weights = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration, run.cases)[
-        "network"
-    ]
+    path = run.folder / LATEST_CHECKPOINT
+    weights = load_checkpoint(path, run.plans, run.configuration, run.cases)["network"]
     digest = weights_digest(weights)
     found = records.continued(run, digest)
     if run.group.count > 1:

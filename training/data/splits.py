@@ -192,6 +192,11 @@ def digest_names(names: Iterable[str]) -> str:
     return _digest(sorted(names))
 
 
+def fold_key(configuration: str, fold: str) -> str:
+    """Where a bundle's provenance says of a network on which cases it was trained."""
+    return f"{configuration} fold {fold}"
+
+
 def _find(workspace: Path, names: Sequence[str]) -> _SplitsFile:
     path, table = splits_file(workspace), groups_file(workspace)
     groups = read_groups(table, names) if table.exists() else None

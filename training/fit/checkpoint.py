@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import logging
 import math
 import time
@@ -20,7 +21,7 @@ from torch import Tensor
 from ichseg.errors import OutputError, PlansError, TrainingError
 from ichseg.files import replacing
 from ichseg.model import strict_json
-from ichseg.model.plans import Configuration
+from ichseg.model.plans import Configuration, Plans
 from ichseg.wording import counted
 from training.data.splits import Split
 from training.data.workspace import BEST_CHECKPOINT, CONFIG_FILE, LATEST_CHECKPOINT
@@ -38,6 +39,11 @@ _WAY_OUT = (
 )
 LOWEST_SCALE = 2.0**-16  # of the loss under fp16: thirty halvings below where it starts
 EVERY_S = 180.0  # between two checkpoints: what a kill may cost, beside the epoch in hand
+# What of the plans decides a network's input and what its scores mean, whatever its configuration.
+_DECISIVE = (
+    "channels", "labels", "regions", "region_labels", "orientation", "transpose", "crop",
+    "normalise_first", "normalisations", "resampling",
+)  # fmt: skip
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +54,7 @@ def checkpoint_of(run: FoldRun, state: TrainingState) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "configuration": strict_json.dumps(run.configuration),
+        "plans": _decisive(run.plans),
         "network": state.network.state_dict(),
         "optimiser": state.optimiser.state_dict(),
         "scaler": state.scaler.state_dict(),
@@ -251,11 +258,12 @@ def resume(run: FoldRun, state: TrainingState) -> None:
     Raises:
         TrainingError: It is damaged, or of other plans, cases or another optimiser.
     """
-    raw = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration, run.cases, run.device)
+    path = run.folder / LATEST_CHECKPOINT
+    raw = load_checkpoint(path, run.plans, run.configuration, run.cases, run.device)
     state.network.load_state_dict(raw["network"])
     if raw["optimiser_name"] != run.config.optimiser:
         raise TrainingError(
-            f"{run.folder / LATEST_CHECKPOINT}: trained with {raw['optimiser_name']} so far, but "
+            f"{path}: trained with {raw['optimiser_name']} so far, but "
             f"--optimiser is {run.config.optimiser}; leave it as it was, or begin anew with "
             "--restart"
         )
@@ -283,20 +291,27 @@ def resume(run: FoldRun, state: TrainingState) -> None:
 
 
 def load_checkpoint(
-    path: Path, configuration: Configuration, cases: Split, device: torch.device | None = None
+    path: Path,
+    plans: Plans,
+    configuration: Configuration,
+    cases: Split,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """Read a checkpoint of this configuration, trained and validated on these cases.
+    """Read a checkpoint of these plans and configuration, trained and validated on these cases.
 
     Args:
         path: The checkpoint.
-        configuration: The configuration as the plans have it now.
+        plans: The plans as they are now.
+        configuration: Its configuration as they have it now.
         cases: The fold as the splits have it now.
         device: Where its tensors are wanted; the CPU by default.
 
     Raises:
-        TrainingError: It is missing, damaged, of another configuration, or of other cases.
+        TrainingError: It is missing, damaged, of other plans, or of other cases.
     """
     raw = read_checkpoint(path, configuration, device)
+    if "plans" in raw:  # which earlier versions did not note
+        _require_plans(path, raw["plans"], plans)
     require_cases(path, Split(**raw["cases"]), cases)
     return raw
 
@@ -310,13 +325,35 @@ def require_sources(run: FoldRun) -> None:
     path = run.folder / LATEST_CHECKPOINT
     if not path.exists():
         return
-    seen = load_checkpoint(path, run.configuration, run.cases)["sources"]
+    seen = load_checkpoint(path, run.plans, run.configuration, run.cases)["sources"]
     changed = sorted(n for n, was in seen.items() if was and run.sources.get(n, was) != was)
     if changed:
         raise TrainingError(
             f"{path}: was trained with {counted(len(changed), 'case')} whose image or label has "
             f"been corrected since, such as {changed[0]}; begin anew with --restart, or leave the "
             "fold as it is and go on with the commands after `train`"
+        )
+
+
+def _decisive(plans: Plans) -> dict[str, str]:
+    """What of the plans a network depends on, each as JSON."""
+    read = strict_json.from_json(Plans, strict_json.to_json(plans), where="plans")  # 1 becomes 1.0
+    whole = strict_json.to_json(read)
+    return {name: json.dumps(whole.get(name)) for name in _DECISIVE}
+
+
+def _require_plans(path: Path, seen: Mapping[str, str], plans: Plans) -> None:
+    """Refuse a network whose scans were prepared in another way, or whose labels were others.
+
+    Raises:
+        TrainingError: It is one; says what differs.
+    """
+    now = _decisive(plans)
+    different = [name for name in now if seen.get(name) != now[name]]
+    if different:
+        raise TrainingError(
+            f"{path}: trained by plans with other {', '.join(different)} than plans.json has now; "
+            "put that back as it was, or begin anew with --restart"
         )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from ichseg.engine import torch_device
 from ichseg.errors import DeviceFullError, IchsegError, TrainingError
 from ichseg.model import plans
-from training.bundle.pretrained import read_pretrained
+from training.bundle.pretrained import read_pretrained, require_unseen
 from training.crossval import cascade_labels
 from training.crossval.validate import is_validated, validate
 from training.data import dataset
@@ -38,6 +38,7 @@ from training.fit.configuration import (
 )
 from training.fit.fold_run import FoldRun, open_run
 from training.fit.loop import train_fold
+from training.fit.pretrained import Pretrained
 from training.fit.process_group import ALONE, ProcessGroup, joined
 from training.fit.schedule import ScheduleState
 from training.fit.step import determinism
@@ -84,7 +85,7 @@ def run_fold(
     pretrained = None
     if config.pretrained is not None:
         folder = Path(config.pretrained)
-        pretrained = functools.partial(read_pretrained, folder, configuration, fold)
+        pretrained = functools.partial(_weights_to_begin_with, folder, run)
     with signals or _signals() as noted:
         if not train_fold(run, restart=restart, pretrained=pretrained, interrupted=noted.came):
             _log.info("stopped by %s; the same command goes on from here", noted.name)
@@ -93,6 +94,12 @@ def run_fold(
             return True
         with determinism(run), _memory_advice(run):
             return validate(workspace, run, interrupted=noted.came)
+
+
+def _weights_to_begin_with(folder: Path, run: FoldRun) -> Pretrained:
+    """Weights that do not know the cases that the fold validates."""
+    require_unseen(folder, run)
+    return read_pretrained(folder, run.configuration.name, run.fold)
 
 
 def _signals() -> Signals:
@@ -130,16 +137,15 @@ def open_fold(
     """Open a run for training, whose cases must be stored as their files are now.
 
     Raises:
-        DatasetError: Cases are not stored, or have changed since.
+        DatasetError: Cases are not stored, have changed since, or were stored by other plans.
         TrainingError: Cases lack the labels of a cascade's first stage, which its second needs, or
             unless ``restart`` is given the fold was trained on files that were corrected since, or
             on labels of first-stage weights that have been replaced since.
         IchsegError: Something else is missing, see ``open_run``.
     """
     run = open_run(workspace, configuration, fold, config, group)
-    cases = dataset.load_dataset(workspace).labelled
     needed = sorted({*run.spec.train, *run.spec.validation})
-    require_current(workspace, [case for case in cases if case.name in needed], configuration)
+    require_current(workspace, dataset.load_dataset(workspace), run.plans, configuration, needed)
     sources = {name: chunks.load_meta(run.spec.folder, name).source for name in needed}
     run = dataclasses.replace(run, sources=sources)
     if not restart:
@@ -156,7 +162,7 @@ def _with_first_stage(
     cascade_labels.require_labels(workspace, run.plans, run.configuration, needed)
     path = run.folder / LATEST_CHECKPOINT
     if path.exists() and not restart:
-        seen = load_checkpoint(path, run.configuration, run.cases)
+        seen = load_checkpoint(path, run.plans, run.configuration, run.cases)
         cascade_labels.require_same_first_stage(workspace, run.plans, run.configuration, path, seen)
     noted = cascade_labels.weights_of_labels(workspace, run.configuration, needed)
     return dataclasses.replace(run, first_stage=noted)
@@ -169,9 +175,10 @@ def wants_validation(run: FoldRun) -> bool:
 
 def is_finished(workspace: Path, run: FoldRun) -> bool:
     """Whether a fold has been trained to its end, as these settings define it, and validated."""
-    if not (run.folder / LATEST_CHECKPOINT).exists():
+    path = run.folder / LATEST_CHECKPOINT
+    if not path.exists():
         return False
-    raw = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration, run.cases)
+    raw = load_checkpoint(path, run.plans, run.configuration, run.cases)
     state = ScheduleState(**raw["schedule"])
     if raw["finished"] is None or not schedule.end_reason(
         run.config.rules, state, raw["elapsed_s"]

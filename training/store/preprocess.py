@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -156,18 +155,29 @@ def is_preprocessed(
     return not _stale(folder, cases, digest_cases(workspace, cases))
 
 
-def require_current(workspace: Path, cases: Sequence[Case], configuration_name: str) -> None:
-    """Refuse a store in which cases are missing, or were made from files that have changed since.
+def require_current(
+    workspace: Path, dataset: Dataset, plans: Plans, configuration_name: str, names: Sequence[str]
+) -> None:
+    """Refuse a store made with other plans, or in which cases are missing or are not as they are.
 
     Args:
         workspace: The workspace with the store.
-        cases: The cases that are needed.
+        dataset: Its cases.
+        plans: Their plans.
         configuration_name: Whose store it is.
+        names: The cases that are needed.
 
     Raises:
         DatasetError: Some are missing or no longer fit; names the command that makes them.
+        PlansError: The plans are for other channels or labels.
     """
+    _refuse_other_dataset(dataset, plans)
     folder = preprocessed_folder(workspace, configuration_name)
+    cases = [case for case in dataset.labelled if case.name in names]
+    path = folder / _RECORD_FILE
+    wanted = _record_of(dataset, plans, plans.configuration(configuration_name))
+    if path.exists() and _recorded(path) != wanted:
+        raise _made_otherwise(folder)
     stale = _stale(folder, cases, digest_cases(workspace, cases))
     if stale:
         name, reason = next(iter(stale.items()))
@@ -218,9 +228,6 @@ def main(args: argparse.Namespace) -> int:
     dataset = load_dataset(args.workspace)
     plans = plans_module.load(plans_file(args.workspace))
     workers = workers_for(dataset) if args.workers is None else args.workers
-    # Read by numpy as the worker processes load it: cases run side by side, and more threads in
-    # each would only wait for one another.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     done = preprocess_dataset(
         dataset, plans, args.configuration, args.workspace, workers, args.share
     )
@@ -296,11 +303,16 @@ def _claim(folder: Path, record: _Record) -> None:
         with replacing(path) as temporary:
             temporary.write_text(strict_json.dumps(record), encoding="utf-8")
     elif _recorded(path) != record:
-        raise DatasetError(
-            f"{folder}: was preprocessed with other plans (spacing, intensities, crop or "
-            "resampling differ), another label to ignore, or by another version; delete the folder "
-            "and preprocess again"
-        )
+        raise _made_otherwise(folder)
+
+
+def _made_otherwise(folder: Path) -> DatasetError:
+    """The error for a store that does not fit the plans."""
+    return DatasetError(
+        f"{folder}: was preprocessed with other plans (spacing, intensities, crop or resampling "
+        "differ), another label to ignore, or by another version; delete the folder and preprocess "
+        "again"
+    )
 
 
 def _refuse_beyond(reference: Volume, placement: Placement, ignore_label: int | None) -> None:
