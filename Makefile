@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 VENV   := .venv
+LOWEST := .venv-lowest
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install -qq --disable-pip-version-check
 
@@ -13,7 +14,7 @@ BENCHMARKS := preprocessing inference evaluation large_volume
 # Folder of the rival's environment, made there if need be: make bench RIVAL_ENV=/opt/nnunetv2
 RIVAL_ENV  := benchmarks/.rival-env
 
-.PHONY: help demo test browser gpu lint types fuzz image bench clean
+.PHONY: help demo test browser gpu lint types lowest fuzz image bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -39,6 +40,16 @@ lint: $(VENV)/.dev-installed ## ruff: rules and format
 types: $(VENV)/.dev-installed ## mypy: strict on what ships, default on training
 	$(VENV)/bin/mypy ichseg process.py training phantom
 
+# torch is the pinned one: an older one has to be chosen by Python's version and the GPU's driver.
+lowest: ## tests of inference with the lowest versions that pyproject.toml allows
+	$(PYTHON) -m venv $(LOWEST)
+	grep -oE '"[A-Za-z0-9]+>=[0-9.]+' pyproject.toml | tr -d '"' | sed 's/>=/==/' | grep -vE '^(torch|hatchling)==' > $(LOWEST)/lowest.txt
+	grep -E '^(pytest|hypothesis|nibabel)==' requirements-dev.txt >> $(LOWEST)/lowest.txt
+	grep '^torch==' requirements.txt >> $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -r $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pytest -q -m "not gpu and not browser" test/scan test/model test/engine test/predict \
+		--ignore test/predict/test_resample.py --ignore test/predict/test_prepare.py  # their references are other packages
+
 fuzz: $(VENV)/.dev-installed ## thousands of damaged and hostile input files, then coverage-guided ones
 	PYTHONPATH=.:test $(PY) test/robustness/fuzz.py --each 2000 --seed 2
 	$(PIP) atheris==3.0.0
@@ -53,7 +64,7 @@ bench: $(VENV)/.dev-installed ## measure against nnunetv2 (the first time instal
 	done; exit $$failed
 
 clean: ## remove what these made: .venv, out/, export/, caches
-	rm -rf $(VENV) out export dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) out export dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # pip is looked for too: a Python without ensurepip leaves half an environment behind.

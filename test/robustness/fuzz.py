@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from robustness import fuzz_corpus as corpus
-from robustness import fuzz_scans
+from robustness import fuzz_datasets, fuzz_scans
 from robustness.fuzz_corpus import Mutant
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -140,6 +140,10 @@ def work() -> None:
                 for case in job.cases:
                     if not case.refusal and not case.image.resolve().is_relative_to(home):
                         foreign.append(str(case.image))
+            elif given["kind"] == "export-nnunet":
+                _export(path, Path(own) / "exported")
+            elif given["kind"] in fuzz_datasets.KINDS:
+                wrong = fuzz_datasets.read(given["kind"], path, Path(own))
             elif given["kind"] == "nnunet":
                 _import(path, Path(own) / "bundle")
             elif given["kind"] in ("hu", "nifti-frames", "dicom-mixture"):
@@ -149,7 +153,8 @@ def work() -> None:
             ending = {"how": "wrong in silence" if wrong else "read", "words": wrong}
         except IchsegError as error:
             words = str(error)
-            clear = "\n" not in words and len(words) < 1000 and str(home) in words
+            named = str(home) in words or own in words  # a workspace is made there
+            clear = "\n" not in words and len(words) < 1000 and named
             ending = {"how": "refused" if clear else "unclear", "words": words[:400]}
         except BaseException as error:
             ending = {"how": f"raised {type(error).__name__}", "words": str(error)[:400]}
@@ -169,6 +174,16 @@ def _import(path: Path, out: Path) -> None:
     try:
         for member in import_folders([path], out).members:
             bundle.load_state(out, member)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def _export(path: Path, out: Path) -> None:
+    """Export a bundle to nnU-Net."""
+    from training.bundle.export_nnunet import export_folders
+
+    try:
+        export_folders(path, out)
     finally:
         shutil.rmtree(out, ignore_errors=True)
 
@@ -206,6 +221,10 @@ def main() -> int:
     """Make, read, count."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--each", type=int, default=200, help="mutants of a kind [%(default)s]")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=corpus.KINDS, default=corpus.KINDS, metavar="KIND",
+        help="which of them [all]",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=1, help="[%(default)s]")
     parser.add_argument("--bundle", type=Path, default=ROOT / "weights", help="a sound bundle")
     args = parser.parse_args()
@@ -213,8 +232,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         mutants = [
             corpus.make(Path(folder), kind, number, args.seed, args.bundle)
-            for kind in corpus.KINDS
-            for number in range(args.each)
+            for kind in args.kinds
+            for number in range(max(1, args.each // corpus.FEWER.get(kind, 1)))
         ]
         endings = run(mutants)
     sys.stdout.write(table(endings))

@@ -22,7 +22,7 @@ import pydicom
 import SimpleITK as sitk
 from helpers.dicom_files import make_slice, save
 from pydicom.dataset import Dataset
-from robustness import fuzz_nnunet, fuzz_scans
+from robustness import fuzz_datasets, fuzz_nnunet, fuzz_scans
 
 from ichseg.scan.dicom.elements import PLAIN
 from ichseg.scan.volume import Volume, write
@@ -34,8 +34,9 @@ SCANS = {
 }
 KINDS = (
     "mha", "mha-packed", "mhd", "nrrd", "nii", "nii.gz", "dicom", "dicom-packed", "model.json",
-    "safetensors", "inputs.json", "nnunet", *SCANS,
+    "safetensors", "inputs.json", "nnunet", "export-nnunet", *SCANS, *fuzz_datasets.KINDS,
 )  # fmt: skip
+FEWER = {"real-heads": 4, "backgrounds": 4}  # what takes longer to read, a share of the others
 HUGE = ("99999999999", "-1", "0", "1e9", "4294967296", "2147483647", "nan", "", "65536 65536")
 PATHS = (
     "/etc/passwd", "../../../../etc/passwd", "LIST", "case%03d.raw 1 3 1", "LOCAL\0", "file:///etc",
@@ -50,8 +51,8 @@ class Mutant:
     Attributes:
         name: For the table, such as ``nii-0012``.
         kind: One of ``KINDS``.
-        path: What is read: the file, or the folder of a bundle, of slices, of a trained nnU-Net or
-            of the platform's input.
+        path: What is read: the file, or the folder of a bundle, of slices, of a trained nnU-Net, of
+            a dataset or of the platform's input.
     """
 
     name: str
@@ -79,6 +80,8 @@ def make(folder: Path, kind: str, number: int, seed: int, bundle: Path) -> Mutan
         return Mutant(name, kind, path)
     if kind == "nnunet":
         return Mutant(name, kind, fuzz_nnunet.folder(home, rng, _model, _noise))
+    if kind in fuzz_datasets.KINDS:
+        return Mutant(name, kind, fuzz_datasets.make(home, kind, rng, _model, _noise))
     if kind in SCANS:
         return Mutant(name, kind, SCANS[kind](home, rng))
     if kind.startswith("dicom"):
@@ -97,7 +100,7 @@ def make(folder: Path, kind: str, number: int, seed: int, bundle: Path) -> Mutan
             (home / file.name).hardlink_to(file.resolve())
         except OSError:  # another disk
             shutil.copy(file, home)
-    victim = min(home.glob("*.safetensors")) if kind == "safetensors" else home / kind
+    victim = min(home.glob("*.safetensors")) if kind == "safetensors" else home / "model.json"
     change = _safetensors if kind == "safetensors" else _model
     changed = change(victim.read_bytes(), rng)
     victim.unlink()

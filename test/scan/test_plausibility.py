@@ -117,6 +117,18 @@ def test_what_is_not_in_hu_is_refused(head, change, reason):
 
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
+def test_a_window_whose_lowest_value_was_called_0_is_told(path):
+    """Grey levels of -20 to 100 HU, counted from 0 on: blood's 65 HU are 85, brain's 30 are 50."""
+    scan = volume.read(path)
+    shown = np.clip(scan.voxels, -20, 100)
+    assert not any(
+        "is it in HU?" in w for w in plausibility.check(scan.with_voxels(shown), PATH)[1]
+    )
+    warnings = plausibility.check(scan.with_voxels(shown + 20), PATH)[1]
+    assert any("where brain is 20 to 45; is it in HU?" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -44,7 +44,7 @@ def directions(draw: st.DrawFn) -> tuple[float, ...]:
         angle = draw(st.floats(-30, 30))
         matrix = Rotation.from_euler("x", angle, degrees=True).as_matrix()
     else:
-        matrix = Rotation.random(rng=draw(st.integers(0, 10**6))).as_matrix()
+        matrix = Rotation.random(None, draw(st.integers(0, 10**6))).as_matrix()
     signs = draw(st.tuples(*[st.sampled_from([-1.0, 1.0])] * 3))
     return tuple(float(v) for v in (matrix * signs).ravel())
 
@@ -123,7 +123,7 @@ def affine(seed: int, *, left_handed: bool = False) -> npt.NDArray[np.float64]:
     matrix = np.eye(4)
     flip = -1.0 if left_handed else 1.0
     spacing_mm = np.diag([0.45 * flip, 0.47, 5.0])
-    matrix[:3, :3] = Rotation.random(rng=seed).as_matrix() @ spacing_mm
+    matrix[:3, :3] = Rotation.random(None, seed).as_matrix() @ spacing_mm
     matrix[:3, 3] = (-100.1, 33.3, 250.7)
     return matrix
 
