@@ -38,6 +38,7 @@ from training.fit.fold_run import FoldRun, open_run
 from training.store import chunks
 
 WARM_UP, BLOCKS, ITERATIONS = 8, 3, 20
+_AROUND_S = 40  # before the training on the Hippocampus, and after it for the Dice
 MOST_WORKERS = 12  # nnunetv2's default
 
 
@@ -162,6 +163,8 @@ def train_hippocampus(place: Place, seconds: float) -> Iterator[Row]:
         seconds: How long all of it may take.
     """
     source = HIPPOCAMPUS
+    if seconds < 2 * _AROUND_S and not place.tiny:
+        raise LeftOutError(f"{seconds:.0f} s are too few")
     if not source.exists():
         if not place.tiny:
             raise LeftOutError("no Hippocampus was taken along, see gpu_pack.py")
@@ -172,8 +175,10 @@ def train_hippocampus(place: Place, seconds: float) -> Iterator[Row]:
     (folder / "preprocessed").symlink_to(source / "preprocessed")
     for name in ("dataset.json", "plans.json"):
         shutil.copy(source / name, folder)
-    minutes = 0.05 if place.tiny else 0.75 * seconds / 60  # the rest is for compiling and scoring
-    config = dataclasses.replace(_config(place), minutes=minutes, batches_per_epoch=100)
+    minutes = 0.05 if place.tiny else (seconds - _AROUND_S) / 60
+    config = dataclasses.replace(
+        _config(place), minutes=minutes, batches_per_epoch=100, compile=False
+    )
     config = dataclasses.replace(config, validation_batches=1 if place.tiny else 10)
     run = open_run(folder, CONFIGURATION, "0", config)
     began = time.perf_counter()
