@@ -183,7 +183,8 @@ def train_hippocampus(place: Place, seconds: float) -> Iterator[Row]:
     run = open_run(folder, CONFIGURATION, "0", config)
     began = time.perf_counter()
     loop.train_fold(run)
-    trained = load_checkpoint(run.folder / LATEST_CHECKPOINT, run.configuration, run.cases)
+    latest = run.folder / LATEST_CHECKPOINT
+    trained = load_checkpoint(latest, run.plans, run.configuration, run.cases)
     history = trained["history"]
     yield informs("Hippocampus, training", (time.perf_counter() - began) / 60, "min")
     yield informs("Hippocampus, whole epochs of 100 iterations", len(history), "")
