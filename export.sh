@@ -4,13 +4,17 @@ set -euo pipefail
 
 usage() {
     cat <<'HELP'
-Usage: ./export.sh
+Usage: ./export.sh [--sbom]
 
 Writes the two files that Grand Challenge takes, opens both again and checks them as the platform will, and prints
 their sizes and checksums and what to do with them:
 
   export/ichseg.tar.gz   the container image, weights included
   export/model.tar.gz    the weights alone: used in place of those in the image
+
+and, where cyclonedx-py is installed (pip install cyclonedx-bom; make test brings it):
+
+  export/ichseg.cdx.json   the Python packages in the image, as a CycloneDX SBOM; --sbom writes only this
 
 Refuses weights that are Git LFS pointers or differ from their checksums.
 
@@ -19,6 +23,7 @@ Environment:
   CONTAINER_ENGINE  docker, or what stands in for it             (default docker; see ./build.sh --help)
   EXPORT_DIR        where to write                               (default export)
   WEIGHTS           bundle for the model tarball                 (default weights)
+  EXTRA_RUN_ARGS    further flags for the run that asks the image for its packages, split at spaces
 
 Compresses with pigz where it is installed (all cores), else with gzip.
 HELP
@@ -29,8 +34,10 @@ fail() {
     exit 1
 }
 
+only_sbom=""
 case "${1-}" in
     "") ;;
+    --sbom) only_sbom=yes ;;
     -h | --help) usage && exit 0 ;;
     *) usage >&2 && fail "unknown argument: $1" ;;
 esac
@@ -41,6 +48,32 @@ out="${EXPORT_DIR:-export}"
 weights="${WEIGHTS:-weights}"
 read -r -a engine <<<"${CONTAINER_ENGINE:-docker}"
 "${engine[@]}" image inspect "$image" >/dev/null 2>&1 || fail "there is no image $image; run ./build.sh first"
+
+# What the image's own Python finds, base included; of Debian's packages it knows nothing. The tarballs outlive it.
+write_sbom() {
+    local tool=.venv/bin/cyclonedx-py packages run_args
+    command -v "$tool" >/dev/null || tool=cyclonedx-py
+    command -v "$tool" >/dev/null || { no_sbom "cyclonedx-py is not installed (pip install cyclonedx-bom)" && return; }
+    read -r -a run_args <<<"${EXTRA_RUN_ARGS-}"
+    packages="$("${engine[@]}" run --rm --network none ${run_args[@]+"${run_args[@]}"} --entrypoint python "$image" -c '
+import importlib.metadata
+found = importlib.metadata.distributions()
+print("\n".join(sorted({"{}=={}".format(each.name, each.version) for each in found})))')" ||
+        { no_sbom "the image does not say which packages it has" && return; }
+    mkdir -p "$out"
+    PYTHONWARNINGS=ignore "$tool" requirements --output-reproducible --pyproject pyproject.toml --mc-type application \
+        --output-file "$out/ichseg.cdx.json.partial" - <<<"$packages" ||
+        { rm -f "$out/ichseg.cdx.json.partial" && no_sbom "cyclonedx-py failed" && return; }
+    mv "$out/ichseg.cdx.json.partial" "$out/ichseg.cdx.json"
+    echo "$out/ichseg.cdx.json  $(wc -l <<<"$packages") packages"
+}
+
+no_sbom() {
+    [[ -z "$only_sbom" ]] || fail "no SBOM: $1"
+    echo "export.sh: no SBOM: $1" >&2
+}
+
+[[ -z "$only_sbom" ]] || { write_sbom && exit 0; }
 ./build.sh --check-weights "$weights" || fail "$weights/ cannot be exported"
 
 compress=(gzip -n) sum=(sha256sum) tar=tar
@@ -114,6 +147,7 @@ for file in ichseg model; do
     echo "$out/$file.tar.gz  $((size / 1000000)) MB  sha256 $("${sum[@]}" "$out/$file.tar.gz" | cut -d ' ' -f 1)"
     [[ "$size" -lt 10000000000 ]] || echo "export.sh: over 10 GB, more than the platform is known to take" >&2
 done
+write_sbom
 cat <<STEPS
 checked: one $platform image, user $user, API $api, all layers there; model: plain files, checksums right
 licences of the image: $licences

@@ -1,4 +1,5 @@
 """The container's entry point, and the clone's: what the installed command ``ichseg`` does."""
+# PYTHON_ARGCOMPLETE_OK
 
 import sys
 

@@ -1,4 +1,5 @@
 """Command line of the training half: ``python -m training COMMAND``."""
+# PYTHON_ARGCOMPLETE_OK
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
+from ichseg import completion
 from ichseg.app.start import ensure_streams
 from ichseg.errors import IchsegError
 from training.jobs import command
@@ -111,32 +113,47 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it succeeded."""
+    completion.answer(_parser_to_complete_by)
     parser = _top_parser()
     chosen = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("numexpr").setLevel(logging.WARNING)  # comes with blosc2, and greets
-    module_name, summary, example = COMMANDS[chosen.command]
     command.end_with_parent()
     # Before numpy is loaded. Sums in several threads differ in their last bits from those in one,
     # and cases that are worked on side by side would only wait for each other's threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
-        module = importlib.import_module(module_name)
-        command_parser = argparse.ArgumentParser(
-            prog=f"python -m training {chosen.command}",
-            description=summary[0].upper() + summary[1:] + ".",
-            epilog=f"example:\n  python -m training {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        module.add_arguments(command_parser)
-        return int(module.main(command_parser.parse_args(chosen.arguments)))
+        module = importlib.import_module(COMMANDS[chosen.command][0])
+        return int(module.main(_parser_of(chosen.command).parse_args(chosen.arguments)))
     except IchsegError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
+
+
+def _parser_of(name: str) -> argparse.ArgumentParser:
+    """The parser of a command's own arguments."""
+    module, summary, example = COMMANDS[name]
+    parser = argparse.ArgumentParser(
+        prog=f"python -m training {name}",
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  python -m training {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    importlib.import_module(module).add_arguments(parser)
+    return parser
+
+
+def _parser_to_complete_by(words: Sequence[str]) -> tuple[argparse.ArgumentParser, int]:
+    """For the shell: the parser of the command that has been typed, or one of their names."""
+    if words and words[0] in COMMANDS:
+        return _parser_of(words[0]), 1
+    parser = argparse.ArgumentParser()
+    parser.add_argument("command", choices=COMMANDS)
+    return parser, 0
 
 
 def _top_parser() -> argparse.ArgumentParser:

@@ -51,7 +51,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     Args:
         argv: The arguments; those of the process by default.
     """
-    parser = _parser()
+    parser = make_parser()
     arguments = parser.parse_args(argv)
     if arguments.api not in ("exec", "invoke"):  # argparse does not look at a default
         parser.error(f"ICHSEG_API is {arguments.api!r}, expected exec or invoke")
@@ -66,10 +66,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def usage() -> str:
     """What ``--help`` shows."""
-    return _parser().format_help()
+    return make_parser().format_help()
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     name = Path(sys.argv[0]).name
     parser = argparse.ArgumentParser(
         prog=name,

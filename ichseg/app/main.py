@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ichseg import __version__
+from ichseg import __version__, completion
 from ichseg.app import results, weights
-from ichseg.app.arguments import MOUNTED_INPUT, parse_arguments, usage
+from ichseg.app.arguments import MOUNTED_INPUT, make_parser, parse_arguments, usage
 from ichseg.app.cases import (
     Job,
     check_output,
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status: 0 if every case was segmented.
     """
+    completion.answer(_parser_to_complete_by)
     ensure_streams()
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == [follow_up_arguments.NAME]:
@@ -72,6 +73,16 @@ def main(argv: list[str] | None = None) -> int:
             "--time-budget keeps within a limit"
         )
         os._exit(128 + stop.number)  # threads may be at work that nobody needs any more
+
+
+def _parser_to_complete_by(words: Sequence[str]) -> tuple[argparse.ArgumentParser, int]:
+    """For the shell: the parser of the one command that has a name, or of all the rest."""
+    if words[:1] == [follow_up_arguments.NAME]:
+        return follow_up_arguments.make_parser(), 1
+    parser = make_parser()
+    if not words:
+        parser.add_argument("command", nargs="?", choices=[follow_up_arguments.NAME])
+    return parser, 0
 
 
 def compare_scans(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -75,7 +76,7 @@ def test_everything_that_is_imported_is_declared():
         for module in imported(ROOT / "ichseg")
         for distribution in packages[module]
     }
-    assert needed <= set(declared("server", "dicom"))
+    assert needed <= set(declared("server", "dicom", "completion"))
 
 
 def test_the_licences_of_code_and_weights_are_told_everywhere():
@@ -118,6 +119,36 @@ def test_the_image_is_labelled_with_the_licence_of_its_weights(tmp_path, said, f
     subprocess.run([tmp_path / "build.sh"], check=True, env=environment, stdout=subprocess.DEVNULL)
     labels = (tmp_path / "built").read_text().splitlines()
     assert f"org.opencontainers.image.licenses={expected}" in labels
+
+
+def test_the_sbom_has_what_the_image_says(tmp_path):
+    """export.sh with an engine whose image has two packages; what it is run with is looked at."""
+    for name in ("export.sh", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    engine = tmp_path / "engine"
+    engine.write_text(
+        '#!/bin/sh\n[ "$1" != run ] || { printf "%s\\n" "$@" >ran; echo torch==2.13.0+cu126; '
+        "echo numpy==2.4.6; }\n"
+    )
+    engine.chmod(0o755)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "CONTAINER_ENGINE": str(engine), "PATH": path, "IMAGE": "a:b"}
+    command = [tmp_path / "export.sh", "--sbom"]
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    found = json.loads((tmp_path / "export" / "ichseg.cdx.json").read_text())
+    assert found["bomFormat"] == "CycloneDX"
+    assert found["metadata"]["component"]["name"] == "ichseg"
+    assert [each["purl"] for each in found["components"]] == [
+        "pkg:pypi/numpy@2.4.6",
+        "pkg:pypi/torch@2.13.0%2Bcu126",
+    ]
+    ran = (tmp_path / "ran").read_text()
+    assert ran.startswith("run\n--rm\n--network\nnone\n--entrypoint\npython\na:b\n-c\n")
+    code = ran.partition("-c\n")[2]
+    listed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert f"numpy=={importlib.metadata.version('numpy')}" in listed.stdout.splitlines()
 
 
 def test_an_import_is_seen(tmp_path):

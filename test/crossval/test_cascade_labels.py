@@ -78,6 +78,16 @@ def test_a_coarse_axis_takes_whole_slices():
     np.testing.assert_array_equal(alike.ravel(), [0, 0, 0, 1])
 
 
+def test_regions_hand_on_the_labels_that_they_write():
+    """The bleed is found in the middle two voxels, its core in the last two and decides there."""
+    plans = dataclasses.replace(
+        PLANS, labels=("background", "bleed", "core"), regions=(1, 2), region_labels=((1, 2), (2,))
+    )
+    scores = torch.tensor([[-3.0, 1.0, 2.0, -1.0], [-3.0, -1.0, 2.0, 2.0]]).reshape(2, 1, 1, 4)
+    grid = at((1.0, 1.0, 1.0), (1, 1, 4))
+    np.testing.assert_array_equal(regrid(scores, grid, grid, plans), [[[0, 1, 2, 2]]])
+
+
 def test_one_hot_by_hand():
     labels = np.array([[[0, 1, 2, -1, 2]]], np.int8)
     np.testing.assert_array_equal(

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.machinery
 import io
 import logging
 import math
@@ -289,10 +290,11 @@ def test_one_slow_epoch_does_not_hide_the_others():
     assert curves.plot(rows, "").axes[2].get_ylim()[1] == pytest.approx(1.35 * 33)
 
 
-def test_tensorboard_that_is_not_there_is_said_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    config = dataclasses.replace(CONFIG, tensorboard=True)
-    with pytest.raises(TrainingError, match="not installed; `pip install tensorboard`"):
+@pytest.mark.parametrize("board", ["tensorboard", "mlflow"])
+def test_a_board_that_is_not_there_is_said_in_one_line(tmp_path, monkeypatch, board):
+    monkeypatch.setitem(sys.modules, board, None)
+    config = dataclasses.replace(CONFIG, **{board: True})
+    with pytest.raises(TrainingError, match=f"not installed; `pip install {board}`"):
         watch(tmp_path, config)
     assert not list(tmp_path.iterdir())
 
@@ -305,6 +307,7 @@ def test_tensorboard_gets_every_epoch(tmp_path, monkeypatch):
         close=lambda: closed.append(True),
     )
     monkeypatch.setattr(progress, "open_tensorboard", lambda folder: board)
+    monkeypatch.setattr(progress, "require_boards", lambda config: None)
     config = dataclasses.replace(CONFIG, tensorboard=True)
     with watch(tmp_path, config, history=ROWS[:1]) as seen:
         seen.epoch(ROWS, 24.5, last=True)
@@ -340,3 +343,72 @@ def test_tensorboard_reads_what_a_resumed_run_wrote(tmp_path):
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     read = [(event.step, event.value) for event in found.Scalars("loss/training")]
     assert read == [(1, 0.5), (2, 0.25)]
+
+
+class _PretendedMlflow(types.ModuleType):
+    """MLflow as far as a training uses it, keeping what it is told."""
+
+    class MlflowException(Exception):  # noqa: N818
+        """What MLflow raises."""
+
+    def __init__(self, exists=False):
+        super().__init__("mlflow")
+        self.__spec__ = importlib.machinery.ModuleSpec("mlflow", None)
+        self.told, self.gone, self._exists = [], False, exists
+
+    def is_tracking_uri_set(self):
+        return False
+
+    def MlflowClient(self, uri):  # noqa: N802
+        self.told.append(("client", uri))
+        return self
+
+    def get_experiment_by_name(self, name):
+        return types.SimpleNamespace(experiment_id="7") if self._exists else None
+
+    def create_experiment(self, name):
+        return name
+
+    def create_run(self, experiment, run_name):
+        self.told.append(("run", experiment, run_name))
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id="r"))
+
+    def log_param(self, run, name, value):
+        self.told.append((name, value))
+
+    def log_metric(self, run, name, value, step):
+        if self.gone:
+            raise self.MlflowException("the server\nhas gone")
+        self.told.append((name, value, step))
+
+    def set_terminated(self, run):
+        self.told.append(("end", run))
+
+
+@pytest.fixture
+def mlflow(monkeypatch):
+    pretended = _PretendedMlflow()
+    monkeypatch.setitem(sys.modules, "mlflow", pretended)
+    monkeypatch.setitem(sys.modules, "mlflow.exceptions", pretended)
+    return pretended
+
+
+def test_mlflow_gets_the_settings_and_every_epoch(tmp_path, mlflow):
+    config = dataclasses.replace(CONFIG, mlflow=True)
+    with watch(tmp_path, config, history=ROWS[:1]) as seen:
+        seen.epoch(ROWS, 24.5, last=True)
+    told = mlflow.told
+    assert told[0] == ("client", (tmp_path / "mlflow").as_uri())
+    assert told[1][:2] == ("run", "ichseg")
+    assert ("learning_rate", CONFIG.learning_rate) in told
+    assert ("loss/training", 0.5, 1) in told
+    assert ("dice/tumour", 1.0, 2) in told
+    assert told[-1] == ("end", "r")
+
+
+def test_an_mlflow_that_has_gone_does_not_end_the_training(tmp_path, mlflow, caplog):
+    with watch(tmp_path, dataclasses.replace(CONFIG, mlflow=True)) as seen:
+        mlflow.gone = True
+        seen.epoch(ROWS, 24.5, last=True)
+    assert caplog.text.count("MLflow gets no more of this training (the server)") == 1
+    assert ("end", "r") not in mlflow.told

@@ -110,6 +110,8 @@ def test_no_component_rule_is_tried(workspace):
 def test_the_bundle_segments_as_validation_did(workspace):
     model = bundle.load_model(workspace / "bundle")
     assert model.average == "logits"
+    card = (workspace / "bundle" / "MODEL_CARD.md").read_text()
+    assert "\n| regions | bleed of 1 and 2, core of 2 |\n" in card
     for name in NAMES:
         image = volume.read(workspace / "raw" / "images" / f"{name}_0000.nii.gz")
         reference = volume.read(workspace / "raw" / "labels" / f"{name}.nii.gz").voxels

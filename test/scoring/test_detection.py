@@ -136,3 +136,11 @@ def test_a_table_that_lacks_a_case_and_no_table_at_all(folders, tmp_path, capsys
     assert main(arguments) != 0
     assert "--references DIR, or --positives CSV" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_regions_that_share_voxels_are_counted_once(folders, tmp_path):
+    """All that was found is of both regions: as without regions, not twice as much."""
+    plain = run(folders, tmp_path / "plain")
+    regions = run(folders, tmp_path / "regions", "--labels", "bleed=1+2,again=1")
+    assert regions == plain
+    assert plain["false_lesions"] == 3

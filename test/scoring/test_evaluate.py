@@ -359,3 +359,33 @@ def test_a_prediction_may_not_have_the_label_to_ignore(tmp_path):
             tmp_path / "predictions", tmp_path / "references", tmp_path / "out",
             ignore_label=2, workers=1,
         )  # fmt: skip
+
+
+def test_regions_are_scored_by_the_labels_that_they_hold(tmp_path, capsys):
+    """The core is called bleed: the bleed, both labels, is found whole, and the core not at all."""
+    core = np.s_[1, 2:4, 2:4]  # 4 of the 32 voxels
+    put(tmp_path / "p", "a.nii.gz", mask(STEP))
+    put(tmp_path / "r", "a.nii.gz", mask(STEP, core, values=[1, 2]))
+    arguments = ["evaluate", "--predictions", tmp_path / "p", "--references", tmp_path / "r"]
+    arguments += ["--out", tmp_path / "out", "--labels", "bleed=1+2,core=2", "--workers", 1]
+    assert main(list(map(str, arguments))) == 0
+    found = summary.load(tmp_path / "out")
+    assert found.labels == ("bleed", "core")
+    bleed, core_score = found.cases[0].labels
+    assert bleed.scores.dice == 1.0
+    assert bleed.reference_ml == pytest.approx(32 * 1.25e-3)
+    assert (core_score.predicted_ml, core_score.reference_ml) == (0, pytest.approx(4 * 1.25e-3))
+    assert core_score.missed
+    with pytest.raises(InputError, match=r"values 0\.\.2, expected whole labels 0\.\.1"):
+        evaluate(
+            tmp_path / "p", tmp_path / "r", tmp_path / "out", names=("bleed",), held=((1,),),
+            workers=1,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["a=1+x,b=2", "a=1,b", "a=0,b=1", "a=,b=1", "a=1+,b=2"])
+def test_regions_without_their_labels(folders, capsys, text):
+    predictions, references, out = folders
+    arguments = ["evaluate", "--predictions", str(predictions), "--references", str(references)]
+    assert main([*arguments, "--out", str(out), "--labels", text]) == 1
+    assert f"--labels {text}: expected the labels that each region holds" in capsys.readouterr().err

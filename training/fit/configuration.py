@@ -119,6 +119,9 @@ class TrainingConfig:
     validation: bool = _option(True, "segment the fold's validation cases at the end")
     validation_mirrors: bool = _option(True, "average over mirrorings in that")
     tensorboard: bool = _option(False, "also write for TensorBoard, to the run's tensorboard/")
+    mlflow: bool = _new_option(
+        False, "also log to MLflow, to MLFLOW_TRACKING_URI or else to the run's mlflow/"
+    )
 
     def __post_init__(self) -> None:
         strict_json.check_schema("config", self.schema_version, SCHEMA_VERSION)

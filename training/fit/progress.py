@@ -1,8 +1,8 @@
 """What a training run shows while it goes on, and what it leaves behind after each epoch.
 
 At a terminal two live lines follow the steps; elsewhere there is one plain line an epoch. Each
-epoch updates ``progress.csv``, from time to time ``progress.png``, and with ``--tensorboard``
-TensorBoard.
+epoch updates ``progress.csv``, from time to time ``progress.png``, and with ``--tensorboard`` or
+``--mlflow`` the boards of those names.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from ichseg.errors import TrainingError
+from ichseg.model import strict_json
 from ichseg.wording import clock
 from training.batches.stream import choose_engine
 from training.data.workspace import PROGRESS_PICTURE, PROGRESS_TABLE
@@ -94,7 +96,7 @@ class Watch:
             stream: Where the live lines go; stderr by default.
 
         Raises:
-            TrainingError: TensorBoard is asked for and not installed.
+            TrainingError: A board is asked for and not installed.
         """
         self._folder, self._title, self._config = folder, title, config
         self._labels, self._history = labels, tuple(history)
@@ -103,12 +105,16 @@ class Watch:
         self._shown, self._drawn = -math.inf, -math.inf
         self._waits = _Waits(advise(config, device))
         self._end = contextlib.ExitStack()
-        self._board: Any = None
+        self._boards: list[Any] = []
+        require_boards(config)
         if config.tensorboard:
-            self._board = open_tensorboard(folder / "tensorboard")
-            self._end.callback(self._board.close)
+            self._boards.append(open_tensorboard(folder / "tensorboard"))
+        if config.mlflow:
+            self._boards.append(open_mlflow(folder / "mlflow", title, config))
+        for board in self._boards:
+            self._end.callback(board.close)
             for row in history:
-                write_tensorboard(self._board, row, labels)
+                write_board(board, row, labels)
 
     def __enter__(self) -> Watch:
         """Show the live lines, if the stream is a terminal."""
@@ -138,8 +144,8 @@ class Watch:
         if last or time.monotonic() - self._drawn > _DRAW_EVERY_S:
             curves.draw(history, self._folder / PROGRESS_PICTURE, title=self._title)
             self._drawn = time.monotonic()
-        if self._board is not None:
-            write_tensorboard(self._board, row, self._labels)
+        for board in self._boards:
+            write_board(board, row, self._labels)
         _log.info(describe(row, self._config.epochs, self._left_s(elapsed_s)))
         self._waits.judge(row)
 
@@ -257,32 +263,88 @@ def two_lines(title: str, now: Moment, dice: float | None, left_s: float) -> Ren
     return Group(above, Text(below, no_wrap=True, overflow="ellipsis"))
 
 
-def require_tensorboard() -> None:
-    """Refuse when TensorBoard is not installed.
+def require_boards(config: TrainingConfig) -> None:
+    """Refuse when a board that is asked for is not installed.
 
     Raises:
         TrainingError: It is not installed.
     """
-    if importlib.util.find_spec("tensorboard") is None:
-        raise TrainingError(
-            "--tensorboard: the package tensorboard is not installed; `pip install tensorboard`, "
-            "or leave the flag out: progress.csv and progress.png hold the same"
-        )
+    for name, wanted in (("tensorboard", config.tensorboard), ("mlflow", config.mlflow)):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise TrainingError(
+                f"--{name}: the package {name} is not installed; `pip install {name}`, or leave "
+                "the flag out: progress.csv and progress.png hold the same"
+            )
 
 
 def open_tensorboard(folder: Path) -> Any:
-    """A writer into this folder; what earlier sessions wrote there counts no longer.
-
-    Raises:
-        TrainingError: TensorBoard is not installed.
-    """
-    require_tensorboard()
+    """A writer into this folder; what earlier sessions wrote there counts no longer."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=0)
 
 
-def write_tensorboard(board: Any, row: EpochRow, labels: Sequence[str]) -> None:
+def open_mlflow(folder: Path, title: str, config: TrainingConfig) -> MlflowBoard:
+    """A new run of MLflow's experiment ``ichseg`` with the settings, where MLflow is told to track.
+
+    That is ``MLFLOW_TRACKING_URI`` or what else MLflow goes by; if nothing says so, the folder.
+
+    Raises:
+        TrainingError: MLflow cannot be written to.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    where = None if mlflow.is_tracking_uri_set() else folder.absolute().as_uri()
+    try:
+        client = mlflow.MlflowClient(where)
+        experiment = client.get_experiment_by_name("ichseg")
+        number = experiment.experiment_id if experiment else client.create_experiment("ichseg")
+        board = MlflowBoard(client, client.create_run(number, run_name=title).info.run_id)
+        for name, value in strict_json.to_json(config).items():
+            client.log_param(board.run, name, value)
+    except MlflowException as error:
+        raise TrainingError(f"--mlflow: {str(error).splitlines()[0]}") from error
+    return board
+
+
+@dataclass(slots=True)
+class MlflowBoard:
+    """A run of MLflow, written like TensorBoard's.
+
+    What MLflow cannot take, as when its server has gone, ends the writing and not the training.
+
+    Attributes:
+        client: MLflow's client.
+        run: The run's id.
+    """
+
+    client: Any
+    run: str
+    _lost: bool = False
+
+    def add_scalar(self, name: str, value: float, epoch: int) -> None:
+        """Write one number of an epoch; signs that MLflow refuses in names become ``_``."""
+        from mlflow.exceptions import MlflowException
+
+        if self._lost:
+            return
+        try:
+            self.client.log_metric(self.run, re.sub(r"[^\w\-. /]", "_", name), value, step=epoch)
+        except MlflowException as error:
+            self._lost = True
+            _log.warning("MLflow gets no more of this training (%s)", str(error).splitlines()[0])
+
+    def flush(self) -> None:
+        """Nothing is left to write."""
+
+    def close(self) -> None:
+        """End the run, unless it has been lost."""
+        if not self._lost:
+            self.client.set_terminated(self.run)
+
+
+def write_board(board: Any, row: EpochRow, labels: Sequence[str]) -> None:
     """Write the numbers of one epoch."""
     values = {
         "loss/training": row.train_loss,

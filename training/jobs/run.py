@@ -118,9 +118,7 @@ def main(args: argparse.Namespace) -> int:
     """
     choices = choices_from(args)
     # refuse now what would only be refused after hours
-    settings = choices.settings.over(choices.recipe or "msd2018")
-    if settings.tensorboard:
-        progress.require_tensorboard()
+    progress.require_boards(choices.settings.over(choices.recipe or "msd2018"))
     gpus = () if args.gpus is None else local.find_gpus(args.gpus)
     with (
         board.shown() as watcher,

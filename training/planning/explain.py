@@ -68,7 +68,7 @@ def explain(plans: Plans, reasons: Reasons) -> str:
     sections = [
         _paragraph(
             f"{plans.dataset}: {cases} cases, {', '.join(plans.channels)}, recipe {plans.recipe}, "
-            f"architecture {plans.architecture}. Axes stand in the order z, y, x."
+            f"architecture {plans.architecture}.{_regions(plans)} Axes stand in the order z, y, x."
         ),
         _explain_spacing(plans, reasons),
         _explain_intensities(plans, reasons.fingerprint),
@@ -86,6 +86,14 @@ def explain(plans: Plans, reasons: Reasons) -> str:
             + _table(("option", "automatic", "chosen"), rows)
         )
     return "\n".join(sections)
+
+
+def _regions(plans: Plans) -> str:
+    """What is trained for where labels are regions, as a sentence; empty where they are none."""
+    if not plans.regions:
+        return ""
+    found = [f"{each.name} of {' and '.join(map(str, each.labels))}" for each in plans.foreground]
+    return f" Trained are regions of labels, which may overlap: {', '.join(found)}."
 
 
 def _explain_spacing(plans: Plans, reasons: Reasons) -> str:

@@ -23,6 +23,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Args:
         argv: The arguments after ``compare-scans``.
     """
+    return make_parser().parse_args(argv)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of these arguments."""
     parser = argparse.ArgumentParser(
         prog=f"ichseg {NAME}",
         description=DESCRIPTION,
@@ -58,4 +63,4 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default="auto",
         help="what runs the networks (default auto)",
     )
-    return parser.parse_args(argv)
+    return parser
