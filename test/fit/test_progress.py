@@ -290,6 +290,26 @@ def test_one_slow_epoch_does_not_hide_the_others():
     assert curves.plot(rows, "").axes[2].get_ylim()[1] == pytest.approx(1.35 * 33)
 
 
+def test_what_cannot_be_drawn_or_written_is_a_warning_and_training_goes_on(
+    tmp_path, monkeypatch, caplog
+):
+    def failing(*_, **__):
+        raise ValueError("no font\nat all")
+
+    monkeypatch.setattr(curves, "draw", failing)
+    (tmp_path / "progress.csv").mkdir()
+    with watch(tmp_path) as told:
+        for count in (1, 2):
+            told.epoch(ROWS[:count], 10.0, last=True)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 2  # once each
+    assert warnings[0].startswith(f"warning: {tmp_path}/progress.csv is not brought up to date (")
+    assert warnings[1] == (
+        f"warning: {tmp_path}/progress.png is not brought up to date (no font at all); the "
+        "training goes on"
+    )
+
+
 @pytest.mark.parametrize("board", ["tensorboard", "mlflow"])
 def test_a_board_that_is_not_there_is_said_in_one_line(tmp_path, monkeypatch, board):
     monkeypatch.setitem(sys.modules, board, None)

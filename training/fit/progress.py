@@ -103,6 +103,7 @@ class Watch:
         self._stream = sys.stderr if stream is None else stream
         self._live: Live | None = None
         self._shown, self._drawn = -math.inf, -math.inf
+        self._failed: set[Path | str] = set()
         self._waits = _Waits(advise(config, device))
         self._end = contextlib.ExitStack()
         self._boards: list[Any] = []
@@ -140,14 +141,32 @@ class Watch:
     def epoch(self, history: Sequence[EpochRow], elapsed_s: float, *, last: bool) -> None:
         """Tell of the epoch that has just ended and bring the files up to date."""
         self._history, row = tuple(history), history[-1]
-        write_csv(history, self._folder / PROGRESS_TABLE, self._labels)
+        with self._optional(self._folder / PROGRESS_TABLE):
+            write_csv(history, self._folder / PROGRESS_TABLE, self._labels)
         if last or time.monotonic() - self._drawn > _DRAW_EVERY_S:
-            curves.draw(history, self._folder / PROGRESS_PICTURE, title=self._title)
+            with self._optional(self._folder / PROGRESS_PICTURE):
+                curves.draw(history, self._folder / PROGRESS_PICTURE, title=self._title)
             self._drawn = time.monotonic()
         for board in self._boards:
-            write_board(board, row, self._labels)
+            with self._optional(type(board).__name__):
+                write_board(board, row, self._labels)
         _log.info(describe(row, self._config.epochs, self._left_s(elapsed_s)))
         self._waits.judge(row)
+
+    @contextlib.contextmanager
+    def _optional(self, what: Path | str) -> Iterator[None]:
+        """Turn the failure of what no training depends on into a warning, which is given once."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._failed:
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                _log.warning(
+                    "warning: %s is not brought up to date (%s); the training goes on",
+                    what,
+                    reason,
+                )
+            self._failed.add(what)
 
     def _left_s(self, elapsed_s: float, epoch_s: float = 0.0, spent_s: float = 0.0) -> float:
         minutes = self._config.minutes
