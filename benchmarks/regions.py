@@ -5,27 +5,33 @@
 Twenty volumes of noise with bleeds of two labels, of which two overlapping regions are trained: all
 of the bleed, and its core. Both sides have the same plan, split, length and schedule (recipe
 ``nnunetv2``), three seeds each, one at a time on one thread of the CPU. What is done is kept in
-FOLDER, so that the same command goes on after an interruption.
+FOLDER, so that the same command goes on after an interruption. First the loss and its gradient are
+held against nnunetv2's own on random numbers; ``--only-loss`` ends there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy import ndimage
 
 from benchmarks import rivals
 from benchmarks.fold_pair import SIDES, FoldPair, Settings, mean_dice
-from benchmarks.rows import Row, report
+from benchmarks.rows import Row, at_most, report
+from ichseg.model.plans import Region
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
+from training.fit.losses import dice_cross_entropy
 
 CASES, SHAPE, SPACING_MM = 20, (16, 48, 48), (2.0, 1.0, 1.0)
 NAMES = ("bleed", "core")
+IGNORE = 3
 
 
 def main() -> int:
@@ -35,8 +41,14 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="[%(default)s]")
     parser.add_argument("--epochs", type=int, default=10, help="[%(default)s]")
     parser.add_argument("--batches-per-epoch", type=int, default=25, help="[%(default)s]")
+    parser.add_argument("--only-loss", action="store_true", help="train nothing")
     rivals.add_arguments(parser)
     args = parser.parse_args()
+    work = args.work.absolute()
+    python = rivals.python_of(args.rival_env)
+    losses = compare_losses(work, python)
+    if args.only_loss:
+        return report("regions", losses)
     settings = Settings(
         dataset="Dataset777_Regions",
         batch=2,
@@ -49,8 +61,7 @@ def main() -> int:
         threads=1,
         workers=0,
     )
-    work = args.work.absolute()
-    pair = FoldPair(work / "source", work, settings, rivals.python_of(args.rival_env))
+    pair = FoldPair(work / "source", work, settings, python)
     pair.check_settings()
     pair.keep_settings()
     make_dataset(pair.source)
@@ -58,11 +69,43 @@ def main() -> int:
         for side in SIDES:
             pair.train(side, seed)
         pair.check_same(seed)
-    return print_table(pair, args.seeds)
+    return report("regions", [*losses, *dice_rows(pair, args.seeds)])
 
 
-def print_table(pair: FoldPair, seeds: int) -> int:
-    """Print both sides by seed, then the rows; ours may be worse by the rival's deviation."""
+def compare_losses(work: Path, python: Path) -> list[Row]:
+    """The largest differences of loss and gradient, relative, on random logits and labels."""
+    work.mkdir(parents=True, exist_ok=True)
+    given, theirs = work / "loss-given.npz", work / "loss-rival.npz"
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 3, (2, 2, 4, 16, 16)).astype(np.float32)
+    target = rng.integers(0, IGNORE + 1, (2, 4, 16, 16)).astype(np.int8)
+    np.savez(given, logits=logits, target=target)
+    script = Path(__file__).with_name("regions_rival.py")
+    subprocess.run([python, script, given, theirs], check=True)
+    regions = (Region("bleed", 1, (1, 2)), Region("core", 2, (2,)))
+    rows = []
+    with np.load(theirs) as found:
+        for name in ("00", "01", "10", "11"):
+            batch_dice, ignoring = name[0] == "1", name[1] == "1"
+            ours = torch.from_numpy(logits).requires_grad_()
+            loss = dice_cross_entropy(
+                ours,
+                torch.from_numpy(target if ignoring else target.clip(max=IGNORE - 1)),
+                batch_dice=batch_dice,
+                regions=regions,
+                ignore_label=IGNORE if ignoring else None,
+            )
+            loss.backward()
+            what = f"{'batch' if batch_dice else 'sample'} Dice{', ignoring' * ignoring}"
+            for kind, value in (("loss", loss.detach().numpy()), ("gradient", ours.grad.numpy())):
+                rival = found[f"{kind}{name}"]
+                off = float(np.abs(value - rival).max() / np.abs(rival).max())
+                rows.append(at_most(f"{kind}, {what}: relative difference", off, "", 1e-5))
+    return rows
+
+
+def dice_rows(pair: FoldPair, seeds: int) -> list[Row]:
+    """Print both sides by seed; the rows of the means. Ours may be worse by a deviation."""
     means = {side: mean_dice([pair.scores(side, n) for n in range(seeds)]) for side in SIDES}
     print(f"\nDice on {len(pair.fold(0).validation)} held-out cases, mean over cases")
     print(f"{'':6} {'seed':>9}" + "".join(f"{name:>10}" for name in NAMES))
@@ -80,7 +123,7 @@ def print_table(pair: FoldPair, seeds: int) -> int:
             Row(f"  its deviation over {seeds} seeds", float(ours.std(ddof=min(1, seeds - 1))),
                 deviation, "", None, None, None),
         ]  # fmt: skip
-    return report("regions", rows)
+    return rows
 
 
 def make_dataset(folder: Path) -> None:
