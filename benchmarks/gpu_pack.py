@@ -104,12 +104,14 @@ def repack(wheel: Path, small: Path) -> None:
         astray = [e.filename for e in files if ".data/" in e.filename and "lib/" in e.filename]
         if astray:
             raise SystemExit(f"error: {wheel.name} has {astray[0]}, expected packages at its top")
-        with zipfile.ZipFile(small, "w", zipfile.ZIP_LZMA) as target:
+        unfinished = small.with_suffix(".tmp")
+        with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_LZMA) as target:
             for entry in files:
                 name = entry.filename
                 if LEFT_OUT.search(name) and not KEPT_OF_THOSE.search(name):
                     continue
                 target.writestr(name, source.read(entry))
+    unfinished.rename(small)
     print(f"{small.name}: {small.stat().st_size / MIB:.1f} MiB")
 
 
