@@ -229,6 +229,7 @@ def _config(place: Place) -> TrainingConfig:
         device=place.device,
         precision="fp32" if place.device == "cpu" else "auto",
         memory_format="channels_last",
+        augmentation_engine="device",  # as on a GPU by itself
         epochs=1_000_000,
         batches_per_epoch=1_000_000,  # no end of an epoch within a block
         validation_batches=1,
