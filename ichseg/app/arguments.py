@@ -13,6 +13,7 @@ from ichseg import __version__
 
 MOUNTED_INPUT = Path("/input")  # there in a container
 MOUNTED_PREDICT = Path("/predict")  # there only when INSTANCE 2022's command mounts it
+_GPUS = ("auto", "cuda")  # devices that may be one
 DESCRIPTION = """\
 Segment intracranial haemorrhage on non-contrast head CT.
 
@@ -26,6 +27,8 @@ examples:
     {command} --input scans --output out --preset fast --report
   the same after an interruption; what is finished stays as it is:
     {command} --input scans --output out --preset fast --report --resume
+  ten thousand scans on two GPUs of this machine:
+    {command} --input scans --output out --gpus 0,1 --resume
   how much the bleeds of a patient have grown between two scans (compare-scans --help):
     {command} compare-scans monday.nii.gz tuesday.nii.gz --output follow_up
   your own weights on a GPU, within ten minutes for all scans together:
@@ -55,6 +58,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.api not in ("exec", "invoke"):  # argparse does not look at a default
         parser.error(f"ICHSEG_API is {arguments.api!r}, expected exec or invoke")
+    for word, given in (
+        ("--time-budget", arguments.time_budget is not None),
+        ("--api invoke", arguments.api == "invoke"),
+        (f"--device {arguments.device}", arguments.device not in _GPUS),
+    ):
+        if arguments.gpus is not None and given:
+            parser.error(f"--gpus and {word} exclude each other")
     if arguments.output is None:
         if arguments.predict_dir is None and MOUNTED_PREDICT.is_dir():
             arguments.predict_dir = MOUNTED_PREDICT
@@ -158,6 +168,11 @@ def _add_choices(group: argparse._ArgumentGroup) -> None:
         default="auto",
         help="of convolutions; auto takes float16 on a GPU, and on a CPU bfloat16 if the processor "
         "computes it itself, which is about twice as fast, else float32 (default auto)",
+    )
+    group.add_argument(
+        "--gpus",
+        metavar="N,N,...",
+        help="spread the scans over these GPUs of this machine, a process each",
     )
     group.add_argument(
         "--threshold",

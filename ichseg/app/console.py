@@ -11,12 +11,20 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
 from ichseg.wording import duration
 
 _CLEAR = "\r\x1b[K"  # a progress line that stands there
 _MOST_LINES = 20  # of progress, for each case, where lines stay
 _EVERY_S = 60.0
+_sink: Callable[[str], object] | None = None
+
+
+def divert(sink: Callable[[str], object] | None) -> None:
+    """Give each line of this process to a function, in place of writing it; None writes again."""
+    global _sink
+    _sink = sink
 
 
 def say(text: str) -> None:
@@ -26,6 +34,9 @@ def say(text: str) -> None:
     forge a line, or bytes that are no text.
     """
     plain = "".join(c if c.isprintable() else _escaped(c) for c in text)
+    if _sink is not None:
+        _sink(plain)
+        return
     _write((_CLEAR if _is_terminal() else "") + plain + "\n")
 
 
@@ -86,7 +97,7 @@ def _escaped(character: str) -> str:
 
 
 def _is_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()
+    return _sink is None and sys.stderr is not None and sys.stderr.isatty()
 
 
 def _write(text: str) -> None:

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,8 @@ from ichseg.errors import DeviceError, IchsegError, WeightsError
 from ichseg.wording import counted
 
 if TYPE_CHECKING:  # engines take long to import: --help and refusals of input do without
+    from ichseg.app.one_case import Options
+    from ichseg.app.pipeline import Means
     from ichseg.predict.ensemble import Ensemble
 
 BEGAN = time.monotonic()  # --time-budget counts from here
@@ -240,17 +242,6 @@ def segment(
     from ichseg.app import pipeline
     from ichseg.app.one_case import Options
 
-    ensemble = loaded()
-    model = ensemble.model
-    labels = model.plans.labels
-    if job.challenge and len(labels) > 2:
-        raise WeightsError(
-            f"{ensemble.folder}: its masks tell {', '.join(labels[1:])} apart, expected a bundle "
-            "of one label, since INSTANCE's masks hold 0 and 1"
-        )
-    licence = f", licence {model.licence}" if model.licence else ""
-    say(f"{model.name} {model.version}{licence}: {model.description}")
-    say(f"{counted(len(job.cases), 'case')}, preset {arguments.preset}, {ensemble.engine.name}")
     budget_s = arguments.time_budget
     alone = not (job.platform or job.challenge)  # where no other file may lie beside the masks
     if arguments.probabilities and not alone:
@@ -267,13 +258,43 @@ def segment(
         made_from={
             "version": __version__,
             "model_sha256": model_sha256,
-            "engine": ensemble.engine.kind,
-            "precision": ensemble.engine.precision,
             "preset": arguments.preset,
             "time_budget_s": budget_s,
         },
     )
-    return _status(pipeline.run(job, ensemble, options))
+    with _means(arguments, loaded, options) as means:
+        model = means.model
+        labels = model.plans.labels
+        if job.challenge and len(labels) > 2:
+            raise WeightsError(
+                f"{weights.choose(arguments.weights)}: its masks tell {', '.join(labels[1:])} "
+                "apart, expected a bundle of one label, since INSTANCE's masks hold 0 and 1"
+            )
+        licence = f", licence {model.licence}" if model.licence else ""
+        say(f"{model.name} {model.version}{licence}: {model.description}")
+        say(f"{counted(len(job.cases), 'case')}, preset {options.preset}, {means.facts.name}")
+        ended = pipeline.run(job, means, options)
+    return _status(ended)
+
+
+@contextlib.contextmanager
+def _means(
+    arguments: argparse.Namespace, loaded: Callable[[], Ensemble], options: Options
+) -> Iterator[Means]:
+    """What segments the cases: this process, or others with a GPU each."""
+    from ichseg.app import pipeline
+
+    if arguments.gpus is None:
+        yield pipeline.alone(loaded())
+        return
+    from ichseg.app.crew import spread
+    from ichseg.app.crew.worker import Setting
+    from ichseg.engine import gpus
+
+    folder = weights.choose(arguments.weights)
+    setting = Setting(folder, "cuda", arguments.precision, options)
+    with spread.over_gpus(setting, gpus.find(arguments.gpus)) as means:
+        yield means
 
 
 def _status(ended: Sequence[CaseResult]) -> int:

@@ -1,21 +1,23 @@
-"""A folder of cases through one ensemble, in three stages that overlap.
+"""A folder of cases through an ensemble, in three stages that overlap.
 
 While the networks run on a case, in the caller's thread, a second thread reads and prepares the
-next one and a third restores and writes the one before, see ``overlap``. No processes are started
-and no memory is shared.
+next one and a third restores and writes the one before, see ``overlap``. Here no processes are
+started and no memory is shared; where several ensembles run side by side, see ``crew``, each of
+them does its share of the cases in this way.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from ichseg.app import results
 from ichseg.app.cases import InputCase, Job
 from ichseg.app.console import say
 from ichseg.app.one_case import (
     REPORT,
-    Done,
     Opened,
     Options,
     Task,
@@ -27,8 +29,10 @@ from ichseg.app.one_case import (
 )
 from ichseg.app.results import CaseResult, Record, refuse_cases
 from ichseg.engine import machine
+from ichseg.engine.engine import Engine
 from ichseg.errors import InputError, OutputError
 from ichseg.files import remove_unfinished
+from ichseg.model.bundle import Model
 from ichseg.overlap import overlapping
 from ichseg.predict import memory
 from ichseg.predict.ensemble import Ensemble
@@ -37,7 +41,60 @@ from ichseg.scan.dicom.dicom_seg import seg_path
 from ichseg.wording import counted
 
 
-def run(job: Job, ensemble: Ensemble, options: Options) -> list[CaseResult]:
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What runs the networks.
+
+    Attributes:
+        kind: Such as ``openvino``, see ``Engine``.
+        precision: Such as ``float32``.
+        name: Both for people, with the device.
+    """
+
+    kind: str
+    precision: str
+    name: str
+
+    @property
+    def made_from(self) -> dict[str, str]:
+        """What a mask depends on."""
+        return {"engine": self.kind, "precision": self.precision}
+
+
+Finish = Callable[[Task, CaseResult], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What segments the cases of a run.
+
+    Attributes:
+        model: The bundle's description.
+        facts: What runs its networks.
+        segment: Segments tasks with options, and calls its third argument with each task and its
+            result, one at a time.
+    """
+
+    model: Model
+    facts: Facts
+    segment: Callable[[Sequence[Task], Options, Finish], None]
+
+
+def alone(ensemble: Ensemble) -> Means:
+    """One ensemble in this process."""
+
+    def segment(tasks: Sequence[Task], options: Options, finish: Finish) -> None:
+        segment_cases(tasks, ensemble, options, finish, len(tasks))
+
+    return Means(ensemble.model, facts_of(ensemble.engine), segment)
+
+
+def facts_of(engine: Engine) -> Facts:
+    """What is to be known of an engine."""
+    return Facts(engine.kind, engine.precision, engine.name)
+
+
+def run(job: Job, means: Means, options: Options) -> Sequence[CaseResult]:
     """Segment every case that is not finished; one bad scan does not stop the others.
 
     Each result is on disk as soon as it is there, so that an interruption loses the cases under way
@@ -51,17 +108,17 @@ def run(job: Job, ensemble: Ensemble, options: Options) -> list[CaseResult]:
         WeightsError: The bundle cannot be run.
         DeviceError: The device cannot be used.
     """
+    options = dataclasses.replace(options, made_from=options.made_from | means.facts.made_from)
     tasks = _tasks(job)
     _remove_unfinished(job, options)
     record = Record(options.output, job.cases, on_disk=not job.challenge)
     if options.resume:
-        record.ended |= _finished(tasks, options)
+        record.ended.update(_finished(tasks, options))
         say(f"{len(record.ended)} of {counted(len(tasks), 'case')} are finished already")
     record.begin()
     refuse_cases(job, record)
 
-    def finish(task: Task, case: Done | CaseResult) -> None:
-        result = write_case(task, case, ensemble, options)
+    def finish(task: Task, result: CaseResult) -> None:
         if result.error:
             mask = task.case.output
             for earlier in (mask, seg_path(mask), *probability_paths(mask)):
@@ -71,8 +128,7 @@ def run(job: Job, ensemble: Ensemble, options: Options) -> list[CaseResult]:
 
     waiting = [task for task in tasks if task.case not in record.ended]
     try:
-        for _ in _overlapping(waiting, ensemble, options, finish):
-            pass
+        means.segment(waiting, options, finish)
     except BaseException:
         with contextlib.suppress(OutputError):  # what ends the run is what has to be said
             if record.ended:
@@ -80,7 +136,7 @@ def run(job: Job, ensemble: Ensemble, options: Options) -> list[CaseResult]:
         raise
     record.keep_what_is_there()
     if options.pictures:
-        _write_page(record, ensemble, options)
+        _write_page(record, means, options)
     record.save()
     return record.in_order()
 
@@ -112,37 +168,40 @@ def _finished(tasks: Sequence[Task], options: Options) -> dict[InputCase, CaseRe
     return found
 
 
-def _overlapping(
-    tasks: Sequence[Task],
+def segment_cases(
+    tasks: Iterable[Task],
     ensemble: Ensemble,
     options: Options,
-    finish: Callable[[Task, Done | CaseResult], None],
-) -> Iterator[None]:
-    """Open, predict and finish cases, each in a thread of its own, as far as memory allows.
+    finish: Finish,
+    count: int = 0,
+) -> None:
+    """Open, predict and write cases, each stage in a thread of its own, as far as memory allows.
 
     Args:
-        tasks: The cases, in their order.
+        tasks: The cases, in their order; each is asked for when the one before it is begun.
         ensemble: The networks.
         options: What the user chose.
-        finish: Called in the thread that writes, for one case after the other.
+        finish: Called in the thread that writes, with one case and its result after the other.
+        count: How many cases share what is left of a time budget.
     """
     import SimpleITK  # noqa: F401  # what it takes is the program's own, and no case's
 
     base = machine.resident_bytes()
-    cases_left = iter(range(len(tasks), 0, -1))
-    return overlapping(
+    cases_left = iter(range(count, 0, -1))
+    for _ in overlapping(
         tasks,
         open_one=lambda task: open_case(task, task, ensemble, options, base),
         run=lambda task, case: predict_case(
-            task, case, ensemble, options.deadline, next(cases_left)
+            task, case, ensemble, options.deadline, next(cases_left, 1)
         ),
-        finish=finish,
+        finish=lambda task, case: finish(task, write_case(task, case, ensemble, options)),
         weigh=lambda case: case.need if isinstance(case, Opened) else None,
         beside=lambda need: need is None or memory.gpu_holds_two(need, ensemble.engine),
         may_open=lambda following, task, need, behind: _may_open(
             following, task, need, behind, base
         ),
-    )
+    ):
+        pass
 
 
 def _may_open(
@@ -160,19 +219,18 @@ def _may_open(
     return memory.both_fit(need, factor, base + (behind.writing if behind else 0))
 
 
-def _write_page(record: Record, ensemble: Ensemble, options: Options) -> None:
+def _write_page(record: Record, means: Means, options: Options) -> None:
     """The page of all cases; if it fails, every case has a warning, and nothing else is lost."""
     from ichseg.report import inference_page
 
-    model, ended = ensemble.model, record.in_order()
+    model, ended = means.model, record.in_order()
     warnings: list[str] = []
     with optional("no page of all scans", warnings):
         page = inference_page.write(
             options.output / REPORT,
             [inference_page.Entry(result.image, result.error, result.report) for result in ended],
             title=f"Segmentation of {counted(len(ended), 'scan')}",
-            subtitle=f"{model.name} {model.version}, preset {options.preset}, "
-            f"{ensemble.engine.name}",
+            subtitle=f"{model.name} {model.version}, preset {options.preset}, {means.facts.name}",
         )
         say(f"a page to open in a browser: {page}")
     for warning in warnings:

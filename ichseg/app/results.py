@@ -10,11 +10,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, overload
 
 from ichseg.app.cases import InputCase, Job
 from ichseg.app.console import say
@@ -26,6 +28,8 @@ FILE = "results.json"
 JOURNAL = "results.jsonl"
 FILES = (FILE, JOURNAL)
 _EVERY_S = 30.0  # the file is written anew, for those who look at it while the run goes on
+_SHARE = 0.05  # of the time of a run that this may take: a file of many cases takes longer
+_IN_MEMORY = 8 << 20  # bytes of results that are kept in memory
 
 
 class Stamp(TypedDict):
@@ -53,6 +57,72 @@ class CaseResult:
     report: dict[str, Any]
 
 
+class Spool(MutableMapping[InputCase, CaseResult]):
+    """Results by case, in a temporary file beyond a few megabytes.
+
+    So the memory of a run does not grow with what is found in its cases.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # a thread adds while another reads
+        self._stream = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - it is kept
+        self._places: dict[InputCase, tuple[int, int]] = {}
+
+    def __setitem__(self, case: InputCase, result: CaseResult) -> None:
+        """Keep a result, in place of an earlier one."""
+        text = json.dumps(_entry(result)).encode()
+        with self._lock:
+            self._places[case] = (self._stream.seek(0, os.SEEK_END), len(text))
+            self._stream.write(text)
+
+    def __getitem__(self, case: InputCase) -> CaseResult:
+        """The result of a case."""
+        with self._lock:
+            start, length = self._places[case]
+            self._stream.seek(start)
+            text = self._stream.read(length)
+        return _result(json.loads(text))
+
+    def __delitem__(self, case: InputCase) -> None:
+        """Forget a result."""
+        del self._places[case]
+
+    def __contains__(self, case: object) -> bool:
+        """Whether a case has a result, which is not read for that."""
+        return case in self._places
+
+    def __iter__(self) -> Iterator[InputCase]:
+        """The cases that have results so far, whatever is added meanwhile."""
+        return iter(list(self._places))
+
+    def __len__(self) -> int:
+        """How many cases have results."""
+        return len(self._places)
+
+
+class InOrder(Sequence[CaseResult]):
+    """Results in the order of the cases, each read when it is asked for."""
+
+    def __init__(
+        self, cases: Sequence[InputCase], ended: MutableMapping[InputCase, CaseResult]
+    ) -> None:
+        self._cases, self._ended = [case for case in cases if case in ended], ended
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._cases)
+
+    @overload
+    def __getitem__(self, index: int) -> CaseResult: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[CaseResult]: ...
+    def __getitem__(self, index: int | slice) -> CaseResult | list[CaseResult]:
+        """One result, or some."""
+        if isinstance(index, slice):
+            return [self._ended[case] for case in self._cases[index]]
+        return self._ended[self._cases[index]]
+
+
 @dataclass(slots=True)
 class Record:
     """The results of a run.
@@ -63,13 +133,15 @@ class Record:
         on_disk: Whether there are files; INSTANCE 2022's batch has none.
         ended: The results so far.
         saved_s: When ``results.json`` was last written, by ``time.monotonic()``.
+        took_s: The seconds that this took.
     """
 
     output: Path
     cases: Sequence[InputCase]
     on_disk: bool = True
-    ended: dict[InputCase, CaseResult] = field(default_factory=dict)
+    ended: MutableMapping[InputCase, CaseResult] = field(default_factory=Spool)
     saved_s: float = field(default_factory=time.monotonic)
+    took_s: float = 0.0
 
     def begin(self) -> None:
         """Take back the results of an earlier run: this one will replace its masks.
@@ -90,7 +162,7 @@ class Record:
         if not self.on_disk:
             return
         append_result(result, self.output / JOURNAL)
-        if time.monotonic() - self.saved_s > _EVERY_S:
+        if time.monotonic() - self.saved_s > max(_EVERY_S, self.took_s / _SHARE):
             self.save()
 
     def save(self) -> None:
@@ -100,14 +172,15 @@ class Record:
             OutputError: The folder cannot be written.
         """
         if self.on_disk:
+            began = time.monotonic()
             write_results(self.in_order(), self.output / FILE)
             (self.output / JOURNAL).unlink(missing_ok=True)
             self.saved_s = time.monotonic()
+            self.took_s = self.saved_s - began
 
-    def in_order(self) -> list[CaseResult]:
+    def in_order(self) -> Sequence[CaseResult]:
         """The results so far, in the order of the cases."""
-        ended = dict(self.ended)  # the thread that writes may add another meanwhile
-        return [ended[case] for case in self.cases if case in ended]
+        return InOrder(self.cases, self.ended)
 
     def warn(self, warning: str) -> None:
         """Add a warning to every case that has a mask."""
@@ -179,11 +252,16 @@ def write_results(results: Sequence[CaseResult], path: Path) -> None:
     Raises:
         OutputError: The folder cannot be written.
     """
-    entries = [_entry(result) for result in results]
-    with replacing(path, suffix=".json") as temporary:
-        temporary.write_text(
-            json.dumps(entries, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
+    with (
+        replacing(path, suffix=".json") as temporary,
+        temporary.open("w", encoding="utf-8") as stream,
+    ):
+        between = "[\n "
+        for result in results:  # one by one: there may be a million
+            text = json.dumps(_entry(result), indent=1, allow_nan=False)
+            stream.write(between + text.replace("\n", "\n "))  # what is text has no line breaks
+            between = ",\n "
+        stream.write("\n]\n" if results else "[]\n")
 
 
 def append_result(result: CaseResult, journal: Path) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 
+from ichseg.engine import gpus
 from ichseg.engine.engine import Engine
 from ichseg.engine.machine import cpu_threads
 from ichseg.errors import DeviceError
@@ -60,12 +59,7 @@ def choose_engine(device: str, precision: str = "auto", threads: int = 0) -> Eng
 
 def gpu_is_there() -> bool:
     """Whether NVIDIA's driver sees a GPU; it is asked itself, as torch takes seconds to import."""
-    count = ctypes.c_int(0)
-    with contextlib.suppress(OSError, AttributeError):
-        driver = ctypes.CDLL("libcuda.so.1")
-        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
-            return count.value > 0
-    return False
+    return gpus.count() > 0
 
 
 def _noted(engine: Engine, notes: list[str]) -> Engine:

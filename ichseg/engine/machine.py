@@ -34,8 +34,14 @@ class MemoryLimit:
 
 
 def cpu_threads() -> int:
-    """Threads to compute with: ``cpus()``, but at most 32."""
-    return min(cpus(), MOST_THREADS)
+    """Threads to compute with: ``cpus()``, at most 32, and no more than ``OMP_NUM_THREADS``.
+
+    Whoever runs several processes side by side says with that variable what each may take; torch
+    goes by it, too.
+    """
+    wished = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    least = [int(wished)] if wished.isdecimal() and int(wished) else []
+    return min(cpus(), MOST_THREADS, *least)
 
 
 def cpus(root: Path = _ROOT) -> int:

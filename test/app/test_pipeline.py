@@ -216,9 +216,9 @@ def test_pictures_are_of_what_the_model_expects(place, monkeypatch, is_ct):
     monkeypatch.setattr(plausibility, "check", lambda scan, _: (scan, ()))
     ensemble = Pretended()
     ensemble.model = SimpleNamespace(expects_hu=is_ct, name="m", version="1")
-    ensemble.engine = SimpleNamespace(name="none")
+    ensemble.engine = SimpleNamespace(name="none", kind="none", precision="float32")
     job = find_cases(place / "input", place / "out", input_slug="ct", output_slug="mask")
-    pipeline.run(job, ensemble, Options(place / "out", "fast", pictures=True))
+    pipeline.run(job, pipeline.alone(ensemble), Options(place / "out", "fast", pictures=True))
     assert seen == [is_ct] * 10
 
 

@@ -133,7 +133,17 @@ def cores(monkeypatch):
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(64))
 
 
-def test_a_quota_limits_cpus(tmp_path, cores):
+@pytest.mark.parametrize(
+    ("wished", "threads"), [("4", 4), ("3,2", 3), ("99", 32), ("0", 32), ("", 32), ("many", 32)]
+)
+def test_threads_are_no_more_than_is_wished(cores, monkeypatch, wished, threads):
+    monkeypatch.setattr(machine, "_cgroup_cpus", lambda _: ())
+    monkeypatch.setenv("OMP_NUM_THREADS", wished)
+    assert machine.cpu_threads() == threads
+
+
+def test_a_quota_limits_cpus(tmp_path, cores, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert machine.cpus(tmp_path) == 64
     write(tmp_path / "proc/self/cgroup", "0::/\n")
     write(tmp_path / "sys/fs/cgroup/cpu.max", "max 100000\n")

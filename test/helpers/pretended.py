@@ -23,7 +23,9 @@ class Pretended:
     """Marks what lies above 50 HU; keeps an account of its calls and of the cases in its hands."""
 
     model = SimpleNamespace(expects_hu=False)
-    engine = SimpleNamespace(name="none", device_bytes=lambda: None)
+    engine = SimpleNamespace(
+        name="none", kind="none", precision="float32", device_bytes=lambda: None
+    )
 
     def __init__(self):
         self.calls, self.alive, self.most_alive = [], set(), 0
@@ -93,7 +95,7 @@ def add(place, name, lesions=((0, 1, 1), (2, 4, 4))):
 def run(place, ensemble, **options):
     job = find_cases(place / "input", place / "output", input_slug="a", output_slug="b")
     chosen = Options(place / "output", "fast", made_from={"preset": "fast"}, **options)
-    return pipeline.run(job, ensemble, chosen)
+    return pipeline.run(job, pipeline.alone(ensemble), chosen)
 
 
 def entries(place):
@@ -110,7 +112,7 @@ def predicted_by_resume(place):
 def with_pictures(place, **options):
     ensemble = Pretended()
     ensemble.model = SimpleNamespace(expects_hu=False, name="m", version="1")
-    ensemble.engine = SimpleNamespace(name="none")
+    ensemble.engine = SimpleNamespace(name="none", kind="none", precision="float32")
     return run(place, ensemble, pictures=True, **options)
 
 

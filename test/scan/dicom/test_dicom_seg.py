@@ -62,7 +62,7 @@ def segment(folder, bundle, out):
     real = Ensemble.load(bundle, "cpu")
     ensemble = Bright(real.model, real.folder, real.engine)
     job = find_cases(folder, out, input_slug="head-ct", output_slug="bleed")
-    return pipeline.run(job, ensemble, Options(out, "fast"))
+    return pipeline.run(job, pipeline.alone(ensemble), Options(out, "fast"))
 
 
 @pytest.fixture(scope="module")
