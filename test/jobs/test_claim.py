@@ -1,5 +1,6 @@
 """One process at a time in a folder; other machines are told by what they write into its claim."""
 
+import hashlib
 import json
 import os
 import signal
@@ -140,7 +141,8 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         pass
 
 
-def test_of_many_that_see_a_dead_claim_one_succeeds(tmp_path, monkeypatch):
+@pytest.mark.parametrize("attempt", range(20))  # one attempt shows a race now and then
+def test_of_many_that_see_a_dead_claim_one_succeeds(tmp_path, attempt):
     with claimed(tmp_path, "x"):
         found = json.loads((tmp_path / CLAIM_FILE).read_text())
     (tmp_path / CLAIM_FILE).write_text(json.dumps({**found, "began": "1"}))
@@ -163,3 +165,18 @@ def test_of_many_that_see_a_dead_claim_one_succeeds(tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert set(most) == {1}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mark_of_one_who_died_while_taking_a_claim_away_is_forgotten(tmp_path):
+    with claimed(tmp_path, "x"):
+        found = json.loads((tmp_path / CLAIM_FILE).read_text())
+    dead = {**found, "began": "1"}
+    (tmp_path / CLAIM_FILE).write_text(json.dumps(dead))
+    digest = hashlib.sha256(json.dumps(dead, sort_keys=True).encode()).hexdigest()
+    mark = tmp_path / f"{CLAIM_FILE}-after-{digest[:16]}"
+    mark.touch()
+    long_ago = time.time() - claim.SILENT_S - 1
+    os.utime(mark, (long_ago, long_ago))
+    with claimed(tmp_path, "x"):
+        assert not mark.exists()

@@ -9,6 +9,7 @@ lives; of another machine's process the file is watched for a while.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from training.data.workspace import CLAIM_FILE
 
 BEAT_S = 5.0
 SILENT_S = 30.0  # after which the process of another machine is taken for dead
+_MOMENT_S = 0.05
 
 _log = logging.getLogger(__name__)
 
@@ -106,14 +108,23 @@ def _wait_for_its_end(path: Path, folder: Path, doing: str) -> None:
         gone = _read(path) == first
     if not gone:
         raise TrainingError(f"{folder}: another process is {doing}: {who}")
-    # under another name first: of several that see this only one succeeds
-    taken = path.with_name(f"{path.name}-{secrets.token_hex(8)}")
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(taken)
-        if _read(taken) != first:  # somebody was faster, and has begun
-            with contextlib.suppress(OSError):
-                path.hardlink_to(taken)
-        taken.unlink()
+    # of several that see this, whoever makes the mark takes the claim away; the others would find,
+    # and must not take, that of whoever was faster
+    digest = hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()
+    mark = path.with_name(f"{path.name}-after-{digest[:16]}")
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        time.sleep(_MOMENT_S)
+        with contextlib.suppress(FileNotFoundError):  # its maker may have died just then
+            if time.time() - mark.stat().st_mtime > SILENT_S:
+                mark.unlink()
+        return
+    try:
+        if _read(path) == first:
+            path.unlink(missing_ok=True)
+    finally:
+        mark.unlink(missing_ok=True)
 
 
 def _beat(path: Path, own: dict[str, Any], ended: threading.Event) -> None:
