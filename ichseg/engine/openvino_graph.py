@@ -47,8 +47,8 @@ def build(spec: NetworkSpec, state: Mapping[str, FloatArray], precision: str = "
     Args:
         spec: The network; its scores are probabilities if these are to be averaged.
         state: The network's tensors, by the names of ``network.UNet``.
-        precision: Of the convolutions, ``float32`` or ``bfloat16``. All between them, the means of
-            the normalisation above all, and the scores stay in float32.
+        precision: The convolutions compute in it, ``float32`` or ``bfloat16``. All between
+            them, the means of the normalisation above all, and the scores stay in float32.
 
     Raises:
         ValueError: A tensor is missing, left over or of another shape.

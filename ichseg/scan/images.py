@@ -45,8 +45,8 @@ def as_scan(
         image: The path of a file or of a folder of DICOM slices, a ``Volume``, an image of nibabel
             or SimpleITK, or a numpy array of three axes.
         spacing_mm: An array alone needs the size of its voxels along each axis, in its order.
-        axes: Of an array alone: its order, ``zyx`` or ``xyz``. x grows to the patient's left, y to
-            the back, z to the head.
+        axes: An array alone needs its order, ``zyx`` or ``xyz``. x grows to the patient's left,
+            y to the back, z to the head.
         check_size: Given the number of voxels of a file, before any is read; may raise.
 
     Raises:

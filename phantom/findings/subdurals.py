@@ -25,7 +25,7 @@ def acute_on_chronic(
 
     Args:
         anatomy: The head.
-        volume_ml: Of the fresh blood.
+        volume_ml: How much fresh blood there is.
         rng: Draws place and shape.
 
     Raises:

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from ichseg.errors import TrainingError
 from training import __main__ as program
@@ -20,7 +19,7 @@ from training.data.workspace import job_log
 from training.jobs import board, command, local, queue
 from training.jobs.board import Board
 from training.jobs.job import Job
-from training.jobs.local import ThisMachine, find_gpus
+from training.jobs.local import ThisMachine
 from training.jobs.signals import Signals
 
 NOTE = """
@@ -247,25 +246,6 @@ def is_gone(pid):
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return True
-
-
-def test_gpus_are_those_that_are_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert find_gpus("1,0") == ("1", "0")
-    for text, message in (
-        ("0,2", "no GPU 2; this machine has 2, counted from 0"),
-        ("0,0", "names a GPU twice"),
-        ("0;1", "expected numbers separated by commas"),
-        ("", "expected numbers separated by commas"),
-    ):
-        with pytest.raises(TrainingError, match=message):
-            find_gpus(text)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6, 4")
-    assert find_gpus("1") == ("4",)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(TrainingError, match="no GPU 0; no GPU works here"):
-        find_gpus("0")
 
 
 @pytest.mark.parametrize(

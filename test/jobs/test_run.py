@@ -258,7 +258,7 @@ def test_a_fold_that_fails_stops_what_waits_for_it_and_the_others_are_kept(
 def test_folds_on_gpus_are_jobs_of_the_single_command(copy, monkeypatch, caplog, capsys):
     """Two processes that each see a GPU of their own; here none is there, so the CPU trains."""
     shutil.rmtree(copy / "runs" / "3d_fullres" / "fold_1")
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("ichseg.engine.gpus.count", lambda: 2)
     flags = TINY[TINY.index("--epochs") :]
     line = ["train", "3d_fullres", "--workspace", str(copy), *flags, "--folds", "0,1,2"]
     with caplog.at_level(logging.INFO):

@@ -90,8 +90,8 @@ def mean_entropy(
     share of the batch.
 
     Args:
-        entropy: Of each voxel, ``(B, 1, *patch)``, or of each region, ``(B, K, *patch)``; 0 where a
-            voxel is to be ignored.
+        entropy: It is given for each voxel, ``(B, 1, *patch)``, or each region,
+            ``(B, K, *patch)``; it is 0 where a voxel is to be ignored.
         told: ``(B, 1, *patch)``, 0 where a voxel is to be ignored and else 1; None if none is.
         top_k_fraction: See :func:`dice_cross_entropy`.
         group: The processes that have the rest of the batch.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import threading
@@ -11,10 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import SimpleQueue
 
-import torch
-
 import training
-from ichseg.errors import TrainingError
 from training.data.workspace import job_log
 from training.jobs import command
 from training.jobs.command import INTERRUPTED, Ending
@@ -111,26 +107,3 @@ class ThisMachine:
         finally:
             if on_gpu:
                 self._free.put(gpu)
-
-
-def find_gpus(text: str) -> tuple[str, ...]:
-    """The GPUs of ``--gpus``, as ``CUDA_VISIBLE_DEVICES`` takes them.
-
-    Args:
-        text: Numbers separated by commas. If the variable is set, they count along its entries.
-
-    Raises:
-        TrainingError: There are no numbers, one is given twice, or there is no such GPU.
-    """
-    numbers = [part.strip() for part in text.split(",")]
-    if not all(number.isdecimal() for number in numbers):
-        raise TrainingError(f"--gpus {text}: expected numbers separated by commas, such as 0,1")
-    chosen = [int(number) for number in numbers]
-    if len(set(chosen)) < len(chosen):
-        raise TrainingError(f"--gpus {text}: names a GPU twice")
-    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if max(chosen) >= count:
-        there = f"this machine has {count}, counted from 0" if count else "no GPU works here"
-        raise TrainingError(f"--gpus {text}: no GPU {max(chosen)}; {there}")
-    entries = [entry.strip() for entry in visible.split(",")] if visible else None
-    return tuple(str(number) if entries is None else entries[number] for number in chosen)

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from ichseg.engine import gpus as gpu_list
 from ichseg.model import plans
 from training.crossval import merge, selection
 from training.data.dataset import add_workspace_argument
@@ -119,7 +120,7 @@ def main(args: argparse.Namespace) -> int:
     choices = choices_from(args)
     # refuse now what would only be refused after hours
     progress.require_boards(choices.settings.over(choices.recipe or "msd2018"))
-    gpus = () if args.gpus is None else local.find_gpus(args.gpus)
+    gpus = () if args.gpus is None else gpu_list.find(args.gpus)
     with (
         board.shown() as watcher,
         local.ThisMachine(choices.workspace, gpus, watcher.begins, watcher.hear) as place,

@@ -14,6 +14,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from ichseg.engine import gpus as gpu_list
 from ichseg.engine import torch_device
 from ichseg.errors import DeviceFullError, IchsegError, TrainingError
 from ichseg.model import plans
@@ -247,7 +248,7 @@ def main(args: argparse.Namespace) -> int:
             raise TrainingError(
                 "--gpus gives each fold a GPU, torchrun all GPUs to one fold; use one of them"
             )
-        gpus = None if args.gpus is None else local.find_gpus(args.gpus)
+        gpus = None if args.gpus is None else gpu_list.find(args.gpus)
         waiting = []
         for fold in args.folds or (args.fold,):  # all are opened, so that they are refused now
             run = open_fold(

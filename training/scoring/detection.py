@@ -79,8 +79,8 @@ class Detection:
         schema_version: The version of this layout.
         scored_by: What ranks the scans: ``case_score`` of ``results.json``, or ``volume_ml``.
         area: The area under the ROC curve, with DeLong's 95 % interval.
-        sensitivity: Of the scans with a bleed, those in which anything was found.
-        specificity: Of the scans without, those in which nothing was found.
+        sensitivity: The share of the scans with a bleed in which anything was found.
+        specificity: The share of the scans without one in which nothing was found.
         false_lesions: How many lesions were found that are none.
         false_lesions_in: In how many scans these were counted.
         roc: The curve; empty unless there are scans of both kinds.
