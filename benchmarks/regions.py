@@ -12,7 +12,6 @@ held against nnunetv2's own on random numbers; ``--only-loss`` ends there.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -21,12 +20,10 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from benchmarks import rivals
+from benchmarks import rivals, small_set
 from benchmarks.fold_pair import SIDES, FoldPair, Settings, mean_dice
 from benchmarks.rows import Row, at_most, report
 from ichseg.model.plans import Region
-from ichseg.scan import volume
-from ichseg.scan.volume import Volume
 from training.fit.losses import dice_cross_entropy
 
 CASES, SHAPE, SPACING_MM = 20, (16, 48, 48), (2.0, 1.0, 1.0)
@@ -64,7 +61,15 @@ def main() -> int:
     pair = FoldPair(work / "source", work, settings, python)
     pair.check_settings()
     pair.keep_settings()
-    make_dataset(pair.source)
+    small_set.write(
+        pair.source,
+        make_case,
+        seed=7,
+        cases=CASES,
+        spacing_mm=SPACING_MM,
+        labels={"background": 0, "bleed": [1, 2], "core": 2},
+        regions_class_order=[1, 2],
+    )
     for seed in range(args.seeds):
         for side in SIDES:
             pair.train(side, seed)
@@ -124,31 +129,6 @@ def dice_rows(pair: FoldPair, seeds: int) -> list[Row]:
                 deviation, "", None, None, None),
         ]  # fmt: skip
     return rows
-
-
-def make_dataset(folder: Path) -> None:
-    """Write the set as an nnU-Net v2 raw folder, unless it is there."""
-    described = folder / "dataset.json"
-    if described.exists():
-        return
-    for name in ("imagesTr", "labelsTr"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for number in range(CASES):
-        image, labels = make_case(np.random.default_rng([7, number]))
-        grid = Volume(image, SPACING_MM)
-        volume.write(grid, folder / "imagesTr" / f"case_{number:02}_0000.nii.gz")
-        volume.write(grid.with_voxels(labels), folder / "labelsTr" / f"case_{number:02}.nii.gz")
-    described.write_text(
-        json.dumps(
-            {
-                "channel_names": {"0": "CT"},
-                "labels": {"background": 0, "bleed": [1, 2], "core": 2},
-                "regions_class_order": [1, 2],
-                "numTraining": CASES,
-                "file_ending": ".nii.gz",
-            }
-        )
-    )
 
 
 def make_case(

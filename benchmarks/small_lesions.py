@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from benchmarks import small_set
 from benchmarks.fold_pair import CONFIGURATION, FoldPair, Settings
 from benchmarks.rows import Row, report
 from ichseg.predict.dice import dice_of_masks
 from ichseg.scan import volume
-from ichseg.scan.volume import Volume
 from training.data import dataset
 from training.scoring.lesions import find_lesions
 
@@ -57,7 +57,14 @@ def main() -> int:
         workers=0,
     )
     work = args.work.absolute()
-    make_dataset(work / "source")
+    small_set.write(
+        work / "source",
+        make_case,
+        seed=11,
+        cases=CASES,
+        spacing_mm=SPACING_MM,
+        labels={"background": 0, "bleed": 1},
+    )
     rows = []
     for name, flags in OPTIONS.items():
         pair = FoldPair(work / "source", work / name, settings, Path())
@@ -99,30 +106,6 @@ def _scores(pair: FoldPair, seed: int) -> tuple[float, float, float]:
             found += lesion.volume_ml < SMALL_ML and lesion.overlap_ml > 0
         false += sum(not x.overlap_ml for x in find_lesions(mask, truth, reference.voxel_ml))
     return float(np.mean(dice)), found / small, false / len(names)
-
-
-def make_dataset(folder: Path) -> None:
-    """Write the set as an nnU-Net v2 raw folder, unless it is there."""
-    described = folder / "dataset.json"
-    if described.exists():
-        return
-    for name in ("imagesTr", "labelsTr"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for number in range(CASES):
-        image, labels = make_case(np.random.default_rng([11, number]))
-        grid = Volume(image, SPACING_MM)
-        volume.write(grid, folder / "imagesTr" / f"case_{number:02}_0000.nii.gz")
-        volume.write(grid.with_voxels(labels), folder / "labelsTr" / f"case_{number:02}.nii.gz")
-    described.write_text(
-        json.dumps(
-            {
-                "channel_names": {"0": "CT"},
-                "labels": {"background": 0, "bleed": 1},
-                "numTraining": CASES,
-                "file_ending": ".nii.gz",
-            }
-        )
-    )
 
 
 def make_case(
