@@ -65,6 +65,8 @@ class SynthesisConfig:
     findings: bool = False
     """Whether phantoms also show what ``phantom.findings`` draws; without, they stay as they were,
     byte for byte."""
+    name: str = "ICH"
+    """What phantoms are called before their number."""
 
     @property
     def draws_into_dataset(self) -> bool:

@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -44,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how many [100; with --background FOLDER one for each of its scans]",
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--name",
+        default="ICH",
+        help="phantoms are called NAME_0001 and so on, so that several sets can be joined [ICH]",
+    )
     parser.add_argument("--workers", type=int, default=machine.cpus())
     parser.add_argument(
         "--negatives", type=float, default=0.1, help="fraction of scans without a bleed"
@@ -80,7 +86,13 @@ def main(args: argparse.Namespace) -> int:
     if backgrounds and args.findings:
         raise DatasetError("--findings are drawn into phantoms alone, not with --background")
     config = SynthesisConfig(
-        100, args.seed, args.negatives, args.balanced, backgrounds, findings=args.findings
+        100,
+        args.seed,
+        args.negatives,
+        args.balanced,
+        backgrounds,
+        findings=args.findings,
+        name=args.name,
     )
     every = len(backgrounds) if config.draws_into_dataset else config.cases
     config = dataclasses.replace(config, cases=every if args.cases is None else args.cases)
@@ -96,6 +108,8 @@ def write_dataset(config: SynthesisConfig, out: Path, *, workers: int = 1) -> No
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DatasetError(f"{out}: exists already, expected a new or empty folder")
+    if not re.fullmatch(r"[A-Za-z0-9]{1,40}", config.name):
+        raise DatasetError(f"--name is {config.name[:60]!r}, expected up to 40 letters and digits")
     if config.cases < 1 or not 0 <= config.negatives <= 1 or workers < 1:
         raise DatasetError(
             f"cases {config.cases}, negatives {config.negatives}, workers {workers}: "
@@ -184,7 +198,7 @@ def _write_case(job: tuple[SynthesisConfig, int, Path]) -> Row | str:
 def _name_and_group(config: SynthesisConfig, index: int) -> tuple[str, str]:
     """What a case is called, and whose it is: a scan drawn into is its patient's."""
     if not config.draws_into_dataset:
-        name = f"ICH_{index + 1:04d}"
+        name = f"{config.name}_{index + 1:04d}"
         return name, name
     again, which = divmod(index, len(config.backgrounds))
     background = config.backgrounds[which]

@@ -158,6 +158,22 @@ def test_a_dataset_with_its_copies_groups_and_record(downloads):
     assert record["phesich_0001_copy"]["copy"] != ""
 
 
+def test_scans_without_a_bleed_have_as_many_copies_as_wanted_each_another(downloads):
+    out = downloads / "out"
+    ich = downloads / "ich"
+    real_heads.write_dataset(out, ct_ich=ich, negative_copies=3, workers=1)
+    names = [case.name for case in read_source(out).cases]
+    quiet = ["ctich_051", "ctich_051_copy", "ctich_051_copy2", "ctich_051_copy3"]
+    assert names == [*quiet, "ctich_060", "ctich_060_copy"]  # whose third slice holds a bleed
+    copies = [read(out / "imagesTr" / f"{name}.nii.gz") for name in quiet[1:]]
+    assert not any(np.array_equal(copies[a], copies[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+    assert set(dict(csv.reader((out / "groups.csv").open())).values()) == {
+        "group", "ctich_051", "ctich_060",
+    }  # fmt: skip
+    with pytest.raises(DatasetError, match="--negative-copies is 0, expected at least 1"):
+        real_heads.write_dataset(downloads / "none", ct_ich=ich, negative_copies=0)
+
+
 def test_the_same_bytes_again(downloads):
     for name in ("a", "b"):
         real_heads.write_dataset(downloads / name, phe_sich=downloads / "phe", workers=1)

@@ -87,6 +87,15 @@ def test_settings_out_of_range_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_set_has_a_name_of_its_own_and_the_same_heads(dataset, tmp_path):
+    config = SynthesisConfig(1, 5, negatives=0.0, balanced=True, shrink=SHRINK, name="MORE")
+    write_dataset(config, tmp_path / "out")
+    named = (tmp_path / "out" / "imagesTr" / "MORE_0001.nii.gz").read_bytes()
+    assert named == (dataset / "one" / "imagesTr" / "ICH_0001.nii.gz").read_bytes()
+    with pytest.raises(DatasetError, match=r"--name is '\.\./a', expected up to 40 letters"):
+        write_dataset(SynthesisConfig(1, 5, name="../a"), tmp_path / "bad")
+
+
 def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(job):
         raise RuntimeError("disk full")

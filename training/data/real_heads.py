@@ -79,6 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="beside each scan one as people hand scans in",
     )
+    parser.add_argument(
+        "--negative-copies",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many copies of a scan that shows no bleed, each made another way [1]",
+    )
     parser.add_argument("--workers", type=int, default=2)
 
 
@@ -91,6 +98,7 @@ def main(args: argparse.Namespace) -> int:
         also=args.also,
         seed=args.seed,
         copies=args.copies,
+        negative_copies=args.negative_copies,
         workers=args.workers,
     )
     return 0
@@ -104,17 +112,23 @@ def write_dataset(
     also: Sequence[Path] = (),
     seed: int = 1,
     copies: bool = True,
+    negative_copies: int = 1,
     workers: int = 1,
 ) -> None:
-    """Write every scan and its copy, ``dataset.json``, ``groups.csv`` and a record of each case.
+    """Write every scan and its copies, ``dataset.json``, ``groups.csv`` and a record of each case.
 
     ``dataset.json`` is written last: without it the folder is not a dataset, and the same command
     makes it anew.
 
+    A scan without a bleed has ``negative_copies`` copies, since such scans are rarer than bleeds in
+    public sets and commoner in clinics; any other has one.
+
     Raises:
         DatasetError: A download is not there, is incomplete or damaged, two cases have one name,
-            or ``out`` holds a dataset already.
+            ``out`` holds a dataset already, or ``negative_copies`` is below 1.
     """
+    if negative_copies < 1:
+        raise DatasetError(f"--negative-copies is {negative_copies}, expected at least 1")
     if (out / DATASET_FILE).exists():
         raise DatasetError(f"{out}: holds a dataset already, expected a new folder")
     scans = [
@@ -124,8 +138,9 @@ def write_dataset(
     ]
     if not scans:
         raise DatasetError("nothing to make: name --phe-sich, --ct-ich or --also")
+    most = negative_copies if copies else 0
     counts = collections.Counter(
-        name for scan in scans for name in (scan.name, *([f"{scan.name}_copy"] if copies else []))
+        name for scan in scans for name in (scan.name, *(_copy_name(scan, n) for n in range(most)))
     )
     if twice := [name for name, count in counts.items() if count > 1]:
         folders = sorted({str(s.files[0].parent) for s in scans if twice[0].startswith(s.name)})
@@ -133,7 +148,7 @@ def write_dataset(
     for name in ("imagesTr", "labelsTr"):
         (out / name).mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, str]] = []
-    made = each_case(_make, scans, out, seed, copies, workers=workers)
+    made = each_case(_make, scans, out, seed, most, workers=workers)
     for scan, found in with_progress(made, len(scans), "scans"):
         if isinstance(found, Exception):
             reason = str(found)
@@ -244,14 +259,21 @@ def as_handed_in(scan: Labelled, generator: np.random.Generator) -> tuple[Labell
     return Labelled(hu.astype(np.float32), labels, scan.spacing_mm), "; ".join(said) or "as it is"
 
 
-def _make(scan: Scan, out: Path, seed: int, copies: bool) -> list[dict[str, str]]:
-    """Write a scan and, if wanted, its copy, and tell of both."""
+def _copy_name(scan: Scan, number: int) -> str:
+    """What a copy is called, the first being number 0."""
+    return f"{scan.name}_copy{number + 1 if number else ''}"
+
+
+def _make(scan: Scan, out: Path, seed: int, most_copies: int) -> list[dict[str, str]]:
+    """Write a scan and its copies, as many as it gets, and tell of each."""
     labelled = load(scan)
     generator = np.random.default_rng([seed, zlib.crc32(scan.name.encode())])
-    copy, how = as_handed_in(labelled, generator)
+    copies = min(most_copies, 1) if labelled.labels.any() else most_copies
+    made = [(scan.name, labelled, "")]
+    for number in range(copies):
+        made.append((_copy_name(scan, number), *as_handed_in(labelled, generator)))
     rows = []
-    made = ((scan.name, labelled, ""), (f"{scan.name}_copy", copy, how))
-    for name, each, said in made[: 2 if copies else 1]:
+    for name, each, said in made:
         _write(out / "imagesTr" / f"{name}.nii.gz", np.rint(each.hu).astype(np.int16), each)
         _write(out / "labelsTr" / f"{name}.nii.gz", each.labels, each)
         voxel_ml = float(np.prod(each.spacing_mm)) / 1000
