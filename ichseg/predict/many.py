@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from ichseg.engine import machine
 from ichseg.errors import DeviceError, IchsegError, InputError, WeightsError
@@ -55,6 +57,8 @@ def segment_many(
     progress: Callable[[int, int, int], None] | None = None,
     *,
     save: Callable[[Any, Segmentation], object] | None = None,
+    spacing_mm: Sequence[float] | None = None,
+    axes: str = "zyx",
     probabilities: bool = False,
     threshold: float | None = None,
 ) -> Iterator[Outcome]:
@@ -65,20 +69,26 @@ def segment_many(
 
     Args:
         ensemble: The networks.
-        scans: What ``segment`` takes, but for arrays, whose voxel sizes a ``Volume`` says. Of
-            an iterator at most two are taken that have no result yet.
+        scans: What ``segment`` takes, of any kinds: paths, volumes, images of nibabel and
+            SimpleITK, arrays. Of an iterator at most two are taken that have no result yet.
         preset: ``full``, ``balanced`` or ``fast``.
         progress: Called with (number of the scan from 0, forward passes done, all of its
             forward passes) after each.
         save: Called with what was given and what was found, in a thread that writes while
             the networks go on.
+        spacing_mm: The voxel size of every numpy array, along each axis in its order; arrays of
+            different sizes are given as a ``Volume`` each.
+        axes: The order of every numpy array, ``zyx`` or ``xyz``, see ``images.as_scan``.
         probabilities: Whether results have the probabilities of each label, as float16.
         threshold: See ``finish``.
 
     Raises:
+        InputError: ``scans`` is a single scan.
         WeightsError: A network's file is not finite or does not fit its plan.
         DeviceError: A GPU's memory does not even hold one tile, or the GPU is lost.
     """
+    if images.is_one(scans):
+        raise InputError(f"one {type(scans).__name__}, expected several scans, such as a list")
     base = machine.resident_bytes()
     kept: Kept | None = "float16" if probabilities else None
 
@@ -86,8 +96,11 @@ def segment_many(
     def open_one(numbered: tuple[int, Any]) -> _Opened:
         _, image = numbered
         name = images.name_of(image)
+        is_array = isinstance(image, np.ndarray)  # other kinds say their spacing themselves
         scan = images.as_scan(
             image,
+            spacing_mm=spacing_mm if is_array else None,
+            axes=axes,
             check_size=lambda n: memory.refuse_beyond_memory(name, base + 2 * n, "voxels"),
         )
         scan = ensemble.in_hu(scan, name)

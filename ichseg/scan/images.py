@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,8 @@ def as_scan(
         spacing_mm: An array alone needs the size of its voxels along each axis, in its order.
         axes: An array alone needs its order, ``zyx`` or ``xyz``. x grows to the patient's left,
             y to the back, z to the head.
-        check_size: Given the number of voxels of a file, before any is read; may raise.
+        check_size: Given the number of voxels of a file, nibabel's as well, before any is read;
+            may raise.
 
     Raises:
         InputError: It is none of these, is missing or damaged, is not of three axes, or holds
@@ -62,14 +64,13 @@ def as_scan(
         )
     if isinstance(image, str | os.PathLike):
         return reader.read_scan(Path(image), check_size)
-    if isinstance(image, Scan):
-        return image
     if isinstance(image, Volume):
-        return scan_of(image)
-    if _is_of_simpleitk(image):
+        _check_voxels(image.voxels, "the volume")
+        return image if isinstance(image, Scan) else scan_of(image)
+    if is_of_simpleitk(image):
         return _of_simpleitk(image)
     if hasattr(image, "dataobj") and hasattr(image, "affine"):
-        return _of_nibabel(image)
+        return _of_nibabel(image, check_size)
     raise InputError(
         f"a scan is a {type(image).__name__}, expected a path, a Volume, a numpy array, or an "
         "image of nibabel or SimpleITK"
@@ -77,8 +78,17 @@ def as_scan(
 
 
 def name_of(image: Any) -> str:
-    """What messages call it: its path, or what it is."""
+    """What messages call it: its path, or "the scan"."""
     return str(image) if isinstance(image, str | os.PathLike) else "the scan"
+
+
+def is_one(image: Any) -> bool:
+    """Whether it is a single scan, though one can iterate over it as over many."""
+    return (
+        isinstance(image, str | os.PathLike | Volume)
+        or (isinstance(image, np.ndarray) and image.ndim == 3)
+        or is_of_simpleitk(image)
+    )
 
 
 def bytes_of(image: Any) -> int:
@@ -144,7 +154,7 @@ def _odd_one(values: Sequence[float], tolerance: float) -> int | None:
     return alike.index(True) if sum(alike) == 1 else None
 
 
-def _is_of_simpleitk(image: Any) -> bool:
+def is_of_simpleitk(image: Any) -> bool:
     """Whether it is an image of SimpleITK; whoever has one has imported that."""
     library = sys.modules.get("SimpleITK")
     return library is not None and isinstance(image, library.Image)
@@ -170,9 +180,15 @@ def _of_simpleitk(image: sitk.Image) -> Scan:
     )
 
 
-def _of_nibabel(image: Any) -> Scan:
+def _of_nibabel(image: Any, check_size: Callable[[int], object]) -> Scan:
     """An image of nibabel; the array's axes stay in their order, as its affine has them."""
-    voxels = np.asanyarray(image.dataobj)
+    check_size(math.prod(image.shape))
+    try:  # its file is read only now
+        voxels = np.asanyarray(image.dataobj)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        name = image.get_filename() or "the nibabel image"
+        told = " ".join(str(error).split())
+        raise InputError(f"{name}: damaged or gone, its voxels cannot be read ({told})") from error
     if voxels.ndim > 3 and all(size == 1 for size in voxels.shape[3:]):
         voxels = voxels.reshape(voxels.shape[:3])
     if voxels.dtype == np.float64:  # what scaled whole numbers become

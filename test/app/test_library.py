@@ -23,7 +23,16 @@ SAMPLES = ROOT / "test" / "sample" / "input"
 
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(), re.DOTALL)
-FOR_NOTEBOOK, FOR_ARRAYS, FOR_ITK, FOR_NIBABEL, FOR_RESULTS, FOR_MANY, FOR_VOLUMES = EXAMPLES
+(
+    FOR_NOTEBOOK,
+    FOR_ARRAYS,
+    FOR_ITK,
+    FOR_NIBABEL,
+    FOR_RESULTS,
+    FOR_MANY,
+    FOR_MANY_KINDS,
+    FOR_VOLUMES,
+) = EXAMPLES
 
 
 @pytest.fixture
@@ -116,6 +125,19 @@ def test_many(desk, capsys):
     said = capsys.readouterr().out
     assert "scan 1: " in said
     assert "c.mha: damaged" in said
+
+
+def test_many_kinds(desk, scan):
+    networks = ensemble.Ensemble.load()
+    folder, itk, nifti, array, thinner = run(FOR_MANY_KINDS)[0]["found"]
+    assert folder == pytest.approx(networks.segment("dicom_folder", "fast").volume_ml)
+    assert [itk, nifti] == pytest.approx([networks.segment(scan, "fast").volume_ml] * 2)
+    of_arrays = [
+        networks.segment(scan.voxels, "fast", spacing_mm=(step, 0.8, 0.9)).volume_ml
+        for step in (5, 4)
+    ]
+    assert [array, thinner] == pytest.approx(of_arrays)
+    assert thinner < array
 
 
 def test_volumes(capsys):

@@ -2,8 +2,10 @@
 
 import threading
 
+import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from conftest import make_bundle
 
 from ichseg.engine import machine
@@ -12,6 +14,7 @@ from ichseg.errors import InputError, WeightsError
 from ichseg.predict.ensemble import Ensemble
 from ichseg.predict.many import segment_many
 from ichseg.scan import volume
+from ichseg.scan.volume import Volume
 
 
 @pytest.fixture
@@ -45,9 +48,66 @@ def test_each_is_what_it_is_alone_and_one_bad_scan_stops_no_other(ensemble, path
     assert (masks[0] != masks[1]).any()
 
 
-def test_volumes_and_paths_go_together(ensemble, paths, scan):
-    first, second = segment_many(ensemble, [scan, paths[0]], "fast")
-    np.testing.assert_array_equal(first.found.mask.voxels, second.found.mask.voxels)
+def test_all_kinds_of_scans_go_together_and_each_mask_fits_what_was_given(
+    ensemble, scan, tmp_path
+):
+    scan = Volume(scan.voxels, scan.spacing_mm)  # an array has no direction
+    volume.write(scan, tmp_path / "a.mha")
+    volume.write(scan, tmp_path / "a.nii.gz")
+    given = [
+        tmp_path / "a.mha",
+        str(tmp_path / "a.nii.gz"),
+        scan,
+        sitk.ReadImage(str(tmp_path / "a.mha")),
+        nibabel.load(tmp_path / "a.nii.gz"),
+        scan.voxels,
+    ]
+    outcomes = list(segment_many(ensemble, given, "fast", spacing_mm=(5, 0.8, 0.9)))
+    assert [outcome.error for outcome in outcomes] == [None] * len(given)
+    assert all(outcome.image is image for outcome, image in zip(outcomes, given, strict=True))
+    expected = ensemble.segment(scan, "fast").mask.voxels
+    assert 0.05 < expected.mean() < 0.95
+    for outcome in outcomes:
+        mask = outcome.found.mask.voxels
+        if isinstance(outcome.image, nibabel.Nifti1Image):
+            assert mask.shape == outcome.image.shape
+            mask = mask.T
+        np.testing.assert_array_equal(mask, expected)
+
+
+def test_every_array_has_the_spacing_and_the_axes_that_are_said(ensemble, scan):
+    arrays = [scan.voxels, np.roll(scan.voxels, 7, 2)]
+    turned = [array.transpose(2, 1, 0) for array in arrays]
+    outcomes = segment_many(ensemble, turned, "fast", spacing_mm=(0.9, 0.8, 5), axes="xyz")
+    for array, outcome in zip(arrays, outcomes, strict=True):
+        expected = ensemble.segment(array, "fast", spacing_mm=(5, 0.8, 0.9))
+        np.testing.assert_array_equal(outcome.found.mask.voxels.T, expected.mask.voxels)
+        assert outcome.found.volume_ml == pytest.approx(expected.volume_ml)
+
+
+def test_of_those_in_memory_too_a_bad_one_stops_no_other(ensemble, paths, scan, tmp_path):
+    volume.write(scan, tmp_path / "gone.nii.gz")
+    gone = nibabel.load(tmp_path / "gone.nii.gz")  # which reads its voxels later
+    (tmp_path / "gone.nii.gz").unlink()
+    bad = [gone, scan.voxels, None, scan.with_voxels(scan.voxels + np.float32(np.nan))]
+    *failed, last = segment_many(ensemble, [*bad, paths[0]], "fast")
+    assert last.found is not None
+    assert all(isinstance(outcome.error, InputError) for outcome in failed)
+    said = ["gone.nii.gz: damaged or gone", "without spacing_mm", "a NoneType", "NaN"]
+    assert all(words in str(outcome.error) for words, outcome in zip(said, failed, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["path", "text", "volume", "array", "SimpleITK"])
+def test_a_single_scan_is_refused_not_taken_apart(ensemble, paths, scan, kind):
+    image = {
+        "path": paths[0],
+        "text": str(paths[0]),
+        "volume": scan,
+        "array": scan.voxels,
+        "SimpleITK": sitk.ReadImage(str(paths[0])),
+    }[kind]
+    with pytest.raises(InputError, match="expected several scans, such as a list"):
+        next(segment_many(ensemble, image, "fast"))
 
 
 def test_progress_is_of_each_scan_and_what_it_raises_ends_the_work(ensemble, paths):

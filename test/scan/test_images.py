@@ -125,6 +125,28 @@ def test_what_a_nibabel_header_leaves_open_is_told():
     assert "metres" in in_metres.warnings[0]
 
 
+def test_what_nibabel_cannot_read_any_more_is_refused_by_its_name(tmp_path):
+    nibabel.save(framed(), tmp_path / "scan.nii")
+    image = nibabel.load(tmp_path / "scan.nii")
+    whole = (tmp_path / "scan.nii").read_bytes()
+    (tmp_path / "scan.nii").write_bytes(whole[:-20])
+    with pytest.raises(InputError, match="scan.nii: damaged or gone") as refused:
+        as_scan(image)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_size_that_is_refused_is_refused_before_nibabel_reads(tmp_path):
+    nibabel.save(framed(), tmp_path / "scan.nii")
+    image = nibabel.load(tmp_path / "scan.nii")
+    (tmp_path / "scan.nii").unlink()
+
+    def refuse(voxels):
+        raise InputError(f"{voxels} voxels")
+
+    with pytest.raises(InputError, match="^24 voxels"):
+        as_scan(image, check_size=refuse)
+
+
 def test_scaled_whole_numbers_of_nibabel_are_float32():
     header = framed().header.copy()
     header.set_slope_inter(2, -1024)
@@ -148,6 +170,7 @@ SQUARE = np.zeros((2, 3, 4), np.int16)
         (SQUARE[0], {"spacing_mm": (1, 1, 1)}, r"has shape \(3, 4\), expected three axes"),
         (SQUARE > 0, {"spacing_mm": (1, 1, 1)}, "is of bool, expected real numbers"),
         (SQUARE + np.nan, {"spacing_mm": (1, 1, 1)}, "24 voxels that are NaN or infinite"),
+        (Volume(SQUARE + np.inf, (1, 1, 1)), {}, "the volume has 24 voxels that are NaN or inf"),
         (TURNED, {"spacing_mm": (1, 1, 1)}, "for a Image, expected it for a numpy array only"),
         (sitk.Image([4, 4], sitk.sitkInt16), {}, "of 2 axes with 1 numbers a voxel, expected 3"),
         (sitk.Image([4, 4, 4], sitk.sitkVectorInt16), {}, "3 axes with 3 numbers a voxel"),
