@@ -14,7 +14,7 @@ from pathlib import Path
 from ichseg.errors import DatasetError
 from ichseg.wording import counted
 from training.data.layouts import read_source
-from training.data.windowed import Box
+from training.data.windowed import Box, Region
 from training.data.workspace import GROUPS_FILE
 
 # PHE-SICH: what was corrected after all scans had been looked at.
@@ -24,6 +24,9 @@ DROPPED = {
 ADDED_BOXES: dict[str, dict[int, Box]] = {
     "0013": dict.fromkeys(range(11, 18), (205, 150, 280, 225)),  # listed without any box
 }
+
+# CT-ICH: where its bleeds were seen, slice by slice; no radiologist drew it.
+REGIONS = Path(__file__).with_name("ct_ich_regions.csv")
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 _PHE_SICH = r"(\d{4})_(\d{1,4})"  # patient and slice
@@ -45,6 +48,7 @@ class Scan:
         files: Pictures of its slices from the feet up, or image and label of a finished scan.
         boxes: For each slice the boxes around its bleeds (PHE-SICH).
         bleeding: For each slice whether it shows a bleed (CT-ICH).
+        regions: For each slice where in it bleeds were seen (CT-ICH).
         missing: Numbers of slices of which there is no picture.
     """
 
@@ -54,6 +58,7 @@ class Scan:
     files: tuple[Path, ...]
     boxes: tuple[tuple[Box, ...], ...] = ()
     bleeding: tuple[bool, ...] = ()
+    regions: tuple[tuple[Region, ...], ...] = ()
     missing: tuple[int, ...] = ()
 
 
@@ -125,6 +130,7 @@ def find_ct_ich(folder: Path) -> list[Scan]:
                 "expected 0 or 1"
             )
         bleeds[patient][number] = not none
+    seen = read_regions(REGIONS)
     scans = []
     for name, pictures in _stacks(folder / "brain", _CT_ICH).items():
         listed = bleeds[int(name)]
@@ -138,11 +144,46 @@ def find_ct_ich(folder: Path) -> list[Scan]:
                 "ct-ich",
                 tuple(pictures.values()),
                 bleeding=tuple(listed[number] for number in pictures),
+                regions=tuple(
+                    seen.get((int(name), number), ()) if listed[number] else ()
+                    for number in pictures
+                ),
                 missing=_missing(pictures, listed),
             )
         )
     _tell_of_missing(folder / "brain", scans)
     return scans
+
+
+def read_regions(path: Path) -> dict[tuple[int, int], tuple[Region, ...]]:
+    """Where bleeds were seen, by patient and slice: polygons in fractions of the picture's sides.
+
+    Raises:
+        DatasetError: The table is damaged.
+    """
+    found: dict[tuple[int, int], tuple[Region, ...]] = {}
+    for row in _rows(path, ("slice", "kind", "sure", "outline")):
+        name = re.fullmatch(_CT_ICH, row["slice"])
+        try:
+            sides = [float(side) for side in row["outline"].split()]
+        except ValueError:
+            sides = []
+        if (
+            name is None
+            or row["sure"] not in ("0", "1")
+            or len(sides) < 6
+            or len(sides) % 2
+            or not all(0 <= side <= 1 for side in sides)
+        ):
+            raise DatasetError(
+                f"{path}: region {row['outline'][:40]!r} of slice {row['slice'][:40]!r}, sure "
+                f"{row['sure'][:10]!r}, expected x y of three corners or more in fractions, such "
+                "as 0.25 0.3, of a slice such as 051_14, and 0 or 1"
+            )
+        outline = tuple(zip(sides[::2], sides[1::2], strict=True))
+        key = (int(name[1]), int(name[2]))
+        found[key] = (*found.get(key, ()), Region(outline, sure=row["sure"] == "1"))
+    return found
 
 
 def find_others(folder: Path) -> list[Scan]:

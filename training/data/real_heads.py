@@ -8,9 +8,10 @@ CT-ICH 1.0.0 (physionet.org): trauma scans, brain window, and which slices show 
 
     FOLDER/brain/PPP_SS.png    FOLDER/hemorrhage_diagnosis.csv
 
-Neither has masks of bleeds. They are made by the rule of ``windowed.mark_bleeds``; what nobody can
-tell gets the ignore label. Beside each scan stands a copy as people hand scans in: skull removed,
-another window, another field of view.
+Neither has masks of bleeds. Rules make them: ``windowed.mark_bleeds`` in the boxes of the first,
+``windowed.mark_in_regions`` where bleeds were seen in the second, by no radiologist. What nobody
+can tell gets the ignore label. Beside each scan stands a copy as people hand scans in: skull
+removed, another window, another field of view.
 """
 
 from __future__ import annotations
@@ -194,12 +195,14 @@ def load(scan: Scan) -> Labelled:
     grey = np.stack(planes)
     if scan.source == "ct-ich":
         hu = windowed.hu_of_window(grey, *CT_ICH_WINDOW)
-        labels = np.zeros(hu.shape, np.uint8)
-        labels[list(scan.bleeding)] = IGNORE  # where in the slice the bleed lies is not known
+        if windowed.head_spacing_mm(hu) < 0.5:
+            hu, _ = _halved(hu, np.zeros(hu.shape, np.uint8))
+        marked = windowed.mark_in_regions(hu, scan.regions, windowed.head_spacing_mm(hu))
+        labels = _labels_of(*marked)
+        labels[_unseen(scan)] = IGNORE  # where in the slice the bleed lies is not known
     else:
         hu = windowed.hu_of_ranks(grey)
-        bleed, doubtful = windowed.mark_bleeds(hu, scan.boxes)
-        labels = np.where(bleed, 1, np.where(doubtful, IGNORE, 0)).astype(np.uint8)
+        labels = _labels_of(*windowed.mark_bleeds(hu, scan.boxes))
         # nose up; which side is left is not known
         hu, labels = _halved(hu.transpose(0, 2, 1), labels.transpose(0, 2, 1))
     in_plane = windowed.head_spacing_mm(hu)
@@ -283,6 +286,7 @@ def _make(scan: Scan, out: Path, seed: int, most_copies: int) -> list[dict[str, 
                 "group": scan.group,
                 "source": scan.source,
                 "copy": said,
+                "mask": _how_marked(scan),
                 "missing_slices": " ".join(map(str, scan.missing)),
                 "spacing_mm": f"{each.spacing_mm[1]:.3f}",
                 "bleed_ml": f"{(each.labels == 1).sum() * voxel_ml:.2f}",
@@ -308,7 +312,34 @@ def _halved(hu: Hu, labels: npt.NDArray[np.uint8]) -> tuple[Hu, npt.NDArray[np.u
     coarse = hu.reshape(blocks).mean((2, 4))
     bleed = (labels == 1).reshape(blocks).mean((2, 4)) >= 0.5
     doubtful = (labels == IGNORE).reshape(blocks).any((2, 4))
-    return coarse, np.where(bleed, 1, np.where(doubtful, IGNORE, 0)).astype(np.uint8)
+    return coarse, _labels_of(bleed, doubtful)
+
+
+def _labels_of(bleed: windowed.Mask, doubtful: windowed.Mask) -> npt.NDArray[np.uint8]:
+    return np.where(bleed, 1, np.where(doubtful, IGNORE, 0)).astype(np.uint8)
+
+
+def _unseen(scan: Scan) -> list[int]:
+    """Slices that are said to hold a bleed which nobody has seen, from 0 on."""
+    pairs = zip(scan.bleeding, scan.regions, strict=True)
+    return [z for z, (bleeding, regions) in enumerate(pairs) if bleeding and not regions]
+
+
+def _how_marked(scan: Scan) -> str:
+    """In words where the labels of a scan are from."""
+    if scan.source == "other":
+        return "of its dataset"
+    if scan.source == "phe-sich":
+        return "derived by a rule in the authors' boxes"
+    if not any(scan.bleeding):
+        return "no bleed by the authors' table"
+    ways = []
+    if any(scan.regions):
+        ways.append("derived by a rule in regions that no radiologist drew")
+    if unseen := _unseen(scan):
+        numbers = " ".join(scan.files[z].stem.rpartition("_")[2] for z in unseen)
+        ways.append(f"ignored: slices {numbers}")
+    return "; ".join(ways)
 
 
 def _read_grey(path: Path) -> npt.NDArray[np.uint8]:
