@@ -43,7 +43,7 @@ types: $(VENV)/.dev-installed ## mypy: strict on what ships, default on training
 # torch is the pinned one: an older one has to be chosen by Python's version and the GPU's driver.
 lowest: ## tests of inference with the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv $(LOWEST)
-	grep -oE '"[A-Za-z0-9]+>=[0-9.]+' pyproject.toml | tr -d '"' | sed 's/>=/==/' | grep -vE '^(torch|hatchling)==' > $(LOWEST)/lowest.txt
+	grep -oE '"[A-Za-z0-9]+>=[0-9.]+' pyproject.toml | tr -d '"' | sed 's/>=/==/' | grep -vE '^(torch|hatchling|ray)==' > $(LOWEST)/lowest.txt
 	grep -E '^(pytest|hypothesis|nibabel)==' requirements-dev.txt >> $(LOWEST)/lowest.txt
 	grep '^torch==' requirements.txt >> $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -r $(LOWEST)/lowest.txt

@@ -29,6 +29,8 @@ examples:
     {command} --input scans --output out --preset fast --report --resume
   ten thousand scans on two GPUs of this machine:
     {command} --input scans --output out --gpus 0,1 --resume
+  and on all machines of a Ray cluster that this one belongs to:
+    {command} --input scans --output out --ray auto --resume
   how much the bleeds of a patient have grown between two scans (compare-scans --help):
     {command} compare-scans monday.nii.gz tuesday.nii.gz --output follow_up
   your own weights on a GPU, within ten minutes for all scans together:
@@ -58,19 +60,26 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.api not in ("exec", "invoke"):  # argparse does not look at a default
         parser.error(f"ICHSEG_API is {arguments.api!r}, expected exec or invoke")
-    for word, given in (
-        ("--time-budget", arguments.time_budget is not None),
-        ("--api invoke", arguments.api == "invoke"),
-        (f"--device {arguments.device}", arguments.device not in _GPUS),
-    ):
-        if arguments.gpus is not None and given:
-            parser.error(f"--gpus and {word} exclude each other")
+    on_cpu = arguments.gpus is not None and arguments.device not in _GPUS
+    for flag, chosen in (("--gpus", arguments.gpus), ("--ray", arguments.ray)):
+        for word, given in (
+            ("--time-budget", arguments.time_budget is not None),
+            ("--api invoke", arguments.api == "invoke"),
+            (f"--device {arguments.device}", on_cpu),
+            ("--ray", flag == "--gpus" and arguments.ray is not None),
+        ):
+            if chosen is not None and given:
+                parser.error(f"{flag} and {word} exclude each other")
     if arguments.output is None:
         if arguments.predict_dir is None and MOUNTED_PREDICT.is_dir():
             arguments.predict_dir = MOUNTED_PREDICT
         arguments.output = arguments.predict_dir or Path("/output")
     elif arguments.predict_dir is not None:
         parser.error("--output and --predict_dir exclude each other")
+    if arguments.ray is not None:  # nodes are in other folders
+        for name in ("input", "output", "predict_dir"):
+            if (path := getattr(arguments, name)) is not None:
+                setattr(arguments, name, path.absolute())
     return arguments
 
 
@@ -175,6 +184,20 @@ def _add_choices(group: argparse._ArgumentGroup) -> None:
         help="spread the scans over these GPUs of this machine, a process each",
     )
     group.add_argument(
+        "--ray",
+        metavar="HOST:PORT|auto",
+        help="spread the scans over a Ray cluster, a worker for each of its GPUs, or where there "
+        "are none for each share of its cores; auto is the cluster of this machine. All nodes have "
+        "to see the same files (docs/cluster.md)",
+    )
+    group.add_argument(
+        "--ray-cpus",
+        type=_count,
+        metavar="N",
+        help="cores of each of these workers, which computes with so many threads (default 4, or "
+        "fewer where a node has fewer)",
+    )
+    group.add_argument(
         "--threshold",
         type=_probability,
         metavar="P",
@@ -223,6 +246,14 @@ def _probability(text: str) -> float:
     value = float(text)
     if not 0.01 <= value <= 0.99:
         raise argparse.ArgumentTypeError(f"{text!r}, expected 0.01 to 0.99")
+    return value
+
+
+def _count(text: str) -> int:
+    """A whole number above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected at least 1")
     return value
 
 

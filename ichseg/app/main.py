@@ -33,6 +33,7 @@ from ichseg.app.start import (
     tame_libraries,
 )
 from ichseg.errors import DeviceError, IchsegError, WeightsError
+from ichseg.model.folder import MODEL_FILE
 from ichseg.wording import counted
 
 if TYPE_CHECKING:  # engines take long to import: --help and refusals of input do without
@@ -262,7 +263,7 @@ def segment(
             "time_budget_s": budget_s,
         },
     )
-    with _means(arguments, loaded, options) as means:
+    with _means(arguments, job, loaded, options) as means:
         model = means.model
         labels = model.plans.labels
         if job.challenge and len(labels) > 2:
@@ -279,12 +280,12 @@ def segment(
 
 @contextlib.contextmanager
 def _means(
-    arguments: argparse.Namespace, loaded: Callable[[], Ensemble], options: Options
+    arguments: argparse.Namespace, job: Job, loaded: Callable[[], Ensemble], options: Options
 ) -> Iterator[Means]:
-    """What segments the cases: this process, or others with a GPU each."""
+    """What segments the cases: this process, others with a GPU each, or those of a cluster."""
     from ichseg.app import pipeline
 
-    if arguments.gpus is None:
+    if arguments.gpus is None and arguments.ray is None:
         yield pipeline.alone(loaded())
         return
     from ichseg.app.crew import spread
@@ -292,6 +293,14 @@ def _means(
     from ichseg.engine import gpus
 
     folder = weights.choose(arguments.weights)
+    if arguments.ray is not None:
+        folder = folder.absolute()  # nodes are elsewhere
+        setting = Setting(folder, arguments.device, arguments.precision, options)
+        scan = next(case.image for case in job.cases if not case.refusal)
+        seen = (folder / MODEL_FILE, scan)
+        with spread.over_ray(setting, arguments.ray, arguments.ray_cpus, seen) as means:
+            yield means
+        return
     setting = Setting(folder, "cuda", arguments.precision, options)
     with spread.over_gpus(setting, gpus.find(arguments.gpus)) as means:
         yield means

@@ -134,6 +134,7 @@ def run(job: Job, means: Means, options: Options) -> Sequence[CaseResult]:
             if record.ended:
                 record.save()
         raise
+    _remove_unfinished(job, options)  # of workers that were killed
     record.keep_what_is_there()
     if options.pictures:
         _write_page(record, means, options)

@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
 from ichseg.app.crew.desk import Desk
+from ichseg.app.crew.distant import Distant
 from ichseg.app.crew.worker import MOST_STARTS, Setting, work
 from ichseg.app.start import Stopped, stopped_by_signals, tame_libraries
 
@@ -74,23 +75,6 @@ def begun(
             process.kill()
 
 
-class _Distant:
-    """The desk as a worker has it, at the other end of a pipe."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection, self._lock = connection, threading.Lock()
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        """A method of the desk."""
-
-        def call(*args: Any) -> Any:
-            with self._lock:
-                self._connection.send((name, args))
-                return self._connection.recv()
-
-        return call
-
-
 def _answer(connection: Connection, desk: Desk) -> None:
     """What a thread does for a process, until that has ended."""
     with contextlib.suppress(EOFError, OSError):
@@ -106,6 +90,11 @@ def _work(
     os.environ.update(environment)  # before a GPU is looked for
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that began this one
     tame_libraries()
+
+    def ask(name: str, args: tuple[Any, ...]) -> Any:
+        connection.send((name, args))
+        return connection.recv()
+
     # SIGTERM from the process that began this one; its end of the pipe goes when it does
     with contextlib.suppress(Stopped, EOFError, ConnectionError), stopped_by_signals():
-        work(setting, cast(Desk, _Distant(connection)), number)
+        work(setting, cast(Desk, Distant(ask)), number)

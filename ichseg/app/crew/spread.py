@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from ichseg.app.console import say
-from ichseg.app.crew import processes
+from ichseg.app.crew import actors, processes
 from ichseg.app.crew.desk import Desk, News
 from ichseg.app.crew.worker import Setting
 from ichseg.app.one_case import Options, Task
@@ -30,6 +31,26 @@ def over_gpus(setting: Setting, gpus: Sequence[str]) -> Iterator[Means]:
         DeviceError: A GPU cannot be used.
     """
     with processes.begun(setting, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]) as begun:
+        yield means(setting, *begun)
+
+
+@contextlib.contextmanager
+def over_ray(
+    setting: Setting, address: str, cores: int | None, files: Sequence[Path]
+) -> Iterator[Means]:
+    """An actor for each GPU, or for a share of the cores, of a Ray cluster, until the block ends.
+
+    Args:
+        setting: What the workers are made with.
+        address: ``HOST:PORT`` of the head node, or ``auto``.
+        cores: Cores of an actor; None for what suits the nodes.
+        files: What all nodes have to see, beside the output folder.
+
+    Raises:
+        WeightsError: The bundle cannot be run.
+        DeviceError: There is no cluster, or its nodes cannot be used.
+    """
+    with actors.begun(setting, address, cores, files) as begun:
         yield means(setting, *begun)
 
 
