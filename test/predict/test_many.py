@@ -48,9 +48,7 @@ def test_each_is_what_it_is_alone_and_one_bad_scan_stops_no_other(ensemble, path
     assert (masks[0] != masks[1]).any()
 
 
-def test_all_kinds_of_scans_go_together_and_each_mask_fits_what_was_given(
-    ensemble, scan, tmp_path
-):
+def test_all_kinds_of_scans_go_together_and_each_mask_fits_what_was_given(ensemble, scan, tmp_path):
     scan = Volume(scan.voxels, scan.spacing_mm)  # an array has no direction
     volume.write(scan, tmp_path / "a.mha")
     volume.write(scan, tmp_path / "a.nii.gz")

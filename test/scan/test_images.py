@@ -130,7 +130,7 @@ def test_what_nibabel_cannot_read_any_more_is_refused_by_its_name(tmp_path):
     image = nibabel.load(tmp_path / "scan.nii")
     whole = (tmp_path / "scan.nii").read_bytes()
     (tmp_path / "scan.nii").write_bytes(whole[:-20])
-    with pytest.raises(InputError, match="scan.nii: damaged or gone") as refused:
+    with pytest.raises(InputError, match=r"scan\.nii: damaged or gone") as refused:
         as_scan(image)
     assert "\n" not in str(refused.value)
 
@@ -143,7 +143,7 @@ def test_a_size_that_is_refused_is_refused_before_nibabel_reads(tmp_path):
     def refuse(voxels):
         raise InputError(f"{voxels} voxels")
 
-    with pytest.raises(InputError, match="^24 voxels"):
+    with pytest.raises(InputError, match=r"^24 voxels"):
         as_scan(image, check_size=refuse)
 
 
