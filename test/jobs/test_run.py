@@ -1,6 +1,7 @@
+"""``training run``: jobs in their order, what is done again, and what is refused."""
+
 import argparse
 import contextlib
-import json
 import logging
 import os
 import shlex
@@ -12,87 +13,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.datasets import write_msd
+from helpers.tiny_runs import NAMES, TINY, arguments, run_here, stages, write_tiny_task
 
 from ichseg.errors import DatasetError, PlansError, TrainingError
 from ichseg.model import bundle
-from ichseg.predict.ensemble import Ensemble
 from ichseg.scan import volume
-from ichseg.scan.volume import Volume
 from training.__main__ import main as command
-from training.bundle import rounding
-from training.crossval import merge, selection
 from training.data.workspace import LATEST_CHECKPOINT, VERIFIED_FILE
 from training.fit.configuration import settings_from
-from training.jobs import run, train
-from training.jobs.board import Board
-from training.jobs.choices import choices_from
+from training.jobs import train
 from training.jobs.claim import claimed
-from training.jobs.command import Ending
 from training.planning import planner
 from training.planning.overrides import overrides_from
-from training.scoring import summary
-
-TINY = shlex.split(
-    "--spacing 5,1,1 --patch 4,16,16 --batch 2 --features 4,8 --no-deep-supervision --epochs 1 "
-    "--batches-per-epoch 2 --validation-batches 1 --threads 1 --workers 0 --no-validation-mirrors "
-    "--folds 0,1 --device cpu"
-)
-NAMES = tuple(f"case_{number}" for number in range(5))
 
 
-@pytest.fixture(autouse=True)
-def one_core(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def one_core():
     """No worker processes: they would take longer to begin than the work takes."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda _: {0})
+        yield
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """A task with a bright box in every case."""
-    folder = write_msd(tmp_path_factory.mktemp("data") / "Task01_Tiny", NAMES)
-    rng = np.random.default_rng(3)
-    for number, name in enumerate(NAMES):
-        reference = np.zeros((6, 24, 24), np.uint8)
-        reference[1:4, 4 + number : 14, 6:16] = 1
-        voxels = (rng.normal(35, 3, reference.shape) + 35 * reference).astype(np.int16)
-        image = Volume(voxels, (5.0, 1.0, 1.0))
-        volume.write(image, folder / "imagesTr" / f"{name}.nii.gz")
-        volume.write(image.with_voxels(reference), folder / "labelsTr" / f"{name}.nii.gz")
-    return folder
-
-
-def arguments(dataset, workspace, *more):
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    run.add_arguments(parser)
-    line = [str(dataset), "--workspace", str(workspace), *TINY, *more]
-    return choices_from(parser.parse_args(line))
-
-
-class Here:
-    """Runs jobs in this process, one at a time."""
-
-    def __init__(self, execute):
-        self.execute, self.given = execute, []
-
-    def submit(self, job):
-        self.given.append(job)
-
-    def wait(self):
-        job = self.given.pop(0)
-        status = self.execute((job.command, *job.words))
-        return [(job, Ending(status, "failed" if status else ""))]
-
-    def stop(self):
-        self.given.clear()
-
-
-def run_here(choices, execute):
-    """Whether all jobs were done, each by ``execute``, which gets its words."""
-    return run.run(choices, Here(execute), Board())
-
-
-def stages(lines):
-    return [words[0] for words in lines]
+    return write_tiny_task(tmp_path_factory.mktemp("data") / "Task01_Tiny")
 
 
 @pytest.fixture(scope="module")
@@ -100,22 +45,20 @@ def step_by_step(dataset, tmp_path_factory):
     """A workspace where each run did one step and was stopped before the next; what they did."""
     workspace = tmp_path_factory.mktemp("run")
     done = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "sched_getaffinity", lambda _: {0})
-        for _ in range(20):
-            left = 1
+    for _ in range(20):
+        left = 1
 
-            def execute(words):
-                nonlocal left
-                if not left:
-                    return 7
-                left -= 1
-                done.append(words)
-                return command(words)
+        def execute(words):
+            nonlocal left
+            if not left:
+                return 7
+            left -= 1
+            done.append(words)
+            return command(words)
 
-            with contextlib.suppress(TrainingError):  # of the job that was stopped
-                assert run_here(arguments(dataset, workspace), execute)
-                break
+        with contextlib.suppress(TrainingError):  # of the job that was stopped
+            assert run_here(arguments(dataset, workspace), execute)
+            break
     return workspace, done
 
 
@@ -398,102 +341,3 @@ def test_refuses_nonsense_before_anything_is_done(dataset, tmp_path, capsys, fla
     assert command(line) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
-
-
-def test_names_are_different():
-    assert merge.parse_names("2d, 3d_fullres") == ("2d", "3d_fullres")
-    for text in ("2d,", "2d,2d"):
-        with pytest.raises(argparse.ArgumentTypeError, match="expected different names"):
-            merge.parse_names(text)
-
-
-@pytest.fixture(scope="module")
-def whole(dataset, tmp_path_factory):
-    """A workspace after one run of all folds of two configurations; what it did."""
-    workspace = tmp_path_factory.mktemp("whole")
-    done = []
-
-    def execute(words):
-        done.append(words)
-        return command(words)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "sched_getaffinity", lambda _: {0})
-        patch.setattr(rounding, "MAX_DICE_CHANGE", 1)  # networks of two batches are all ties
-        assert run_here(whole_arguments(dataset, workspace), execute)
-    return workspace, done
-
-
-def whole_arguments(dataset, workspace):
-    words = [word for word in TINY if word not in ("--folds", "0,1")]
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    run.add_arguments(parser)
-    more = ["--configurations", "3d_fullres,2d"]
-    line = [str(dataset), "--workspace", str(workspace), *words, *more]
-    return choices_from(parser.parse_args(line))
-
-
-def test_all_folds_are_cross_validated_selected_from_and_exported(whole):
-    workspace, done = whole
-    assert stages(done)[-4:] == ["cross-validate", "select", "export", "report"]
-    page = (workspace / "report" / "index.html").read_text()
-    assert all(f'data-name="{name}"' in page for name in NAMES)
-    for name in ("2d", "3d_fullres"):
-        table = summary.load(workspace / "evaluation" / name)
-        assert [case.name for case in table.cases] == list(NAMES)  # each once
-        metrics = json.loads((workspace / "evaluation" / name / "metrics.json").read_text())
-        assert set(metrics["case"]["DiceCoefficient"]) == {"0", "1", "2", "3", "4"}
-    found = selection.load(workspace)
-    assert [c.configurations for c in found.candidates] == [
-        ("2d",), ("3d_fullres",), ("2d", "3d_fullres"),
-    ]  # fmt: skip
-    for candidate, name in zip(found.candidates, ("2d", "3d_fullres"), strict=False):
-        (label,) = summary.load(workspace / "evaluation" / name).summaries
-        assert candidate.mean_dice == pytest.approx(label.measures[0].mean)
-    model = bundle.load_model(workspace / "bundles" / "selected")
-    assert model.averaged == found.configurations
-    assert model.rules == found.rules
-    folds = [(m.configuration, m.fold) for m in model.members]
-    assert folds == [(name, fold) for name in found.configurations for fold in "01234"]
-    card = (workspace / "bundles" / "selected" / "MODEL_CARD.md").read_text()
-    assert "Mean foreground Dice of 5 cross-validated cases" in card
-    assert f"**{found.mean_dice:.3f}**" in card
-    assert list(workspace.glob("runs/*/*/probabilities"))
-
-
-def test_the_selected_bundle_segments(whole, dataset, tmp_path):
-    workspace, _ = whole
-    image = volume.read(dataset / "imagesTr" / "case_0.nii.gz")
-    ensemble = Ensemble.load(workspace / "bundles" / "selected", "cpu")
-    found = ensemble.segment(image, "fast")
-    assert set(np.unique(found.mask.voxels)) <= {0, 1}
-    assert len(found.ran["networks"]) == len(ensemble.model.averaged)
-
-
-def test_what_was_selected_is_not_selected_again_until_a_fold_changes(whole, dataset, caplog):
-    workspace, _ = whole
-    arguments = whole_arguments(dataset, workspace)
-    with caplog.at_level(logging.INFO):
-        assert run_here(arguments, lambda words: pytest.fail(str(words)))
-    assert any("== select: done" in message for message in caplog.messages)
-    record = workspace / "runs" / "2d" / "fold_3" / "validation.json"
-    os.utime(record)
-    done = []
-    run_here(arguments, lambda words: done.append(words) or 0)
-    assert stages(done)[:2] == ["cross-validate", "select"]
-    os.utime(workspace / "selection.json")
-    done.clear()
-    run_here(arguments, lambda words: done.append(words) or 0)
-    assert stages(done)[-1] == "report"
-
-
-def test_an_incomplete_cross_validation_is_refused_with_the_command(whole, tmp_path):
-    workspace = shutil.copytree(whole[0], tmp_path / "copy")
-    folder = workspace / "runs" / "2d" / "fold_1"
-    (mask,) = (folder / "validation").iterdir()
-    mask.unlink()
-    with pytest.raises(TrainingError, match=r"1 of 1 validation cases .* `train 2d --fold 1`"):
-        merge.cross_validate(workspace, "2d", workers=1)
-    shutil.rmtree(folder)
-    with pytest.raises(TrainingError, match="run `train` first"):
-        merge.cross_validate(workspace, "2d", workers=1)

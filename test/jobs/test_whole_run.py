@@ -1,0 +1,126 @@
+"""A run of all folds of two configurations, to a bundle of what was selected."""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+
+import numpy as np
+import pytest
+from helpers.tiny_runs import ALL_FOLDS, NAMES, arguments, run_here, stages, write_tiny_task
+
+from ichseg.errors import TrainingError
+from ichseg.model import bundle
+from ichseg.predict.ensemble import Ensemble
+from ichseg.scan import volume
+from training.__main__ import main as command
+from training.bundle import rounding
+from training.crossval import merge, selection
+from training.scoring import summary
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_core():
+    """No worker processes: they would take longer to begin than the work takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda _: {0})
+        yield
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_tiny_task(tmp_path_factory.mktemp("data") / "Task01_Tiny")
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """A workspace after one run of all folds of two configurations; what it did."""
+    workspace = tmp_path_factory.mktemp("whole")
+    done = []
+
+    def execute(words):
+        done.append(words)
+        return command(words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounding, "MAX_DICE_CHANGE", 1)  # networks of two batches are all ties
+        assert run_here(whole_arguments(dataset, workspace), execute)
+    return workspace, done
+
+
+def whole_arguments(dataset, workspace):
+    return arguments(dataset, workspace, "--configurations", "3d_fullres,2d", settings=ALL_FOLDS)
+
+
+def test_all_folds_are_cross_validated_selected_from_and_exported(whole):
+    workspace, done = whole
+    assert stages(done)[-4:] == ["cross-validate", "select", "export", "report"]
+    page = (workspace / "report" / "index.html").read_text()
+    assert all(f'data-name="{name}"' in page for name in NAMES)
+    for name in ("2d", "3d_fullres"):
+        table = summary.load(workspace / "evaluation" / name)
+        assert [case.name for case in table.cases] == list(NAMES)  # each once
+        metrics = json.loads((workspace / "evaluation" / name / "metrics.json").read_text())
+        assert set(metrics["case"]["DiceCoefficient"]) == {"0", "1", "2", "3", "4"}
+    found = selection.load(workspace)
+    assert [c.configurations for c in found.candidates] == [
+        ("2d",), ("3d_fullres",), ("2d", "3d_fullres"),
+    ]  # fmt: skip
+    for candidate, name in zip(found.candidates, ("2d", "3d_fullres"), strict=False):
+        (label,) = summary.load(workspace / "evaluation" / name).summaries
+        assert candidate.mean_dice == pytest.approx(label.measures[0].mean)
+    model = bundle.load_model(workspace / "bundles" / "selected")
+    assert model.averaged == found.configurations
+    assert model.rules == found.rules
+    folds = [(m.configuration, m.fold) for m in model.members]
+    assert folds == [(name, fold) for name in found.configurations for fold in "01234"]
+    card = (workspace / "bundles" / "selected" / "MODEL_CARD.md").read_text()
+    assert "Mean foreground Dice of 5 cross-validated cases" in card
+    assert f"**{found.mean_dice:.3f}**" in card
+    assert list(workspace.glob("runs/*/*/probabilities"))
+
+
+def test_the_selected_bundle_segments(whole, dataset, tmp_path):
+    workspace, _ = whole
+    image = volume.read(dataset / "imagesTr" / "case_0.nii.gz")
+    ensemble = Ensemble.load(workspace / "bundles" / "selected", "cpu")
+    found = ensemble.segment(image, "fast")
+    assert set(np.unique(found.mask.voxels)) <= {0, 1}
+    assert len(found.ran["networks"]) == len(ensemble.model.averaged)
+
+
+def test_what_was_selected_is_not_selected_again_until_a_fold_changes(whole, dataset, caplog):
+    workspace, _ = whole
+    choices = whole_arguments(dataset, workspace)
+    with caplog.at_level(logging.INFO):
+        assert run_here(choices, lambda words: pytest.fail(str(words)))
+    assert any("== select: done" in message for message in caplog.messages)
+    record = workspace / "runs" / "2d" / "fold_3" / "validation.json"
+    os.utime(record)
+    done = []
+    run_here(choices, lambda words: done.append(words) or 0)
+    assert stages(done)[:2] == ["cross-validate", "select"]
+    os.utime(workspace / "selection.json")
+    done.clear()
+    run_here(choices, lambda words: done.append(words) or 0)
+    assert stages(done)[-1] == "report"
+
+
+def test_an_incomplete_cross_validation_is_refused_with_the_command(whole, tmp_path):
+    workspace = shutil.copytree(whole[0], tmp_path / "copy")
+    folder = workspace / "runs" / "2d" / "fold_1"
+    (mask,) = (folder / "validation").iterdir()
+    mask.unlink()
+    with pytest.raises(TrainingError, match=r"1 of 1 validation cases .* `train 2d --fold 1`"):
+        merge.cross_validate(workspace, "2d", workers=1)
+    shutil.rmtree(folder)
+    with pytest.raises(TrainingError, match="run `train` first"):
+        merge.cross_validate(workspace, "2d", workers=1)
+
+
+def test_names_are_different():
+    assert merge.parse_names("2d, 3d_fullres") == ("2d", "3d_fullres")
+    for text in ("2d,", "2d,2d"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected different names"):
+            merge.parse_names(text)
