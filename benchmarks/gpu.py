@@ -326,17 +326,9 @@ def _place(work: Work):
 
 def _median_s(call: Callable[[], object], count: int) -> float:
     """The median of so many calls, after a third of them to warm up."""
-    import torch
+    from benchmarks.gpu_clock import timed
 
-    taken = []
-    for _ in range(count + count // 3):
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        call()
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - began)
+    taken = [timed(call)[0] for _ in range(count + count // 3)]
     taken = sorted(taken[count // 3 :])
     return taken[len(taken) // 2]
 

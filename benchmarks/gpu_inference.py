@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import gpu_cases, gpu_plain
 from benchmarks.gpu_cases import CONFIGURATION, MIRRORINGS, SAMPLES, Place
+from benchmarks.gpu_clock import forget_peak, peak, timed
 from benchmarks.inference_data import gflop
 from benchmarks.rows import LeftOutError, Row, informs
 from ichseg.engine import openvino_graph
@@ -45,8 +46,7 @@ def measure_ours(place: Place, rate_tflops: float | None) -> Iterator[Row]:
     """
     weights = gpu_cases.weights(place)
     model, scan = bundle.load_model(weights), gpu_cases.scan(place)
-    if place.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    forget_peak(place.device)
     ensemble = Ensemble.load(weights, place.device)
     print(ensemble.engine.name, flush=True)
     first_s, seconds, found = _twice(functools.partial(ensemble.segment, scan), place)
@@ -54,11 +54,9 @@ def measure_ours(place: Place, rate_tflops: float | None) -> Iterator[Row]:
     np.save(place.work / _MASK_FILE, found.mask.voxels)
     yield informs("inference, ours, one case, the first time", first_s, "s")
     yield from _rows("inference, ours, one case", seconds, place, model, rate_tflops)
-    if place.device == "cuda":
-        peak_gb = torch.cuda.max_memory_allocated() / 1e9
-        yield informs("inference, ours, peak memory", peak_gb, "GB")
+    yield from peak("inference, ours", place.device)
     scans = [gpu_cases.scan(place, seed) for seed in range(2 if place.tiny else _FOLDER_OF)]
-    seconds, outcomes = _timed(lambda: list(segment_many(ensemble, scans)))
+    seconds, outcomes = timed(lambda: list(segment_many(ensemble, scans)))
     failed = [outcome.error for outcome in outcomes if outcome.error]
     if failed:
         raise failed[0]
@@ -190,16 +188,6 @@ def _tiles_a_second(
 
 def _twice(call: Callable[[], Any], place: Place) -> tuple[float, float, Any]:
     """Seconds of the first and of the second call, and what that gave; a tiny one is not timed."""
-    first_s, found = _timed(call)
-    second_s, found = (first_s, found) if place.tiny else _timed(call)
+    first_s, found = timed(call)
+    second_s, found = (first_s, found) if place.tiny else timed(call)
     return first_s, second_s, found
-
-
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    found = call()
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began, found

@@ -14,7 +14,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gpu_cases, gpu_plain
 from benchmarks.gpu_cases import CONFIGURATION, Place
+from benchmarks.gpu_clock import forget_peak, peak, settle, timed
 from benchmarks.gpu_pack import HIPPOCAMPUS
 from benchmarks.rows import LeftOutError, Row, informs
 from ichseg.model import plans
@@ -79,8 +80,7 @@ class TimedStream:
         return next(self._stream)
 
     def _take_time(self) -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        settle()
         now = time.perf_counter(), self._stream.waited_s
         if self._count > self._ends[0]:
             took = now[0] - self._began[0]
@@ -109,25 +109,25 @@ def measure_ours(
     # fold 1: the fold that is scored elsewhere is 0
     run = open_run(gpu_cases.workspace(place), CONFIGURATION, "1", config)
     shutil.rmtree(run.folder, ignore_errors=True)
-    timed: list[TimedStream] = []
+    streams: list[TimedStream] = []
 
     def opened(*arguments: Any, **more: Any) -> TimedStream:
-        timed.append(TimedStream(open_batches(*arguments, **more), *_lengths(place)))
-        return timed[-1]
+        streams.append(TimedStream(open_batches(*arguments, **more), *_lengths(place)))
+        return streams[-1]
 
     loop.open_batches = opened  # type: ignore[assignment]
     name = f"training, ours, {layout} {precision}{' compiled' if compiled else ''}"
     complaints = _Complaints()
     logging.getLogger("training.fit.compiling").addHandler(complaints)
-    _forget_peak(place)
+    forget_peak(place.device)
     began = time.perf_counter()
     with contextlib.suppress(_MeasuredError):
         loop.train_fold(run)
     if complaints.said:
         name += " (NOT COMPILED, it failed)"
-    yield from _rows(name, timed[0].seconds, rate_tflops, run.plans, place)
-    yield informs(f"{name}, data wait", statistics.median(timed[0].waits), "%")
-    yield informs(f"{name}, until the first timed iteration", _until(began, timed[0]), "s")
+    yield from _rows(name, streams[0].seconds, rate_tflops, run.plans, place)
+    yield informs(f"{name}, data wait", statistics.median(streams[0].waits), "%")
+    yield informs(f"{name}, until the first timed iteration", _until(began, streams[0]), "s")
 
 
 def measure_plain(place: Place, rate_tflops: float | None, *, compiled: bool) -> Iterator[Row]:
@@ -140,14 +140,19 @@ def measure_plain(place: Place, rate_tflops: float | None, *, compiled: bool) ->
     """
     torch.backends.cudnn.benchmark = True  # as nnunetv2 sets it
     plan = gpu_cases.planned(place)
-    _forget_peak(place)
+    forget_peak(place.device)
     trainer = gpu_plain.Trainer(
         gpu_cases.as_json(plan), torch.device(place.device), compiled=compiled
     )
     warm_up, blocks, iterations = _lengths(place)
     for _ in range(warm_up):
         trainer.step()
-    seconds = [_seconds(trainer.step, iterations) / iterations for _ in range(blocks)]
+
+    def block() -> None:
+        for _ in range(iterations):
+            trainer.step()
+
+    seconds = [timed(block)[0] / iterations for _ in range(blocks)]
     name = f"training, plain torch, fp16{' compiled' if compiled else ''}"
     yield from _rows(name, seconds, rate_tflops, plan, place)
 
@@ -218,9 +223,7 @@ def _rows(
     if rate_tflops:
         share = 100 * operations(plan) / 1e12 / middle / rate_tflops
         yield informs(f"{name}, share of the bf16 rate", share, "%")
-    if place.device == "cuda":
-        peak_gb = torch.cuda.max_memory_allocated() / 1e9
-        yield informs(f"{name}, peak memory", peak_gb, "GB")
+    yield from peak(name, place.device)
 
 
 def _config(place: Place) -> TrainingConfig:
@@ -262,25 +265,9 @@ def _held_out_dice(run: FoldRun, weights: Any) -> np.ndarray[Any, Any]:
     return np.array(found)
 
 
-def _seconds(step: Callable[[], object], count: int) -> float:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(count):
-        step()
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def _forget_peak(place: Place) -> None:
-    if place.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _until(began: float, timed: TimedStream) -> float:
+def _until(began: float, stream: TimedStream) -> float:
     """Seconds from the beginning to the first timed iteration: compiling, trials, warm-up."""
-    return time.perf_counter() - began - sum(timed.seconds) * timed._iterations
+    return time.perf_counter() - began - sum(stream.seconds) * stream._iterations
 
 
 class _Complaints(logging.Handler):
