@@ -8,12 +8,9 @@ import dataclasses
 import json
 import logging
 import multiprocessing
-import multiprocessing.connection
-import os
 import re
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +22,7 @@ import torch
 from ichseg.engine import machine
 from ichseg.errors import DatasetError, InputError
 from ichseg.scan.volume import Volume
+from ichseg.workers import end_with_parent
 from phantom import check
 from phantom.background import IGNORE, find_backgrounds
 from phantom.cases import SynthesisConfig, make_case
@@ -161,15 +159,7 @@ def _run(jobs: list[tuple[SynthesisConfig, int, Path]], workers: int) -> Iterato
 
 def _begin_worker() -> None:
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End as soon as the parent process is gone, instead of waiting for its work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
+    end_with_parent()
 
 
 def _write_case(job: tuple[SynthesisConfig, int, Path]) -> Row | str:

@@ -7,7 +7,7 @@ to load, and is loaded already wherever there is a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -93,3 +93,10 @@ def copy_into(target: Grid, values: Grid) -> None:
 def on_host(data: Grid) -> FloatArray:
     """The data as a numpy array; numpy's are given back as they are."""
     return data if isinstance(data, np.ndarray) else data.cpu().numpy()
+
+
+def slabs(shape: Sequence[int], voxels: int) -> Iterator[slice]:
+    """The first of three axes in pieces of so many voxels, or of one slice if that has more."""
+    step = max(1, voxels // (shape[1] * shape[2]))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))

@@ -5,13 +5,14 @@ Components are 26-connected: voxels that share a face, an edge or a corner belon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from ichseg.engine.arrays import slabs
 from ichseg.model.rules import ComponentRule
 from ichseg.scan.volume import Volume
 
@@ -23,7 +24,7 @@ SCORED_ML = 0.2  # of the case's score
 SPECK_ML, SPECK_MM, SPECK_PROBABILITY, BESIDE_BONE_MM = 2.0, 5.0, 0.8, 4.0
 _BONE_HU, _LEAST_BONE_ML = 250, 50.0  # a skull is several hundred mL
 _MOST_SPECKS = 100  # that are looked at; noise has hundreds of thousands
-_SLAB_VOXELS = 300_000  # looked at together
+_SLAB_VOXELS = 300_000  # looked at together: arrays of 8 bytes a voxel are made of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ def case_score(foreground: Labels, voxel_ml: float) -> float:
         voxel_ml: The volume of a voxel.
     """
     counts = np.zeros(256, np.int64)
-    for rows in _slabs(foreground.shape):
+    for rows in slabs(foreground.shape, _SLAB_VOXELS):
         counts += np.bincount(foreground[rows].ravel(), minlength=256)
     wanted = min(max(round(SCORED_ML / voxel_ml), 1), foreground.size)
     total, taken = 0, 0
@@ -140,7 +141,7 @@ def speck_warning(
     components, count = ndimage.label(labels[where[0]], _CONNECTED)
     likely = foreground[where[0]]
     sizes = np.zeros(count + 1, np.int64)
-    for rows in _slabs(components.shape):
+    for rows in slabs(components.shape, _SLAB_VOXELS):
         sizes += np.bincount(components[rows].ravel(), minlength=count + 1)
     sizes = sizes[1:]
     boxes = ndimage.find_objects(components)
@@ -225,7 +226,7 @@ def apply_rules(
         part = result[where]
         components, count = ndimage.label(part == rule.label, _CONNECTED)
         sizes = np.zeros(count + 1, np.int64)
-        for rows in _slabs(components.shape):
+        for rows in slabs(components.shape, _SLAB_VOXELS):
             sizes += np.bincount(components[rows].ravel(), minlength=count + 1)
         sizes[0] = 0
         # a component of exactly the limit stays, though the product may err in its last digit
@@ -238,7 +239,7 @@ def apply_rules(
             sums = _sums(components, foreground[where], count)
             keep &= sums / np.maximum(sizes, 1) >= 255 * rule.drop_below_probability
         keep[0] = True
-        for rows in _slabs(components.shape):
+        for rows in slabs(components.shape, _SLAB_VOXELS):
             part[rows][~keep[components[rows]]] = 0
     return result
 
@@ -246,7 +247,7 @@ def apply_rules(
 def _sums(components: npt.NDArray[np.int32], values: Labels, count: int) -> npt.NDArray[np.float64]:
     """The sum of some values over each component, the background's first."""
     total = np.zeros(count + 1)
-    for rows in _slabs(components.shape):
+    for rows in slabs(components.shape, _SLAB_VOXELS):
         total += np.bincount(components[rows].ravel(), values[rows].ravel(), count + 1)
     return total
 
@@ -285,7 +286,7 @@ def _of_label(
     components, count = ndimage.label(inside, _CONNECTED)
     sums = np.zeros((6, count + 1))  # voxels; z, y, x; HU; probability in steps
     most = np.zeros(count + 1, np.uint8)
-    for rows in _slabs(components.shape):
+    for rows in slabs(components.shape, _SLAB_VOXELS):
         at = np.nonzero(components[rows])
         of = components[rows][at]
         steps = of if chance is None else chance[rows][at]
@@ -341,10 +342,3 @@ def _box(labels: Labels, label: int) -> tuple[slice, slice, slice] | None:
     boxes = ndimage.find_objects(labels, max_label=label)
     where: tuple[slice, slice, slice] | None = boxes[label - 1]
     return where
-
-
-def _slabs(shape: Sequence[int]) -> Iterator[slice]:
-    """The first axis in pieces: arrays of 8 bytes a voxel are made of each, never of a volume."""
-    step = max(1, _SLAB_VOXELS // (shape[1] * shape[2]))
-    for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0]))

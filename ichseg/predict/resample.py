@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ from ichseg.engine.arrays import (
     copy_into,
     empty_like,
     on_host,
+    slabs,
     take,
 )
 
@@ -132,7 +133,7 @@ def resize(
             limits = convert(limits[0]), convert(limits[1])
     # a slab is no more than this of either volume: the other may have ten times as many slices
     plane = max(math.prod(out.shape[1:]), math.prod(image.shape) // out.shape[0])
-    for rows in _slabs((out.shape[0], plane, 1), _SLAB_VOXELS):
+    for rows in slabs((out.shape[0], plane, 1), _SLAB_VOXELS):
         source = source_slices(
             image.shape[0], out.shape[0], 0 if separate_axis == 0 else order, rows
         )
@@ -172,7 +173,7 @@ def resize_labels(
     result = np.ascontiguousarray(result)
     if order == 0 or all(labels.shape[a] == shape[a] for a in range(3) if a != separate_axis):
         return result
-    for rows in _slabs(shape, _VOTE_VOXELS):
+    for rows in slabs(shape, _VOTE_VOXELS):
         source = source_slices(labels.shape[0], shape[0], 0 if separate_axis == 0 else order, rows)
         result[rows] = _vote(
             labels, result[rows], source, shape, rows, order=order, separate_axis=separate_axis
@@ -211,13 +212,6 @@ def _blocks(
             _Block(slice(top - start, rows.stop - start), slice(low - first, high - first), weights)
         )
     return tuple(blocks)
-
-
-def _slabs(shape: Sequence[int], voxels: int) -> Iterator[slice]:
-    """The first axis in pieces of so many voxels."""
-    step = max(1, voxels // (shape[1] * shape[2]))
-    for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0]))
 
 
 def source_slices(size_in: int, size_out: int, order: int, rows: slice) -> slice:

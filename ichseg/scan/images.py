@@ -21,7 +21,7 @@ from ichseg.errors import InputError
 from ichseg.scan import nifti, reader
 from ichseg.scan.dicom.files import walk
 from ichseg.scan.reader import Scan, scan_of
-from ichseg.scan.volume import Triple, Volume
+from ichseg.scan.volume import Volume, triple
 from ichseg.wording import times
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _of_array(array: npt.NDArray[Any], spacing_mm: Sequence[float] | None, axes:
     for axis, letter in enumerate(axes):
         direction[_STEPS.index(letter), axis] = 1
     warnings = tuple(_about_order(array.shape, steps, axes))
-    return Scan(array, _triple(steps), direction=_flat(direction), warnings=warnings)
+    return Scan(array, triple(steps), direction=_flat(direction), warnings=warnings)
 
 
 def _about_order(shape: Sequence[int], steps: Sequence[float], axes: str) -> list[str]:
@@ -174,8 +174,8 @@ def _of_simpleitk(image: sitk.Image) -> Scan:
     direction = np.array(image.GetDirection()).reshape(3, 3)[::-1, ::-1]
     return Scan(
         voxels,
-        _triple(image.GetSpacing()[::-1]),
-        _triple(image.GetOrigin()[::-1]),
+        triple(image.GetSpacing()[::-1]),
+        triple(image.GetOrigin()[::-1]),
         _flat(_checked_directions(direction, "the SimpleITK image")),
     )
 
@@ -205,8 +205,8 @@ def _of_nibabel(image: Any, check_size: Callable[[int], object]) -> Scan:
     origin = (_TO_LPS @ affine[:3, 3] * mm)[::-1]
     return Scan(
         voxels,
-        _triple(steps),
-        _triple(origin),
+        triple(steps),
+        triple(origin),
         _flat(_checked_directions(columns / steps, "the nibabel image")),
         warnings=warnings,
     )
@@ -253,8 +253,3 @@ def _checked_directions(direction: npt.NDArray[np.float64], name: str) -> npt.ND
 
 def _flat(direction: npt.NDArray[np.float64]) -> tuple[float, ...]:
     return tuple(float(value) for value in direction.ravel())
-
-
-def _triple(values: Sequence[float] | npt.NDArray[np.float64]) -> Triple:
-    first, second, third = (float(value) for value in values)
-    return first, second, third

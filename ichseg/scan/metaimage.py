@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ichseg.scan.stored import DamagedError, Header, OtherKindError, checked_shape
+from ichseg.scan.stored import DamagedError, Header, OtherKindError, checked_shape, whole_number
 
 LONGEST_HEADER = 65_536  # bytes
 # Without MET_LONG and MET_ULONG, which are of 4 or 8 bytes according to who wrote the file.
@@ -44,8 +44,8 @@ def parse_header(stream: BinaryIO, *, detached: bool = False) -> Header:
         fields[key.strip()] = value.strip()
         start = end + 1
     _refuse_other_kinds(fields, detached)
-    axes = _integer(fields.get("NDims", ""))
-    size = [_integer(word) for word in fields.get("DimSize", "").split()]
+    axes = whole_number(fields.get("NDims", ""))
+    size = [whole_number(word) for word in fields.get("DimSize", "").split()]
     if len(size) != axes:
         raise DamagedError(f"NDims {axes} with DimSize {fields.get('DimSize', '')[:60]!r}")
     where = fields["ElementDataFile"]
@@ -94,12 +94,6 @@ def _refuse_other_places(where: str) -> None:
         raise OtherKindError(
             f"its voxels are in {where[:80]!r}, expected in one file in the same folder"
         )
-
-
-def _integer(word: str) -> int:
-    if not (word.isascii() and word.isdecimal() and len(word) < 10):
-        raise DamagedError(f"{word[:20]!r} where a number is expected")
-    return int(word)
 
 
 def _flag(fields: dict[str, str], key: str, default: bool) -> bool:

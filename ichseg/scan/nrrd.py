@@ -11,7 +11,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ichseg.scan.stored import DamagedError, Header, OtherKindError, Place, checked_shape
+from ichseg.scan.stored import (
+    DamagedError,
+    Header,
+    OtherKindError,
+    Place,
+    checked_shape,
+    whole_number,
+)
 
 LONGEST_HEADER = 65_536  # bytes
 _TYPES = {
@@ -48,8 +55,8 @@ def parse_header(stream: BinaryIO) -> Header:
     text = stream.read(LONGEST_HEADER)
     fields, start = _fields(text)
     _refuse_other_kinds(fields)
-    size = [_integer(word) for word in fields.get("sizes", "").split()]
-    axes = _integer(fields.get("dimension", ""))
+    size = [whole_number(word) for word in fields.get("sizes", "").split()]
+    axes = whole_number(fields.get("dimension", ""))
     if len(size) != axes:
         raise DamagedError(f"dimension {axes} with sizes {fields.get('sizes', '')[:60]!r}")
     if axes != 3:
@@ -157,9 +164,3 @@ def _number(word: str) -> float:
         return float(word)
     except ValueError:
         raise DamagedError(f"{word[:20]!r} where a number is expected") from None
-
-
-def _integer(word: str) -> int:
-    if not (word.isascii() and word.isdecimal() and len(word) < 10):
-        raise DamagedError(f"{word[:20]!r} where a number is expected")
-    return int(word)

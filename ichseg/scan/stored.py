@@ -76,6 +76,17 @@ class OtherKindError(DamagedError):
     """The file may be sound, but is not of a kind that is read."""
 
 
+def whole_number(word: str) -> int:
+    """A whole number of a header, not negative and of at most nine digits.
+
+    Raises:
+        DamagedError: It is none.
+    """
+    if not (word.isascii() and word.isdecimal() and len(word) < 10):
+        raise DamagedError(f"{word[:20]!r} where a number is expected")
+    return int(word)
+
+
 def checked_shape(size: list[int]) -> tuple[int, ...]:
     """A file's size ``(x, y, z)`` or ``(x, y, z, channel)`` as the shape of an array.
 

@@ -11,7 +11,7 @@ import contextlib
 import gzip
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -250,7 +250,7 @@ def _checked_place(
     if not np.allclose(direction @ direction.T, np.eye(3), atol=1e-3):
         raise InputError(f"{path}: its axes are not at right angles, expected a straight grid")
     cosines = tuple(float(value) for value in direction.ravel())
-    return _triple(spacing_mm), _triple(origin_mm), cosines
+    return triple(spacing_mm), triple(origin_mm), cosines
 
 
 @contextlib.contextmanager
@@ -387,6 +387,7 @@ def check_place(grid: Volume, written: Path, path: Path, *, labels: int) -> None
         raise OutputError(f"{path}: the written geometry differs from the volume's")
 
 
-def _triple(values: tuple[float, ...]) -> Triple:
-    z, y, x = (float(value) for value in values)
-    return z, y, x
+def triple(values: Iterable[float]) -> Triple:
+    """Three values, no more and no fewer, as plain numbers."""
+    first, second, third = (float(value) for value in values)
+    return first, second, third

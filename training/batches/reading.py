@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ichseg.errors import DatasetError
+from ichseg.workers import end_with_parent
 from training.batches.augment_cascade import corrupt
 from training.batches.augmentation import OUTSIDE, AugmentationConfig, Warp
 from training.batches.sampling import BatchKey, BatchSpec, Draw, Shape, draw_batch, stored_case
-from training.data import parallel
 from training.store.chunks import StoredArray, StoredCase
 
 
@@ -77,7 +77,7 @@ class Regions(NamedTuple):
 def begin_worker() -> None:
     """What a worker process does first: Ctrl-C is its parent's, without which it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parallel.end_with_parent()
+    end_with_parent()
 
 
 def make_patches(spec: BatchSpec, key: BatchKey) -> Patches:

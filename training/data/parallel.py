@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.connection
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -17,6 +14,7 @@ from typing import TextIO, TypeVar
 from ichseg.engine import machine
 from ichseg.errors import DatasetError
 from ichseg.wording import duration
+from ichseg.workers import end_with_parent
 
 _PLAIN_LINE_S = 10.0  # between two lines of progress in a log file
 _MEMORY_SHARE = 0.8  # of what is free; the rest is for the parent process and the file cache
@@ -84,14 +82,6 @@ def each_case(
             pool.shutdown(cancel_futures=True)
 
 
-def end_with_parent() -> None:
-    """Have this worker process end as soon as its parent is gone, even by SIGKILL.
-
-    Otherwise it would wait for ever for work: each worker keeps the queue open for the others.
-    """
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
-
-
 def default_workers(bytes_per_worker: int | None = None) -> int:
     """How many processes to run: one a core, fewer where memory would not suffice.
 
@@ -152,10 +142,3 @@ def _begin_worker(initialize: Callable[[], None] | None) -> None:
     end_with_parent()
     if initialize is not None:
         initialize()
-
-
-def _wait_for_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
