@@ -11,8 +11,10 @@ Seconds in the network's forward are taken inside the same runs. Medians.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,7 +30,7 @@ import numpy as np
 from benchmarks import inference_data, rivals
 from benchmarks.inference_data import COMPACT, ROOT, Cases, Network
 from benchmarks.rows import Row, at_most, faster, report, smaller
-from ichseg.engine import machine, openvino_graph
+from ichseg.engine import machine, openvino_engine, openvino_graph
 from ichseg.engine.choose import choose_engine
 from ichseg.engine.engine import NetworkSpec
 from ichseg.model import plans
@@ -38,6 +40,15 @@ from ichseg.scan.volume import Volume
 # What the last row restores, see benchmarks/preprocessing.py: its large volume and grid.
 LARGE_SHAPE, LARGE_MM = (400, 512, 512), (0.8, 0.8, 0.8)
 LARGE_GRID, LARGE_GRID_MM = (356, 546, 546), (0.9, 0.75, 0.75)
+FLOAT32 = "float32"
+# How many times as fast as nnunetv2 whole runs have to be.
+BARS = {
+    "case": {"bfloat16": 5.0, FLOAT32: 3.3},
+    "mirrors": {"bfloat16": 4.0, FLOAT32: 2.5},
+    "folder": {"bfloat16": 4.5, FLOAT32: 2.8},
+}
+SCANS = 20
+FORWARD_BARS = {"bfloat16": 0.8, FLOAT32: 0.85}
 MATRIX = 3072  # rows and columns of the product that the forward pass is measured against
 
 
@@ -112,11 +123,12 @@ def compare_one_case(bench: Bench) -> list[Row]:
     network = inference_data.make_network(bench.folder, "3d_fullres", 1, bench.rival_python)
     cases = inference_data.make_cases(bench.folder, (28, 512, 512), 1)
     ours, theirs = compare_runs(bench, network, cases, "fast", 75)
-    outside = [[run.seconds - run.said["forward"] for run in runs] for runs in (ours, theirs)]
-    return [
-        faster("one case, 75 tiles, end to end", *_medians(ours, theirs), "s", 2),
-        faster("  outside the network's forward", *map(statistics.median, outside), "s", 5),
+    rows = whole_runs("one case, 75 tiles, end to end", ours, theirs, BARS["case"])
+    outside = [
+        statistics.median(run.seconds - run.said["forward"] for run in runs)
+        for runs in (ours[FLOAT32], theirs)
     ]
+    return [*rows, faster("  outside the network's forward", *outside, "s", 10)]
 
 
 def compare_mirrors(bench: Bench) -> list[Row]:
@@ -124,7 +136,7 @@ def compare_mirrors(bench: Bench) -> list[Row]:
     network = inference_data.make_network(bench.folder, "3d_fullres", 2, bench.rival_python)
     cases = inference_data.make_cases(bench.folder, (16, 288, 288), 1)
     ours, theirs = compare_runs(bench, network, cases, "full", 64)
-    return [faster("2 folds, 8 mirrorings, 4 tiles", *_medians(ours, theirs), "s", 1.9)]
+    return whole_runs("2 folds, 8 mirrorings, 4 tiles", ours, theirs, BARS["mirrors"])
 
 
 def compare_folder(bench: Bench) -> list[Row]:
@@ -132,13 +144,35 @@ def compare_folder(bench: Bench) -> list[Row]:
     network = inference_data.make_network(bench.folder, "2d", 1, bench.rival_python)
     cases = inference_data.make_cases(bench.folder, (8, 512, 512), 5)
     ours, theirs = compare_runs(bench, network, cases, "fast", 40)
-    return [faster("five cases of 8 slices, 2D network", *_medians(ours, theirs), "s", 1.6)]
+    return whole_runs("five cases of 8 slices, 2D network", ours, theirs, BARS["folder"])
+
+
+def whole_runs(
+    name: str, ours: dict[str, list[Run]], theirs: list[Run], bars: dict[str, float]
+) -> list[Row]:
+    """Rows of whole runs in each precision, and of the most memory that one took."""
+    rows = []
+    for precision, runs in ours.items():
+        said = f"{name}, {precision}"
+        rows.append(faster(said, *_medians(runs, theirs), "s", bars[precision]))
+    for precision, runs in ours.items():
+        peaks = [_of(of, "peak_mb") for of in (runs, theirs)]
+        rows.append(smaller(f"  peak memory, {precision}", *peaks, "MB", None))
+    return rows
+
+
+def precisions() -> list[str]:
+    """float32, and before it bfloat16 where ``auto`` takes that on this processor."""
+    return list(dict.fromkeys([choose_engine("cpu").precision, FLOAT32]))
 
 
 def compare_runs(
     bench: Bench, network: Network, cases: Cases, preset: str, passes: int
-) -> tuple[list[Run], list[Run]]:
-    """Run both command lines on the same cases; both have to make so many forward passes."""
+) -> tuple[dict[str, list[Run]], list[Run]]:
+    """Run both command lines on the same cases; both have to make so many forward passes.
+
+    Ours runs in each precision.
+    """
     masks, rival_masks = bench.folder / "masks", bench.folder / "rival-masks"
     command = [
         sys.executable, ROOT / "benchmarks" / "inference_ours.py", "predict",
@@ -153,16 +187,23 @@ def compare_runs(
         *([] if preset == "full" else ["--disable_tta"]),
     ]  # fmt: skip
 
-    def ours() -> Run:
-        return run_command(command, {**os.environ, "PYTHONPATH": str(ROOT)})
+    def ours(precision: str) -> Run:
+        own = [*command, *(["--precision", precision] if bench.device == "cpu" else [])]
+        return run_command(own, {**os.environ, "PYTHONPATH": str(ROOT)})
 
     def rival() -> Run:
         return run_command(rival_command, bench.rival_environment(network.results))
 
-    pairs = in_pairs(ours, rival, bench.repeats)
-    for run in (*pairs[0], *pairs[1]):
-        if run.said["passes"] != passes:
-            raise SystemExit(f"error: {run.said['passes']} forward passes, expected {passes}")
+    own, theirs = precisions(), []
+    runs: dict[str, list[Run]] = {precision: [] for precision in own}
+    for repeat in range(bench.repeats):
+        sides = [*own, None] if repeat % 2 == 0 else [None, *own]
+        for side in sides:
+            run = ours(side) if side else rival()
+            (runs[side] if side else theirs).append(run)
+            print(f"  {side or 'rival'} {run}", flush=True)
+            if run.said["passes"] != passes:
+                raise SystemExit(f"error: {run.said['passes']} forward passes, expected {passes}")
     for name in cases.names:
         found, expected = (
             volume.read(folder / f"{name}.nii.gz").voxels for folder in (masks, rival_masks)
@@ -171,7 +212,7 @@ def compare_runs(
             f"  {name}: foreground {expected.mean():.1%}, labels differ in "
             f"{(found != expected).mean():.3%} of voxels", flush=True,
         )  # fmt: skip
-    return pairs
+    return runs, theirs
 
 
 def compare_restore(bench: Bench) -> list[Row]:
@@ -215,36 +256,47 @@ def compare_restore(bench: Bench) -> list[Row]:
 
 
 def measure_forward(bench: Bench) -> list[Row]:
-    """Measure the forward pass beside the product of two large matrices, turn by turn."""
+    """Measure the forward pass in each precision beside a product of two large matrices in it."""
     del bench
     planned = plans.load(COMPACT)
     configuration = planned.configuration("3d_fullres")
     cost = inference_data.gflop(configuration, 1, planned.scores)
     spec = NetworkSpec(configuration.architecture, 1, planned.scores, configuration.tile, "logits")
-    chosen = choose_engine("cpu")
     random = np.random.default_rng(0)
-    network = chosen.load(spec, draw_state(spec, random))
+    state = draw_state(spec, random)
     tile = random.normal(size=(1, *configuration.tile)).astype(np.float32)
     square = [random.normal(size=(MATRIX, MATRIX)).astype(np.float32) for _ in range(2)]
-    product = openvino_product(square[1])
-    ways: dict[str, tuple[Callable[[], object], float]] = {
-        "forward": (lambda: list(network([tile])), cost),
-        "product by OpenVINO": (lambda: product(square[0]), 2 * MATRIX**3 / 1e9),
-        "product by numpy": (lambda: square[0] @ square[1], 2 * MATRIX**3 / 1e9),
-    }
-    rates = np.zeros((len(ways), 20))
-    for turn in range(rates.shape[1]):
-        for way, (call, gflop) in enumerate(ways.values()):
-            began = time.perf_counter()
-            call()
-            rates[way, turn] = gflop / (time.perf_counter() - began)
-    rates = rates[:, 3:]  # the first calls warm up
-    for name, values in zip(ways, rates, strict=True):
-        print(f"  {name}: {np.median(values):.0f} GFLOP/s", flush=True)
-    best = rates[1:][np.median(rates[1:], 1).argmax()]
-    share = float(np.median(rates[0] / best))  # turn by turn: the machine may be shared
-    return [Row("forward, share of a matrix product's rate", share, None, "", None, 0.85,
-                share >= 0.85)]  # fmt: skip
+    rows = []
+    for precision in precisions():
+        network = choose_engine("cpu", precision).load(spec, state)
+        product = openvino_product(square[1], precision)
+        ways: dict[str, tuple[Callable[[], object], float]] = {
+            "forward": (functools.partial(_drain, network, tile), cost),
+            "product by OpenVINO": (functools.partial(product, square[0]), 2 * MATRIX**3 / 1e9),
+        }
+        if precision == FLOAT32:
+            ways["product by numpy"] = (lambda: square[0] @ square[1], 2 * MATRIX**3 / 1e9)
+        rates = np.zeros((len(ways), 20))
+        for turn in range(rates.shape[1]):
+            for way, (call, gflop) in enumerate(ways.values()):
+                began = time.perf_counter()
+                call()
+                rates[way, turn] = gflop / (time.perf_counter() - began)
+        rates = rates[:, 3:]  # the first calls warm up
+        for name, values in zip(ways, rates, strict=True):
+            print(f"  {precision} {name}: {np.median(values):.0f} GFLOP/s", flush=True)
+        best = rates[1:][np.median(rates[1:], 1).argmax()]
+        share = float(np.median(rates[0] / best))  # turn by turn: the machine may be shared
+        bar = FORWARD_BARS[precision]
+        name = f"forward in {precision}, share of a matrix product's rate"
+        rows.append(Row(name, share, None, "", None, bar, share >= bar))
+    return rows
+
+
+def _drain(network: Any, tile: np.ndarray) -> None:
+    """Run one tile through the network."""
+    for _ in network([tile]):
+        pass
 
 
 def draw_state(spec: NetworkSpec, random: np.random.Generator) -> dict[str, Any]:
@@ -258,15 +310,41 @@ def draw_state(spec: NetworkSpec, random: np.random.Generator) -> dict[str, Any]
     }
 
 
-def openvino_product(right: np.ndarray) -> Callable[[np.ndarray], object]:
-    """Make the product with a matrix, by the library and with the settings that run the network."""
+def openvino_product(right: np.ndarray, precision: str) -> Callable[[np.ndarray], object]:
+    """Make the product with a matrix, by the library and with the settings that run the network.
+
+    In bfloat16 the left matrix is rounded on its way in, as a tile's features are.
+    """
     openvino: Any = openvino_graph.import_openvino()
     op = openvino.opset13
     left = op.parameter(list(right.shape), np.float32)
-    model = openvino.Model([op.matmul(left, op.constant(right), False, False)], [left], "product")
+    factors = [left, op.constant(right)]
+    if precision != FLOAT32:
+        factors = [op.convert(factor, "bf16") for factor in factors]
+    product = op.convert(op.matmul(*factors, False, False), "f32")
+    model = openvino.Model([product], [left], "product")
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": machine.cpu_threads()}
-    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    request = openvino_engine._core().compile_model(model, "CPU", settings).create_infer_request()
     return lambda value: request.infer([value], share_inputs=True, share_outputs=True)
+
+
+def measure_scans(bench: Bench) -> list[Row]:
+    """Time twenty scans in a folder beside one alone, by the default weights."""
+    scan = ROOT / "test" / "sample" / "input" / "ge_intraparenchymal.mha"
+
+    def segmenting(count: int) -> Callable[[], Run]:
+        given, out = bench.folder / f"scans-{count}", bench.folder / f"masks-{count}"
+        given.mkdir()
+        for number in range(count):
+            shutil.copy(scan, given / f"scan_{number:02d}.mha")
+        command = [sys.executable, ROOT / "benchmarks" / "inference_ours.py", "predict",
+                   "--input", given, "--output", out, "--preset", "balanced"]  # fmt: skip
+        return lambda: run_command(command, {**os.environ, "PYTHONPATH": str(ROOT)})
+
+    many, one = in_pairs(segmenting(SCANS), segmenting(1), max(bench.repeats, 3))
+    many_s, one_s = _medians(many, one)
+    print(f"  {SCANS} scans {many_s:.1f} s, one {one_s:.2f} s", flush=True)
+    return [at_most(f"{SCANS} scans, seconds each / one alone", many_s / SCANS / one_s, "", 0.6)]
 
 
 def measure_start(bench: Bench) -> list[Row]:
@@ -291,6 +369,7 @@ ROWS: dict[str, Callable[[Bench], list[Row]]] = {
     "folder": compare_folder,
     "restore": compare_restore,
     "forward": measure_forward,
+    "scans": measure_scans,
     "start": measure_start,
 }
 

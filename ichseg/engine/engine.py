@@ -59,7 +59,7 @@ class Engine:
         precision: What its convolutions are computed in: ``float32``, ``bfloat16`` or ``float16``.
         device_bytes: Gives the bytes of a GPU's memory that this process can have in all, what its
             tensors take among them; None for the CPU.
-        batch_of: Gives how many tiles go through a network at once.
+        batch_of: Gives how many tiles go through a network at once, as a batch or side by side.
         guard: A context around all that touches the device. A GPU whose memory is full is a
             ``DeviceFullError`` at its end, one that is lost a ``DeviceError``, since CUDA tells of
             it at whichever call comes next.

@@ -43,7 +43,7 @@ class Networks:
         if member.file not in self._alive:
             if not keep:
                 self._alive.clear()
-            spec = self.spec_of(configuration)
+            spec = spec_of(self.model, configuration)
             state = bundle.load_state(self.folder, member)
             try:
                 self._alive[member.file] = self.engine.load(spec, state)
@@ -54,13 +54,13 @@ class Networks:
                 ) from error
         return self._alive[member.file]
 
-    def spec_of(self, configuration: Configuration) -> NetworkSpec:
-        """What the engine has to know of a configuration's networks."""
-        plans = self.model.plans
-        return NetworkSpec(
-            architecture=configuration.architecture,
-            input_channels=plans.input_channels(configuration),
-            scores=plans.scores,
-            tile=configuration.tile,
-            average=self.model.average,
-        )
+
+def spec_of(model: Model, configuration: Configuration) -> NetworkSpec:
+    """What an engine has to know of a configuration's networks."""
+    return NetworkSpec(
+        architecture=configuration.architecture,
+        input_channels=model.plans.input_channels(configuration),
+        scores=model.plans.scores,
+        tile=configuration.tile,
+        average=model.average,
+    )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,18 @@ import numpy as np
 from ichseg.engine.arrays import FloatArray
 from ichseg.engine.engine import Engine, Network, NetworkSpec
 from ichseg.engine.openvino_graph import build, import_openvino
+from ichseg.model.architecture import Architecture
 from ichseg.wording import counted
 
-_STREAMS = 1  # tiles that are computed at the same time
+# What the activations of all tiles may take that are computed at the same time.
+STREAMS_BYTES = 128 * 2**20
 
 
 def engine(threads: int, precision: str = "auto") -> Engine:
     """The engine, with so many threads.
 
     Args:
-        threads: Threads of one tile.
+        threads: Threads of all tiles that are computed at the same time.
         precision: Of convolutions: ``float32``, ``bfloat16``, or ``auto`` for the faster of the two
             on this processor, which OpenVINO is asked for.
 
@@ -41,8 +44,23 @@ def engine(threads: int, precision: str = "auto") -> Engine:
         keep=lambda data: data,
         precision=precision,
         device_bytes=lambda: None,
-        batch_of=lambda _: 1,
+        batch_of=lambda spec: streams(threads, spec.architecture, spec.tile),
     )
+
+
+def tile_bytes(architecture: Architecture, tile: Sequence[int]) -> int:
+    """Bytes of one tile's activations, measured for U-Nets with 8 to 32 first features."""
+    return 4 * (3 * architecture.features[0] + 5) * math.prod(tile)
+
+
+def streams(threads: int, architecture: Architecture, tile: Sequence[int]) -> int:
+    """How many tiles are computed at the same time, each by an equal share of the threads.
+
+    Threads that share a small tile wait for each other at each of its layers: a thread a tile is
+    faster (docs/decisions/0009). The gain is small for large tiles, and the memory is not.
+    """
+    most = min(threads, max(1, STREAMS_BYTES // tile_bytes(architecture, tile)))
+    return max(count for count in range(1, most + 1) if threads % count == 0)
 
 
 @functools.cache
@@ -71,17 +89,19 @@ def _load(
     """Compile one fold's network for tiles of its static shape; nothing is cached.
 
     While the scores of a tile are read, the next tiles are computed. A batch of tiles is no faster,
-    and less of it fits the processor's caches.
+    and less of it fits the processor's caches. Scores come in the order of the tiles, and how many
+    are under way changes none of their bytes.
     """
+    at_once = streams(threads, spec.architecture, spec.tile)
     settings = {
         "INFERENCE_PRECISION_HINT": "f32",  # of all that the graph does not say
         "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": _STREAMS,
+        "NUM_STREAMS": at_once,
         "INFERENCE_NUM_THREADS": threads,
         "ENABLE_CPU_PINNING": False,  # the cores may be shared with others
     }
     compiled = core.compile_model(build(spec, state, precision), "CPU", settings)
-    requests = [compiled.create_infer_request() for _ in range(_STREAMS + 1)]
+    requests = [compiled.create_infer_request() for _ in range(at_once + 1)]
     two_dimensional = spec.architecture.dimensions == 2
 
     def network(tiles: Iterable[FloatArray]) -> Generator[FloatArray]:

@@ -22,7 +22,7 @@ from ichseg.engine import machine
 from ichseg.engine.arrays import FloatArray, Grid, on_host
 from ichseg.engine.choose import choose_engine
 from ichseg.engine.engine import Engine
-from ichseg.engine.networks import Networks
+from ichseg.engine.networks import Networks, spec_of
 from ichseg.errors import DeviceFullError, InputError
 from ichseg.model import bundle
 from ichseg.model.bundle import Model
@@ -309,7 +309,10 @@ class Ensemble:
             return False
         needed = sum(
             memory.resting_bytes(
-                kind, part.configuration, bundle.weights_bytes(self.folder, member)
+                kind,
+                part.configuration,
+                bundle.weights_bytes(self.folder, member),
+                memory.at_once(self.engine, self.model, part.configuration),
             )
             for part in plan.parts
             for member in part.passes.members
@@ -346,9 +349,7 @@ class Ensemble:
         record = ran_record(self.model, plan.preset, plan.parts, ran)
         record["engine"] = self.engine.name
         record["tiles_at_once"] = {
-            part.configuration.name: self.engine.batch_of(
-                self._networks.spec_of(part.configuration)
-            )
+            part.configuration.name: self.engine.batch_of(spec_of(self.model, part.configuration))
             for part in plan.parts
         }
         if on_host:

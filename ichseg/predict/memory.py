@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ichseg.engine import machine
+from ichseg.engine import machine, openvino_engine
 from ichseg.engine.engine import Engine, tiles_at_once
+from ichseg.engine.networks import spec_of
 from ichseg.errors import InputError
 from ichseg.model import bundle
 from ichseg.model.bundle import Model
@@ -69,6 +70,7 @@ class Part:
         sums: How many volumes of scores are held at once: one, or two where several networks or
             passes add up.
         networks: How many networks run.
+        at_once: How many tiles go through a network at once, on the CPU.
     """
 
     configuration: Configuration
@@ -76,6 +78,7 @@ class Part:
     weights: int
     sums: int
     networks: int
+    at_once: int = 1
 
 
 def estimate(
@@ -113,10 +116,10 @@ def estimate(
         own = joined + (_FLOAT * channels * padded if padded != grid else 0)
         summed = _FLOAT * plans.scores * padded
         at_once = own + part.sums * summed + (part.networks * padded if part.networks > 1 else 0)
-        host, on_device = network_bytes(kind, configuration, part.weights)
+        host, on_device = network_bytes(kind, configuration, part.weights, part.at_once)
         largest = max(largest, host)
         together += max(host - _RUNTIME, 0) * part.networks
-        resting += resting_bytes(kind, configuration, part.weights) * part.networks
+        resting += resting_bytes(kind, configuration, part.weights, part.at_once) * part.networks
         if on_gpu:
             device = max(device, scores + _FLOAT * channels * grid + at_once + on_device)
             running = max(running, joined)
@@ -141,26 +144,28 @@ def estimate(
     )
 
 
-def resting_bytes(kind: str, configuration: Configuration, weights: int) -> int:
+def resting_bytes(kind: str, configuration: Configuration, weights: int, at_once: int) -> int:
     """Bytes that a loaded network takes while another one runs; on a GPU those of its memory."""
-    return weights if kind == "cuda" else network_bytes(kind, configuration, weights)[0]
+    return weights if kind == "cuda" else network_bytes(kind, configuration, weights, at_once)[0]
 
 
-def network_bytes(kind: str, configuration: Configuration, weights: int) -> tuple[int, int]:
+def network_bytes(
+    kind: str, configuration: Configuration, weights: int, at_once: int
+) -> tuple[int, int]:
     """Bytes on the host and on the GPU of one network with its activations.
 
     Measured for U-Nets with 8 to 32 first features, of two and three dimensions; on CUDA not, and
     there for one tile, since a batch takes what is free.
     """
-    channel = _FLOAT * math.prod(configuration.tile)
-    first = configuration.architecture.features[0]
+    architecture, tile = configuration.architecture, configuration.tile
     if kind == "openvino":
         loading = 3.05 * weights + _RUNTIME
-        return int(max(loading, 2.05 * weights + _RUNTIME + (3 * first + 5) * channel)), 0
-    activations = (8 * first + 10) * channel
+        tiles = at_once * openvino_engine.tile_bytes(architecture, tile)
+        return int(max(loading, 2.05 * weights + _RUNTIME + tiles)), 0
+    activations = (8 * architecture.features[0] + 10) * _FLOAT * math.prod(tile)
     if kind == "cuda":
         return 2 * weights, int(1.5 * weights + activations + _WORKSPACE)
-    batch = tiles_at_once(configuration.tile)
+    batch = tiles_at_once(tile)
     return weights + 70 * _MB + activations * batch, 0
 
 
@@ -199,6 +204,7 @@ def of_scan(
                 weights=bundle.weights_bytes(folder, members[0]),
                 sums=2 if (singly and len(mirrors) > 1) or len(members) > 1 else 1,
                 networks=len(members),
+                at_once=at_once(engine, model, part.configuration),
             )
         )
     wanted = functools.partial(
@@ -214,6 +220,11 @@ def of_scan(
     if free is None or need.device <= free:
         return need, False
     return wanted(on_host=True), True
+
+
+def at_once(engine: Engine, model: Model, configuration: Configuration) -> int:
+    """Tiles that go through a network at once on the CPU; a GPU's batch takes what is free."""
+    return 1 if engine.kind == "cuda" else engine.batch_of(spec_of(model, configuration))
 
 
 def _with_networks(estimate: Callable[..., Need], engine: Engine) -> Need:

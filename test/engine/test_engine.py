@@ -182,11 +182,29 @@ def test_the_same_tile_gives_the_same_bytes():
 def test_tiles_under_way_at_the_same_time_keep_their_order_and_bytes(streams, monkeypatch):
     spec = SPECS["plain 3d"]
     tiles = tiles_of(spec, 7)
+    monkeypatch.setattr(openvino_engine, "streams", lambda *_: 1)
     expected = scored(openvino_engine.engine(3).load(spec, state_of(spec)), tiles)
-    monkeypatch.setattr(openvino_engine, "_STREAMS", streams)
+    monkeypatch.setattr(openvino_engine, "streams", lambda *_: streams)
     network = openvino_engine.engine(3).load(spec, state_of(spec))
     np.testing.assert_array_equal(scored(network, tiles), expected)
     assert list(network(iter([]))) == []
+
+
+@pytest.mark.parametrize(
+    ("threads", "tile", "expected"),
+    [
+        (2, (16, 96, 96), 2),  # 29 float32 maps of 147 456 voxels, 16.3 MiB: 7 fit
+        (1, (16, 96, 96), 1),
+        (16, (16, 96, 96), 4),  # 5, 6 or 7 would leave threads without a tile
+        (7, (16, 96, 96), 7),
+        (16, (16, 192, 192), 1),  # 65 MiB each
+        (4, (16, 160, 160), 2),  # 45 MiB each
+        (3, (16, 160, 160), 1),
+    ],
+)
+def test_small_tiles_are_computed_side_by_side(threads, tile, expected):
+    architecture = dataclasses.replace(SPECS["plain 3d"].architecture, features=(8, 16))
+    assert openvino_engine.streams(threads, architecture, tile) == expected
 
 
 def test_a_network_that_is_left_in_mid_way_can_be_used_again():

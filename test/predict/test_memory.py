@@ -1,5 +1,6 @@
 """What a case needs, against sums by hand and a peak that is measured."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -109,6 +110,13 @@ def test_all_networks_stay_where_that_leaves_half_of_the_memory(tmp_path, monkey
     assert found.keeps_networks == kept
     assert (found.network == every.network) == kept
     assert found.network < every.network or kept
+
+
+def test_tiles_side_by_side_are_counted():
+    """Of 4x16x16 voxels, with 4 first features: 17 float32 maps of 1024 voxels a tile."""
+    grid = dataclasses.replace(part((100, 128, 256)), weights=0)
+    one, four = (needed(dataclasses.replace(grid, at_once=n)).network for n in (1, 4))
+    assert four - one == 3 * 17 * 4096
 
 
 def test_probabilities_that_are_kept_are_counted():
