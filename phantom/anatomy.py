@@ -12,6 +12,10 @@ from scipy import ndimage
 Array = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
+_SOFT_HU = (-20, 90)  # brain, fluid and blood; a voxel over it holds bone
+_REACH_MM = 6.0  # from where thresholds on a blurred grid end, 4 mm off bone, to the inner table
+_GAP_MM = 3.0
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -23,6 +27,8 @@ class Anatomy:
         fluid: Fraction of cerebrospinal fluid in the voxel, 0 to 1.
         ventricles: Fraction of ventricle in the voxel, 0 to 1.
         middle_mm: Signed distance to the midsagittal plane, positive to the left.
+        fine_inside: The same as ``inside`` on the grid of the real scan that it was found in; None
+            for a phantom's.
     """
 
     spacing_mm: tuple[float, float, float]
@@ -30,6 +36,7 @@ class Anatomy:
     fluid: Array
     ventricles: Array
     middle_mm: Array
+    fine_inside: Mask | None = None
 
     def depth_mm(self) -> Array:
         """Distance to the inner table in mm, 0 outside."""
@@ -58,12 +65,13 @@ def estimate_anatomy(hu: Array, spacing_mm: tuple[float, float, float]) -> Anato
     shape = (hu.shape[0] * parts, -(-hu.shape[1] // step), -(-hu.shape[2] // step))
     grid_mm = tuple(s * n / m for s, n, m in zip(spacing_mm, hu.shape, shape, strict=True))
     smooth = ndimage.gaussian_filter(hu, (0, step / 2.2, step / 2.2))
-    small = enlarge(smooth[:, step // 2 :: step, step // 2 :: step], shape)
-    peak = enlarge(
-        ndimage.maximum_filter(hu, (1, step, step))[:, step // 2 :: step, step // 2 :: step], shape
-    )
+    small = enlarge(smooth, shape)
+    peak = enlarge(ndimage.maximum_filter(hu, (1, step, step)), shape)
     soft = (small > -15) & (small < 100) & (peak < 250)
-    inside = _find_inside(small, soft, grid_mm)
+    skull = _filled(small > 180)
+    rough = _find_inside(small, soft, skull & (small <= 180), grid_mm)
+    fine_inside = _to_inner_table(hu, rough, skull, spacing_mm)
+    inside = enlarge(fine_inside, shape) > 0.5
     fluid = np.where(inside, np.clip((22 - small) / 14, 0, 1), 0).astype(np.float32)
     ventricles = _find_ventricles(fluid, inside, grid_mm)
     x = np.arange(shape[2]) * grid_mm[2]
@@ -75,11 +83,12 @@ def estimate_anatomy(hu: Array, spacing_mm: tuple[float, float, float]) -> Anato
         fluid=fluid,
         ventricles=ventricles.astype(np.float32),
         middle_mm=np.broadcast_to((x - middle).astype(np.float32), shape),
+        fine_inside=fine_inside,
     )
 
 
-def _find_inside(small: Array, soft: Mask, grid_mm: tuple[float, ...]) -> Mask:
-    """The largest soft part that bone encloses, grown back to the inner table.
+def _find_inside(small: Array, soft: Mask, enclosed: Mask, grid_mm: tuple[float, ...]) -> Mask:
+    """The largest soft part that bone encloses; it ends some millimetres before the inner table.
 
     Raises:
         ValueError: Nothing of the size of a brain lies within bone.
@@ -88,7 +97,6 @@ def _find_inside(small: Array, soft: Mask, grid_mm: tuple[float, ...]) -> Mask:
     labels, count = ndimage.label(core)
     if count == 0:
         raise ValueError("no brain found within bone")
-    enclosed = _enclosed(small > 180)
     sizes = np.bincount(labels[enclosed], minlength=count + 1)
     sizes[0] = 0
     largest = int(np.argmax(sizes))
@@ -97,6 +105,31 @@ def _find_inside(small: Array, soft: Mask, grid_mm: tuple[float, ...]) -> Mask:
     inside = ndimage.binary_dilation(labels == largest, iterations=2) & (small < 110) & enclosed
     inside = ndimage.binary_closing(inside, iterations=2)
     return inside & (small < 130)
+
+
+def _to_inner_table(
+    hu: Array, rough: Mask, skull: Mask, spacing_mm: tuple[float, float, float]
+) -> Mask:
+    """The inside on the scan's own grid, grown slice by slice to the voxels that hold bone.
+
+    It goes no further than ``_REACH_MM`` and not beyond the skull's outline, and into no gap that
+    is narrower than ``_GAP_MM``, such as a fracture or a foramen.
+
+    Args:
+        hu: The scan.
+        rough: What is surely inside, on a coarse grid of the same box.
+        skull: The skull and all that it surrounds, on that grid.
+        spacing_mm: The scan's voxel size.
+    """
+    plane = ndimage.generate_binary_structure(3, 1) & np.array([0, 1, 0], bool)[:, None, None]
+    begin = enlarge(rough, hu.shape) > 0.5  # type: ignore[arg-type]
+    free = (hu > _SOFT_HU[0]) & (hu < _SOFT_HU[1]) & (enlarge(skull, hu.shape) > 0.5)  # type: ignore[arg-type]
+    steps = max(round(_REACH_MM / spacing_mm[1]), 1)
+    grown = ndimage.binary_dilation(begin, plane, iterations=steps, mask=free | begin)
+    gap = max(round(_GAP_MM / 2 / spacing_mm[1]), 1)
+    inside = begin | ndimage.binary_opening(grown, plane, iterations=gap)
+    closed: Mask = ndimage.binary_closing(inside, plane, iterations=gap)
+    return inside | (closed & free)
 
 
 def _find_ventricles(fluid: Array, inside: Mask, grid_mm: tuple[float, ...]) -> Mask:
@@ -112,17 +145,17 @@ def _find_ventricles(fluid: Array, inside: Mask, grid_mm: tuple[float, ...]) -> 
     return ventricles
 
 
-def _enclosed(bone: Mask) -> Mask:
-    """Slice by slice, what bone surrounds (gaps of the skull base closed), without the bone."""
+def _filled(bone: Mask) -> Mask:
+    """Slice by slice, bone and what it surrounds (gaps of the skull base closed)."""
     filled = np.empty_like(bone)
     for index, plane in enumerate(bone):
         closed = ndimage.binary_closing(np.pad(plane, 6), iterations=5)[6:-6, 6:-6]
         filled[index] = ndimage.binary_fill_holes(closed)
-    return filled & ~bone
+    return filled
 
 
-def enlarge(coarse: Array, shape: tuple[int, int, int]) -> Array:
-    """Linear interpolation onto a finer grid of the same box: voxel edges coincide, not centres."""
+def enlarge(coarse: npt.NDArray[np.generic], shape: tuple[int, int, int]) -> Array:
+    """Linear interpolation onto another grid of the same box: voxel edges coincide, not centres."""
     tensor = torch.from_numpy(np.ascontiguousarray(coarse, dtype=np.float32))[None, None]
     return torch.nn.functional.interpolate(tensor, shape, mode="trilinear", align_corners=False)[
         0, 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import csv
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from scipy import ndimage
 from ichseg.errors import DatasetError, InputError
 from ichseg.scan.volume import Volume, read
 from ichseg.wording import times
-from phantom.anatomy import enlarge, estimate_anatomy
+from phantom.anatomy import Anatomy, Array, enlarge, estimate_anatomy
 from phantom.bleeds import cannot_be_blood, draw_bleed, label, oedema, rasterise
 
 IGNORE = 2  # the label of voxels that nobody could tell, in a dataset of real scans
-_BONE_HU, _AIR_HU = 900.0, -1000.0
+_BONE_HU, _BRAIN_HU, _AIR_HU = 900.0, 34.0, -1000.0
+_LABEL_HU = 90  # what is whiter before a bleed is drawn holds bone, and is not labelled
 _WINDOW_TOP = (70, 130)  # where the upper end of a window lies whose bone saturates, in HU
 _SKULL_PIXELS = 300  # a saturated piece of a slice is skull from this on; less is a calcification
 
@@ -217,19 +219,42 @@ def insert_bleed(
     """
     hu = voxels.astype(np.float32)
     anatomy = estimate_anatomy(hu, spacing_mm)
+    inside = anatomy.fine_inside
+    assert inside is not None
     bleed = draw_bleed(anatomy, kind=kind, volume_ml=volume_ml, rng=rng)
+    bleed = dataclasses.replace(bleed, field=_beyond_the_edge(bleed.field, anatomy))
+    blood = enlarge(bleed.hu, hu.shape)
+    tissue = _soft_tissue(hu)
+    # a voxel that holds some bone keeps it: what is not bone of it becomes blood
+    added = (blood - tissue) * np.clip((_BONE_HU - hu) / (_BONE_HU - tissue), 0, 1)
+    room = inside & ~cannot_be_blood(hu + np.where(inside, added, 0), spacing_mm)
+
     parts = max(round(spacing_mm[0] / 1.25), 1)
     fine = (hu.shape[0] * parts, (hu.shape[1] + 1) // 2, (hu.shape[2] + 1) // 2)
     box_ml = float(np.prod(spacing_mm)) * hu.size / 1000
-    fraction = rasterise(bleed, fine, box_ml / float(np.prod(fine)))
+    fraction = rasterise(bleed, fine, box_ml / float(np.prod(fine)), room=enlarge(room, fine) > 0.5)
     fraction = enlarge(fraction.reshape(hu.shape[0], parts, *fine[1:]).mean(1), hu.shape)
-    blood = enlarge(bleed.hu, hu.shape)
-    blurred = ndimage.gaussian_filter(hu, (0, 1.6, 1.6))
-    tissue = np.where(
-        np.abs(hu - blurred) < 20, blurred, hu
-    )  # keeps bone's edges out of what is blended
-    inserted = hu - oedema(bleed, fraction, spacing_mm) * (tissue > 10)
-    inserted += fraction * (blood - tissue)
-    fraction = np.where(cannot_be_blood(inserted, spacing_mm), 0, fraction)
-    mask = label(fraction, float(np.prod(spacing_mm)) / 1000, volume_ml)
+    fraction = fraction * inside
+    inserted = hu - oedema(bleed, fraction, spacing_mm) * (tissue > 10) * inside
+    inserted += fraction * added
+    fraction = np.where(cannot_be_blood(inserted, spacing_mm) | (hu > _LABEL_HU), 0, fraction)
+    mask = label(fraction, float(np.prod(spacing_mm)) / 1000, volume_ml, least=0.5)
     return np.clip(np.round(inserted), -32768, 32767).astype(np.int16), mask
+
+
+def _beyond_the_edge(field: Array, anatomy: Anatomy) -> Array:
+    """The level set carried on outwards for two voxels, so that no gap is left along the skull."""
+    outside = ~anatomy.inside
+    far, nearest = ndimage.distance_transform_edt(outside, return_indices=True)
+    carried: Array = np.where(outside & (far < 3), field[tuple(nearest)], field)
+    return carried
+
+
+def _soft_tissue(hu: Array) -> Array:
+    """Smoothed HU of the brain and fluid around each voxel, without bone, fat and air."""
+    soft = ((hu > -20) & (hu < 75)).astype(np.float32)
+    sigma = (0, 1.6, 1.6)
+    weight = ndimage.gaussian_filter(soft, sigma)
+    total = ndimage.gaussian_filter(hu * soft, sigma)
+    tissue: Array = np.where(weight > 0.02, total / np.maximum(weight, 0.02), _BRAIN_HU)
+    return tissue

@@ -350,11 +350,20 @@ def cannot_be_blood(
     return (smooth > 105) | (smooth < 12)
 
 
-def label(fraction: Array, voxel_ml: float, volume_ml: float) -> npt.NDArray[np.uint8]:
-    """Voxels that hold most blood, half or more, cut so that their volume is the wanted one."""
+def label(
+    fraction: Array, voxel_ml: float, volume_ml: float, *, least: float = 0.25
+) -> npt.NDArray[np.uint8]:
+    """Voxels that hold most blood, cut so that their volume is the wanted one.
+
+    Args:
+        fraction: Of blood in each voxel.
+        voxel_ml: Volume of a voxel.
+        volume_ml: Wanted volume; less is labelled where no more voxels hold ``least``.
+        least: Voxels with a smaller fraction are not labelled.
+    """
     wanted = max(round(volume_ml / voxel_ml), 1)
-    candidates = fraction[fraction > 0.25]
+    candidates = fraction[fraction > least]
     if candidates.size <= wanted:
-        return (fraction > 0.25).astype(np.uint8)
+        return (fraction > least).astype(np.uint8)
     level = float(np.partition(candidates, candidates.size - wanted)[candidates.size - wanted])
     return (fraction >= min(level, 0.65)).astype(np.uint8)

@@ -1,6 +1,7 @@
 """A head made by hand, which bleeds can be drawn into."""
 
 import numpy as np
+from scipy import ndimage
 
 SPACING_MM = (5.0, 1.0, 1.0)
 
@@ -20,3 +21,9 @@ def hand_made_head():
     hu[(np.abs(x) > 4) & (np.hypot((np.abs(x) - 14) / 9, y / 32) < 1) & (np.abs(z) < 16)] = 5
     hu += rng.normal(0, 3, hu.shape)
     return np.round(hu).astype(np.int16)
+
+
+def blurred_head():
+    """The same with the blur of a scanner, by which voxels along the skull hold some bone."""
+    blurred = ndimage.gaussian_filter(hand_made_head().astype(float), (0, 0.6, 0.6))
+    return np.round(blurred + np.random.default_rng(1).normal(0, 3, blurred.shape)).astype(np.int16)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(SAMPLE.parents[1]))
 
 # ruff: noqa: E402  (run as a script, so the project is not on the path before)
 from ichseg.scan.volume import Volume, write
-from phantom.bleeds import insert_bleed
+from phantom.background import insert_bleed
 from phantom.cases import make_phantom
 from phantom.person import draw_head
 from phantom.scanner import draw_scan
