@@ -129,7 +129,7 @@ def find_patients(workspace: Path, table: Path | None, groups: Sequence[str]) ->
     """The real scans of a workspace as they were published, for the rows that are asked for."""
     ignore_label = dataset.load_dataset(workspace).ignore_label
     cases = out_of_fold(workspace)
-    real = [name for name in cases if not name.endswith(MADE)]
+    real = [name for name in cases if not MADE.search(name)]
     wanted = []
     for group in groups:
         if group == "trauma":

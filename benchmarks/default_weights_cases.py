@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Sequence
@@ -31,7 +32,7 @@ from training.data.workspace import groups_file
 from training.scoring.ignored import leave_out
 
 PATIENT, TRAUMA = "phesich_", "ctich_"
-MADE = ("_copy", "_bled")  # how the names of scans end that were made of a patient's own
+MADE = re.compile(r"_(copy|bled)\d*$")  # how scans are called that were made of a patient's own
 LEAST_BRAIN_MM3 = 200_000  # less is left where a slice's ring of bone is open
 
 
