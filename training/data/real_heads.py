@@ -300,7 +300,7 @@ def _write(path: Path, voxels: npt.NDArray[np.generic], scan: Labelled) -> None:
     image = sitk.GetImageFromArray(voxels)
     z, y, x = scan.spacing_mm
     image.SetSpacing((x, y, z))
-    sitk.WriteImage(image, str(path), useCompression=True)
+    sitk.WriteImage(image, str(path), useCompression=True, compressionLevel=1)
 
 
 def _halved(hu: Hu, labels: npt.NDArray[np.uint8]) -> tuple[Hu, npt.NDArray[np.uint8]]:
