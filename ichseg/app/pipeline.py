@@ -114,7 +114,8 @@ def run(job: Job, means: Means, options: Options) -> Sequence[CaseResult]:
     record = Record(options.output, job.cases, on_disk=not job.challenge)
     if options.resume:
         record.ended.update(_finished(tasks, options))
-        say(f"{len(record.ended)} of {counted(len(tasks), 'case')} are finished already")
+        verb = "is" if len(tasks) == 1 else "are"
+        say(f"{len(record.ended)} of {counted(len(tasks), 'case')} {verb} finished already")
     record.begin()
     refuse_cases(job, record)
 

@@ -245,9 +245,13 @@ def test_outlines_in_every_plane(viewer):
 
 
 def test_letters_on_all_four_sides(viewer):
-    """White letters on black, in the middle of each side of the stage."""
-    for side in sides(settled(viewer)):
+    """Grey letters on black, in the middle of each side of the stage, whole and off its edge."""
+    pixels = settled(viewer)
+    for side in sides(pixels):
         assert (side.min(axis=-1) > 120).any()
+    edge = np.ones(pixels.shape[:2], bool)
+    edge[5:-5, 5:-5] = False
+    assert not pixels[edge].any()
 
 
 def sides(pixels: np.ndarray) -> list[np.ndarray]:

@@ -195,7 +195,7 @@ def _bar(
     found: LesionCounts, y: Callable[[float], float], centre: float, width: float
 ) -> list[Markup]:
     """One size of lesions, with its counts below the bar."""
-    parts = [_below(centre, 217, found.size)]
+    parts = [_below(centre, 217, found.size.replace("..", " to "))]
     if found.sensitivity is None:
         return [*parts, _below(centre, 233, "none")]
     low, high = wilson(found.found, found.reference)
@@ -244,12 +244,12 @@ def _grid(
     """
     bottom = 250 if across or y(0) > 210 or not up else y(up[0])
     parts = [_line(left, y(value), _WIDTH - 10, y(value), "grid") for value in up]
-    parts += [_text(left - 4, y(value) + 4, _short(value), "end") for value in up]
+    parts += [_text(left - 8, y(value) + 4, _short(value), "end") for value in up]
     parts += [_line(x(value), 12, x(value), bottom, "grid") for value in across]
     return parts + [_below(x(value), bottom + 16, _short(value)) for value in across]
 
 
-def _left(up: Sequence[float], *, beside: float = 20) -> float:
+def _left(up: Sequence[float], *, beside: float = 24) -> float:
     """Where the frame begins, so that the numbers beside it are whole, and what stands beside them.
 
     Args:

@@ -82,7 +82,7 @@ def _of_evaluation(args: argparse.Namespace) -> Path:
     names = [case.name for case in evaluation.cases]
     images, predictions, references = (find_volumes(folder, names) for folder in folders)
     volumes = [CaseVolumes(n, images[n], predictions[n], references[n]) for n in names]
-    title = args.title or f"Evaluation of {args.predictions.name}"
+    title = args.title or f"Evaluation: {args.predictions.name}"
     context = Context(title, subtitle=f"{len(names)} cases")
     return draw.write(
         evaluation, volumes, args.out, context, is_ct=not args.not_ct, workers=args.workers

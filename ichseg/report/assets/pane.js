@@ -12,6 +12,7 @@
   const PLANES = [[0, 1, 2], [0, 2, 1], [1, 2, 0]];
   const LINE_PX = 2;
   const DASH_VOXELS = 4;
+  const LETTER_PX = 8; // between a letter and the edge of its picture
 
   async function makePane(element) {
     const [canvas, above] = element.querySelectorAll("canvas");
@@ -19,6 +20,7 @@
     const nv = new Niivue({
       backColor: [0, 0, 0, 1],
       crosshairColor: [1, 1, 1, 0.35],
+      crosshairWidthUnit: "percent", // of the scan's width, whatever the size of its voxels
       doubleTouchTimeout: 0, // two taps and a long one would set a window of NiiVue's choice
       longTouchTimeout: 2 ** 31 - 1,
       dragMode: DRAG_MODE.pan,
@@ -40,6 +42,12 @@
       const [R, G, B] = [0, 1, 2].map((part) => [0, ...colours.map((colour) => colour[part])]);
       nv.addColormap(name, { R, G, B, A: [0, 255, 255, 255], I: [0, 85, 170, 255] });
     }
+    const letters = nv.drawSliceOrientationText.bind(nv);
+    nv.drawSliceOrientationText = ([left, top, width, height], plane, beyond = [NaN, NaN]) => {
+      const inset = LETTER_PX * nv.uiData.dpr;
+      const inner = [left + inset, top + inset, width - 2 * inset, height - 2 * inset];
+      letters(inner, plane, beyond.map((room) => room - inset));
+    };
     const pane = { element, canvas, above, nv, masks: [], outlined: false, drawn: () => {} };
     const draw = nv.drawScene.bind(nv);
     nv.drawScene = () => {
@@ -88,7 +96,7 @@
       mask.image.opacity = mask.off || pane.outlined ? 0 : opacity;
     }
     nv.opts.multiplanarLayout = element.clientWidth > element.clientHeight ? 2 : 0; // grid, or what fits
-    nv.opts.crosshairWidth = view === "axial" ? 0 : 0.6;
+    nv.opts.crosshairWidth = view === "axial" ? 0 : 0.6; // much thinner, a line may fall between pixels
     nv.setSliceType(types[view]);
     nv.updateGLVolume();
   }
@@ -160,11 +168,13 @@
   function onScreen(nv, tile, index, across, up, sizes) {
     let [left, top, width, height] = tile.leftTopWidthHeight;
     if (width < 0) [left, width] = [left + width, -width]; // so are radiological ones told
-    const start = nv.screenXY2TextureFrac(left, top, index, false);
-    const end = nv.screenXY2TextureFrac(left + width, top + height, index, false);
+    // from two points well within: beside a tile, be it by rounding alone, NiiVue gives no place
+    const [firstX, firstY] = [left + width / 4, top + height / 4];
+    const start = nv.screenXY2TextureFrac(firstX, firstY, index, false);
+    const end = nv.screenXY2TextureFrac(firstX + width / 2, firstY + height / 2, index, false);
     const along = (axis, from, length) => (voxel) =>
       from + (voxel / sizes[axis] - start[axis]) / (end[axis] - start[axis]) * length;
-    return { rectangle: [left, top, width, height], x: along(across, left, width), y: along(up, top, height) };
+    return { rectangle: [left, top, width, height], x: along(across, firstX, width / 2), y: along(up, firstY, height / 2) };
   }
 
   // Brings another pane to the same place, zoom and turn.

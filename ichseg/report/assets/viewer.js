@@ -76,11 +76,12 @@
     if (!viewer.open) viewer.showModal();
     state.slug = slug;
     delete viewer.dataset.shown;
-    one("#viewer-name").textContent = card.dataset.name;
-    one("#viewer-facts").textContent = all(".figures div", card)
-      .map((figure) => `${one("dt", figure).textContent} ${one("dd", figure).textContent}`).join(" · ");
-    one("#under").textContent = "";
     const slugs = card.dataset.pair ? card.dataset.pair.split(" ") : [slug];
+    const cards = slugs.map((each) => list.cardOf(each));
+    one("#viewer-name").textContent = cards.map(({ dataset }) => dataset.name).join(", ");
+    one("#viewer-facts").textContent = cards.map(factsOf).join(" → ");
+    one("#viewer-facts").title = one("#viewer-facts").textContent; // where it is cut off
+    one("#under").textContent = "";
     listLesions(slugs[0]);
     say("Loading …");
     try {
@@ -92,7 +93,7 @@
         if (mine !== opening) return;
         await fill(panes[i], volumes, chosenWindow());
         if (mine !== opening) return;
-        one(".pane-name", panes[i].element).textContent = slugs.length > 1 ? list.cardOf(each).dataset.name : "";
+        one(".pane-name", panes[i].element).textContent = slugs.length > 1 ? cards[i].dataset.name : "";
       }
       state.first = Number(card.dataset.first);
       state.slices = Number(card.dataset.slices);
@@ -106,6 +107,9 @@
       if (mine === opening) say(`The viewer cannot show this case: ${error.message || error}`);
     }
   }
+
+  const factsOf = (card) => all(".figures div", card)
+    .map((figure) => `${one("dt", figure).textContent} ${one("dd", figure).textContent}`).join(" · ");
 
   function merged(card) {
     const [z, y, x] = card.dataset.merged.split(" ").map(Number);

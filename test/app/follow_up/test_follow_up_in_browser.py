@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from helpers.browser import Browser
+from scipy import ndimage
 
 from ichseg.app.follow_up import page
 from ichseg.app.follow_up.growth import Change, LesionChange
@@ -65,8 +66,12 @@ def panes(browser: Browser) -> list[np.ndarray]:
     pytest.fail("the canvas does not come to rest")
 
 
+def is_orange(pixels: np.ndarray) -> np.ndarray:
+    return (abs(pixels.astype(int) - ORANGE) < 30).all(axis=-1)
+
+
 def orange(pixels: np.ndarray) -> int:
-    return int((abs(pixels.astype(int) - ORANGE) < 30).all(axis=-1).sum())
+    return int(is_orange(pixels).sum())
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +99,10 @@ def test_both_scans_are_seen_side_by_side(viewer):
     assert 2 < orange(right) / orange(left) < 4  # outlines of 30 and of 10 voxels a side
     names = "Array.from(document.querySelectorAll('.pane-name'), name => name.textContent)"
     assert viewer.evaluate(names) == ["before", "after"]
+    assert text(viewer, "#viewer-name") == "before, after"
+    assert text(viewer, "#viewer-facts") == (
+        "Scan a.mha · Volume 6.00 mL → Scan b.mha · Volume 54.00 mL"
+    )
     assert viewer.errors == []
 
 
@@ -121,6 +130,23 @@ def test_a_lesion_is_gone_to_in_both(viewer):
     assert text(viewer, "#slice-number") == "Slice 6 of 9"
     assert all(orange(pixels) > 30 for pixels in panes(viewer))
     assert "6.00 → 54.00 mL" in text(viewer, "#lesion")
+
+
+@pytest.mark.parametrize("size", [(1026, 777), (963, 777)])
+def test_outlines_lie_on_what_they_outline_in_every_plane(followed, browser, size):
+    """In windows whose planes have corners that rounding puts beside them."""
+    open_pair(browser, followed, width=size[0], height=size[1])
+    browser.press("m")
+    outlined = [is_orange(pixels) for pixels in panes(browser)]
+    browser.press("o")
+    browser.evaluate(
+        "(range => { range.value = 1; range.dispatchEvent(new Event('input')); })"
+        "(document.querySelector('#opacity'))"
+    )
+    for line, filled in zip(outlined, map(is_orange, panes(browser)), strict=True):
+        assert ndimage.label(ndimage.binary_dilation(line, iterations=4))[1] == 3
+        away_px = ndimage.distance_transform_edt(~filled)  # between slices fillings fade
+        assert away_px[line].max() < 12
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1400, False), (390, True)])
