@@ -116,6 +116,9 @@ def probe(folder: Path, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
             write; both go when the block ends.
         files: Other files that nodes have to see.
 
+    Yields:
+        It; ``root`` in it may be set to the folder from which ``ichseg`` has to be imported.
+
     Raises:
         OutputError: The folder cannot be written.
     """
@@ -131,7 +134,7 @@ def probe(folder: Path, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
         folders = [str(path) for path in files if path.is_dir()]
         yield {
             "version": __version__, "place": name, "token": token, "sizes": sizes,
-            "folders": folders, "patience_s": _APPEAR_S,
+            "folders": folders, "patience_s": _APPEAR_S, "root": "",
         }  # fmt: skip
 
 
@@ -181,6 +184,8 @@ def look(expected: Mapping[str, Any]) -> tuple[str, float]:
         What differs, in words, or an empty string; and the time of its clock, as ``time.time``.
     """
     clock = time.time()
+    if expected["root"]:
+        sys.path.insert(0, expected["root"])
     try:
         from ichseg import __version__ as version
     except ImportError as error:

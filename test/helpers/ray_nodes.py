@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _RAY = str(Path(sys.executable).with_name("ray"))
-_PATIENCE_S = 180
+_PATIENCE_S = 300
 _LESS = (  # nothing of what only people look at
     "--disable-usage-stats", "--include-log-monitor=false", "--object-store-memory=80000000",
     "--num-gpus=0", "--block",
@@ -28,9 +28,7 @@ _CONFIG = (
 
 
 class Nodes:
-    """The nodes of a cluster, by name; the first is the head, all have their own folders.
-
-    With one folder for several, nodes that begin at the same time take each other's sockets.
+    """The nodes of a cluster, by name; the first is the head.
 
     Attributes:
         address: Where the cluster is.
@@ -40,37 +38,58 @@ class Nodes:
         self._folder, self._processes = folder, dict[str, subprocess.Popen[bytes]]()
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
-        self.address = f"127.0.0.1:{port}"
+            self.address = f"127.0.0.1:{found.getsockname()[1]}"
 
-    def add(self, name: str, cores: int = 1) -> None:
-        """Begin to start a node."""
+    def add(self, *names: str) -> None:
+        """Start nodes side by side, each several times if need be.
+
+        A node ends if its agents, Python processes, have not begun within fifteen seconds, as on a
+        busy machine.
+        """
+        until = time.monotonic() + _PATIENCE_S
+        places = {}
+        for name in names:
+            places[name] = self._folder / name
+            self._begin(name, places[name])
+        while places:
+            time.sleep(0.1)
+            for name, place in list(places.items()):
+                state = self._state_of(name, place)
+                if state == "up":
+                    del places[name]
+                elif time.monotonic() > until:
+                    raise TimeoutError(f"{name} has not been started: {self._said(place)}")
+                elif state == "dead":
+                    self.kill(name)
+                    places[name] = place.with_name(f"{place.name}-again")
+                    self._begin(name, places[name])
+
+    def _begin(self, name: str, place: Path) -> None:
         where = [f"--address={self.address}"]
         if not self._processes:
             port = self.address.rpartition(":")[2]
             where = ["--head", f"--port={port}", f"--system-config={_CONFIG}", "--no-monitor",
                      "--include-dashboard=false"]  # fmt: skip
-        place = self._folder / name
         place.mkdir()
-        with self._said(name).open("w") as said:
+        with place.with_suffix(".said").open("w") as said:
             self._processes[name] = subprocess.Popen(
-                [_RAY, "start", *where, *_LESS, f"--num-cpus={cores}", f"--temp-dir={place}"],
+                [_RAY, "start", *where, *_LESS, "--num-cpus=1", f"--temp-dir={place}"],
                 stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True,
                 env={
                     **os.environ,
                     "OMP_NUM_THREADS": "1",
-                    "RAY_raylet_start_wait_time_s": str(_PATIENCE_S),  # on a busy machine
+                    "RAY_raylet_start_wait_time_s": str(_PATIENCE_S),
+                    "RAY_agent_register_timeout_ms": str(1000 * _PATIENCE_S),
                 },
             )  # fmt: skip
 
-    def wait(self) -> None:
-        """Wait until all nodes have been started."""
-        until = time.monotonic() + _PATIENCE_S
-        for name, process in self._processes.items():
-            while "Ray runtime started" not in (said := self._said(name).read_text()):
-                if process.poll() is not None or time.monotonic() > until:
-                    raise TimeoutError(f"{name} has not been started: {said}")
-                time.sleep(0.1)
+    def _state_of(self, name: str, place: Path) -> str:
+        """``up``, ``dead``, or empty as long as it is neither."""
+        if "Ray runtime started" in self._said(place):
+            return "up"
+        logs = place.glob("session_*/logs/raylet*.out")
+        failed = any("Check failed" in log.read_text(errors="replace") for log in logs)
+        return "dead" if failed or self._processes[name].poll() is not None else ""
 
     def kill(self, name: str) -> None:
         """End all processes of a node at once, as when its power is cut."""
@@ -89,8 +108,9 @@ class Nodes:
         """The processes of a node."""
         return _session(self._processes[name].pid)
 
-    def _said(self, name: str) -> Path:
-        return self._folder / f"{name}.said"
+    @staticmethod
+    def _said(place: Path) -> str:
+        return place.with_suffix(".said").read_text()
 
 
 @contextlib.contextmanager
@@ -104,9 +124,8 @@ def started(count: int) -> Iterator[Nodes]:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), before)))
     try:
-        for number in range(count):
-            nodes.add(f"node{number}" if number else "head")
-        nodes.wait()
+        nodes.add("head")
+        nodes.add(*(f"node{number}" for number in range(1, count)))
         yield nodes
     finally:
         nodes.stop()

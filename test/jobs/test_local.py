@@ -16,10 +16,11 @@ import pytest
 from ichseg.errors import TrainingError
 from training import __main__ as program
 from training.data.workspace import job_log
-from training.jobs import board, command, local, queue
+from training.jobs import board, command, queue
 from training.jobs.board import Board
 from training.jobs.job import Job
-from training.jobs.local import ThisMachine
+from training.jobs.places import local
+from training.jobs.places.local import ThisMachine
 from training.jobs.signals import Signals
 
 NOTE = """

@@ -7,9 +7,10 @@ whether it is done, so the same command goes on wherever it was stopped.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ichseg.engine import gpus as gpu_list
@@ -18,10 +19,11 @@ from training.crossval import merge, selection
 from training.data.dataset import add_workspace_argument
 from training.fit import progress
 from training.fit.configuration import TRAINING_RECIPES, add_settings
-from training.jobs import board, done, graph, local, queue
+from training.jobs import board, done, graph, queue
 from training.jobs.choices import SELECTED, Choices, Scope, choices_from, find_scope
 from training.jobs.claim import claimed
 from training.jobs.graph import ONE_MACHINE, Machines
+from training.jobs.places import cluster, local
 from training.jobs.queue import Place, Watcher
 from training.jobs.signals import Signals, status_of
 from training.jobs.train import parse_folds
@@ -88,8 +90,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres, if planned [3d_fullres]",
     )
     parser.add_argument("--folds", type=parse_folds, metavar="K,K,...", help="which to train [all]")
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
         "--gpus", metavar="N,N,...", help="train folds side by side, one on each of these GPUs"
+    )
+    where.add_argument(
+        "--ray",
+        metavar="HOST:PORT|auto",
+        help="run the jobs on the nodes of a Ray cluster, which see the same files; auto is the "
+        "cluster of this machine (docs/cluster.md)",
     )
     parser.add_argument(
         "--out",
@@ -117,16 +126,43 @@ def main(args: argparse.Namespace) -> int:
         0 when all jobs are done; 130 after Ctrl-C and 75 after another signal, when the same
         command goes on from there.
     """
+    if args.ray is not None:
+        _make_absolute(args)
     choices = choices_from(args)
     # refuse now what would only be refused after hours
     progress.require_boards(choices.settings.over(choices.recipe or "msd2018"))
-    gpus = () if args.gpus is None else gpu_list.find(args.gpus)
     with (
         board.shown() as watcher,
-        local.ThisMachine(choices.workspace, gpus, watcher.begins, watcher.hear) as place,
+        _place(args, choices, watcher) as (place, machines),
         Signals(lambda _: place.stop(), local.SIGNALS) as signals,
     ):
-        run(choices, place, watcher, stopped=signals.came)
+        run(choices, place, watcher, machines, stopped=signals.came)
     if signals.name:
         _log.info("stopped by %s; the same command goes on from here", signals.name)
     return status_of(signals.name)
+
+
+@contextlib.contextmanager
+def _place(
+    args: argparse.Namespace, choices: Choices, watcher: board.Board
+) -> Iterator[tuple[Place, Machines]]:
+    """Where the jobs run: on this machine, or on a cluster."""
+    if args.ray is not None:
+        files = [path for path in (choices.dataset, choices.groups) if path is not None]
+        with cluster.joined(
+            args.ray, choices.workspace, files, watcher.begins, watcher.hear
+        ) as found:
+            yield found
+        return
+    gpus = () if args.gpus is None else gpu_list.find(args.gpus)
+    with local.ThisMachine(choices.workspace, gpus, watcher.begins, watcher.hear) as place:
+        yield place, ONE_MACHINE
+
+
+def _make_absolute(args: argparse.Namespace) -> None:
+    """Name all files so that they are the same from any folder of any node."""
+    for name in ("dataset", "workspace", "out", "groups"):
+        if (path := getattr(args, name)) is not None:
+            setattr(args, name, path.absolute())
+    if args.pretrained is not None:
+        args.pretrained = str(Path(args.pretrained).absolute())

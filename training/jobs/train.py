@@ -43,8 +43,9 @@ from training.fit.pretrained import Pretrained
 from training.fit.process_group import ALONE, ProcessGroup, joined
 from training.fit.schedule import ScheduleState
 from training.fit.step import determinism
-from training.jobs import board, graph, job_log, local, queue
+from training.jobs import board, graph, job_log, queue
 from training.jobs.claim import claimed
+from training.jobs.places import local
 from training.jobs.signals import Signals, status_of
 from training.store import chunks
 from training.store.preprocess import require_current
