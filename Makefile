@@ -14,7 +14,7 @@ BENCHMARKS := preprocessing inference evaluation large_volume
 # Folder of the rival's environment, made there if need be: make bench RIVAL_ENV=/opt/nnunetv2
 RIVAL_ENV  := benchmarks/.rival-env
 
-.PHONY: help demo test browser gpu lint types lowest fuzz image bench clean
+.PHONY: help demo test browser cluster gpu lint types lowest fuzz image bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -29,6 +29,10 @@ test: $(VENV)/.dev-installed ## pytest, all but what needs a GPU or a browser, o
 
 browser: $(VENV)/.dev-installed ## the report's pages in Chromium (apt-get install chromium)
 	$(PY) -m pytest -q -m browser
+
+cluster: $(VENV)/.dev-installed ## scans and trainings on real nodes of a Ray cluster of this machine
+	$(PIP) -r requirements-cluster.txt
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q test/app/test_ray.py test/jobs/test_cluster.py
 
 gpu: $(VENV)/.dev-installed ## what needs a GPU: its tests, then training and inference against plain torch
 	PYTHON=$(PY) benchmarks/gpu.sh --out benchmarks/.gpu
