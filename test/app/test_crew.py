@@ -1,8 +1,8 @@
 """Cases through several processes: masks and results as from one, whatever dies."""
 
 import contextlib
-import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 
@@ -14,6 +14,7 @@ from ichseg.app import console, pipeline
 from ichseg.app import main as program
 from ichseg.app.cases import find_cases
 from ichseg.app.crew import processes, spread
+from ichseg.app.crew.desk import Desk
 from ichseg.app.crew.worker import Setting
 from ichseg.app.one_case import Options
 from ichseg.app.results import FILE, JOURNAL
@@ -30,25 +31,13 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def by_crew(place, output, *, weights="weights", resume=False, then=lambda _: None):
-    """The results of a run by two processes on the CPU, by name.
-
-    ``then`` is called with what comes of each case, as it comes.
-    """
+def by_crew(place, output, *, weights="weights", resume=False):
+    """The results of a run by two processes on the CPU, by name."""
     job = find_cases(place / "in", place / output, input_slug="a", output_slug="b")
     options = Options(place / output, "fast", resume=resume, made_from=MADE_FROM)
     setting = Setting(place / weights, "torch-cpu", "float32", options)
     with processes.begun(setting, [{}, {}]) as begun:
-        means = spread.means(setting, *begun)
-
-        def segment(tasks, options, finish):
-            def noting(task, result):
-                finish(task, result)
-                then(result)
-
-            means.segment(tasks, options, noting)
-
-        pipeline.run(job, dataclasses.replace(means, segment=segment), options)
+        pipeline.run(job, spread.means(setting, *begun), options)
     return {
         entry["inputs"][0]["filename"]: entry
         for entry in json.loads((place / output / FILE).read_text())
@@ -83,15 +72,21 @@ def test_several_processes_make_what_one_makes(place, capsys):
     assert said.count(" -> ") == 5  # what each case's worker said of it
 
 
-def test_a_killed_process_costs_no_case_and_another_takes_its_place(place, capsys):
-    killed = []
+def test_killed_processes_cost_no_case_and_others_take_their_places(place, capsys, monkeypatch):
+    take, killed = Desk.take, []
 
-    def kill(_):
-        if not killed:
-            killed.extend(processes.multiprocessing.active_children())
-            os.kill(killed[0].pid, signal.SIGKILL)
+    def take_and_die(desk, worker):
+        """The first case is handed out, and nobody lives to do it."""
+        task = take(desk, worker)
+        if task is not None and not killed:
+            killed.extend(multiprocessing.active_children())
+            for process in killed:
+                os.kill(process.pid, signal.SIGKILL)
+        return task
 
-    found = by_crew(place, "crew", then=kill)
+    monkeypatch.setattr(Desk, "take", take_and_die)
+    found = by_crew(place, "crew")
+    assert len(killed) == 2
     assert len(found) == 6
     assert sorted(name for name, entry in found.items() if entry["error_messages"]) == ["bad.mha"]
     assert len(masks(place / "crew")) == 5
