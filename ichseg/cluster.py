@@ -141,6 +141,8 @@ def probe(folder: Path, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
 def require_alike(ray: Any, found: Sequence[Node], expected: Mapping[str, Any]) -> None:
     """Ask each node whether it sees the same files, has the same ``ichseg`` and the same time.
 
+    A node that is lost while it is asked is no node that differs.
+
     Args:
         ray: From ``joined``.
         found: The nodes.
@@ -156,7 +158,7 @@ def require_alike(ray: Any, found: Sequence[Node], expected: Mapping[str, Any]) 
         ask.options(scheduling_strategy=on_node(node.id, soft=False)).remote(expected): node
         for node in found
     }
-    wrong, left = [], list(asked)
+    wrong, left = dict[Node, str](), list(asked)
     until = time.monotonic() + _ANSWER_S
     while left and time.monotonic() < until:
         answered, left = ray.wait(left, timeout=1.0)
@@ -168,10 +170,12 @@ def require_alike(ray: Any, found: Sequence[Node], expected: Mapping[str, Any]) 
             if not began - _MOST_APART_S < clock < time.time() + _MOST_APART_S:
                 reason = reason or f"its clock is {_apart(clock - began)} this machine's"
             if reason:
-                wrong.append(f"{asked[each].name}: {reason}")
-    wrong += [f"{asked[each].name}: no answer within {_ANSWER_S:.0f} s" for each in left]
-    if wrong:
-        raise DeviceError(f"--ray: {len(wrong)} of {len(found)} nodes differ: {'; '.join(wrong)}")
+                wrong[asked[each]] = reason
+    wrong |= {asked[each]: f"no answer within {_ANSWER_S:.0f} s" for each in left}
+    alive = {node.id for node in nodes(ray)} if wrong else set()
+    differ = [f"{node.name}: {reason}" for node, reason in wrong.items() if node.id in alive]
+    if differ:
+        raise DeviceError(f"--ray: {len(differ)} of {len(found)} nodes differ: {'; '.join(differ)}")
 
 
 def look(expected: Mapping[str, Any]) -> tuple[str, float]:

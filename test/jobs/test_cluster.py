@@ -17,7 +17,7 @@ from training.jobs.graph import Machines
 from training.jobs.job import Need
 from training.jobs.places.cluster import machines_of, room_for
 
-EPOCHS = 60
+EPOCHS = 300
 HALVES = ["case_0", "case_1"], ["case_2", "case_3", "case_4"]
 
 
