@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +82,14 @@ def make_bundle(folder: Path, *, folds: int = 2, plans: Plans = PLANS) -> Model:
     )
     bundle.save_model(folder, model)
     return model
+
+
+@pytest.fixture(scope="module")
+def one_core() -> Iterator[None]:
+    """No worker processes: they would take longer to begin than the work of a tiny task takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda _: {0})
+        yield
 
 
 @pytest.fixture

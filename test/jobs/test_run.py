@@ -26,13 +26,7 @@ from training.jobs.claim import claimed
 from training.planning import planner
 from training.planning.overrides import overrides_from
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_core():
-    """No worker processes: they would take longer to begin than the work takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "sched_getaffinity", lambda _: {0})
-        yield
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.fixture(scope="module")

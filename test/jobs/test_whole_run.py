@@ -19,13 +19,7 @@ from training.bundle import rounding
 from training.crossval import merge, selection
 from training.scoring import summary
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_core():
-    """No worker processes: they would take longer to begin than the work takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "sched_getaffinity", lambda _: {0})
-        yield
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.fixture(scope="module")

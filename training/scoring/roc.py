@@ -42,8 +42,8 @@ class RocPoint:
 
     Attributes:
         threshold: The threshold; None for the curve's first point, above all scores.
-        false_positive_rate: Of the scans without a bleed.
-        sensitivity: Of the scans with one.
+        false_positive_rate: The share of the scans without a bleed that score so much.
+        sensitivity: The share of the scans with a bleed that score so much.
     """
 
     threshold: float | None

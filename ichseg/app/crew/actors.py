@@ -91,7 +91,7 @@ def begun(
 
     Args:
         setting: What the workers are made with.
-        address: Of the cluster, see ``cluster.joined``.
+        address: Where the cluster is, as ``cluster.joined`` takes it.
         cores: Cores of an actor; None leaves it to ``share_of``.
         files: What all nodes have to see, beside the output folder.
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,9 @@ from training.jobs import command
 from training.jobs.command import INTERRUPTED, Ending
 from training.jobs.graph import Machines
 from training.jobs.job import Job, Need
-from training.jobs.places.local import ROOT
+from training.jobs.places.local import ROOT, take_ended
 
 MOST_GOES = 5  # of a job whose nodes are lost
-_LOOK_AROUND_S = 0.5
 _BATCH_S = 0.1  # for lines that follow each other
 _LEAVE_S = 120.0  # for trainings to write their checkpoints
 _PAUSE_S = 2.0  # before a job is begun anew
@@ -160,8 +159,7 @@ class Cluster:
 
     def wait(self) -> list[tuple[Job, Ending]]:
         """Wait for jobs to end, but not for long."""
-        ended = wait(self._futures, _LOOK_AROUND_S, return_when=FIRST_COMPLETED).done
-        return [(self._futures.pop(future), future.result()) for future in ended]
+        return take_ended(self._futures)
 
     def stop(self) -> None:
         """Tell all jobs that run to end, and begin no other."""

@@ -76,8 +76,7 @@ class ThisMachine:
 
     def wait(self) -> list[tuple[Job, Ending]]:
         """Wait for jobs to end, but not for long."""
-        ended = wait(self._futures, _LOOK_AROUND_S, return_when=FIRST_COMPLETED).done
-        return [(self._futures.pop(future), future.result()) for future in ended]
+        return take_ended(self._futures)
 
     def stop(self) -> None:
         """Tell all jobs that run to end, and begin no other."""
@@ -107,3 +106,9 @@ class ThisMachine:
         finally:
             if on_gpu:
                 self._free.put(gpu)
+
+
+def take_ended(futures: dict[Future[Ending], Job]) -> list[tuple[Job, Ending]]:
+    """Wait a moment for jobs to end, and take those that have from ``futures``."""
+    ended = wait(futures, _LOOK_AROUND_S, return_when=FIRST_COMPLETED).done
+    return [(futures.pop(future), future.result()) for future in ended]
