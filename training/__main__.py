@@ -67,6 +67,11 @@ COMMANDS = {
         "train folds; the same command resumes them",
         "train 3d_fullres --workspace work --fold 0",
     ),
+    "hard-examples": (
+        "training.crossval.mining",
+        "list the lesions that a fold's network gets wrong in its own training cases",
+        "hard-examples 3d_fullres --workspace work --fold 0",
+    ),
     "cross-validate": (
         "training.crossval.merge",
         "score all training cases, each by the fold that had not seen it",

@@ -16,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ichseg.errors import DatasetError, TrainingError
+from training.batches import hard_examples
 from training.batches.augmentation import (
     NO_AUGMENTATION,
     AugmentationConfig,
     Warp,
     draw_warp,
 )
+from training.batches.hard_examples import HardExample
 from training.store.chunks import StoredCase, open_case
 
 Foreground = Mapping[int, npt.NDArray[np.integer]]
@@ -55,6 +57,8 @@ class BatchSpec:
             ``draw_lower``.
         lesion_fraction: Share of the patches on foreground that are centred on a lesion, each of
             the case as likely as another.
+        hard_fraction: Share of the other patches that are centred on an error of the network.
+        hard_examples: The table of these errors; None where there is no such share.
         regions: The labels that each region holds, of which one is drawn for a patch on foreground;
             empty where one of the labels is.
         previous_labels: Foreground classes of a cascade's first stage, which become channels.
@@ -74,6 +78,8 @@ class BatchSpec:
     fold: int
     centre_jitter: float = 0.0
     lesion_fraction: float = 0.0
+    hard_fraction: float = 0.0
+    hard_examples: Path | None = None
     regions: tuple[tuple[int, ...], ...] = ()
     previous_labels: int = 0
     share: tuple[int, int] = (0, 1)
@@ -184,11 +190,18 @@ def draw_lower(
 def _draw_sample(spec: BatchSpec, key: BatchKey, index: int, rng: np.random.Generator) -> Draw:
     names = spec.validation if key.validation else spec.train
     name = names[int(rng.integers(len(names)))]
+    on_foreground = is_oversampled(index, spec.batch, spec.foreground_fraction)
+    error = None
+    if spec.hard_fraction and not on_foreground and not key.validation:
+        error = _draw_error(spec, rng)
+    if error is not None:
+        name = error.case
     case = stored_case(spec.folder, name)
     z, y, x = case.target.shape
-    on_foreground = is_oversampled(index, spec.batch, spec.foreground_fraction)
     foreground: Foreground = case.foreground
-    if on_foreground and spec.lesion_fraction and rng.random() < spec.lesion_fraction:
+    if error is not None:
+        foreground = {1: np.array([error.voxel])}
+    elif on_foreground and spec.lesion_fraction and rng.random() < spec.lesion_fraction:
         foreground = _lesions_of(spec, case)
     elif spec.regions:
         foreground = _regions_of(spec.folder, name, spec.regions)
@@ -197,12 +210,20 @@ def _draw_sample(spec: BatchSpec, key: BatchKey, index: int, rng: np.random.Gene
         (z, y, x),
         foreground,
         spec.tile,
-        on_foreground=on_foreground,
+        on_foreground=on_foreground or error is not None,
         annotated=case.annotated,
         jitter=spec.centre_jitter,
     )
     warp = draw_warp(rng, spec.augmentation_of(key), spec.patch, in_plane=spec.in_plane)
     return Draw(name, lower, warp, rng)
+
+
+def _draw_error(spec: BatchSpec, rng: np.random.Generator) -> HardExample | None:
+    """An error of the network to centre a patch on, for the share of patches that get one."""
+    assert spec.hard_examples is not None
+    if rng.random() >= spec.hard_fraction or not hard_examples.read(spec.hard_examples):
+        return None
+    return hard_examples.draw(rng, spec.hard_examples)
 
 
 def _lesions_of(spec: BatchSpec, case: StoredCase) -> Foreground:

@@ -33,6 +33,7 @@ CONFIG_FILE = "config.json"
 LATEST_CHECKPOINT, BEST_CHECKPOINT = "checkpoint_latest.pt", "checkpoint_best.pt"
 PROGRESS_TABLE, PROGRESS_PICTURE, TRAIN_LOG = "progress.csv", "progress.png", "train.log"
 VALIDATION_FILE = "validation.json"
+HARD_EXAMPLES_TABLE = "hard_examples.csv"
 CLAIM_FILE = ".claim.json"  # who is at work in a folder
 
 _FOLD = "fold_"
@@ -127,6 +128,11 @@ def run_folders(workspace: Path, configuration: str) -> tuple[Path, ...]:
 def fold_of(run_folder: Path) -> str:
     """The fold that a run's folder belongs to."""
     return run_folder.name.removeprefix(_FOLD)
+
+
+def hard_examples_file(run_folder: Path) -> Path:
+    """Where a fold's network erred on its training cases, as ``hard-examples`` found."""
+    return run_folder / HARD_EXAMPLES_TABLE
 
 
 def masks_folder(run_folder: Path) -> Path:

@@ -76,6 +76,11 @@ class TrainingConfig:
         "share of those foreground patches that are centred on a lesion, each lesion of the case "
         "as likely as another, however small; 0 goes by voxels alone",
     )
+    hard_fraction: float = _new_option(
+        0.0,
+        "share of the other patches that are centred on a lesion that the fold's network got "
+        "wrong, as `hard-examples` listed them",
+    )
     top_k_fraction: float = _new_option(
         1.0,
         "top-k loss: the cross-entropy is averaged over this share of the voxels, those where it "
@@ -137,7 +142,7 @@ class TrainingConfig:
             )
         if not 0 <= self.foreground_fraction <= 1:
             raise ValueError(f"foreground_fraction is {self.foreground_fraction}, expected 0 to 1")
-        for name in ("centre_jitter", "lesion_fraction"):
+        for name in ("centre_jitter", "lesion_fraction", "hard_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
         if not 0 < self.top_k_fraction <= 1:

@@ -15,7 +15,13 @@ from ichseg.model.plans import Configuration, Plans
 from training.batches.sampling import BatchSpec
 from training.data import dataset, splits
 from training.data.splits import Split
-from training.data.workspace import ALL_FOLD, plans_file, preprocessed_folder, run_folder
+from training.data.workspace import (
+    ALL_FOLD,
+    hard_examples_file,
+    plans_file,
+    preprocessed_folder,
+    run_folder,
+)
 from training.fit.configuration import TrainingConfig
 from training.fit.process_group import ALONE, ProcessGroup
 
@@ -118,6 +124,7 @@ def open_run(
         if not fold.isdecimal() or int(fold) >= len(folds):
             raise TrainingError(f"fold {fold!r}, expected 0 to {len(folds) - 1}, or {ALL_FOLD}")
         number, split = int(fold), folds[int(fold)]
+    folder = run_folder(workspace, configuration, fold)
     spec = BatchSpec(
         folder=preprocessed_folder(workspace, configuration),
         train=split.train,
@@ -132,12 +139,14 @@ def open_run(
         fold=number,
         centre_jitter=config.centre_jitter,
         lesion_fraction=config.lesion_fraction,
+        hard_fraction=config.hard_fraction,
+        hard_examples=hard_examples_file(folder) if config.hard_fraction else None,
         regions=planned.region_labels,
         previous_labels=0 if chosen.previous_stage is None else len(planned.labels) - 1,
         share=(group.rank, group.count),
     )
     return FoldRun(
-        folder=run_folder(workspace, configuration, fold),
+        folder=folder,
         fold=fold,
         plans=planned,
         configuration=chosen,

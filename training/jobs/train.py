@@ -18,6 +18,7 @@ from ichseg.engine import gpus as gpu_list
 from ichseg.engine import torch_device
 from ichseg.errors import DeviceFullError, IchsegError, TrainingError
 from ichseg.model import plans
+from training.batches import hard_examples
 from training.bundle.pretrained import read_pretrained, require_unseen
 from training.crossval import cascade_labels
 from training.crossval.validate import is_validated, validate
@@ -150,6 +151,8 @@ def open_fold(
     require_current(workspace, dataset.load_dataset(workspace), run.plans, configuration, needed)
     sources = {name: chunks.load_meta(run.spec.folder, name).source for name in needed}
     run = dataclasses.replace(run, sources=sources)
+    if run.spec.hard_examples is not None:
+        hard_examples.require(run.spec.hard_examples, run.spec.train)
     if not restart:
         require_sources(run)
     if run.configuration.previous_stage is not None:
