@@ -7,12 +7,14 @@ Needs requirements-cluster.txt and two idle cores; its nodes are real (test/help
 speed     24 copies of a sample scan with the default weights, two single-threaded workers
           against one
 overhead  time a case of tiny scans with one worker, against one process without Ray
-many      10,000 tiny scans: memory of the driver, and time a case at the end and at the beginning
+many      10,000 tiny scans: memory of the driver, and time a case at the end and at the beginning;
+          processor time of the driver and of Ray's head a case
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -21,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.rows import Row, at_most, faster, report
+from benchmarks.rows import Row, at_most, faster, informs, report
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "test"))
@@ -40,10 +42,12 @@ class Done:
     Attributes:
         at_s: When the program said so.
         driver_mb: What the program's first process held then.
+        driver_cpu_s: Processor time that it had taken.
     """
 
     at_s: float
     driver_mb: float
+    driver_cpu_s: float
 
 
 def follow(process) -> tuple[float, list[Done]]:
@@ -58,7 +62,7 @@ def follow(process) -> tuple[float, list[Done]]:
         if ", preset " in line and not began_s:
             began_s = time.monotonic()
         if " -> " in line:
-            done.append(Done(time.monotonic(), _resident_mb(process.pid)))
+            done.append(Done(time.monotonic(), _resident_mb(process.pid), _cpu_s(process.pid)))
     if process.wait() != 0 or not done:
         raise SystemExit("".join(["error: the run failed\n", *said[-20:]]))
     return began_s, done
@@ -103,13 +107,23 @@ def many(place: Path, quick: bool) -> list[Row]:
     part = 100 if quick else 1000
     _make_tiny(place, 3 * part if quick else 10 * part)
     with ray_nodes.started(2) as nodes:
+        ray_head = _named(nodes.processes("head"), "gcs_server")
+        before_s = _cpu_s(ray_head)
         _, done = follow(segment(place, "out", "--ray", nodes.address, "--ray-cpus", "1"))
+        head_s = _cpu_s(ray_head) - before_s
+    count = len(done)
     growth = max(case.driver_mb for case in done) - done[WARM_UP].driver_mb
     first = done[part].at_s - done[WARM_UP].at_s
     last = done[-1].at_s - done[-1 - part + WARM_UP].at_s
+    driver_s = done[-1].driver_cpu_s - done[WARM_UP].driver_cpu_s
+    file_bytes = (place / "out" / "results.json").stat().st_size
     return [
-        at_most(f"growth of the driver over {len(done)} scans", growth, "MB", 100),
+        at_most(f"growth of the driver over {count} scans", growth, "MB", 100),
         at_most(f"last {part} scans against the first", last / first, "times", 1.1),
+        informs("time a case", 1000 * (done[-1].at_s - done[0].at_s) / (count - 1), "ms"),
+        informs("driver's processor time a case", 1000 * driver_s / (count - WARM_UP - 1), "ms"),
+        informs("head's processor time a case", 1000 * head_s / count, "ms"),
+        informs("results.json, of each case", file_bytes / count, "bytes"),
     ]
 
 
@@ -143,6 +157,17 @@ def _resident_mb(pid: int) -> float:
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024 / 1e6
     return 0.0
+
+
+def _cpu_s(pid: int) -> float:
+    """Processor time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _named(pids: Sequence[int], name: str) -> int:
+    """The one of these processes that has this name."""
+    return next(pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().strip() == name)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from ichseg.app.crew.worker import MOST_STARTS
 from ichseg.cluster import Node
 from ichseg.errors import DeviceError
 
+SCANS = 200
+
 
 def node(cores, gpus=0):
     return Node("id", "name", cores, gpus, 0)
@@ -188,23 +190,38 @@ def until(run, word):
     return said
 
 
-def test_a_node_that_is_killed_costs_no_case(nodes, tmp_path):
-    make_scans(tmp_path, 30, (6, 24, 24))
-    (tmp_path / "in" / "bad.mha").unlink()
-    alone = segment(tmp_path, "alone")
-    assert alone.wait() == 0, alone.stdout.read()
-    run = segment(tmp_path, "ray", "--ray", nodes.address, "--ray-cpus", "1")
-    said = until(run, "worker 3 has loaded")
-    assert "3 workers on 3 nodes, 1 core each" in said
-    said += until(run, " -> ")
-    nodes.kill("node2")
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """Scans, and in ``alone`` what a run without Ray makes of them."""
+    folder = tmp_path_factory.mktemp("archive")
+    make_scans(folder, SCANS, (6, 24, 24))
+    (folder / "in" / "bad.mha").unlink()
+    alone = segment(folder, "alone")
+    said = alone.communicate(timeout=300)[0]
+    assert alone.returncode == 0, said
+    assert len(masks(folder / "alone")) == SCANS
+    return folder
+
+
+@pytest.mark.parametrize(("killed", "damaged"), [("node2", None), ("node1", "100.mha")])
+def test_a_node_that_is_killed_costs_no_case(nodes, archive, killed, damaged):
+    expected, ended = masks(archive / "alone"), outcomes(archive / "alone")
+    if damaged:
+        (archive / "in" / damaged).write_bytes(b"damaged")
+        del expected[damaged]
+        ended = [(name, name == damaged) for name, _ in ended]
+    run = segment(archive, killed, "--ray", nodes.address, "--ray-cpus", "1")
+    count = len(nodes)
+    said = until(run, f"{count} workers on {count} nodes, 1 core each")
+    said += "".join(until(run, " has loaded the networks") for _ in range(count))
+    said += "".join(until(run, " -> ") for _ in range(SCANS // 4))
+    nodes.kill(killed)
     said += run.communicate(timeout=300)[0]
-    assert run.returncode == 0, said
+    assert run.returncode == (1 if damaged else 0), said
     assert " died (its process or its node is gone)" in said
-    assert len(masks(tmp_path / "alone")) == 30
-    assert masks(tmp_path / "ray") == masks(tmp_path / "alone")
-    assert outcomes(tmp_path / "ray") == outcomes(tmp_path / "alone")
-    assert sorted(p.name for p in (tmp_path / "ray").iterdir() if p.suffix != ".mha") == [
+    assert masks(archive / killed) == expected
+    assert outcomes(archive / killed) == ended
+    assert sorted(p.name for p in (archive / killed).iterdir() if p.suffix != ".mha") == [
         "results.json"
     ]
 

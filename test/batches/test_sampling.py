@@ -238,7 +238,7 @@ def test_oversampled_samples_are_counted_over_all_processes(spec):
 @pytest.mark.parametrize(
     ("share", "message"),
     [
-        ((0, 3), "a batch of 4 over 3 processes, expected a multiple of 3"),
+        ((0, 5), "a batch of 4 over 5 processes, expected at most 4"),
         ((2, 2), "share 2 of 2 processes, expected 0 to 1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Two processes with half of each batch take the steps that one takes with the whole."""
+"""Two processes with a part of each batch take the steps that one takes with the whole."""
 
 import dataclasses
 import json
@@ -99,11 +99,14 @@ def torchrun(*words, status=0):
     return done.stderr
 
 
-@pytest.fixture
-def larger(fresh):
-    """A workspace whose batch of 4 has 1 oversampled one, in the second process' half."""
+@pytest.fixture(params=[4])
+def larger(fresh, request):
+    """A workspace whose batch of 4 has 1 oversampled one, in the second process' half.
+
+    Of a batch of 3 the second process has 2, one of them oversampled.
+    """
     (fresh / "plans.json").unlink()
-    (fresh / "plans.json").write_text(strict_json.dumps(planned(batch=4)))
+    (fresh / "plans.json").write_text(strict_json.dumps(planned(batch=request.param)))
     return fresh
 
 
@@ -113,6 +116,7 @@ ON_A_GPU = [
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("larger", [4, 3], indirect=True)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
 def test_two_processes_equal_one(larger, tmp_path, device):
     alone = {variant: five_steps(larger, *variant, ALONE, device) for variant in VARIANTS}
@@ -214,7 +218,7 @@ def test_sums_by_nccl_wait_for_the_gradients(tmp_path, monkeypatch):
 
 
 def test_refuses_a_batch_that_cannot_be_shared(fresh):
-    with pytest.raises(TrainingError, match="batch of 2 over 3 processes, expected a multiple"):
+    with pytest.raises(TrainingError, match="batch of 2 over 3 processes, expected at most 2"):
         open_run(fresh, "3d_fullres", "0", QUICK, ProcessGroup(0, 3))
 
 

@@ -40,6 +40,9 @@ class Nodes:
             found.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{found.getsockname()[1]}"
 
+    def __len__(self) -> int:
+        return len(self._processes)
+
     def add(self, *names: str) -> None:
         """Start nodes side by side, each several times if need be.
 

@@ -1,24 +1,33 @@
 """A run of trainings over real nodes of a Ray cluster: what is made, whatever dies."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import re
+import shlex
 import signal
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from helpers import ray_nodes
-from helpers.cluster_runs import made, train
+from helpers.cluster_runs import made, start, train
+from helpers.datasets import write_msd
 from helpers.tiny_runs import write_tiny_task
 
 from ichseg.cluster import Node
 from ichseg.errors import DeviceError
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
+from training.data.workspace import LATEST_CHECKPOINT, preprocessed_folder
 from training.jobs.graph import Machines
 from training.jobs.job import Need
 from training.jobs.places.cluster import machines_of, room_for
 
 EPOCHS = 300
-HALVES = ["case_0", "case_1"], ["case_2", "case_3", "case_4"]
 
 
 def node(cores, gpus=0, memory=0):
@@ -37,6 +46,9 @@ def test_each_node_has_a_share_of_the_cases():
         (Need(1, 9, 99), Need(1, 4, 50)),  # the node with a GPU has no more
         (Need(0, 9, 99), Need(0, 9, 70)),
         (Need(0, 99, 99), Need(0, 16, 70)),
+        (Need(1, 2, 10, 5), Need(1, 2, 10, 1)),  # as many processes as there are GPUs
+        (Need(0, 4, 10, 9), Need(0, 4, 10, 5)),  # four and one, by their cores
+        (Need(0, 1, 20, 9), Need(0, 1, 20, 5)),  # three and two, by their memory
     ],
 )
 def test_a_job_asks_for_no_more_than_a_node_has(need, room):
@@ -58,21 +70,45 @@ def nodes():
 
 
 @pytest.fixture
-def begin(tmp_path):
+def begin():
     """Begins a run of two folds in a workspace."""
-    dataset = write_tiny_task(tmp_path / "Task01_Tiny")
-    folds = [
-        {"train": HALVES[1 - fold], "validation": validation}
-        for fold, validation in enumerate(HALVES)
-    ]
 
-    def begin(workspace, *more):
+    def begin(dataset, workspace, *more):
+        names = sorted(p.name.removesuffix(".nii.gz") for p in (dataset / "imagesTr").iterdir())
+        halves = names[:2], names[2:]
+        folds = [
+            {"train": halves[1 - fold], "validation": validation}
+            for fold, validation in enumerate(halves)
+        ]
         workspace.mkdir(exist_ok=True)
         splits = {"schema_version": 1, "folds": folds}
         (workspace / "splits.json").write_text(json.dumps(splits))
         return train(dataset, workspace, "--epochs", str(EPOCHS), *more)
 
     return begin
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A dataset of five cases."""
+    return write_tiny_task(tmp_path / "Task01_Tiny")
+
+
+@pytest.fixture
+def larger(tmp_path):
+    """A dataset of 18 cases, each of which takes some tenths of a second to preprocess."""
+    folder = tmp_path / "Task02_Larger"
+    names = [f"case_{number:02d}" for number in range(18)]
+    write_msd(folder, names)
+    rng = np.random.default_rng(7)
+    for name in names:
+        reference = np.zeros((30, 150, 150), np.uint8)
+        reference[5:20, 40:90, 50:100] = 1
+        voxels = (rng.normal(35, 3, reference.shape) + 35 * reference).astype(np.int16)
+        image = Volume(voxels, (4.0, 0.8, 0.8))
+        volume.write(image, folder / "imagesTr" / f"{name}.nii.gz")
+        volume.write(image.with_voxels(reference), folder / "labelsTr" / f"{name}.nii.gz")
+    return folder
 
 
 def until(run, word):
@@ -86,22 +122,72 @@ def until(run, word):
             return said
 
 
+def commands(nodes, name):
+    """The jobs that a node has begun, each as its words."""
+    found = []
+    for pid in nodes.processes(name):
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                for child in path.read_text().split():
+                    words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+                    if "training" in words:
+                        found.append(words[words.index("training") + 1 :])
+    return found
+
+
 def node_that_trains(nodes, names):
     """Which of the nodes has begun a training."""
-    for name in names:
-        for pid in nodes.processes(name):
-            children = Path(f"/proc/{pid}/task").glob("*/children")
-            for child in (each for path in children for each in path.read_text().split()):
-                if b"\0train\0" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    return name
-    raise AssertionError("no node trains")
+    return next(name for name in names if any(c[0] == "train" for c in commands(nodes, name)))
 
 
-def test_what_is_made_is_what_one_machine_makes(nodes, begin, tmp_path):
+def node_in_mid_share(nodes, names, workspace):
+    """Wait until a node has stored some of the cases of its share, but not all of them.
+
+    Returns:
+        Its name, and its share such as ``2/3``.
+    """
+    until_s = time.monotonic() + 120
+    while time.monotonic() < until_s:
+        for name in names:
+            for words in commands(nodes, name):
+                if words[0] == "preprocess":
+                    share = words[words.index("--share") + 1]
+                    number, count = map(int, share.split("/"))
+                    store = preprocessed_folder(workspace, "3d_fullres")
+                    there = [(store / f"case_{n:02d}.json").exists() for n in range(18)]
+                    if 0 < sum(there[number - 1 :: count]) < 18 // count - 1:
+                        return name, share
+        time.sleep(0.02)
+    raise AssertionError("no node was seen in the middle of its share")
+
+
+def test_a_node_that_is_killed_while_it_preprocesses_costs_no_case(nodes, begin, larger, tmp_path):
+    workspace = tmp_path / "ray"
+    run = begin(larger, workspace, "--ray", nodes.address)
+    said = until(run, "== preprocess 3d_fullres 3 of 3:")
+    name, share = node_in_mid_share(nodes, ("node1", "node2"), workspace)
+    nodes.kill(name)
+    job = f"preprocess 3d_fullres {share.replace('/', ' of ')}"
+    said += until(run, f"{job}: its process or its node is gone; the job is begun anew")
+    said += until(run, "train 3d_fullres 0: epoch ")
+    assert re.search(rf"{job}: [1-4] of 6 cases are finished already", said), said
+    os.kill(run.pid, signal.SIGTERM)
+    run.communicate(timeout=600)
+
+    alone = begin(larger, tmp_path / "alone")
+    until(alone, "epoch 1/")
+    os.kill(alone.pid, signal.SIGTERM)
+    alone.communicate(timeout=600)
+    found = made(workspace)
+    assert sum(path.endswith(".data.b2nd") for path in found) == 18
+    assert found == made(tmp_path / "alone")
+
+
+def test_what_is_made_is_what_one_machine_makes(nodes, begin, tiny, tmp_path):
     """Stopped in mid-training, then its driver killed, then a node."""
     workspace = tmp_path / "ray"
 
-    run = begin(workspace, "--ray", nodes.address)
+    run = begin(tiny, workspace, "--ray", nodes.address)
     said = until(run, "train 3d_fullres 0: epoch 2/")
     assert "preprocess 3d_fullres 3 of 3" in said
     os.kill(run.pid, signal.SIGTERM)
@@ -110,12 +196,12 @@ def test_what_is_made_is_what_one_machine_makes(nodes, begin, tmp_path):
     assert said.splitlines()[-1] == "stopped by SIGTERM; the same command goes on from here"
     assert "SIGTERM: ending after this step with a checkpoint" in said
 
-    run = begin(workspace, "--ray", nodes.address)
+    run = begin(tiny, workspace, "--ray", nodes.address)
     until(run, "train 3d_fullres 0: epoch ")
     run.kill()
     run.communicate(timeout=600)
 
-    run = begin(workspace, "--ray", nodes.address)
+    run = begin(tiny, workspace, "--ray", nodes.address)
     said = until(run, "train 3d_fullres 0: epoch ") + until(run, "train 3d_fullres 1: epoch ")
     nodes.kill(node_that_trains(nodes, ("node1", "node2")))
     said += run.communicate(timeout=600)[0]
@@ -123,8 +209,39 @@ def test_what_is_made_is_what_one_machine_makes(nodes, begin, tmp_path):
     assert said.count("its process or its node is gone; the job is begun anew") == 1
     assert "epoch 1/" not in said  # from its checkpoint
 
-    alone = begin(tmp_path / "alone")
+    alone = begin(tiny, tmp_path / "alone")
     said = alone.communicate(timeout=600)[0]
     assert alone.returncode == 0, said
     assert {"plans.json", "selection.json"} < set(made(workspace))
     assert made(workspace) == made(tmp_path / "alone")
+
+
+def test_a_fold_on_several_nodes_is_what_torchrun_makes(nodes, begin, tiny, tmp_path):
+    """Two processes on two nodes, one of which is killed in mid-training."""
+    workspace = tmp_path / "ray"
+    line = ("--folds", "0", "--epochs", "60", "--ray", nodes.address, "--processes", "2")
+    run = begin(tiny, workspace, *line)
+    said = until(run, "== train 3d_fullres 0:")
+    words = shlex.split(run.stdout.readline())[1:]
+    said += until(run, "epoch 2/60")
+    assert ", 2 processes" in said
+    both = [n for n in ("head", "node1", "node2") if "train" in [c[0] for c in commands(nodes, n)]]
+    assert len(both) == 2
+    nodes.kill(both[1])
+    said += run.communicate(timeout=600)[0]
+    assert run.returncode == 0, said
+    assert said.count("its process or its node is gone; the job is begun anew") == 1
+    assert said.count("epoch 60/60") == 1
+
+    trained = workspace / "runs"
+    trained.rename(tmp_path / "by_ray")
+    torchrun = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words)
+    said = torchrun.communicate(timeout=600)[0]
+    assert torchrun.returncode == 0, said
+    fold = Path("3d_fullres", "fold_0", LATEST_CHECKPOINT)
+    found, expected = (
+        torch.load(folder / fold, weights_only=True)["network"]
+        for folder in (tmp_path / "by_ray", trained)
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

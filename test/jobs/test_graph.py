@@ -170,6 +170,19 @@ def test_a_training_takes_a_gpu_where_there_is_one(device, there, gpus):
     assert {needs[command].gpus for command in needs if command != "train"} == {0}
 
 
+def test_processes_that_train_together_have_a_sample_each():
+    """The batch is 2: of two processes each makes one, and a third would have none."""
+    chosen = scope(settings=GivenSettings({"device": "cpu", "workers": 0, "prefetch": 2}, {}))
+    one, two, three = (
+        next(j.need for j in graph.closing(chosen, Machines(processes=n)) if j.command == "train")
+        for n in (1, 2, 3)
+    )
+    assert (one.processes, two.processes) == (1, 2)
+    assert three == two
+    alone = 1_000_000_000  # of each process, whatever it makes
+    assert two.memory_bytes - alone == pytest.approx((one.memory_bytes - alone) / 2, abs=1)
+
+
 def test_memory_is_the_planners_estimate_turned_round():
     """A batch that the planner can just afford takes the memory that the planner plans for."""
     recipe = RECIPES["msd2018"]["plain"]

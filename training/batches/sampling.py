@@ -88,9 +88,9 @@ class BatchSpec:
         rank, world = self.share
         if not 0 <= rank < world:
             raise TrainingError(f"share {rank} of {world} processes, expected 0 to {world - 1}")
-        if self.batch % world:
+        if world > self.batch:
             raise TrainingError(
-                f"a batch of {self.batch} over {world} processes, expected a multiple of {world}"
+                f"a batch of {self.batch} over {world} processes, expected at most {self.batch}"
             )
 
     @property
@@ -105,10 +105,9 @@ class BatchSpec:
 
     @property
     def mine(self) -> slice:
-        """The samples of a batch that this process makes."""
+        """The samples of a batch that this process makes: one more than another at most."""
         rank, world = self.share
-        count = self.batch // world
-        return slice(rank * count, (rank + 1) * count)
+        return slice(rank * self.batch // world, (rank + 1) * self.batch // world)
 
 
 class Draw(NamedTuple):

@@ -33,11 +33,13 @@ class Machines:
         gpus: Whether there are GPUs to train on.
         shares: How many jobs share the cases of a dataset to preprocess.
         cores: Cores of each of these; 0 for all of the one machine.
+        processes: How many train a fold together, as far as the batch has a sample for each.
     """
 
     gpus: bool = False
     shares: int = 1
     cores: int = 0
+    processes: int = 1
 
 
 ONE_MACHINE = Machines()
@@ -196,7 +198,13 @@ def _need_of_training(
 ) -> Need:
     gpus = int(config.device == "cuda" or (config.device == "auto" and machines.gpus))
     voxels = math.prod(configuration.patch) * plans.input_channels(configuration)
-    batches = (config.workers + config.prefetch) * configuration.batch
+    processes = min(machines.processes, configuration.batch)
+    samples = math.ceil(configuration.batch / processes)
+    batches = (config.workers + config.prefetch) * samples
     memory = batches * voxels * _BYTES_PER_VOXEL + config.workers * _PROCESS_BYTES
-    memory += _GPU_PROCESS_BYTES if gpus else training_bytes(plans, configuration) + _PROCESS_BYTES
-    return Need(gpus, config.workers + max(1, config.threads), memory)
+    if gpus:
+        memory += _GPU_PROCESS_BYTES
+    else:
+        training = training_bytes(plans, configuration) * samples / configuration.batch
+        memory += round(training) + _PROCESS_BYTES
+    return Need(gpus, config.workers + max(1, config.threads), memory, processes)

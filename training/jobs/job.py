@@ -11,17 +11,19 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a job takes while it runs.
+    """What each process of a job takes while it runs.
 
     Attributes:
         gpus: GPUs that it has for itself.
         cores: CPU cores.
         memory_bytes: Memory of the machine, as estimated; 0 where that is not known.
+        processes: How many do the job together, perhaps on several machines.
     """
 
     gpus: int = 0
     cores: int = 1
     memory_bytes: int = 0
+    processes: int = 1
 
 
 ANY = Need()

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ichseg.engine import gpus as gpu_list
+from ichseg.errors import TrainingError
 from ichseg.model import plans
 from training.crossval import merge, selection
 from training.data.dataset import add_workspace_argument
@@ -101,6 +103,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "cluster of this machine (docs/cluster.md)",
     )
     parser.add_argument(
+        "--processes",
+        type=_parse_processes,
+        default=1,
+        metavar="N",
+        help="with --ray: train each fold with so many processes, a GPU or cores of a node each "
+        "[1]",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
@@ -128,6 +138,11 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.ray is not None:
         _make_absolute(args)
+    elif args.processes > 1:
+        raise TrainingError(
+            f"--processes {args.processes} goes with --ray; on one machine, "
+            f"`torchrun --nproc-per-node {args.processes} -m training train` trains a fold so"
+        )
     choices = choices_from(args)
     # refuse now what would only be refused after hours
     progress.require_boards(choices.settings.over(choices.recipe or "msd2018"))
@@ -149,14 +164,19 @@ def _place(
     """Where the jobs run: on this machine, or on a cluster."""
     if args.ray is not None:
         files = [path for path in (choices.dataset, choices.groups) if path is not None]
-        with cluster.joined(
-            args.ray, choices.workspace, files, watcher.begins, watcher.hear
-        ) as found:
-            yield found
+        told = watcher.begins, watcher.hear
+        with cluster.joined(args.ray, choices.workspace, files, *told) as (there, machines):
+            yield there, dataclasses.replace(machines, processes=args.processes)
         return
     gpus = () if args.gpus is None else gpu_list.find(args.gpus)
     with local.ThisMachine(choices.workspace, gpus, watcher.begins, watcher.hear) as place:
         yield place, ONE_MACHINE
+
+
+def _parse_processes(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number of at least 1")
+    return int(text)
 
 
 def _make_absolute(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import queue
+import socket
 import subprocess
 import sys
 import threading
@@ -91,6 +92,8 @@ def machines_of(nodes: Sequence[Node]) -> Machines:
 def room_for(need: Need, nodes: Sequence[Node]) -> Need:
     """What to ask Ray for: what a job needs, or as much of it as the largest node has.
 
+    Of several processes no more than the nodes hold at once, as they wait for each other.
+
     Raises:
         DeviceError: No node has a GPU for a job that needs one.
     """
@@ -100,11 +103,19 @@ def room_for(need: Need, nodes: Sequence[Node]) -> Need:
     cores = min(need.cores, max(node.cores for node in fitting))
     with_cores = [node for node in fitting if node.cores >= cores]
     memory = min(need.memory_bytes, max(node.memory_bytes for node in with_cores))
-    return Need(need.gpus, cores, memory)
+    room = sum(
+        min(
+            node.cores // cores,
+            node.gpus // need.gpus if need.gpus else node.cores,
+            node.memory_bytes // memory if memory else node.cores,
+        )
+        for node in with_cores
+    )
+    return Need(need.gpus, cores, memory, min(need.processes, max(1, room)))
 
 
 class Cluster:
-    """The nodes of a Ray cluster, with an actor a job."""
+    """The nodes of a Ray cluster, with an actor for each process of a job."""
 
     def __init__(
         self,
@@ -182,52 +193,112 @@ class Cluster:
                 need = room_for(job.need, cluster.nodes(self._ray))
             except DeviceError as error:
                 return Ending(1, str(error))
-            if need.memory_bytes < job.need.memory_bytes:
-                wanted, most = byte_size(job.need.memory_bytes), byte_size(need.memory_bytes)
-                self._hear(job, f"warning: takes {wanted} by estimate, and no node has over {most}")
+            self._say_what_lacks(job, need)
             with self._lock:
                 if self._stopped:
                     return Ending(INTERRUPTED, "was not begun" if not go else "was interrupted")
-                actor = self._ray.remote(
-                    num_cpus=need.cores,
-                    num_gpus=need.gpus,
-                    memory=need.memory_bytes or None,
-                    max_restarts=0,
-                    max_task_retries=0,
-                    max_concurrency=2,  # `stop` beside `hear`
-                )(_Runner).remote()
-                self._actors[actor] = False
+                group, actors = self._actors_for(need)
+                self._actors |= dict.fromkeys(actors, False)
             try:
-                lost = self._refusal(actor)
+                lost = self._refusal(actors)
                 if not lost:
-                    return self._follow(actor, job)
+                    return self._follow(actors, job)
             except self._ray.exceptions.RayError as error:
                 lost = cluster.reason_of(error)
             finally:
-                with self._lock:
-                    del self._actors[actor]
-                self._ray.kill(actor)
+                for actor in actors:
+                    with self._lock:
+                        del self._actors[actor]
+                    self._ray.kill(actor)
+                if group is not None:
+                    self._ray.util.remove_placement_group(group)
         return Ending(1, f"begun {MOST_GOES} times in vain, the last: {lost}")
 
-    def _refusal(self, actor: Any) -> str:
-        """Why an actor's node cannot do the job; empty if it can."""
-        return str(self._ray.get(actor.look.remote(cluster.look, self._expected)))
+    def _say_what_lacks(self, job: Job, need: Need) -> None:
+        if need.memory_bytes < job.need.memory_bytes:
+            wanted, most = byte_size(job.need.memory_bytes), byte_size(need.memory_bytes)
+            self._hear(job, f"warning: takes {wanted} by estimate, and no node has over {most}")
+        if need.processes < job.need.processes:
+            room = counted(need.processes, "process", "processes")
+            self._hear(job, f"{job.need.processes} processes wanted, there is room for {room}")
 
-    def _follow(self, actor: Any, job: Job) -> Ending:
-        """Begin a job and hear it until it has ended."""
-        log = str(job_log(self._workspace, job.name))
+    def _actors_for(self, need: Need) -> tuple[Any, list[Any]]:
+        """An actor for each process, none of which begins before there is room for all.
+
+        Returns:
+            What keeps the room for them, None for one process; and the actors.
+        """
+        each = {"CPU": need.cores, "GPU": need.gpus, "memory": need.memory_bytes}
+        runner = self._ray.remote(
+            num_cpus=need.cores,
+            num_gpus=need.gpus,
+            memory=need.memory_bytes or None,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=2,  # `stop` beside `hear`
+        )(_Runner)
+        if need.processes == 1:
+            return None, [runner.remote()]
+        group = self._ray.util.placement_group(
+            [{name: count for name, count in each.items() if count}] * need.processes
+        )
+        within = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
+        return group, [
+            runner.options(scheduling_strategy=within(group, number)).remote()
+            for number in range(need.processes)
+        ]
+
+    def _refusal(self, actors: Sequence[Any]) -> str:
+        """Why a node of these actors cannot do the job; empty if all can."""
+        look = [actor.look.remote(cluster.look, self._expected) for actor in actors]
+        return next(filter(None, map(str, self._ray.get(look))), "")
+
+    def _follow(self, actors: Sequence[Any], job: Job) -> Ending:
+        """Begin a job in each actor and hear them until all have ended.
+
+        Returns:
+            How the first of them ended that failed, if any did.
+        """
+        get = self._ray.get
+        meeting = get(actors[0].meeting.remote()) if len(actors) > 1 else None
+        begun = []
         with self._lock:
             if self._stopped:
                 return Ending(INTERRUPTED, "was not begun")
-            begun = actor.begin.remote((job.command, *job.words), ROOT, log)
-            self._actors[actor] = True
-        self._begins(job, self._ray.get(begun))
-        while True:
-            lines, ended = self._ray.get(actor.hear.remote())
-            for line in lines:
-                self._hear(job, line)
-            if ended is not None:
-                return Ending(*ended)
+            for rank, actor in enumerate(actors):
+                log = job_log(self._workspace, f"{job.name} process {rank}" if rank else job.name)
+                begun.append(
+                    actor.begin.remote(
+                        (job.command, *job.words),
+                        ROOT,
+                        str(log),
+                        {} if meeting is None else _as_torchrun(meeting, rank, len(actors)),
+                    )
+                )
+                self._actors[actor] = True
+        self._begins(job, ", ".join(get(begun)))
+        heard = {actor.hear.remote(): rank for rank, actor in enumerate(actors)}
+        endings = []
+        while heard:
+            for each in self._ray.wait(list(heard))[0]:
+                rank = heard.pop(each)
+                lines, ended = get(each)
+                for line in lines:
+                    self._hear(job, f"process {rank}: {line}" if rank else line)
+                if ended is None:
+                    heard[actors[rank].hear.remote()] = rank
+                else:
+                    endings.append(Ending(*ended))
+        return next((ending for ending in endings if ending.status), endings[0])
+
+
+def _as_torchrun(meeting: tuple[str, int], rank: int, count: int) -> dict[str, str]:
+    """The variables by which processes find each other; each has a GPU of its own, its first."""
+    host, port = meeting
+    return {
+        "MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(count),
+        "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+    }  # fmt: skip
 
 
 class _Runner:
@@ -239,7 +310,18 @@ class _Runner:
         """What differs on this node; empty if nothing does."""
         return look(expected)[0]
 
-    def begin(self, words: Sequence[str], root: str, log: str) -> str:
+    def meeting(self) -> tuple[str, int]:
+        """Where the processes of a job can meet: this node's address, and a port that is free."""
+        import ray
+
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as found:
+            found.bind((host, 0))
+            return host, found.getsockname()[1]
+
+    def begin(
+        self, words: Sequence[str], root: str, log: str, environment: Mapping[str, str]
+    ) -> str:
         """Begin the job's command, in a thread.
 
         Returns:
@@ -252,7 +334,7 @@ class _Runner:
 
         def run() -> None:  # the process ends with the thread that begins it
             try:
-                self._process = command.begin(words, root, {})
+                self._process = command.begin(words, root, environment)
                 begun.set()
                 ending = command.follow(self._process, log, self._lines.put)
                 self._ended = (ending.status, ending.reason)
