@@ -219,11 +219,11 @@ def test_what_is_made_is_what_one_machine_makes(nodes, begin, tiny, tmp_path):
 def test_a_fold_on_several_nodes_is_what_torchrun_makes(nodes, begin, tiny, tmp_path):
     """Two processes on two nodes, one of which is killed in mid-training."""
     workspace = tmp_path / "ray"
-    line = ("--folds", "0", "--epochs", "60", "--ray", nodes.address, "--processes", "2")
+    line = ("--folds", "0", "--epochs", "30", "--ray", nodes.address, "--processes", "2")
     run = begin(tiny, workspace, *line)
     said = until(run, "== train 3d_fullres 0:")
     words = shlex.split(run.stdout.readline())[1:]
-    said += until(run, "epoch 2/60")
+    said += until(run, "epoch 2/30")
     assert ", 2 processes" in said
     both = [n for n in ("head", "node1", "node2") if "train" in [c[0] for c in commands(nodes, n)]]
     assert len(both) == 2
@@ -231,7 +231,7 @@ def test_a_fold_on_several_nodes_is_what_torchrun_makes(nodes, begin, tiny, tmp_
     said += run.communicate(timeout=600)[0]
     assert run.returncode == 0, said
     assert said.count("its process or its node is gone; the job is begun anew") == 1
-    assert said.count("epoch 60/60") == 1
+    assert said.count("epoch 30/30") == 1
 
     trained = workspace / "runs"
     trained.rename(tmp_path / "by_ray")
