@@ -7,7 +7,8 @@ Tiny networks of each kind are trained by the rival on two head CTs of ``test/sa
 and one synthetic, to find bone and dense tissue. Then nnunetv2 predicts, its half-precision sums
 patched to fp32 (the column "rival" says how far it is from itself without), and so does
 ``process.py`` with the imported bundle. ``export-nnunet`` brings the bundle back, and nnunetv2
-predicts by that. ``--trained`` compares a real model as well, on the first images of a folder, and
+predicts by that, saves what it has loaded, and ``import-nnunet`` has to make the same bundle of it.
+``--trained`` compares a real model as well, on the first images of a folder, and
 ``--only own`` the default weights, which nnU-Net cannot express in full.
 """
 
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from benchmarks.parity_ours import probabilities_of
 from benchmarks.parity_plans import DATASET, NETWORKS, REGIONS, make_plans
 from benchmarks.rows import Row, at_most, report
 from ichseg.files import stem_of
+from ichseg.model.bundle import Model as Bundle
 from ichseg.model.bundle import load_model
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
@@ -60,6 +62,7 @@ class Model:
         folds: How many folds to train; 0 where it is trained already.
         steps: How many steps to train.
         previous: The first stage, where this is a cascade's second.
+        again: Where the rival writes what it has loaded, a model folder as well; None if not asked.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Model:
     folds: int
     steps: int
     previous: Model | None = None
+    again: Path | None = None
 
     @property
     def out(self) -> str:
@@ -84,6 +88,7 @@ class Model:
             "folds": self.folds,
             "steps": self.steps,
             "previous": self.previous and self.previous.out,
+            "again": self.again and str(self.again),
         }
 
 
@@ -108,7 +113,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60, help="of each training [%(default)s]")
     parser.add_argument("--trained", type=Path, metavar="MODEL_FOLDER", help="a real nnU-Net")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="for the real nnU-Net")
-    parser.add_argument("--cases", type=int, default=4, help="of those images [%(default)s]")
+    parser.add_argument("--cases", type=int, default=4, help="at most so many [%(default)s]")
     rivals.add_arguments(parser)
     args = parser.parse_args()
     python = rivals.python_of(args.rival_env)
@@ -116,7 +121,7 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory(prefix="bench-parity-") as scratch:
         folder = Path(scratch)
-        cases = make_cases(folder / "cases")
+        cases = make_cases(folder / "cases")[: args.cases]
         for part in parts:
             began = time.perf_counter()
             if part in NETWORKS:
@@ -266,7 +271,9 @@ def compare_exports(
     python: Path,
     name: str,
 ) -> list[Row]:
-    """One row for a bundle that is exported and predicted with by the rival.
+    """Rows for a bundle that is exported, predicted with by the rival, and imported again.
+
+    The default weights are not imported again: their plans hold what nnU-Net has no words for.
 
     Args:
         weights: The bundle.
@@ -283,7 +290,9 @@ def compare_exports(
     models: list[Model] = []
     for stage in [decides] if previous is None else [previous, decides]:
         (folder,) = out.glob(f"*__{stage}")
-        models.append(Model(f"{name} exported", folder, stage, 0, 0, models[0] if models else None))
+        again = out / "again" / folder.name
+        first = models[0] if models else None
+        models.append(Model(f"{name} exported", folder, stage, 0, 0, first, again))
     ask_rival(models, [case for case, _ in masks], python, out)
     shares = []
     for case, known in masks:
@@ -297,7 +306,23 @@ def compare_exports(
         )
         shares.append(differ / theirs.size)
     row = f"{name}: share of labels that differ once exported"
-    return [at_most(row, max(shares), "", MOST_CHANGED)]
+    rows = [at_most(row, max(shares), "", MOST_CHANGED)]
+    if weights != DEFAULT_WEIGHTS:
+        back = out / "bundle"
+        _call([sys.executable, "-m", "training", "import-nnunet",
+               *(str(model.again) for model in models), "--out", str(back)])  # fmt: skip
+        row = f"{name}: fields of the bundle that differ after export, nnunetv2 and import"
+        rows.append(at_most(row, len(differing(bundle, load_model(back))), "", 0))
+    return rows
+
+
+def differing(one: Bundle, two: Bundle) -> list[str]:
+    """The fields in which two bundles differ, beside their names and where they come from."""
+    names = {field.name for field in fields(Bundle)} - {"name", "description", "provenance"}
+    found = sorted(name for name in names if getattr(one, name) != getattr(two, name))
+    for name in found:
+        print(f"{name}: {getattr(one, name)} before, {getattr(two, name)} after", flush=True)
+    return found
 
 
 def ask_rival(

@@ -165,6 +165,8 @@ def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
     for model in request["models"]:
         for fold in range(model["folds"]):
             train(model, request["cases"], fold)
+        if model["again"] is not None:
+            save_again(model)
     rows = []
     with fp32_accumulators():
         for model in request["models"]:
@@ -175,6 +177,8 @@ def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
                 np.save(f"{out}_probabilities.npy", probabilities)
                 say(f"predicted {case['name']} by {model['name']}")
     for model in request["models"]:
+        if model["again"] is not None:  # how far it is from itself is known already
+            continue
         case = request["cases"][0]
         out = f"{model['out']}_{case['name']}"
         labels, probabilities = predict(model, case["image"], previous_of(model, case))
@@ -182,6 +186,30 @@ def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
         differing = int((labels != np.load(f"{out}_labels.npy")).sum())
         rows.append({"model": model["name"], "largest": float(change), "labels": differing})
     return rows
+
+
+def save_again(model: dict[str, Any]) -> None:
+    """Load a model folder by nnunetv2, and write what it has loaded as a folder of its own."""
+    folder, again = Path(model["folder"]), Path(model["again"])
+    folds = sorted(path.name[5:] for path in folder.glob("fold_*"))
+    with contextlib.redirect_stdout(sys.stderr):
+        predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(folder), folds)
+    again.mkdir(parents=True)
+    (again / "plans.json").write_text(json.dumps(predictor.plans_manager.plans))
+    (again / "dataset.json").write_text(json.dumps(predictor.dataset_json))
+    for fold, weights in zip(folds, predictor.list_of_parameters, strict=True):
+        predictor.network.load_state_dict(weights)
+        (again / f"fold_{fold}").mkdir()
+        torch.save(
+            {
+                "network_weights": predictor.network.state_dict(),
+                "trainer_name": predictor.trainer_name,
+                "init_args": {"configuration": model["configuration"], "fold": fold},
+                "inference_allowed_mirroring_axes": predictor.allowed_mirroring_axes,
+            },
+            again / f"fold_{fold}" / "checkpoint_final.pth",
+        )
 
 
 def previous_of(model: dict[str, Any], case: dict[str, str]) -> str | None:

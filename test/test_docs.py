@@ -16,6 +16,7 @@ import ichseg
 from ichseg.app.arguments import parse_arguments
 from ichseg.app.follow_up import arguments as follow_up_arguments
 from training.__main__ import COMMANDS
+from training.__main__ import main as training_command
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -150,6 +151,14 @@ def test_each_task_has_a_page_and_the_readme_leads_to_it():
 def test_the_citation_is_of_this_version():
     citation = text_of(ROOT / "CITATION.cff")
     assert f"\nversion: {ichseg.__version__}\n" in citation
+
+
+@pytest.mark.parametrize("program", [parse_arguments, training_command])
+def test_both_programs_say_their_version(program, capsys):
+    with pytest.raises(SystemExit) as end:
+        program(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"ichseg {ichseg.__version__}\n"
 
 
 def test_what_is_wrong_would_be_seen():

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from ichseg import completion
+from ichseg import __version__, completion
 from ichseg.app.start import ensure_streams
 from ichseg.errors import IchsegError
 from training.jobs import command
@@ -39,7 +39,7 @@ COMMANDS = {
     ),
     "convert": (
         "training.data.convert",
-        "bring an MSD, nnU-Net or INSTANCE dataset into a workspace",
+        "bring a dataset into a workspace: MSD, nnU-Net, INSTANCE, BHSD, CT-ICH or plain pairs",
         "convert data/Task01_Bleeds --workspace work",
     ),
     "verify": (
@@ -176,6 +176,7 @@ def _top_parser() -> argparse.ArgumentParser:
         epilog=f"in one command, or from nothing to weights in single ones:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"ichseg {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser

@@ -386,7 +386,8 @@ class _PretendedMlflow(types.ModuleType):
     def get_experiment_by_name(self, name):
         return types.SimpleNamespace(experiment_id="7") if self._exists else None
 
-    def create_experiment(self, name):
+    def create_experiment(self, name, artifact_location):
+        self.told.append(("files", artifact_location))
         return name
 
     def create_run(self, experiment, run_name):
@@ -410,6 +411,9 @@ def mlflow(monkeypatch):
     pretended = _PretendedMlflow()
     monkeypatch.setitem(sys.modules, "mlflow", pretended)
     monkeypatch.setitem(sys.modules, "mlflow.exceptions", pretended)
+    database = types.ModuleType("sqlalchemy")
+    database.__spec__ = importlib.machinery.ModuleSpec("sqlalchemy", None)
+    monkeypatch.setitem(sys.modules, "sqlalchemy", database)
     return pretended
 
 
@@ -418,12 +422,44 @@ def test_mlflow_gets_the_settings_and_every_epoch(tmp_path, mlflow):
     with watch(tmp_path, config, history=ROWS[:1]) as seen:
         seen.epoch(ROWS, 24.5, last=True)
     told = mlflow.told
-    assert told[0] == ("client", (tmp_path / "mlflow").as_uri())
-    assert told[1][:2] == ("run", "ichseg")
+    assert told[0] == ("client", f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    assert (tmp_path / "mlflow").is_dir()
+    assert told[1] == ("files", (tmp_path / "mlflow").as_uri())
+    assert told[2][:2] == ("run", "ichseg")
     assert ("learning_rate", CONFIG.learning_rate) in told
     assert ("loss/training", 0.5, 1) in told
     assert ("dice/tumour", 1.0, 2) in told
     assert told[-1] == ("end", "r")
+
+
+def test_an_mlflow_without_its_database_is_told(tmp_path, mlflow, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
+    with pytest.raises(TrainingError, match="no database; `pip install mlflow` in place of"):
+        watch(tmp_path, dataclasses.replace(CONFIG, mlflow=True))
+    monkeypatch.setattr(mlflow, "is_tracking_uri_set", lambda: True)  # a server has one
+    with watch(tmp_path, dataclasses.replace(CONFIG, mlflow=True)):
+        assert mlflow.told[:2] == [("client", None), ("files", None)]
+
+
+def test_mlflow_itself_reads_what_was_logged(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("alembic")  # which mlflow-skinny lacks
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(CONFIG, mlflow=True)
+    with watch(tmp_path, config) as seen:
+        seen.epoch(ROWS[:1], 12.5, last=False)
+        seen.epoch(ROWS, 24.5, last=True)
+    with watch(tmp_path, config, history=ROWS[:1]) as seen:  # a run of its own, from its beginning
+        seen.epoch(ROWS, 24.5, last=True)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    found = client.get_experiment_by_name("ichseg")
+    runs = client.search_runs([found.experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+    for run in runs:
+        assert float(run.data.params["learning_rate"]) == CONFIG.learning_rate
+        losses = client.get_metric_history(run.info.run_id, "loss/training")
+        assert [(each.step, each.value) for each in losses] == [(1, 0.5), (2, 0.25)]
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow", "progress.csv", "progress.png"}
 
 
 def test_an_mlflow_that_has_gone_does_not_end_the_training(tmp_path, mlflow, caplog):

@@ -125,7 +125,7 @@ class TrainingConfig:
     validation_mirrors: bool = _option(True, "average over mirrorings in that")
     tensorboard: bool = _option(False, "also write for TensorBoard, to the run's tensorboard/")
     mlflow: bool = _new_option(
-        False, "also log to MLflow, to MLFLOW_TRACKING_URI or else to the run's mlflow/"
+        False, "also log to MLflow, to MLFLOW_TRACKING_URI or else to the run's mlflow/mlflow.db"
     )
 
     def __post_init__(self) -> None:

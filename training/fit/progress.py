@@ -306,7 +306,8 @@ def open_tensorboard(folder: Path) -> Any:
 def open_mlflow(folder: Path, title: str, config: TrainingConfig) -> MlflowBoard:
     """A new run of MLflow's experiment ``ichseg`` with the settings, where MLflow is told to track.
 
-    That is ``MLFLOW_TRACKING_URI`` or what else MLflow goes by; if nothing says so, the folder.
+    That is ``MLFLOW_TRACKING_URI`` or what else MLflow goes by; if nothing says so, ``mlflow.db``
+    in the folder: MLflow 3 refuses plain files.
 
     Raises:
         TrainingError: MLflow cannot be written to.
@@ -314,11 +315,20 @@ def open_mlflow(folder: Path, title: str, config: TrainingConfig) -> MlflowBoard
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    where = None if mlflow.is_tracking_uri_set() else folder.absolute().as_uri()
+    where = files = None
+    if not mlflow.is_tracking_uri_set():
+        if importlib.util.find_spec("sqlalchemy") is None:
+            raise TrainingError(
+                "--mlflow: this MLflow has no database; `pip install mlflow` in place of "
+                "mlflow-skinny, or set MLFLOW_TRACKING_URI to a server"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        where, files = f"sqlite:///{folder.absolute()}/mlflow.db", folder.absolute().as_uri()
     try:
         client = mlflow.MlflowClient(where)
         experiment = client.get_experiment_by_name("ichseg")
-        number = experiment.experiment_id if experiment else client.create_experiment("ichseg")
+        number = experiment and experiment.experiment_id
+        number = number or client.create_experiment("ichseg", files)
         board = MlflowBoard(client, client.create_run(number, run_name=title).info.run_id)
         for name, value in strict_json.to_json(config).items():
             client.log_param(board.run, name, value)

@@ -25,11 +25,12 @@ from evalutils.io import FileLoader
 from evalutils.validators import DataFrameValidator, ExpectedColumnNamesValidator
 
 from ichseg.errors import DatasetError, IchsegError, InputError, TrainingError
-from ichseg.files import SCAN_SUFFIXES, is_named_as_scan, replacing, stem_of
+from ichseg.files import replacing, stem_of
 from ichseg.scan import volume
 from training.data import parallel
 from training.scoring import detection, summary, tables
 from training.scoring.detection import Detection
+from training.scoring.found import masks_below
 from training.scoring.measures import EMPTY_POLICIES, MEASURES
 from training.scoring.scores import CaseScore, Pair, highest_label, score_pair
 from training.scoring.summary import Evaluation, LabelSummary
@@ -52,11 +53,14 @@ _BYTES_PER_VOXEL, _BYTES_BESIDE = 24, 300_000_000
 
 
 class _CaseLoader(FileLoader):
-    """Takes every volume below a folder for a case, by its name; reads none."""
+    """Takes each of these files for a case, by its name; reads none."""
+
+    def __init__(self, masks: Sequence[Path] = ()) -> None:
+        self._masks = frozenset(masks)
 
     def load(self, *, fname: Path) -> list[dict[str, object]]:
-        if not is_named_as_scan(fname) or not fname.is_file():
-            raise FileLoaderError(f"{fname} is no volume")
+        if fname not in self._masks:
+            raise FileLoaderError(f"{fname} is no mask")
         return [{"case": stem_of(fname), "path": fname}]
 
 
@@ -114,13 +118,8 @@ class _Evaluation(ClassificationEvaluation):
         self.evaluation: Evaluation | None = None
 
     def _load_cases(self, *, folder: Path) -> DataFrame:
-        if not folder.is_dir():
-            raise DatasetError(f"{folder}: no such folder")
-        try:
-            return super()._load_cases(folder=folder)
-        except FileLoaderError as error:
-            kinds = ", ".join(SCAN_SUFFIXES)
-            raise DatasetError(f"{folder}: no volumes, expected files {kinds}") from error
+        self._file_loader = _CaseLoader(masks_below(folder))
+        return super()._load_cases(folder=folder)
 
     def _raise_missing_predictions_error(self, *, missing: Sequence[str] = ()) -> None:
         raise DatasetError(
@@ -329,17 +328,12 @@ def parse_labels(text: str) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...
 
 
 def _masks(folder: Path) -> dict[str, Path]:
-    """Every volume below a folder, by its name."""
-    if not folder.is_dir():
-        raise DatasetError(f"{folder}: no such folder")
+    """Every mask below a folder, by its name."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if is_named_as_scan(path) and path.is_file():
-            if stem_of(path) in found:
-                raise DatasetError(f"{path}: the same case as {found[stem_of(path)]}")
-            found[stem_of(path)] = path
-    if not found:
-        raise DatasetError(f"{folder}: no volumes, expected files {', '.join(SCAN_SUFFIXES)}")
+    for path in masks_below(folder):
+        if stem_of(path) in found:
+            raise DatasetError(f"{path}: the same case as {found[stem_of(path)]}")
+        found[stem_of(path)] = path
     return found
 
 
