@@ -6,9 +6,9 @@
 Tiny networks of each kind are trained by the rival on two head CTs of ``test/sample``, one real
 and one synthetic, to find bone and dense tissue. Then nnunetv2 predicts, its half-precision sums
 patched to fp32 (the column "rival" says how far it is from itself without), and so does
-``process.py`` with the imported bundle. ``export-nnunet`` brings the bundle back, and nnunetv2
-predicts by that, saves what it has loaded, and ``import-nnunet`` has to make the same bundle of it.
-``--trained`` compares a real model as well, on the first images of a folder, and
+``process.py`` in float32 with the imported bundle. ``export-nnunet`` brings the bundle back;
+nnunetv2 predicts by that and saves what it has loaded, of which ``import-nnunet`` has to make the
+same bundle. ``--trained`` compares a real model as well, on the first images of a folder, and
 ``--only own`` the default weights, which nnU-Net cannot express in full.
 """
 
@@ -350,7 +350,7 @@ def segment(case: Case, weights: Path, scratch: Path) -> npt.NDArray[np.integer]
         source.mkdir()
         shutil.copy(case.image, source)  # a link that leads out of the folder is refused
         _call([sys.executable, "process.py", "--input", str(source), "--output", str(out),
-               "--weights", str(weights), "--device", "cpu"])  # fmt: skip
+               "--weights", str(weights), "--device", "cpu", "--precision", "float32"])  # fmt: skip
         (result,) = json.loads((out / "results.json").read_text())
         (mask,) = [p for p in out.rglob("*") if p.name.endswith((".mha", ".nii.gz"))]
         assert result

@@ -51,7 +51,7 @@ def probabilities_of(weights: Path, scan: Volume, device: str = "cpu") -> npt.ND
 
 def scores_of(weights: Path, scan: Volume, device: str) -> tuple[Model, Any, Placement]:
     """The bundle, its mean logits in the network's grid, and where that lies."""
-    ensemble = Ensemble.load(weights, device)
+    ensemble = Ensemble.load(weights, device, "float32")
     plan = ensemble.plan(scan)
     (part,) = plan.parts
     tiles = replace(part.passes.tiles, skipped=frozenset())
