@@ -51,17 +51,10 @@ made "$work/data" || step real-heads --also "$work/real" "$work/phantoms" "$work
     --ct-clip=-20,100 --batch-dice --deep-supervision
 step preprocess 3d_fullres --workspace "$work"
 
-# A processor that computes in bfloat16 itself needs half the time in it. Compiled, a step is faster in either.
-if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
-    precision='--precision bf16 --compile'
-else
-    precision='--precision fp32 --compile'
-fi
-
 train() { # fold; exec: so that it is the trainer that the trap ends, and not a shell around it
     echo "== train fold $1, see $work/fold_$1.log" >&2
     exec "$python" -m training train 3d_fullres --workspace "$work" --fold "$1" --recipe compact --epochs 100000 \
-        --minutes "$minutes" $precision --augmentation-engine device --threads 1 --learning-rate 1.5e-3 --lesion-fraction 0.3 \
+        --minutes "$minutes" --compile --augmentation-engine device --threads 1 --learning-rate 1.5e-3 --lesion-fraction 0.3 \
         ${begin:+--pretrained "$begin"} --no-validation-mirrors >>"$work/fold_$1.log" 2>&1
 }
 

@@ -64,6 +64,12 @@ def why_unusable() -> str | None:
     return None
 
 
+def cpu_computes_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 itself; others are slower in it than in float32."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 def has_code_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
     """Whether a build of torch has code that a card runs.
 

@@ -99,13 +99,20 @@ def test_moments_of_another_device_are_taken_over(fresh):
     assert not plain.optimiser.param_groups[0]["fused"]
 
 
-def test_auto_takes_bfloat16_where_the_card_has_it(fresh, monkeypatch):
+def test_auto_takes_bfloat16_where_card_or_processor_has_it(fresh, monkeypatch):
     run = open_run(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, precision="auto"))
     card = dataclasses.replace(run, device=torch.device("cuda"))
     for has_it, expected in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_it)  # noqa: B023
         assert card.precision == expected
-    assert run.precision == "fp32"
+    for able, expected in (
+        ({}, "fp32"),
+        ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, "fp32"),
+        ({"avx512_bf16": True}, "bf16"),
+        ({"avx512_bf16": False, "amx_bf16": True}, "bf16"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)  # noqa: B023
+        assert run.precision == expected
 
 
 def test_pseudo_dice_by_hand():
@@ -292,8 +299,6 @@ def test_refuses_fp16_on_the_cpu(fresh):
     config = dataclasses.replace(QUICK, precision="fp16")
     with pytest.raises(TrainingError, match="precision fp16 on the CPU, expected fp32, bf16"):
         open_run(fresh, "3d_fullres", "0", config)
-    assert open_run(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, precision="auto")
-                    ).precision == "fp32"  # fmt: skip
 
 
 def test_deterministic_is_on_while_training_only(fresh, monkeypatch):

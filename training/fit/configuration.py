@@ -97,7 +97,8 @@ class TrainingConfig:
     precision: str = _option(
         "fp32",
         "of convolutions, loss and weights stay in fp32: fp32, bf16, fp16 (CUDA only; the loss is "
-        "scaled), or auto (on CUDA bf16 where the card has it, else fp16; fp32 on the CPU)",
+        "scaled), or auto (bf16 where card or processor computes it, else fp16 on CUDA and fp32 on "
+        "the CPU)",
     )
     compile: bool | None = _option(
         None,
@@ -220,7 +221,7 @@ TRAINING_RECIPES = {
         lr_schedule="poly",
         centre_jitter=1.0,  # docs/decisions/0011
         augmentation=dataclasses.replace(MSD2018, image_order=1),
-        precision="bf16",
+        precision="auto",
         memory_format="channels_last",
         threads=1,
         workers=0,

@@ -80,7 +80,7 @@ class FoldRun:
         if self.config.precision != "auto":
             return self.config.precision
         if self.device.type == "cpu":
-            return "fp32"
+            return "bf16" if torch_device.cpu_computes_bf16() else "fp32"
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
     @property
