@@ -49,6 +49,7 @@ class Settings:
             CUDA.
         threads: How many threads torch has.
         workers: How many processes make batches while training; 0 makes them in between.
+        compile: Whether our side compiles its network; nnunetv2 does on CUDA alone.
     """
 
     dataset: str
@@ -61,6 +62,7 @@ class Settings:
     precision: str
     threads: int
     workers: int
+    compile: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +212,7 @@ class FoldPair:
             "--epochs", settings.epochs, "--batches-per-epoch", settings.batches,
             "--validation-batches", settings.validation_batches, "--device", settings.device,
             "--precision", settings.precision, "--memory-format", "channels_last",
-            "--threads", settings.threads,
+            "--threads", settings.threads, *(["--compile"] if settings.compile else []),
         ]  # fmt: skip
 
     def scores(self, side: str, seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -48,6 +48,7 @@ def main() -> int:
         precision=args.precision,
         threads=args.threads,
         workers=0,
+        compile=args.compile,
     )
     pair = FoldPair(
         args.data.absolute(), args.work.absolute(), settings, rivals.python_of(args.rival_env)
@@ -173,6 +174,7 @@ def _arguments() -> argparse.Namespace:
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="of our side; nnunetv2 takes fp32 on the CPU and fp16 on CUDA [%(default)s]",
     )  # fmt: skip
+    machine.add_argument("--compile", action="store_true", help="our side compiles its network")
     machine.add_argument("--threads", type=int, default=1, help="of torch, a side [1]")
     machine.add_argument("--workers", type=int, default=1, help="of the timing, a side [1]")
     machine.add_argument("--blocks", type=int, default=8, help="of the timing, a side [8]")
