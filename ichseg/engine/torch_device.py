@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -66,7 +66,7 @@ def why_unusable() -> str | None:
 
 def cpu_computes_bf16() -> bool:
     """Whether the processor multiplies bfloat16 itself; others are slower in it than in float32."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()
+    able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
