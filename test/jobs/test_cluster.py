@@ -9,6 +9,7 @@ import shlex
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +24,10 @@ from ichseg.errors import DeviceError
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.data.workspace import LATEST_CHECKPOINT, preprocessed_folder
+from training.jobs.command import Ending
 from training.jobs.graph import Machines
-from training.jobs.job import Need
+from training.jobs.job import Job, Need
+from training.jobs.places import cluster as places
 from training.jobs.places.cluster import machines_of, room_for
 
 EPOCHS = 300
@@ -58,6 +61,35 @@ def test_a_job_asks_for_no_more_than_a_node_has(need, room):
 def test_a_gpu_that_no_node_has_is_told():
     with pytest.raises(DeviceError, match="no node of the cluster has 1 GPU"):
         room_for(Need(gpus=1), [node(16)])
+
+
+def test_a_process_that_fails_before_it_meets_the_others_ends_the_job(monkeypatch, tmp_path):
+    """The first waits for it and says no more."""
+    monkeypatch.setattr(places, "_LEAVE_S", 0.0)
+    silent, asked = object(), []
+
+    class Actor:
+        def __init__(self, answer):
+            self.meeting = SimpleNamespace(remote=lambda: ("10.0.0.1", 29500))
+            self.begin = SimpleNamespace(remote=lambda *given: asked.append(given[-1]) or "a node")
+            self.hear = SimpleNamespace(remote=lambda: answer)
+
+    actors = [Actor(silent), Actor((("no such file",), (1, "no such file")))]
+    ray = SimpleNamespace(
+        cloudpickle=SimpleNamespace(register_pickle_by_value=lambda _: None),
+        get=lambda given: given,
+        wait=lambda given, timeout: ([each for each in given if each is not silent], []),
+    )
+    told = []
+    place = places.Cluster(
+        ray, tmp_path, {}, lambda _, where: told.append(where), lambda _, line: told.append(line)
+    )
+    assert place._follow(actors, Job("train", ())) == Ending(1, "no such file")
+    assert told == ["a node, a node", "process 1: no such file"]
+    assert [each["RANK"] for each in asked] == ["0", "1"]
+    assert {(e["MASTER_ADDR"], e["MASTER_PORT"], e["WORLD_SIZE"]) for e in asked} == {
+        ("10.0.0.1", "29500", "2")
+    }
 
 
 @pytest.fixture

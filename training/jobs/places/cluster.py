@@ -257,7 +257,7 @@ class Cluster:
         """Begin a job in each actor and hear them until all have ended.
 
         Returns:
-            How the first of them ended that failed, if any did.
+            How the first of them ended that failed, if any did; then the others may still run.
         """
         get = self._ray.get
         meeting = get(actors[0].meeting.remote()) if len(actors) > 1 else None
@@ -278,9 +278,13 @@ class Cluster:
                 self._actors[actor] = True
         self._begins(job, ", ".join(get(begun)))
         heard = {actor.hear.remote(): rank for rank, actor in enumerate(actors)}
-        endings = []
+        endings: list[Ending] = []
         while heard:
-            for each in self._ray.wait(list(heard))[0]:
+            patience = _LEAVE_S if any(ending.status for ending in endings) else None
+            answered = self._ray.wait(list(heard), timeout=patience)[0]
+            if not answered:
+                break  # the others wait for one that has failed
+            for each in answered:
                 rank = heard.pop(each)
                 lines, ended = get(each)
                 for line in lines:
