@@ -32,6 +32,7 @@ def overlapping(
     weigh: Callable[[Opened], Weight],
     may_open: Callable[[Item, Item, Weight, Weight | None], bool],
     beside: Callable[[Weight], bool] = lambda _: True,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Iterator[Result]:
     """Results in the order of the items, each as soon as the stages allow.
 
@@ -50,6 +51,7 @@ def overlapping(
             if nothing is. Else it is opened after ``run`` has ended.
         beside: Whether ``run`` may work on an item of this weight while the one before is being
             finished. It never does where nothing was opened ahead.
+        meanwhile: Called once, in the caller's thread, while the first item is opened.
     """
     waiting = iter(items)
     with _two_threads() as (opener, finisher):
@@ -57,6 +59,9 @@ def overlapping(
         behind: list[Future[Result]] = []
         weight_behind: Weight | None = None
         now = list(itertools.islice(waiting, 1))
+        if now:
+            ahead.append(opener.submit(open_one, now[0]))
+            meanwhile()
         while now:
             (item,) = now
             if not ahead:

@@ -10,7 +10,7 @@ from ichseg.files import replacing
 from ichseg.overlap import overlapping
 
 
-def run(items, *, events=None, may_open=lambda *_: True, **stages):
+def run(items, *, events=None, may_open=lambda *_: True, meanwhile=lambda: None, **stages):
     """Numbers through three stages that note what they do."""
     noted = events if events is not None else []
 
@@ -30,6 +30,7 @@ def run(items, *, events=None, may_open=lambda *_: True, **stages):
         finish=stage("finish"),
         weigh=lambda opened: 10 * opened,
         may_open=may_open,
+        meanwhile=meanwhile,
     )
 
 
@@ -40,6 +41,22 @@ def test_results_come_in_order_and_nothing_begins_before_it_is_asked_for():
     assert list(results) == [0, 1, 2, 3, 4]
     assert list(run([])) == []
     assert list(run([7])) == [7]
+
+
+def test_meanwhile_is_while_the_first_is_opened_and_once():
+    called, go_on = [], threading.Event()
+
+    def meanwhile():
+        called.append(threading.current_thread())
+        go_on.set()
+
+    def opens(item):
+        assert go_on.wait(20), "it waits for what is done meanwhile"
+
+    assert list(run(range(3), meanwhile=meanwhile, open=opens)) == [0, 1, 2]
+    assert called == [threading.main_thread()]
+    assert list(run([], meanwhile=lambda: called.append("nothing is opened"))) == []
+    assert len(called) == 1
 
 
 def test_at_most_two_items_are_taken_that_have_no_result():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
+import gc
 import importlib.util
 import os
 import sys
@@ -28,6 +30,7 @@ from ichseg.app.results import CaseResult, Record, refuse_cases
 from ichseg.app.start import (
     Stopped,
     ensure_streams,
+    loading_libraries,
     refuse_too_little_memory,
     stopped_by_signals,
     tame_libraries,
@@ -55,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     completion.answer(_parser_to_complete_by)
     ensure_streams()
+    # at its end the interpreter looks through all objects, of which libraries have very many
+    atexit.register(gc.freeze)
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == [follow_up_arguments.NAME]:
         return compare_scans(follow_up_arguments.parse(argv[1:]))
@@ -240,8 +245,9 @@ def segment(
         refuse_cases(job, record)
         record.save()
         return _status(record.in_order())
-    from ichseg.app import pipeline
-    from ichseg.app.one_case import Options
+    with loading_libraries():
+        from ichseg.app import pipeline
+        from ichseg.app.one_case import Options
 
     budget_s = arguments.time_budget
     alone = not (job.platform or job.challenge)  # where no other file may lie beside the masks

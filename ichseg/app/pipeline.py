@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from ichseg import ndimage
 from ichseg.app import results
 from ichseg.app.cases import InputCase, Job
 from ichseg.app.console import say
@@ -28,6 +29,7 @@ from ichseg.app.one_case import (
     write_case,
 )
 from ichseg.app.results import CaseResult, Record, refuse_cases
+from ichseg.app.start import loading_libraries
 from ichseg.engine import machine
 from ichseg.engine.engine import Engine
 from ichseg.errors import InputError, OutputError
@@ -186,9 +188,10 @@ def segment_cases(
         finish: Called in the thread that writes, with one case and its result after the other.
         count: How many cases share what is left of a time budget.
     """
-    import SimpleITK  # noqa: F401  # what it takes is the program's own, and no case's
+    with loading_libraries():
+        import SimpleITK  # noqa: F401  # what it takes is the program's own, and no case's
 
-    base = machine.resident_bytes()
+    base = machine.resident_bytes() + ndimage.bytes_to_come()
     cases_left = iter(range(count, 0, -1))
     for _ in overlapping(
         tasks,
@@ -199,6 +202,8 @@ def segment_cases(
         finish=lambda task, case: finish(task, write_case(task, case, ensemble, options)),
         weigh=lambda case: case.need if isinstance(case, Opened) else None,
         beside=lambda need: need is None or memory.gpu_holds_two(need, ensemble.engine),
+        # within a time budget loading a network is timed where it runs
+        meanwhile=lambda: options.deadline or ensemble.load_ahead(options.preset),
         may_open=lambda following, task, need, behind: _may_open(
             following, task, need, behind, base
         ),

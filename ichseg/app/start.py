@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -56,6 +57,18 @@ def tame_libraries() -> None:
         warnings.simplefilter("ignore")
     # beside busy networks more threads of numpy wait for each other, up to seconds
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+@contextlib.contextmanager
+def loading_libraries() -> Iterator[None]:
+    """Import in this block without looking for garbage, of which imports make none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def refuse_too_little_memory() -> None:

@@ -40,9 +40,10 @@ class Networks:
         Raises:
             WeightsError: The network's file cannot be read or does not fit its plan.
         """
+        if not keep:
+            for other in self._alive.keys() - {member.file}:
+                del self._alive[other]
         if member.file not in self._alive:
-            if not keep:
-                self._alive.clear()
             spec = spec_of(self.model, configuration)
             state = bundle.load_state(self.folder, member)
             try:

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
+from ichseg import ndimage, pieces
 from ichseg.engine.arrays import slabs
 from ichseg.model.rules import ComponentRule
+from ichseg.pieces import Pieces
 from ichseg.scan.volume import Volume
 
 Labels = npt.NDArray[np.uint8]
 Point = tuple[float, float, float]
-_CONNECTED = np.ones((3, 3, 3), bool)
 SCORED_ML = 0.2  # of the case's score
 # Specks at the inner table: smaller, thinner and less sure than these, and mostly beside bone.
 SPECK_ML, SPECK_MM, SPECK_PROBABILITY, BESIDE_BONE_MM = 2.0, 5.0, 0.8, 4.0
@@ -135,38 +135,35 @@ def speck_warning(
     if perhaps_ml < sum(each.volume_ml for each in found) / 2:
         return None  # as nearly always, and without the memory of what follows
     bone_hu = min(_BONE_HU, float(scan.voxels.max()) - 1)
-    where = ndimage.find_objects((labels != 0).view(np.uint8))
-    if not where or np.greater_equal(scan.voxels, bone_hu).sum() * scan.voxel_ml < _LEAST_BONE_ML:
+    if np.greater_equal(scan.voxels, bone_hu).sum() * scan.voxel_ml < _LEAST_BONE_ML:
         return None
-    components, count = ndimage.label(labels[where[0]], _CONNECTED)
-    likely = foreground[where[0]]
-    sizes = np.zeros(count + 1, np.int64)
-    for rows in slabs(components.shape, _SLAB_VOXELS):
-        sizes += np.bincount(components[rows].ravel(), minlength=count + 1)
-    sizes = sizes[1:]
-    boxes = ndimage.find_objects(components)
+    where = _box(labels)
+    if where is None:
+        return None
+    every = pieces.measure(labels[where], 0, steps=foreground[where])
     around = [int(np.ceil(BESIDE_BONE_MM / mm)) for mm in scan.spacing_mm]
     specks_ml, surest = 0.0, 0.0
-    for index in np.argsort(-sizes, kind="stable")[:_MOST_SPECKS]:
-        speck_ml = float(sizes[index]) * scan.voxel_ml
-        inside = components[boxes[index]] == index + 1
-        sure = float(likely[boxes[index]][inside].mean()) / 255
+    for index in np.argsort(-every.voxels, kind="stable")[:_MOST_SPECKS]:
+        speck_ml = float(every.voxels[index]) * scan.voxel_ml
+        sure = float(every.sums[4, index] / every.voxels[index]) / 255
         if speck_ml >= SPECK_ML or sure >= SPECK_PROBABILITY:
             continue
-        outer = tuple(
-            slice(max(whole.start + part.start - more, 0), whole.start + part.stop + more)
-            for whole, part, more in zip(where[0], boxes[index], around, strict=True)
-        )
-        before = [
-            whole.start + part.start - wide.start
-            for whole, part, wide in zip(where[0], boxes[index], outer, strict=True)
+        inside = pieces.one(labels[where], 0, every, index)
+        box = [
+            (whole.start + low, whole.start + end)
+            for whole, low, end in zip(where, every.low[:, index], every.end[:, index], strict=True)
         ]
+        outer = tuple(
+            slice(max(low - more, 0), end + more)
+            for (low, end), more in zip(box, around, strict=True)
+        )
+        before = [low - wide.start for (low, _), wide in zip(box, outer, strict=True)]
         bone = np.greater_equal(scan.voxels[outer], bone_hu)
         at = tuple(i + start for i, start in zip(np.nonzero(inside), before, strict=True))
         if _is_thin(inside, scan.spacing_mm) and _is_beside(bone, at, scan.spacing_mm):
             specks_ml += speck_ml
             surest = max(surest, sure)
-    found_ml = float(sizes.sum()) * scan.voxel_ml
+    found_ml = float(every.voxels.sum()) * scan.voxel_ml
     if specks_ml < found_ml / 2 or not specks_ml:
         return None
     share = "all that was found" if specks_ml > 0.999 * found_ml else "most of what was found"
@@ -223,33 +220,20 @@ def apply_rules(
         where = _box(result, rule.label)
         if where is None:
             continue
-        part = result[where]
-        components, count = ndimage.label(part == rule.label, _CONNECTED)
-        sizes = np.zeros(count + 1, np.int64)
-        for rows in slabs(components.shape, _SLAB_VOXELS):
-            sizes += np.bincount(components[rows].ravel(), minlength=count + 1)
-        sizes[0] = 0
+        if rule.drop_below_probability and foreground is None:
+            raise ValueError("a rule about probabilities needs them")
+        chance = (
+            foreground[where] if rule.drop_below_probability and foreground is not None else None
+        )
+        found = pieces.measure(result[where], rule.label, steps=chance)
         # a component of exactly the limit stays, though the product may err in its last digit
-        keep = sizes * voxel_ml >= rule.drop_below_ml * (1 - 1e-9)
-        if rule.keep_largest and count:
-            keep &= np.arange(count + 1) == sizes.argmax()
+        kept = found.voxels * voxel_ml >= rule.drop_below_ml * (1 - 1e-9)
+        if rule.keep_largest:
+            kept &= np.arange(len(found)) == found.voxels.argmax()
         if rule.drop_below_probability:
-            if foreground is None:
-                raise ValueError("a rule about probabilities needs them")
-            sums = _sums(components, foreground[where], count)
-            keep &= sums / np.maximum(sizes, 1) >= 255 * rule.drop_below_probability
-        keep[0] = True
-        for rows in slabs(components.shape, _SLAB_VOXELS):
-            part[rows][~keep[components[rows]]] = 0
+            kept &= found.sums[4] / found.voxels >= 255 * rule.drop_below_probability
+        pieces.keep(result[where], rule.label, found, kept)
     return result
-
-
-def _sums(components: npt.NDArray[np.int32], values: Labels, count: int) -> npt.NDArray[np.float64]:
-    """The sum of some values over each component, the background's first."""
-    total = np.zeros(count + 1)
-    for rows in slabs(components.shape, _SLAB_VOXELS):
-        total += np.bincount(components[rows].ravel(), values[rows].ravel(), count + 1)
-    return total
 
 
 def lesions(labels: Labels, scan: Volume, foreground: Labels | None = None) -> tuple[Lesion, ...]:
@@ -268,48 +252,34 @@ def lesions(labels: Labels, scan: Volume, foreground: Labels | None = None) -> t
     found = []
     for label, where in enumerate(ndimage.find_objects(labels), start=1):
         if where is not None:
-            inside = labels[where] == label
             chance = None if foreground is None else foreground[where]
-            found += _of_label(label, inside, scan.voxels[where], chance, where, scan)
+            every = pieces.measure(labels[where], label, scan.voxels[where], chance)
+            found += _listed(label, every, where, scan, has_chance=chance is not None)
     return tuple(sorted(found, key=lambda lesion: -lesion.volume_ml))
 
 
-def _of_label(
+def _listed(
     label: int,
-    inside: npt.NDArray[np.bool_],
-    hu: npt.NDArray[np.generic],
-    chance: Labels | None,
+    every: Pieces,
     where: tuple[slice, slice, slice],
     scan: Volume,
+    *,
+    has_chance: bool,
 ) -> list[Lesion]:
-    """The components of one label, from its box in the scan."""
-    components, count = ndimage.label(inside, _CONNECTED)
-    sums = np.zeros((6, count + 1))  # voxels; z, y, x; HU; probability in steps
-    most = np.zeros(count + 1, np.uint8)
-    for rows in slabs(components.shape, _SLAB_VOXELS):
-        at = np.nonzero(components[rows])
-        of = components[rows][at]
-        steps = of if chance is None else chance[rows][at]
-        weights = (None, at[0] + rows.start, at[1], at[2], hu[rows][at], steps)
-        if chance is not None:
-            np.maximum.at(most, of, steps)
-        for total, weight in zip(sums, weights, strict=True):
-            total += np.bincount(of, weight, minlength=count + 1)
-    voxels = sums[0, 1:]
-    means = sums[1:, 1:] / voxels
-    likely: list[tuple[float, ...]] = [()] * count
-    if chance is not None:
-        likely = list(zip((means[4] / 255).tolist(), (most[1:] / 255).tolist(), strict=True))
+    """The pieces of one label, from its box in the scan."""
+    means = every.sums / every.voxels
+    likely: list[tuple[float, ...]] = [()] * len(every)
+    if has_chance:
+        likely = list(zip((means[4] / 255).tolist(), (every.most / 255).tolist(), strict=True))
     corner = np.array([[part.start] for part in where])
-    edges = [[(part.start, part.stop) for part in b] for b in ndimage.find_objects(components)]
-    low, end = np.array(edges).transpose(2, 1, 0)  # each (3, n)
+    low, end = every.low, every.end
     centroids = _positions(means[:3] + corner, scan)
     middles = _positions((low + end - 1) / 2 + corner, scan)
     reach = abs(_steps(scan)) @ (end - low) / 2
     return [
         Lesion(label, size, _point(centroid), (_point(first), _point(last)), mean_hu, *probable)
         for size, centroid, first, last, mean_hu, probable in zip(
-            (voxels * scan.voxel_ml).tolist(),
+            (every.voxels * scan.voxel_ml).tolist(),
             centroids.T.tolist(),
             (middles - reach).T.tolist(),
             (middles + reach).T.tolist(),
@@ -337,8 +307,14 @@ def _point(position: Sequence[float]) -> Point:
     return x, y, z
 
 
-def _box(labels: Labels, label: int) -> tuple[slice, slice, slice] | None:
-    """The box of a label, or None if it does not occur."""
+def _box(labels: Labels, label: int = 0) -> tuple[slice, slice, slice] | None:
+    """The box of a label, or of all together; None if there is nothing."""
     boxes = ndimage.find_objects(labels, max_label=label)
-    where: tuple[slice, slice, slice] | None = boxes[label - 1]
-    return where
+    boxes = [box for box in (boxes[-1:] if label else boxes) if box is not None]
+    if not boxes:
+        return None
+    z, y, x = (
+        slice(min(part.start for part in parts), max(part.stop for part in parts))
+        for parts in zip(*boxes, strict=True)
+    )
+    return z, y, x

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage
 
+from ichseg import ndimage
 from ichseg.scan.orientation import Array, Box, nonzero_box
 
 TISSUE_HU = -300.0  # skin and fat lie above, the foam of a headrest below

@@ -23,7 +23,7 @@ from ichseg.engine.arrays import FloatArray, Grid, on_host
 from ichseg.engine.choose import choose_engine
 from ichseg.engine.engine import Engine
 from ichseg.engine.networks import Networks, spec_of
-from ichseg.errors import DeviceFullError, InputError
+from ichseg.errors import DeviceFullError, InputError, WeightsError
 from ichseg.model import bundle
 from ichseg.model.bundle import Model
 from ichseg.model.default_weights import default_weights
@@ -33,7 +33,14 @@ from ichseg.predict.components import Segmentation
 from ichseg.predict.memory import Need
 from ichseg.predict.passes import MeanScores, Pass
 from ichseg.predict.prepare import Placement
-from ichseg.predict.presets import Plan, Planned, budget_record, plan_passes, ran_record
+from ichseg.predict.presets import (
+    Plan,
+    Planned,
+    budget_record,
+    plan_passes,
+    preset_members,
+    ran_record,
+)
 from ichseg.predict.restore import previous_channels, restore
 from ichseg.scan import images, reader
 from ichseg.scan.dicom import straighten
@@ -43,6 +50,7 @@ from ichseg.scan.volume import Volume
 # What a voxel that no network saw scores as background, above every label: for certain.
 _CERTAIN = {"probabilities": 1.0, "logits": 10.0}
 Kept = Literal["uint8", "float16"]  # how probabilities are kept
+_AHEAD = 16  # so many times what networks take has to be free for them to be loaded early
 _RESTORING_S_PER_SCORE = 4e-8  # on two cores, twice what was measured
 
 
@@ -161,6 +169,22 @@ class Ensemble:
         predicted = self.predict(prepared, progress, left_s)
         kept: Kept | None = "float16" if probabilities else None
         return of_scan(self.finish(predicted, probabilities=kept, threshold=threshold), scan)
+
+    def load_ahead(self, preset: str) -> None:
+        """Load the networks that a preset runs, for whoever opens the first volume meanwhile.
+
+        On the CPU by OpenVINO, where they take little of the memory. What is wrong with one of them
+        is raised where it runs.
+        """
+        free = machine.free_memory_bytes()
+        if self.engine.kind != "openvino" or free is None:
+            return
+        members = preset_members(self.model, preset)
+        with contextlib.suppress(WeightsError, MemoryError):
+            needed = memory.of_networks(self.model, self.folder, self.engine, members)
+            for member in members if _AHEAD * needed <= free else ():
+                configuration = self.model.plans.configuration(member.configuration)
+                self._networks.load(member, configuration, keep=True)
 
     def need(
         self,
@@ -307,17 +331,8 @@ class Ensemble:
         free = self.engine.device_bytes() if kind == "cuda" else machine.free_memory_bytes()
         if kind == "torch-cpu" or free is None:
             return False
-        needed = sum(
-            memory.resting_bytes(
-                kind,
-                part.configuration,
-                bundle.weights_bytes(self.folder, member),
-                memory.at_once(self.engine, self.model, part.configuration),
-            )
-            for part in plan.parts
-            for member in part.passes.members
-        )
-        return 4 * needed < free
+        members = [member for part in plan.parts for member in part.passes.members]
+        return 4 * memory.of_networks(self.model, self.folder, self.engine, members) < free
 
     def _predict(
         self,

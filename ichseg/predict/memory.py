@@ -18,7 +18,7 @@ from ichseg.engine.engine import Engine, tiles_at_once
 from ichseg.engine.networks import spec_of
 from ichseg.errors import InputError
 from ichseg.model import bundle
-from ichseg.model.bundle import Model
+from ichseg.model.bundle import Member, Model
 from ichseg.model.plans import Configuration, Plans
 from ichseg.predict import sliding_window
 from ichseg.predict.prepare import Placement
@@ -55,8 +55,11 @@ class Need:
 
     @property
     def alone(self) -> int:
-        """What the case takes with no other one under way."""
-        return max(self.opening, self.network + max(self.predicting, self.writing))
+        """What the case takes with no other one under way.
+
+        Networks of the case before are there while it is opened, or are loaded meanwhile.
+        """
+        return self.network + max(self.opening, self.predicting, self.writing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +138,9 @@ def estimate(
     return Need(
         opening=scan_bytes + max(2 * file_bytes + scan_bytes, data + 30 * _MB),
         predicting=scan_bytes + data + running,
-        # labels, and again in the scan's order; or components where their box is half of it; and
-        # the foreground's probability
-        writing=scan_bytes + max(held + 3 * voxels, 5 * voxels) + kept + 30 * _MB,
+        # labels, and again without what the rules drop; the foreground's probability; and a slab
+        # that is restored, or whose pieces are numbered
+        writing=scan_bytes + held + 3 * voxels + kept + 40 * _MB,
         network=together + _RUNTIME if keeps_networks and kind == "openvino" else largest,
         device=device,
         keeps_networks=keeps_networks,
@@ -220,6 +223,19 @@ def of_scan(
     if free is None or need.device <= free:
         return need, False
     return wanted(on_host=True), True
+
+
+def of_networks(model: Model, folder: Path, engine: Engine, members: Sequence[Member]) -> int:
+    """Bytes that loaded networks take together; on a GPU those of its memory."""
+    return sum(
+        resting_bytes(
+            engine.kind,
+            configuration := model.plans.configuration(member.configuration),
+            bundle.weights_bytes(folder, member),
+            at_once(engine, model, configuration),
+        )
+        for member in members
+    )
 
 
 def at_once(engine: Engine, model: Model, configuration: Configuration) -> int:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
+from ichseg import ndimage
 from ichseg.engine.arrays import FloatArray
 from ichseg.errors import InputError
 from ichseg.model.plans import Configuration, Normalisation, Plans

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ichseg.errors import InputError
-from ichseg.model.bundle import Model
+from ichseg.model.bundle import Member, Model
 from ichseg.model.plans import Configuration, Plans
 from ichseg.predict import sliding_window
 from ichseg.predict.passes import Pass, Passes
@@ -96,6 +96,12 @@ def plan_passes(model: Model, volume: Volume, preset: str) -> tuple[Planned, ...
         )
         planned.append(Planned(configuration, placement, passes))
     return tuple(planned)
+
+
+def preset_members(model: Model, preset: str) -> list[Member]:
+    """The networks that run under a preset, in their order."""
+    folds = PRESETS[preset].folds
+    return [member for name in model.in_order for member in model.members_of(name)[:folds]]
 
 
 def skip_air(tiles: Tiles, channels: Sequence[Volume], placement: Placement, plans: Plans) -> Tiles:

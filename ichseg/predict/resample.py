@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
+from ichseg import ndimage
 from ichseg.engine.arrays import (
     FloatArray,
     Grid,
@@ -126,6 +126,9 @@ def resize(
         convert: Applied to the image before it is resized: a function that maps float32 values one
             by one, the larger never to the smaller, and leaves its argument as it was.
     """
+    if image.shape == out.shape and convert is None:
+        out[...] = image
+        return
     limits = None
     if order == 3 and any(image.shape[a] != out.shape[a] for a in range(3) if a != separate_axis):
         limits = _limits(image, out.shape, separate_axis)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
+from ichseg import ndimage
 from ichseg.engine.arrays import Grid, all_finite, as_kind_of, copy_into, flip, zeros_like
 from ichseg.engine.engine import Network
 from ichseg.errors import InputError, PredictionError

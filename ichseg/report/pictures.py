@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
 
+from ichseg import ndimage
 from ichseg.files import replacing
 from ichseg.report.framing import Framed, frame
 from ichseg.scan.volume import Volume

@@ -98,6 +98,19 @@ def test_the_library_loads_what_is_used_when_it_is_used():
     assert done.stdout.split("\n") == ["[]", "False", "Ensemble", "True False", ""]
 
 
+def test_numpy_is_whole_after_what_scipy_does_not_need_of_it():
+    code = (
+        "import sys; from ichseg import ndimage; print(ndimage.bytes_to_come() > 0); "
+        "ndimage.label([1, 0, 1]); print(ndimage.bytes_to_come(), 'numpy.testing' in sys.modules); "
+        "import numpy; numpy.testing.assert_equal(1, 1); print(numpy.f2py.__name__); "
+        "from scipy import ndimage; print(ndimage.label([1, 0, 1])[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True", "0", "False", "numpy.f2py", "2"]
+
+
 def test_refusals_of_input_load_neither(place):
     (place / "input" / "scan.mha").unlink()
     found, names, said = run(place)
@@ -114,6 +127,8 @@ def test_a_whole_run_on_the_cpu_does_without_torch_telemetry_sockets_and_caches(
     assert "openvino" in names
     assert not names & STRANGERS
     assert not names & {"torch", "matplotlib", "skimage", "openvino_telemetry", "requests"}
+    assert "scipy.ndimage" in found["modules"]
+    assert not {"numpy.testing", "numpy.f2py"} & set(found["modules"])  # what it brings along
     assert not found["sockets"]
     allowed = (str(place / "output"), "/dev/null")
     assert [path for path in found["written"] if not path.startswith(allowed)] == []

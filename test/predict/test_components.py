@@ -1,11 +1,13 @@
 """Component rules and the lesion table; drawn and worked out by hand."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
 from scipy import ndimage
 
+from ichseg import pieces
 from ichseg.errors import PlansError
 from ichseg.model import strict_json
 from ichseg.model.rules import ComponentRule
@@ -104,8 +106,28 @@ def test_slabs_change_nothing(monkeypatch):
     whole = apply_rules(labels, rules, 0.002), lesions(labels, scan)
     assert 0 < whole[0].sum() < labels.sum()
     monkeypatch.setattr(components, "_SLAB_VOXELS", 401)
+    monkeypatch.setattr(pieces, "_SLAB_VOXELS", 401)
     np.testing.assert_array_equal(apply_rules(labels, rules, 0.002), whole[0])
     assert lesions(labels, scan) == whole[1]
+
+
+def test_a_lesion_of_half_the_volume_takes_no_number_a_voxel(monkeypatch):
+    """The rules' copy is a byte a voxel; numbers for all of the box would be four more."""
+    labels = np.zeros((64, 128, 128), np.uint8)
+    labels[:32] = 1
+    labels[60, ::2, ::64] = 1
+    scan = Volume(labels.view(np.int8), (1.0, 1.0, 1.0))
+    monkeypatch.setattr(pieces, "_SLAB_VOXELS", 60_000)
+    monkeypatch.setattr(pieces, "_MEASURED_VOXELS", 20_000)
+    tracemalloc.start()
+    try:
+        kept = apply_rules(labels, [ComponentRule(1, keep_largest=True)], 1.0)
+        found = lesions(kept, scan, labels)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [each.volume_ml for each in found] == [kept.sum() / 1000] == [32 * 128 * 128 / 1000]
+    assert peak < 3 * labels.size
 
 
 def test_the_table_of_a_straight_scan():

@@ -60,6 +60,54 @@ def test_presets_run_what_they_say(tmp_path, scan):
         ensemble.segment(scan, "best")
 
 
+def counting_loads(ensemble):
+    """The ensemble, and a list that gets a 1 for each network that its engine loads."""
+    loads, real = [], ensemble.engine
+
+    def load(spec, state):
+        loads.append(1)
+        return real.load(spec, state)
+
+    return dataclasses.replace(ensemble, engine=dataclasses.replace(real, load=load)), loads
+
+
+def test_networks_that_are_loaded_ahead_are_those_that_run(tmp_path, scan, monkeypatch):
+    make_bundle(tmp_path, folds=3)
+    plain = Ensemble.load(tmp_path, "cpu")
+    for preset, count in (("balanced", 3), ("fast", 1)):
+        ensemble, loads = counting_loads(plain)
+        ensemble.load_ahead(preset)
+        assert len(loads) == count
+        found = ensemble.segment(scan, preset)
+        assert len(loads) == count
+        np.testing.assert_array_equal(found.mask.voxels, plain.segment(scan, preset).mask.voxels)
+    ensemble, loads = counting_loads(plain)
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 100_000_000)  # not 16 times as much
+    ensemble.load_ahead("balanced")
+    assert not loads
+
+
+def test_what_was_loaded_ahead_goes_where_networks_may_not_stay(tmp_path, scan):
+    make_bundle(tmp_path, folds=3)
+    ensemble, loads = counting_loads(Ensemble.load(tmp_path, "cpu"))
+    ensemble.load_ahead("balanced")
+    alive = ensemble._networks._alive
+    assert len(alive) == 3
+    prepared = ensemble.prepare(ensemble.plan(scan, "balanced"))
+    ensemble.predict(prepared, keep_networks=False)
+    assert len(alive) == 1
+    assert len(loads) == 5  # all but the first again
+
+
+def test_a_network_that_cannot_be_loaded_is_an_error_where_it_runs(tmp_path, scan):
+    model = make_bundle(tmp_path)
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    (tmp_path / model.members[0].file).write_bytes(b"none")
+    ensemble.load_ahead("fast")
+    with pytest.raises(WeightsError):
+        ensemble.segment(scan, "fast")
+
+
 def test_specks_are_a_warning_of_the_segmentation(tmp_path, scan, monkeypatch):
     make_bundle(tmp_path)
     seen = []

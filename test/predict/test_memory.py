@@ -51,7 +51,7 @@ def test_what_a_case_needs_by_hand():
     found = needed(part((100, 128, 256)))
     assert found.opening == (20 + max(2 * 7 + 20, 12.5 + 30)) * MB
     assert found.predicting == (20 + 12.5 + 25) * MB
-    assert found.writing == (20 + 25 + 9.375 + 30) * MB
+    assert found.writing == (20 + 25 + 9.375 + 40) * MB
     assert found.network == (3.05 * 100 + 55) * MB
     assert found.alone == found.network + found.writing
     assert found.device == 0

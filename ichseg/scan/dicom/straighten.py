@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
+from ichseg import ndimage
 from ichseg.scan.volume import Volume
 
 NOTHING_HU = -1024  # where no slice reaches
