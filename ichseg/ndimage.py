@@ -7,6 +7,7 @@ imported for nothing but to stand in a copy of numpy's list of names; that copy 
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 from typing import Any
@@ -26,9 +27,11 @@ def bytes_to_come() -> int:
     return 0 if "scipy.ndimage" in sys.modules else _BYTES
 
 
+@functools.cache
 def load() -> types.ModuleType:
     """The module, imported now if it is not yet."""
-    empty = {part: types.ModuleType(part) for part in _NOT_NEEDED if part not in vars(np)}
+    wanted = () if "scipy.ndimage" in sys.modules else _NOT_NEEDED
+    empty = {part: types.ModuleType(part) for part in wanted if part not in vars(np)}
     vars(np).update(empty)
     try:
         from scipy import ndimage

@@ -203,7 +203,7 @@ def segment_cases(
         weigh=lambda case: case.need if isinstance(case, Opened) else None,
         beside=lambda need: need is None or memory.gpu_holds_two(need, ensemble.engine),
         # within a time budget loading a network is timed where it runs
-        meanwhile=lambda: options.deadline or ensemble.load_ahead(options.preset),
+        meanwhile=lambda: options.deadline is None and ensemble.load_ahead(options.preset),
         may_open=lambda following, task, need, behind: _may_open(
             following, task, need, behind, base
         ),

@@ -96,6 +96,11 @@ def test_scores_lie_where_the_networks_run_unless_the_gpu_does_not_hold_them():
     assert on_gpu.predicting == (20 + 12.5) * MB
 
 
+def test_networks_are_there_while_a_case_is_opened():
+    assert memory.Need(opening=100, predicting=20, writing=30, network=5).alone == 105
+    assert memory.Need(opening=10, predicting=20, writing=30, network=5).alone == 35
+
+
 @pytest.mark.parametrize(("share", "kept"), [(2.1, True), (1.9, False)])
 def test_all_networks_stay_where_that_leaves_half_of_the_memory(tmp_path, monkeypatch, share, kept):
     make_bundle(tmp_path)
