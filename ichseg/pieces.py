@@ -59,7 +59,7 @@ class _Slab(NamedTuple):
 
     rows: slice
     numbers: npt.NDArray[np.int32]
-    count: int
+    given: int
     same: Integers  # (2, k): numbers, of all slabs, that are of one piece
 
 
@@ -144,8 +144,8 @@ def keep(labels: Labels, label: int, pieces: Pieces, kept: npt.NDArray[np.bool_]
         return
     stays, start = kept[pieces.numbered], 0
     for slab in _slabs(labels, label):
-        own = np.concatenate(([True], stays[start : start + slab.count]))  # 0 is another label's
-        start += slab.count
+        own = np.concatenate(([True], stays[start : start + slab.given]))  # 0 is another label's
+        start += slab.given
         labels[slab.rows][~own[slab.numbers]] = 0
 
 
@@ -181,7 +181,7 @@ def _pairs(first: npt.NDArray[np.int32], second: npt.NDArray[np.int32]) -> Integ
 def _measured(slab: _Slab, values: npt.NDArray[Any] | None, steps: Labels | None) -> _Sums:
     """Measure a slab, some slices at a time: beside the numbers that takes little memory."""
     depth, height, width = slab.numbers.shape
-    count, beyond = slab.count, max(slab.rows.stop, height, width)
+    count, beyond = slab.given, max(slab.rows.stop, height, width)
     found = _Sums(
         voxels=np.zeros(count, np.int64),
         first=np.full(count, slab.rows.stop * height * width),

@@ -193,6 +193,11 @@ def segment_cases(
 
     base = machine.resident_bytes() + ndimage.bytes_to_come()
     cases_left = iter(range(count, 0, -1))
+
+    def load_ahead() -> None:
+        if options.deadline is None:  # else loading a network is timed where it runs
+            ensemble.load_ahead(options.preset)
+
     for _ in overlapping(
         tasks,
         open_one=lambda task: open_case(task, task, ensemble, options, base),
@@ -202,8 +207,7 @@ def segment_cases(
         finish=lambda task, case: finish(task, write_case(task, case, ensemble, options)),
         weigh=lambda case: case.need if isinstance(case, Opened) else None,
         beside=lambda need: need is None or memory.gpu_holds_two(need, ensemble.engine),
-        # within a time budget loading a network is timed where it runs
-        meanwhile=lambda: options.deadline is None and ensemble.load_ahead(options.preset),
+        meanwhile=load_ahead,
         may_open=lambda following, task, need, behind: _may_open(
             following, task, need, behind, base
         ),
