@@ -22,6 +22,7 @@ Point = tuple[float, float, float]
 SCORED_ML = 0.2  # of the case's score
 # Specks at the inner table: smaller, thinner and less sure than these, and mostly beside bone.
 SPECK_ML, SPECK_MM, SPECK_PROBABILITY, BESIDE_BONE_MM = 2.0, 5.0, 0.8, 4.0
+DENSE_HU = 150.0  # on average; fresh blood has 50 to 100
 _BONE_HU, _LEAST_BONE_ML = 250, 50.0  # a skull is several hundred mL
 _MOST_SPECKS = 100  # that are looked at; noise has hundreds of thousands
 _SLAB_VOXELS = 300_000  # looked at together: arrays of 8 bytes a voxel are made of them
@@ -112,6 +113,33 @@ def case_score(foreground: Labels, voxel_ml: float) -> float:
         if taken == wanted:
             break
     return total / wanted / 255
+
+
+def doubts(
+    labels: Labels, scan: Volume, foreground: Labels, found: Sequence[Lesion]
+) -> tuple[str, ...]:
+    """Why what was found in a CT may be none, one sentence each; see ``speck_warning``."""
+    told = (dense_warning(found), speck_warning(labels, scan, foreground, found))
+    return tuple(warning for warning in told if warning is not None)
+
+
+def dense_warning(found: Sequence[Lesion]) -> str | None:
+    """Words for lesions of which half or more, by volume, are too dense for blood.
+
+    Networks that are given a few slices, or another part of the body, may take bone for it.
+
+    Args:
+        found: The lesions, with the mean HU of each.
+    """
+    dense = [lesion for lesion in found if lesion.mean_hu > DENSE_HU]
+    dense_ml, found_ml = (sum(each.volume_ml for each in some) for some in (dense, found))
+    if not dense or dense_ml < found_ml / 2:
+        return None
+    mean_hu = sum(lesion.mean_hu * lesion.volume_ml for lesion in dense) / dense_ml
+    return (
+        f"{dense_ml:.2f} of {found_ml:.2f} mL that were found have {mean_hu:.0f} HU on average, "
+        "where blood has 50 to 100: it may well be bone, contrast medium or metal"
+    )
 
 
 def speck_warning(

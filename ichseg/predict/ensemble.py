@@ -302,9 +302,9 @@ class Ensemble:
         labels, foreground, each = self._restore(predicted.parts, probabilities, threshold)
         labels = components.apply_rules(labels, self.model.rules, volume.voxel_ml, foreground)
         lesions = components.lesions(labels, volume, foreground)
-        doubtful = None
+        doubtful: tuple[str, ...] = ()
         if self.model.expects_hu:
-            doubtful = components.speck_warning(labels, volume, foreground, lesions)
+            doubtful = components.doubts(labels, volume, foreground, lesions)
         seconds = predicted.seconds | {"restore": time.perf_counter() - began}
         seconds["total"] = sum(seconds.values())
         decided = {} if threshold is None else {"threshold": threshold}
@@ -314,7 +314,7 @@ class Ensemble:
             ran=predicted.ran | decided,
             seconds={step: round(value, 3) for step, value in seconds.items()},
             disagreement=predicted.disagreement,
-            warnings=() if doubtful is None else (doubtful,),
+            warnings=doubtful,
             foreground=foreground,
             case_score=components.case_score(foreground, volume.voxel_ml),
             lesions=lesions,

@@ -234,6 +234,18 @@ CENTRAL = (slice(35, 45), slice(38, 41))
 BLEED = (slice(30, 50), slice(25, 50))  # 2.5 mL
 
 
+def test_what_is_as_dense_as_bone_is_told():
+    labels, scan, chance = skull_with(BLEED)
+    labels[2, 35:45, 6:8] = 1  # 0.1 mL in the skull
+    assert components.dense_warning(lesions(labels, scan)) is None
+    labels[:, 5:9, 36:43] = labels[:, 71:75, 36:43] = 1  # more of it than of the bleed
+    found = lesions(labels, scan)
+    said = components.dense_warning(found)
+    assert said.startswith("2.90 of 5.40 mL that were found have 900 HU on average, where blood")
+    assert said in components.doubts(labels, scan, chance, found)
+    assert components.dense_warning(()) is None
+
+
 def test_specks_at_the_inner_table_are_told():
     said = speck_warning(*skull_with(SPECK))
     assert said is not None
