@@ -73,7 +73,7 @@ for fold in 0 2 4; do
 done
 step cross-validate --workspace "$work"
 step select --workspace "$work"
-step export --workspace "$work" --out "$out" --threads 2 --name ich-compact --model-version 5 \
+step export --workspace "$work" --out "$out" --threads 2 --name ich-compact --model-version 6 \
     --licence CC-BY-NC-SA-4.0 \
     --description "$description"
 echo "the bundle is in $out" >&2
