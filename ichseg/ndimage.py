@@ -1,8 +1,7 @@
 """``scipy.ndimage``, imported when one of its functions is first asked for.
 
 It takes as long to import as half of all other libraries, so a run does that while its networks
-are compiled. A fourth of that time goes into numpy's test tools and Fortran compiler, which are
-imported for nothing but to stand in a copy of numpy's list of names; that copy gets empty modules.
+are compiled.
 """
 
 from __future__ import annotations
@@ -12,10 +11,7 @@ import sys
 import types
 from typing import Any
 
-import numpy as np
-
-_NOT_NEEDED = ("f2py", "testing")
-_BYTES = 15 * 2**20  # measured
+_BYTES = 30 * 2**20  # measured
 
 
 def __getattr__(name: str) -> Any:
@@ -30,14 +26,7 @@ def bytes_to_come() -> int:
 @functools.cache
 def load() -> types.ModuleType:
     """The module, imported now if it is not yet."""
-    wanted = () if "scipy.ndimage" in sys.modules else _NOT_NEEDED
-    empty = {part: types.ModuleType(part) for part in wanted if part not in vars(np)}
-    vars(np).update(empty)
-    try:
-        from scipy import ndimage
-    finally:
-        for part, stub in empty.items():
-            if vars(np).get(part) is stub:  # and not what somebody else has imported meanwhile
-                delattr(np, part)
+    from scipy import ndimage
+
     module: types.ModuleType = ndimage
     return module
