@@ -20,7 +20,10 @@ def model():
         "torch": "2.13.0", "date": "2026-11-25",
     }  # fmt: skip
     plans = dataclasses.replace(shipped.plans, labels=("background", "a|b"))
-    return dataclasses.replace(shipped, plans=plans, provenance=provenance, rules=(), licence="")
+    return dataclasses.replace(
+        shipped, plans=plans, provenance=provenance, rules=(), licence="",
+        members=tuple(member for member in shipped.members if member.fold in ("0", "1")),
+    )  # fmt: skip
 
 
 def write(model, folder, notes=""):
