@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from conftest import make_bundle
 
+from ichseg.files import UNFINISHED
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 
@@ -74,10 +75,10 @@ def train(dataset, workspace, *more):
 
 
 def made(workspace):
-    """Digests of what a training has made, by path."""
+    """Digests of what a training has made, by path; not what a killed process was writing."""
     return {
         str(path.relative_to(workspace)): hashlib.sha256(path.read_bytes()).hexdigest()
         for pattern in _MADE
         for path in sorted(workspace.glob(pattern))
-        if path.is_file()
+        if path.is_file() and not path.name.startswith(UNFINISHED)
     }

@@ -30,7 +30,7 @@ from training.jobs.job import Job, Need
 from training.jobs.places import cluster as places
 from training.jobs.places.cluster import machines_of, room_for
 
-EPOCHS = 300
+EPOCHS = 1000
 
 
 def node(cores, gpus=0, memory=0):
