@@ -30,7 +30,9 @@ from training.jobs.job import Job, Need
 from training.jobs.places import cluster as places
 from training.jobs.places.cluster import machines_of, room_for
 
-EPOCHS = 1000
+EPOCHS = 300
+# Seconds of training on a fast machine, too, of which a stop over the cluster takes three.
+LONG = ("--batches-per-epoch", "60", "--stop-patience", "10000")
 
 
 def node(cores, gpus=0, memory=0):
@@ -219,7 +221,7 @@ def test_what_is_made_is_what_one_machine_makes(nodes, begin, tiny, tmp_path):
     """Stopped in mid-training, then its driver killed, then a node."""
     workspace = tmp_path / "ray"
 
-    run = begin(tiny, workspace, "--ray", nodes.address)
+    run = begin(tiny, workspace, *LONG, "--ray", nodes.address)
     said = until(run, "train 3d_fullres 0: epoch 2/")
     assert "preprocess 3d_fullres 3 of 3" in said
     os.kill(run.pid, signal.SIGTERM)
@@ -228,12 +230,12 @@ def test_what_is_made_is_what_one_machine_makes(nodes, begin, tiny, tmp_path):
     assert said.splitlines()[-1] == "stopped by SIGTERM; the same command goes on from here"
     assert "SIGTERM: ending after this step with a checkpoint" in said
 
-    run = begin(tiny, workspace, "--ray", nodes.address)
+    run = begin(tiny, workspace, *LONG, "--ray", nodes.address)
     until(run, "train 3d_fullres 0: epoch ")
     run.kill()
     run.communicate(timeout=600)
 
-    run = begin(tiny, workspace, "--ray", nodes.address)
+    run = begin(tiny, workspace, *LONG, "--ray", nodes.address)
     said = until(run, "train 3d_fullres 0: epoch ") + until(run, "train 3d_fullres 1: epoch ")
     nodes.kill(node_that_trains(nodes, ("node1", "node2")))
     said += run.communicate(timeout=600)[0]
@@ -241,7 +243,7 @@ def test_what_is_made_is_what_one_machine_makes(nodes, begin, tiny, tmp_path):
     assert said.count("its process or its node is gone; the job is begun anew") == 1
     assert "epoch 1/" not in said  # from its checkpoint
 
-    alone = begin(tiny, tmp_path / "alone")
+    alone = begin(tiny, tmp_path / "alone", *LONG)
     said = alone.communicate(timeout=600)[0]
     assert alone.returncode == 0, said
     assert {"plans.json", "selection.json"} < set(made(workspace))
