@@ -32,7 +32,7 @@ from training.jobs.places.cluster import machines_of, room_for
 
 EPOCHS = 300
 # Seconds of training on a fast machine, too, of which a stop over the cluster takes three.
-LONG = ("--epochs", "200", "--batches-per-epoch", "60", "--stop-patience", "10000")
+LONG = ("--epochs", "200", "--batches-per-epoch", "20", "--stop-patience", "10000")
 
 
 def node(cores, gpus=0, memory=0):
