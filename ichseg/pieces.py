@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,17 +63,6 @@ class _Slab(NamedTuple):
     same: Integers  # (2, k): numbers, of all slabs, that are of one piece
 
 
-class _Sums(NamedTuple):
-    """What ``Pieces`` has, for the numbers of one slab."""
-
-    voxels: Integers
-    first: Integers
-    low: Integers
-    end: Integers
-    sums: npt.NDArray[np.float64]
-    most: Labels
-
-
 def measure(
     labels: Labels,
     label: int,
@@ -92,26 +81,21 @@ def measure(
     for slab in _slabs(labels, label):
         same.append(slab.same)
         parts.append(_measured(slab, values, steps))
-    numbered = _joined(np.concatenate(same, axis=1), sum(len(part.voxels) for part in parts))
-    every = _Sums(*(np.concatenate(each, axis=-1) for each in zip(*parts, strict=True)))
-    count = int(numbered.max(initial=-1)) + 1
-    found = _Sums(
-        voxels=np.zeros(count, np.int64),
-        first=np.full(count, labels.size),
-        low=np.full((3, count), max(labels.shape)),
-        end=np.zeros((3, count), np.int64),
-        sums=np.zeros((5, count)),
-        most=np.zeros(count, np.uint8),
-    )
-    np.add.at(found.voxels, numbered, every.voxels)
-    np.minimum.at(found.first, numbered, every.first)
-    np.maximum.at(found.most, numbered, every.most)
-    for axis in range(3):
-        np.minimum.at(found.low[axis], numbered, every.low[axis])
-        np.maximum.at(found.end[axis], numbered, every.end[axis])
-    for total, part in zip(found.sums, every.sums, strict=True):
-        np.add.at(total, numbered, part)
-    return Pieces(*found, numbered)
+    numbered = _joined(np.concatenate(same, axis=1), sum(map(len, parts)))
+    found = replace(_unseen(int(numbered.max(initial=-1)) + 1), numbered=numbered)
+    start = 0
+    for part in parts:
+        of = numbered[start : start + len(part)]
+        start += len(part)
+        np.add.at(found.voxels, of, part.voxels)
+        np.minimum.at(found.first, of, part.first)
+        np.maximum.at(found.most, of, part.most)
+        for axis in range(3):
+            np.minimum.at(found.low[axis], of, part.low[axis])
+            np.maximum.at(found.end[axis], of, part.end[axis])
+        for total, more in zip(found.sums, part.sums, strict=True):
+            np.add.at(total, of, more)
+    return found
 
 
 def one(labels: Labels, label: int, pieces: Pieces, index: int) -> npt.NDArray[np.bool_]:
@@ -178,18 +162,24 @@ def _pairs(first: npt.NDArray[np.int32], second: npt.NDArray[np.int32]) -> Integ
     return np.stack((both >> 32, both & 0xFFFFFFFF))
 
 
-def _measured(slab: _Slab, values: npt.NDArray[Any] | None, steps: Labels | None) -> _Sums:
-    """Measure a slab, some slices at a time: beside the numbers that takes little memory."""
-    depth, height, width = slab.numbers.shape
-    count, beyond = slab.given, max(slab.rows.stop, height, width)
-    found = _Sums(
+def _unseen(count: int) -> Pieces:
+    """So many pieces, of which no voxel has been seen yet; each is its number."""
+    beyond = np.iinfo(np.int64).max
+    return Pieces(
         voxels=np.zeros(count, np.int64),
-        first=np.full(count, slab.rows.stop * height * width),
+        first=np.full(count, beyond),
         low=np.full((3, count), beyond),
         end=np.zeros((3, count), np.int64),
         sums=np.zeros((5, count)),
         most=np.zeros(count, np.uint8),
+        numbered=np.arange(count),
     )
+
+
+def _measured(slab: _Slab, values: npt.NDArray[Any] | None, steps: Labels | None) -> Pieces:
+    """Measure a slab, some slices at a time: beside the numbers that takes little memory."""
+    depth, height, width = slab.numbers.shape
+    found = _unseen(slab.given)
     step = max(1, _MEASURED_VOXELS // (height * width))
     for z in range(0, depth, step):
         numbers = slab.numbers[z : z + step]
@@ -206,7 +196,7 @@ def _measured(slab: _Slab, values: npt.NDArray[Any] | None, steps: Labels | None
 
 
 def _add_runs(
-    found: _Sums,
+    found: Pieces,
     numbers: npt.NDArray[np.int32],
     start: int,
     values: npt.NDArray[Any] | None,
@@ -227,7 +217,7 @@ def _add_runs(
     def over_runs(data: npt.NDArray[Any], function: np.ufunc, kind: Any) -> Any:
         return function.reduceat(data.ravel().astype(kind, copy=False), runs)[inside]
 
-    count = len(found.voxels)
+    count = len(found)
     weights = [z * lengths, y * lengths, (x + (lengths - 1) / 2) * lengths]
     weights += [] if values is None else [over_runs(values, np.add, np.float64)]
     found.voxels[:] += np.bincount(of, lengths, count).astype(np.int64)

@@ -1,13 +1,14 @@
 import dataclasses
 
 import pytest
+from helpers.batches import spec_of
 from helpers.workspaces import make_workspace
 
 from ichseg.errors import TrainingError
 from training.batches import hard_examples
 from training.batches.augmentation import NO_AUGMENTATION
 from training.batches.hard_examples import HardExample
-from training.batches.sampling import BatchKey, BatchSpec, draw_batch
+from training.batches.sampling import BatchKey, draw_batch
 
 EXAMPLES = (
     HardExample("case_0", "false", (1, 3, 20), 0.25),
@@ -30,18 +31,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def spec(folder, table):
-    return BatchSpec(
-        folder=folder,
+    return spec_of(
+        folder,
         train=("case_0", "case_1", "case_2"),
-        validation=("case_4", "case_5"),
         patch=(2, 4, 4),
-        batch=2,
-        in_plane=True,
-        masked=(False,),
-        foreground_fraction=0.33,
         augmentation=NO_AUGMENTATION,
-        seed=3,
-        fold=0,
         hard_fraction=1.0,
         hard_examples=table,
     )

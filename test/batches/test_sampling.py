@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 from conftest import PLANS
+from helpers.batches import spec_of
 from helpers.workspaces import BUSY, make_workspace
 
 from ichseg.errors import DatasetError, TrainingError
@@ -10,7 +11,6 @@ from training.batches.augmentation import NO_AUGMENTATION
 from training.batches.reading import centred, make_patches, overlap, read_region, read_regions
 from training.batches.sampling import (
     BatchKey,
-    BatchSpec,
     draw_batch,
     draw_lower,
     is_oversampled,
@@ -25,19 +25,7 @@ KEYS = [BatchKey(0, 0), BatchKey(0, 1), BatchKey(0, 0, validation=True), BatchKe
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
     workspace = make_workspace(tmp_path_factory.mktemp("sampling"))
-    return BatchSpec(
-        folder=workspace / "preprocessed" / "3d_fullres",
-        train=("case_0", "case_1", "case_2", "case_3"),
-        validation=("case_4", "case_5"),
-        patch=(4, 16, 16),
-        batch=2,
-        in_plane=True,
-        masked=(False,),
-        foreground_fraction=0.33,
-        augmentation=BUSY,
-        seed=3,
-        fold=1,
-    )
+    return spec_of(workspace / "preprocessed" / "3d_fullres")
 
 
 def raw(patches):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.batches import CPU, KEYS, VALIDATION, made, opened, raw
+from helpers.batches import CPU, KEYS, VALIDATION, made, opened, raw, spec_of
 from helpers.workspaces import BUSY, make_workspace
 
 from ichseg.errors import DatasetError, TrainingError
@@ -38,18 +38,9 @@ def spec(tmp_path_factory):
     names = tuple(f"case_{index}" for index in range(6))
     for name in names:
         write_previous(folder, name, np.maximum(open_case(folder, name).target[...], 0), "")
-    return BatchSpec(
-        folder=folder,
-        train=names[:4],
-        validation=names[4:],
-        patch=(4, 16, 16),
-        batch=2,
-        in_plane=True,
-        masked=(False,),
-        foreground_fraction=0.33,
+    return spec_of(
+        folder,
         augmentation=dataclasses.replace(BUSY, morphology_probability=0.5),
-        seed=3,
-        fold=1,
         previous_labels=1,
     )
 
