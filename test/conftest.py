@@ -84,6 +84,15 @@ def make_bundle(folder: Path, *, folds: int = 2, plans: Plans = PLANS) -> Model:
     return model
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, unless it is asked for: `-m gpu` has to tell."""
+    if torch.cuda.is_available() or config.getoption("markexpr") == "gpu":
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(scope="module")
 def one_core() -> Iterator[None]:
     """No worker processes: they would take longer to begin than the work of a tiny task takes."""
