@@ -34,10 +34,10 @@ from training.data.workspace import LATEST_CHECKPOINT, hard_examples_file
 from training.fit.checkpoint import load_checkpoint
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun, open_run
+from training.scoring.lesions import number_lesions
 from training.store.chunks import StoredCase
 
 SMALLEST_ML = 0.05
-_CONNECTED = np.ones((3, 3, 3), bool)
 _TELL_EVERY_S = 30.0
 
 Mask = npt.NDArray[np.bool_]
@@ -92,7 +92,7 @@ def find_hard_examples(
 def errors_of(
     case: StoredCase, found: Sequence[Mask], run: FoldRun, voxel_ml: float, smallest_ml: float
 ) -> list[HardExample]:
-    """The false and the missed lesions of a case.
+    """The false and the missed lesions of a case, as an evaluation counts them.
 
     Args:
         case: The case, with its target.
@@ -114,28 +114,26 @@ def errors_of(
             ("missed", theirs, ours),
         ):
             examples += [
-                HardExample(case.name, kind, voxel, volume_ml)
-                for voxel, volume_ml in _untouched(lesions, other, voxel_ml)
-                if volume_ml >= smallest_ml
+                HardExample(case.name, kind, voxel, voxels * voxel_ml)
+                for voxel, voxels in _untouched(lesions, other, smallest_ml / voxel_ml)
             ]
     return examples
 
 
 def _untouched(
-    lesions: Mask, other: Mask, voxel_ml: float
-) -> list[tuple[tuple[int, int, int], float]]:
-    """A voxel near the middle, and the volume, of each lesion that has no voxel of another mask."""
-    components, count = ndimage.label(lesions, _CONNECTED)
-    touched = np.zeros(count + 1, bool)
-    touched[components[other]] = True
+    mask: Mask, other: Mask, least_voxels: float
+) -> list[tuple[tuple[int, int, int], int]]:
+    """A voxel near the middle, and how many there are, of each lesion that touches no other."""
+    numbers, sizes, shared = number_lesions(mask, other)
+    boxes = ndimage.find_objects(numbers)
     result = []
-    for number, where in enumerate(ndimage.find_objects(components), start=1):
-        if touched[number]:
-            continue
-        voxels = np.argwhere(components[where] == number)
+    for index in np.flatnonzero((shared == 0) & (sizes >= least_voxels)):
+        voxels = np.argwhere(numbers[boxes[index]] == index + 1)
         nearest = np.square(voxels - voxels.mean(0)).sum(1).argmin()
-        z, y, x = (int(v) + part.start for v, part in zip(voxels[nearest], where, strict=True))
-        result.append(((z, y, x), len(voxels) * voxel_ml))
+        z, y, x = (
+            int(v) + part.start for v, part in zip(voxels[nearest], boxes[index], strict=True)
+        )
+        result.append(((z, y, x), int(sizes[index])))
     return result
 
 

@@ -67,13 +67,30 @@ def find_lesions(mask: Mask, other: Mask, voxel_ml: float) -> tuple[Lesion, ...]
         other: The mask that they are held against, of the same shape.
         voxel_ml: The volume of one voxel.
     """
-    labels, count = ndimage.label(mask, structure=_TOUCHING)
-    sizes = np.bincount(labels[mask], minlength=count + 1)[1:]
-    shared = np.bincount(labels[mask & other], minlength=count + 1)[1:]
+    _, sizes, shared = number_lesions(mask, other)
     return tuple(
         Lesion(int(sizes[i]) * voxel_ml, int(shared[i]) * voxel_ml)
         for i in np.argsort(-sizes, kind="stable")
     )
+
+
+def number_lesions(
+    mask: Mask, other: Mask
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Number the lesions of ``mask`` and count what each shares with ``other``.
+
+    Args:
+        mask: The mask whose pieces are the lesions, shape ``(z, y, x)``.
+        other: The mask that they are held against, of the same shape.
+
+    Returns:
+        The number of each voxel's lesion, from 1, or 0; then, for each lesion, its voxels, and how
+        many of these are in the other mask.
+    """
+    labels, count = ndimage.label(mask, structure=_TOUCHING)
+    sizes = np.bincount(labels[mask], minlength=count + 1)[1:]
+    shared = np.bincount(labels[mask & other], minlength=count + 1)[1:]
+    return labels, sizes, shared
 
 
 def size_class(volume_ml: float) -> str:
