@@ -48,7 +48,7 @@ made "$work/data" || step real-heads --also "$work/real" "$work/phantoms" "$work
 [ -f "$work/dataset.json" ] || step convert "$work/data" --workspace "$work" --groups "$work/data/groups.csv"
 [ -f "$work/plans.json" ] || step plan --workspace "$work" --spacing 5,1.2,1.2 \
     --patch 16,96,96 --batch 2 --features 8,16,32,64,128 \
-    --ct-clip=-20,100 --batch-dice --deep-supervision
+    --ct-clip=-20,100 --batch-dice --deep-supervision --padding nearest
 step preprocess 3d_fullres --workspace "$work"
 
 train() { # fold; exec: so that it is the trainer that the trap ends, and not a shell around it

@@ -24,6 +24,7 @@ _RECIPES = ("msd2018", "nnunetv2")
 ARCHITECTURES = ("plain", "resenc_m", "resenc_l", "resenc_xl")
 ORIENTATIONS = ("LPS", "RAS", "as_stored")
 CROPS = ("nonzero", "head")
+PADDINGS = ("zero", "nearest")
 MOST_LABELS = 256  # masks are uint8
 _MOST_PATCH_VOXELS = 1 << 31
 _SPACINGS_MM = (1e-4, 1e4)
@@ -214,6 +215,8 @@ class Plans:
         crop: What is cut away before anything else, in training as in inference: ``nonzero``, the
             borders where all channels are 0 (nnU-Net); or ``head``, also the air and the headrest
             around the head, as far as one is found. Outside the crop all is background.
+        padding: What a network sees beyond a case that is smaller than its tile: ``zero`` after
+            the normalisation (nnU-Net), or the ``nearest`` voxel.
         sources: Digest of the files of the cases that were planned for, in the plans of a
             workspace; bundles leave it out.
     """
@@ -234,6 +237,7 @@ class Plans:
     regions: tuple[int, ...] = strict_json.optional(())
     region_labels: tuple[tuple[int, ...], ...] = strict_json.optional(())
     crop: str = strict_json.optional("nonzero")
+    padding: str = strict_json.optional("zero")
     sources: str = strict_json.optional("")
 
     def __post_init__(self) -> None:
@@ -263,6 +267,8 @@ class Plans:
             raise ValueError(f"crop {self.crop!r}, expected one of {CROPS}")
         if self.crop == "head" and any(n.scheme != "ct" for n in self.normalisations):
             raise ValueError("crop 'head' is found in HU, but not every channel is CT")
+        if self.padding not in PADDINGS:
+            raise ValueError(f"padding {self.padding!r}, expected one of {PADDINGS}")
         check_regions(len(self.labels) - 1, self.regions, self.region_labels)
 
     def _check_stages(self) -> None:

@@ -389,7 +389,7 @@ class Ensemble:
         return passes.run(
             load=lambda member: self._networks.load(member, part.configuration, keep=keep),
             passes=part.passes,
-            padded=sliding_window.pad(data, part.passes.tiles),
+            padded=sliding_window.pad(data, part.passes.tiles, plans.padding),
             background=background,
             regions=bool(plans.regions),
             clock=clock,

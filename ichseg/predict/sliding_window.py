@@ -137,6 +137,7 @@ def predict_tiled(
     tile: tuple[int, int, int],
     *,
     mirror_axes: Sequence[int] = (),
+    padding: str = "zero",
 ) -> Grid:
     """Scores of a whole volume by one network.
 
@@ -146,22 +147,37 @@ def predict_tiled(
             it.
         tile: The size of a tile in voxels ``(z, y, x)``.
         mirror_axes: Spatial axes (0, 1, 2 for z, y, x) over whose subsets scores are averaged.
+        padding: What lies beyond a volume smaller than a tile, see ``pad``.
 
     Returns:
         Mean scores ``(K, Z, Y, X)`` of all tiles and mirrorings, weighted by importance; float32.
     """
     tiles, mirrors = cover(data.shape[1:], tile), mirrorings(mirror_axes)
-    padded = pad(data, tiles)
+    padded = pad(data, tiles, padding)
     total = sum_tiles(network, padded, tiles, mirrors=mirrors)
     return average(total, tiles, len(mirrors))
 
 
-def pad(data: Grid, tiles: Tiles) -> Grid:
-    """Zero-pad ``(C, Z, Y, X)``, centred, to at least a tile; the data themselves if that fits."""
+def pad(data: Grid, tiles: Tiles, padding: str = "zero") -> Grid:
+    """Pad ``(C, Z, Y, X)``, centred, to at least a tile; the data themselves if that fits.
+
+    Args:
+        data: The volume.
+        tiles: Where its tiles lie.
+        padding: ``zero``, or ``nearest`` for the nearest voxel, see ``Plans.padding``.
+    """
     if tiles.padded == tiles.shape:
         return data
     padded = zeros_like(data, (data.shape[0], *tiles.padded))
     copy_into(padded[(slice(None), *tiles.inner)], data)
+    if padding == "nearest":
+        for axis, inside in enumerate(tiles.inner, start=1):
+            every = (slice(None),) * axis
+            first, last = inside.start, inside.stop - 1
+            copy_into(padded[(*every, slice(first))], padded[(*every, slice(first, first + 1))])
+            copy_into(
+                padded[(*every, slice(last + 1, None))], padded[(*every, slice(last, last + 1))]
+            )
     return padded
 
 

@@ -127,6 +127,7 @@ def test_choices_beyond_the_memory_are_warned_of(chosen, warning, caplog):
         ({"ct_clip": (90.0, 20.0)}, "expected a lower and a higher number"),
         ({"ct_clip": (20.0, math.nan)}, "expected a lower and a higher number"),
         ({"crop": "body"}, "crop 'body', expected one of"),
+        ({"padding": "mirror"}, "padding 'mirror', expected one of"),
         ({"crop": "head"}, "the fingerprint does not say where heads are"),
         ({"ct_clip": (60.0, 90.0)}, "CT clip 60 to 90 HU leaves out .* CT, whose mean is 55.0 HU"),
         ({"recipe": "v3"}, "recipe 'v3', expected one of msd2018, nnunetv2"),
@@ -136,6 +137,12 @@ def test_choices_beyond_the_memory_are_warned_of(chosen, warning, caplog):
 def test_refusals(overrides, message):
     with pytest.raises(PlansError, match=message):
         plan_heads(**overrides)
+
+
+def test_padding_is_a_field_of_the_plan():
+    plans = plan_heads(padding="nearest")
+    assert (plans.padding, plan_heads().padding) == ("nearest", "zero")
+    assert plans.overrides == (Override("padding", "zero", "nearest"),)
 
 
 def heads(beyond=(0,) * 100):

@@ -43,6 +43,24 @@ def test_full_is_the_mean_softmax_over_folds_and_mirrors(tmp_path, scan):
     assert result.volume_ml == pytest.approx(result.mask.voxels.sum() * 5 * 0.8 * 0.9 / 1000)
 
 
+def test_a_scan_thinner_than_the_tile_is_padded_as_the_plan_says(tmp_path):
+    """With the nearest voxels it is the scan whose outer slices were repeated by hand."""
+    thin = np.random.default_rng(0).normal(50, 25, (2, 16, 16)).astype(np.float32)
+    spacing, found = CONFIGURATION.spacing_mm, {}
+    for padding in ("zero", "nearest"):
+        folder = tmp_path / padding
+        folder.mkdir()
+        make_bundle(folder, plans=dataclasses.replace(PLANS, padding=padding))
+        ensemble = Ensemble.load(folder, "cpu")
+        for name, voxels in (("thin", thin), ("whole", thin[[0, 0, 1, 1]])):
+            result = ensemble.segment(Volume(voxels, spacing), probabilities=True)
+            found[padding, name] = np.asarray(result.probabilities, np.float64)
+    np.testing.assert_array_equal(found["zero", "whole"], found["nearest", "whole"])
+    whole = found["nearest", "whole"][:, 1:3]
+    np.testing.assert_allclose(found["nearest", "thin"], whole, atol=1e-3)
+    assert abs(found["zero", "thin"] - whole).max() > 0.01
+
+
 def test_presets_run_what_they_say(tmp_path, scan):
     make_bundle(tmp_path, folds=3)
     ensemble = Ensemble.load(tmp_path, "cpu")

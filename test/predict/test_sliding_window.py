@@ -51,6 +51,17 @@ def test_tiles_cover_every_voxel_and_overlap_by_about_half(tile, extra):
     assert all(b - a <= tile / 2 + 1 for a, b in itertools.pairwise(starts))
 
 
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_padding_is_numpys(kind):
+    """Thinner than a tile by an odd number, by an even one, and not at all; two channels."""
+    data = np.random.default_rng(0).normal(size=(2, 1, 5, 3)).astype(np.float32)
+    tiles = cover(data.shape[1:], (4, 3, 7))
+    widths = ((0, 0), (1, 2), (0, 0), (2, 2))
+    for padding, mode in (("zero", "constant"), ("nearest", "edge")):
+        found = pad(kind(data), tiles, padding)
+        np.testing.assert_array_equal(np.asarray(found), np.pad(data, widths, mode))
+
+
 def test_too_small_an_image_is_refused():
     with pytest.raises(ValueError, match="image 5, tile 8"):
         tile_starts(5, 8)

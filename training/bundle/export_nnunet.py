@@ -112,6 +112,11 @@ def lost(model: Model) -> Iterator[str]:
             "nnU-Net does not cut to the head: what lies outside of it is segmented as well, and "
             "prediction takes longer"
         )
+    if plans.padding != "zero":
+        yield (
+            "nnU-Net pads a scan that is smaller than the patch with zeros, this bundle with the "
+            "nearest voxel: the masks of such scans differ"
+        )
     if any(plans.configuration(name).previous_stage for name in model.configurations):
         if model.cascade == "scores":
             yield (

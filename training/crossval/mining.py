@@ -144,7 +144,11 @@ def _segment(case: StoredCase, run: FoldRun, network: Network) -> list[Mask]:
         assert case.previous is not None  # the fold has trained on them
         data = np.concatenate((data, one_hot(case.previous[:], run.spec.previous_labels)))
     scores = sliding_window.predict_tiled(
-        network, torch.from_numpy(data).to(run.device), run.configuration.tile, mirror_axes=()
+        network,
+        torch.from_numpy(data).to(run.device),
+        run.configuration.tile,
+        mirror_axes=(),
+        padding=run.plans.padding,
     )
     assert isinstance(scores, Tensor)  # as the data are
     if run.plans.regions:

@@ -275,6 +275,7 @@ def predict_case(given: GridCase, run: FoldRun, network: Network) -> Tensor:
         torch.from_numpy(given.data).to(run.device),
         run.configuration.tile,
         mirror_axes=tuple(range(3 - dimensions, 3)) if run.config.validation_mirrors else (),
+        padding=run.plans.padding,
     )
     assert isinstance(scores, Tensor)  # as the data are
     return scores

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ichseg.errors import PlansError
-from ichseg.model.plans import CROPS, Override, Plans
+from ichseg.model.plans import CROPS, PADDINGS, Override, Plans
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class Overrides:
         batch_dice: Whether Dice is over the batch, for 3D configurations.
         deep_supervision: Whether training adds a head per decoder level, for 3D configurations.
         crop: What is cut away from a case, see ``Plans.crop``.
+        padding: What lies beyond a small case, see ``Plans.padding``.
     """
 
     spacing_mm: tuple[float, float, float] | None = None
@@ -36,6 +37,7 @@ class Overrides:
     batch_dice: bool | None = None
     deep_supervision: bool | None = None
     crop: str | None = None
+    padding: str | None = None
 
     def __post_init__(self) -> None:
         if self.spacing_mm is not None and not all(0 < s < math.inf for s in self.spacing_mm):
@@ -54,6 +56,8 @@ class Overrides:
             raise PlansError(f"CT clip {self.ct_clip} HU, expected a lower and a higher number")
         if self.crop is not None and self.crop not in CROPS:
             raise PlansError(f"crop {self.crop!r}, expected one of {CROPS}")
+        if self.padding is not None and self.padding not in PADDINGS:
+            raise PlansError(f"padding {self.padding!r}, expected one of {PADDINGS}")
 
 
 def add_override_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +103,12 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is cut away from each case, in training and in inference: borders of zeros, or "
         "also the air around the head",
     )
+    chosen.add_argument(
+        "--padding",
+        choices=PADDINGS,
+        help="what a network sees beyond a scan that is smaller than its patch, in inference: "
+        "zeros after the normalisation, or the nearest voxel",
+    )
 
 
 def overrides_from(args: argparse.Namespace) -> Overrides:
@@ -117,6 +127,7 @@ def overrides_from(args: argparse.Namespace) -> Overrides:
         batch_dice=args.batch_dice,
         deep_supervision=args.deep_supervision,
         crop=args.crop,
+        padding=args.padding,
     )
 
 
@@ -141,6 +152,7 @@ def record(
         ("batch-dice", overrides.batch_dice),
         ("deep-supervision", overrides.deep_supervision),
         ("crop", overrides.crop),
+        ("padding", overrides.padding),
     ):
         if value is not None:
             alone = automatic_gb if name == "gpu-memory-gb" else _automatic(name, automatic)
@@ -169,6 +181,8 @@ def _automatic(name: str, plans: Plans | None) -> object:
             return full.architecture.deep_supervision
         case "crop":
             return plans.crop
+        case "padding":
+            return plans.padding
     return full.batch_dice
 
 

@@ -126,6 +126,7 @@ def decide(
         configurations=_configurations(flat, full, cascade.lowres, overrides),
         architecture=architecture,
         crop=crop,
+        padding=overrides.padding or "zero",
         sources=fingerprint.sources,
         regions=dataset.regions,
         region_labels=dataset.region_labels,
