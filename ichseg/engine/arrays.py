@@ -86,7 +86,7 @@ def all_finite(data: Grid) -> Any:
 
 
 def copy_into(target: Grid, values: Grid) -> None:
-    """Overwrite an array, or a view of a part of one, with values of its shape."""
+    """Overwrite an array, or a view of it, with values of its shape or repeated to fill it."""
     target[...] = values  # type: ignore[assignment]  # both are of one kind
 
 
