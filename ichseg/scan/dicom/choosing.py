@@ -167,11 +167,15 @@ def _cover(candidate: Candidate) -> float:
     return min(candidate.extent_mm, _WHOLE_HEAD_MM)
 
 
-def _number(candidate: Candidate) -> tuple[int, str]:
-    """The series' number, a missing one last; then its UID."""
+def _number(candidate: Candidate) -> tuple[int, str, int, str]:
+    """The series' number and UID, the acquisition's number, the frame's UID; no number is last."""
     first = candidate.files[0]
-    text = first.text("SeriesNumber")
-    return int(text) if text.isdecimal() else 1 << 60, first.text("SeriesInstanceUID")
+    series, acquisition = (
+        int(text) if text.isdecimal() else 1 << 60
+        for text in (first.text("SeriesNumber"), first.text("AcquisitionNumber"))
+    )
+    frame = first.text("FrameOfReferenceUID")
+    return series, first.text("SeriesInstanceUID"), acquisition, frame
 
 
 def _some_slices(candidate: Candidate, decode: Decoder) -> Planes:

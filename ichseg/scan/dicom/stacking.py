@@ -26,6 +26,7 @@ _WIDEST_GAP_MM = 15.0  # a lesion of more than 1 mL could lie in a wider one
 _GAP = 1.5  # a step is one if it is so many times what it should be
 _PARALLEL = 5e-3  # of direction cosines, some of which are written with two decimals
 _LARGEST = 4096  # rows, columns
+_LEAST_ACQUISITION = 3  # slices; of fewer, taken in turn, a scan may be made
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +61,15 @@ def refuse_without_frame(file: DicomFile) -> None:
 
 
 def group_by_frame(slices: Iterable[DicomFile]) -> list[list[DicomFile]]:
-    """Slices of one series, size and orientation together, however their numbers are rounded."""
+    """Slices of one series, frame of reference, size and orientation together.
+
+    Their numbers may be rounded in whatever way. Positions in two frames of reference have nothing
+    to do with each other. Acquisitions that lie within each other are told apart, too.
+    """
     groups: list[tuple[tuple[object, ...], npt.NDArray[np.float64], list[DicomFile]]] = []
     for file in slices:
-        same = (file.text("SeriesInstanceUID"), file.integer("Rows"), file.integer("Columns"))
+        uids = (file.text("SeriesInstanceUID"), file.text("FrameOfReferenceUID"))
+        same = (*uids, file.integer("Rows"), file.integer("Columns"))
         spacing = file.numbers("PixelSpacing", 2) or ()
         orientation = file.numbers("ImageOrientationPatient", 6) or ()
         frame = np.array([*orientation, *spacing])
@@ -73,7 +79,49 @@ def group_by_frame(slices: Iterable[DicomFile]) -> list[list[DicomFile]]:
                 break
         else:
             groups.append((same, frame, [file]))
-    return [group for _, _, group in groups]
+    return [scan for _, _, group in groups for scan in _by_acquisition(group)]
+
+
+def _by_acquisition(group: list[DicomFile]) -> list[list[DicomFile]]:
+    """Slices of one frame, without those of an acquisition that was made again.
+
+    A scan may be taken in many acquisitions, one after the other along the patient. One that lies
+    for the most part within another is a second scan: the head may have moved in between, and their
+    slices in turn would be a head that there never was.
+    """
+    numbers: dict[str, list[DicomFile]] = {}
+    for file in group:
+        numbers.setdefault(file.text("AcquisitionNumber"), []).append(file)
+    if len(numbers) < 2:
+        return [group]
+    orientation = np.array(group[0].numbers("ImageOrientationPatient", 6))
+    normal = np.cross(orientation[:3], orientation[3:])
+    scans: list[list[tuple[float, float, list[DicomFile]]]] = []
+    for number in sorted(numbers, key=lambda text: (len(text), text)):
+        files = numbers[number]
+        places = [
+            float(normal @ (f.numbers("ImagePositionPatient", 3) or (0, 0, 0))) for f in files
+        ]
+        part = (min(places), max(places), files)
+        for scan in scans:
+            if not any(_lies_within(part, other) for other in scan):
+                scan.append(part)
+                break
+        else:
+            scans.append([part])
+    if len(scans) == 1:
+        return [group]
+    return [[file for _, _, files in scan for file in files] for scan in scans]
+
+
+def _lies_within(
+    one: tuple[float, float, list[DicomFile]], other: tuple[float, float, list[DicomFile]]
+) -> bool:
+    """Whether half or more of the shorter of two acquisitions, from, to and slices, is in both."""
+    if min(len(one[2]), len(other[2])) < _LEAST_ACQUISITION:
+        return False
+    shared = min(one[1], other[1]) - max(one[0], other[0])
+    return shared > 0 and shared >= 0.5 * min(one[1] - one[0], other[1] - other[0])
 
 
 def stack_slices(given: Sequence[DicomFile]) -> Candidate:
@@ -193,6 +241,9 @@ def describe(files: Iterable[DicomFile]) -> str:
         f"series {number}" if (number := first.text("SeriesNumber")[:12]) else "a series",
         f"of {counted(len(files), 'slice')}",
     ]
+    acquired = {file.text("AcquisitionNumber")[:12] for file in files}
+    if len(acquired) == 1 and (number := acquired.pop()) not in ("", "0", "1"):
+        known.append(f"acquisition {number}")
     if thickness := first.text("SliceThickness")[:12]:
         known.append(f"{thickness} mm thick")
     if kernel := first.text("ConvolutionKernel").replace("\\", " ")[:24]:

@@ -235,3 +235,56 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(InputError, match=r"cannot read \(Permission denied\)"):
         find_series(tmp_path)
+
+
+def test_a_second_acquisition_between_the_slices_of_the_first_is_left_out(tmp_path):
+    """Nobody lies still: the slices of two scans in turn are a head that there never was."""
+    write(tmp_path, AcquisitionNumber=1)
+    again = [h + 2.5 for h in HEIGHTS]
+    write(tmp_path / "again", heights=again, AcquisitionNumber=2)
+    series = find_series(tmp_path)
+    assert {file.text("AcquisitionNumber") for file in series.slices} == {"1"}
+    assert len(series.slices) == 4
+    assert (
+        "left out: 1 other series or parts of one, series 2 of 4 slices, acquisition 2"
+        in (series.warnings[0])
+    )
+
+
+def test_a_part_that_was_taken_again_is_left_out(tmp_path):
+    write(tmp_path, heights=np.arange(0, 60, 5.0), AcquisitionNumber=1)
+    write(tmp_path / "again", heights=(22.0, 27.0, 32.0), AcquisitionNumber=2)
+    series = find_series(tmp_path)
+    assert len(series.slices) == 12
+    assert "series 2 of 3 slices, acquisition 2" in series.warnings[0]
+
+
+@pytest.mark.parametrize("each", [1, 2, 3, 4])
+def test_a_scan_of_many_acquisitions_one_after_the_other_is_one(tmp_path, each):
+    heights = np.arange(0, 60, 5.0)
+    for number, start in enumerate(range(0, 12, each)):
+        write(tmp_path / str(number), heights=heights[start : start + each],
+              AcquisitionNumber=number + 1)  # fmt: skip
+    series = find_series(tmp_path)
+    assert len(series.slices) == 12
+    assert series.warnings == ()
+
+
+def test_acquisitions_that_overlap_by_a_slice_are_one_scan(tmp_path):
+    """Such as the skull base in thin slices, and the rest in thick ones."""
+    write(tmp_path, heights=(0.0, 4.0, 8.0, 12.0, 16.0), AcquisitionNumber=1)
+    write(tmp_path / "above", heights=(15.0, 19.0, 23.0, 27.0), AcquisitionNumber=2)
+    assert len(find_series(tmp_path).slices) == 9
+
+
+@pytest.mark.parametrize("heights", [(2.5, 7.5, 12.5, 17.5, 22.5), (20.0, 25.0, 30.0, 35.0, 40.0)])
+def test_slices_of_another_frame_of_reference_are_another_scan(tmp_path, heights):
+    """Positions in two frames cannot be held against each other."""
+    write(tmp_path)
+    write(tmp_path / "other", heights=heights, FrameOfReferenceUID="1.2.5")
+    series = find_series(tmp_path)
+    assert {file.text("FrameOfReferenceUID") for file in series.slices} == {"1.2.5"}  # more
+    assert (
+        "1 other series or parts of one, series 2 of 4 slices (covering less)"
+        in (series.warnings[0])
+    )
