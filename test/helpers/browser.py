@@ -163,7 +163,7 @@ class Browser:
         path.write_bytes(base64.b64decode(found["data"]))
 
     def pixels(self, selector: str) -> npt.NDArray[np.uint8]:
-        """What is seen of an element, ``(row, column, 3)``, once all that was asked for is drawn."""
+        """What is seen of an element, ``(row, column, 3)``, once all is drawn."""
         self.evaluate(_TWO_FRAMES)
         box = self.evaluate(
             f"(r => [r.x, r.y, r.width, r.height])(document.querySelector({selector!r})"
