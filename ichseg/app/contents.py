@@ -71,34 +71,22 @@ def look_into(folder: Path, search: Search) -> Contents:
 def _look_into(folder: Path, search: Search, found: Contents, above: tuple[Path, ...]) -> None:
     """Add what lies in a folder; ``above`` are the folders that the way led through."""
     may_be_dicom: list[Path] = []
-    volumes = {path for path in folder.iterdir() if is_named(path, ".mhd")}
+    volumes = [path for path in folder.iterdir() if is_named(path, ".mhd")]
     for path in sorted(folder.iterdir()):
-        named = is_named(path, *search.suffixes, *OTHER_SUFFIXES)
         if path.name.startswith("."):
-            if named:
+            if is_named(path, *search.suffixes, *OTHER_SUFFIXES):
                 found.passed_over.append((_name(path, search), "hidden"))
         elif why := leads_out(path, search):
             found.refused.append((path, why))
         elif path.resolve() == search.output.resolve():
             continue
-        elif path.is_dir() and search.recursive and not named and _is_looked_into(path, search):
-            if path.resolve() in above:
-                found.passed_over.append((f"{_name(path, search)}/", "a link to a folder above"))
-            elif len(above) == _DEEPEST:
-                found.refused.append((path, f"more than {_DEEPEST} folders deep"))
-            else:
-                _look_into(path, search, found, (*above, path.resolve()))
         elif path.is_dir():
-            may_be_dicom.append(path)
-        elif named and not path.is_file():
-            what = "neither a file nor a folder" if path.exists() else "a link to nothing"
-            found.refused.append((path, f"{what}, expected a scan"))
-        elif is_named(path, *search.suffixes):
-            found.volumes.append(path)
-        elif named:
-            found.refused.append(
-                (path, f"not read, expected {', '.join(search.suffixes)} or DICOM")
-            )
+            if _is_looked_into(path, search):
+                _look_further(path, search, found, above)
+            else:
+                may_be_dicom.append(path)
+        elif is_named(path, *search.suffixes, *OTHER_SUFFIXES):
+            _add_named(path, search, found)
         elif path.is_file() and files.is_dicom(path):
             may_be_dicom.append(path)
         elif not any(is_voxels_of(path, volume) for volume in volumes):
@@ -114,8 +102,32 @@ def _look_into(folder: Path, search: Search, found: Contents, above: tuple[Path,
             _look_into_other(path, search, found)
 
 
+def _look_further(path: Path, search: Search, found: Contents, above: tuple[Path, ...]) -> None:
+    """Add what lies in a folder of the folder, unless the way there has no end."""
+    if path.resolve() in above:
+        found.passed_over.append((f"{_name(path, search)}/", "a link to a folder above"))
+    elif len(above) == _DEEPEST:
+        found.refused.append((path, f"more than {_DEEPEST} folders deep"))
+    else:
+        _look_into(path, search, found, (*above, path.resolve()))
+
+
+def _add_named(path: Path, search: Search, found: Contents) -> None:
+    """Add what has the name of a volume's file."""
+    if not path.is_file():
+        what = "neither a file nor a folder" if path.exists() else "a link to nothing"
+        found.refused.append((path, f"{what}, expected a scan"))
+    elif is_named(path, *search.suffixes):
+        found.volumes.append(path)
+    else:
+        suffixes = ", ".join(search.suffixes)
+        found.refused.append((path, f"not read, expected {suffixes} or DICOM"))
+
+
 def _is_looked_into(folder: Path, search: Search) -> bool:
-    """Whether a folder is not one of slices: it has none in itself, or volumes beside them."""
+    """Whether volumes in a folder are scans: it has no slices in itself, or volumes beside them."""
+    if not search.recursive or is_named(folder, *search.suffixes, *OTHER_SUFFIXES):
+        return False
     entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if any(is_named(path, *search.suffixes, *OTHER_SUFFIXES) for path in entries):
         return True

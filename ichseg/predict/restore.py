@@ -9,7 +9,8 @@ grid to another's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -63,26 +64,23 @@ def restore(
     placement = parts[0][1]
     outline = np.broadcast_to(np.uint8(), placement.full_shape)
     labels = np.zeros(placement.axes.undo(outline).shape, np.uint8)
-    convert = average == "logits" and len(parts) > 1
-    # views, which are written through
-    crop = placement.axes.apply(labels)[placement.slices]
-    chance = None if foreground is None else placement.axes.apply(foreground)[placement.slices]
-    each: list[Any] = [
-        placement.axes.apply(label)[placement.slices] for label in _stacked(probabilities)
-    ]
-    logits = average == "logits" and not convert
-    _decide(
-        parts,
-        crop,
-        placement.spacing_mm,
-        plans,
-        slab_voxels,
-        convert=convert,
-        foreground=chance,
-        probabilities=each,
+
+    def crop(whole: Any) -> Any:
+        """The case's part of an array in the volume's grid: a view, which is written through."""
+        return placement.axes.apply(whole)[placement.slices]
+
+    wanted = _Wanted(
+        foreground=None if foreground is None else crop(foreground),
+        probabilities=[crop(label) for label in (() if probabilities is None else probabilities)],
         threshold=threshold,
-        logits=logits,
     )
+    convert = average == "logits" and len(parts) > 1
+    logits = average == "logits" and not convert
+    own = crop(labels)
+    for rows in _slabs(own.shape, slab_voxels):
+        total = _summed(parts, own.shape, rows, placement.spacing_mm, plans, convert)
+        found = _decide(total, len(parts), rows, plans.regions, wanted, logits=logits)
+        own[rows] = on_host(found)
     return labels
 
 
@@ -100,9 +98,12 @@ def regrid(
     Returns:
         Labels, int8, of the shape ``wanted.grid_shape``.
     """
-    labels = np.empty(wanted.grid_shape, np.uint8)
-    _decide([(scores, placement)], labels, wanted.grid_spacing_mm, plans, _SLAB_VOXELS)
-    return labels.astype(np.int8)
+    shape, spacing_mm = wanted.grid_shape, wanted.grid_spacing_mm
+    labels = np.empty(shape, np.int8)
+    for rows in _slabs(shape, _SLAB_VOXELS):
+        total = _summed([(scores, placement)], shape, rows, spacing_mm, plans)
+        labels[rows] = on_host(_likeliest(total, plans.regions))
+    return labels
 
 
 def previous_channels(
@@ -137,66 +138,97 @@ def one_hot(previous: npt.NDArray[np.int8], classes: int) -> FloatArray:
     return np.stack([previous == label for label in range(1, classes + 1)]).astype(np.float32)
 
 
-def _decide(
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is asked for beside labels; arrays are of the case's part of the volume, to be filled.
+
+    Attributes:
+        foreground: Gets the probability of all labels but the background.
+        probabilities: Get that of each label but the background, or of each region.
+        threshold: See ``restore``.
+    """
+
+    foreground: npt.NDArray[np.uint8] | None
+    probabilities: Sequence[Steps]
+    threshold: float | None
+
+
+def _slabs(shape: Sequence[int], voxels: int) -> Iterator[slice]:
+    """Slabs of the first axis that have about so many voxels each."""
+    step = max(1, voxels // (shape[1] * shape[2]))
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def _summed(
     parts: Sequence[tuple[Grid, Placement]],
-    labels: npt.NDArray[np.uint8],
+    shape: Sequence[int],
+    rows: slice,
     spacing_mm: tuple[float, float, float],
     plans: Plans,
-    slab_voxels: int,
-    *,
     convert: bool = False,
-    foreground: npt.NDArray[np.uint8] | None = None,
-    probabilities: Sequence[Steps] = (),
-    threshold: float | None = None,
-    logits: bool = False,
-) -> None:
-    """Fill the crop's labels, in the grid of this spacing, slab by slab.
+) -> Grid:
+    """The sum of all parts' margins in a slab of a grid of this shape and spacing.
 
-    With ``convert`` the scores are logits and are averaged as probabilities. ``foreground`` gets
-    the probability of all labels but 0, ``probabilities`` those of each; ``logits`` says what the
-    sums are then.
+    With ``convert`` the scores are logits and are added up as probabilities.
     """
-    regions = bool(plans.regions)
-    step = max(1, slab_voxels // (labels.shape[1] * labels.shape[2]))
-    for start in range(0, labels.shape[0], step):
-        rows = slice(start, min(start + step, labels.shape[0]))
-        total: Grid | None = None
-        for scores, own in parts:
-            separate_axis = None
-            if "score" in plans.resampling.separate_z:
-                separate_axis = coarse_axis(
-                    own.grid_spacing_mm, spacing_mm, plans.resampling.anisotropy
-                )
-            slab = resize_margins(
-                scores,
-                labels.shape,
-                rows,
-                order=plans.resampling.score_order,
-                separate_axis=separate_axis,
-                regions=regions,
-            )
-            if convert:
-                slab = _of_probabilities(slab, regions=regions)
-            total = slab if total is None else total + slab
-        assert total is not None
-        # decided where the scores are: of a GPU's memory come bytes, and not floats
-        if foreground is not None or probabilities or threshold is not None:
-            mean: Any = total / len(parts)
-            chance = _chance(mean, regions=regions, logits=logits)
-        if foreground is not None:
-            foreground[rows] = on_host(_in_steps(chance))
-        if probabilities or (regions and threshold is not None):
-            each = _chances(mean, regions=regions, logits=logits)
-        for label, kept in enumerate(probabilities):
-            own = _in_steps(each[label]) if kept.dtype == np.uint8 else each[label].clip(0, 1)
-            kept[rows] = on_host(own)
-        if threshold is None:
-            found = _last_region(total, plans.regions) if regions else _largest(total)
-        elif regions:
-            found = _last_region(each - threshold, plans.regions)
-        else:
-            found = (total.argmax(0) + 1) * (chance > threshold)
-        labels[rows] = on_host(found)
+    rules, regions = plans.resampling, bool(plans.regions)
+    total: Grid | None = None
+    for scores, own in parts:
+        separate_axis = None
+        if "score" in rules.separate_z:
+            separate_axis = coarse_axis(own.grid_spacing_mm, spacing_mm, rules.anisotropy)
+        slab = resize_margins(
+            scores,
+            shape,
+            rows,
+            order=rules.score_order,
+            separate_axis=separate_axis,
+            regions=regions,
+        )
+        if convert:
+            slab = _of_probabilities(slab, regions=regions)
+        total = slab if total is None else total + slab
+    assert total is not None
+    return total
+
+
+def _decide(
+    total: Grid, count: int, rows: slice, regions: Sequence[int], wanted: _Wanted, *, logits: bool
+) -> Any:
+    """The labels of a slab, and in its rows what is wanted beside.
+
+    All is decided where the scores are: of a GPU's memory come bytes, and not floats.
+
+    Args:
+        total: The sum of ``count`` parts' margins.
+        count: How many these are.
+        rows: The slab.
+        regions: The labels of regions, if there are any.
+        wanted: What is asked for.
+        logits: Whether the sums are logits, and not probabilities.
+    """
+    threshold = wanted.threshold
+    if wanted.foreground is None and not wanted.probabilities and threshold is None:
+        return _likeliest(total, regions)
+    mean: Any = total / count
+    chance = _chance(mean, regions=bool(regions), logits=logits)
+    if wanted.foreground is not None:
+        wanted.foreground[rows] = on_host(_in_steps(chance))
+    if wanted.probabilities or (regions and threshold is not None):
+        each = _chances(mean, regions=bool(regions), logits=logits)
+    for label, kept in enumerate(wanted.probabilities):
+        own = _in_steps(each[label]) if kept.dtype == np.uint8 else each[label].clip(0, 1)
+        kept[rows] = on_host(own)
+    if threshold is None:
+        return _likeliest(total, regions)
+    if regions:
+        return _last_region(each - threshold, regions)
+    return (total.argmax(0) + 1) * (chance > threshold)
+
+
+def _likeliest(margins: Grid, regions: Sequence[int]) -> Any:
+    """The label of each voxel, from margins of labels or of regions."""
+    return _last_region(margins, regions) if regions else _largest(margins)
 
 
 def resize_margins(
@@ -307,11 +339,6 @@ def _in_steps(chance: Grid) -> Any:
     """Probabilities in steps of 1/255."""
     xp = module_of(chance)
     return xp.asarray(xp.clip(xp.round(chance * 255), 0, 255), dtype=xp.uint8)
-
-
-def _stacked(probabilities: Steps | None) -> Sequence[Steps]:
-    """The arrays of each label; none if they are not asked for."""
-    return () if probabilities is None else list(probabilities)
 
 
 def _chances(margins: Grid, *, regions: bool, logits: bool) -> Any:

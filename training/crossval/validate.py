@@ -93,21 +93,8 @@ def validate(
     path = run.folder / LATEST_CHECKPOINT
     weights = load_checkpoint(path, run.plans, run.configuration, run.cases)["network"]
     digest = weights_digest(weights)
-    found = records.continued(run, digest)
-    if run.group.count > 1:
-        run.group.all_done(done=True)  # what is of other weights has gone now
-        found = records.continued(run, digest)
     second = cascade_labels.following(run.plans, run.configuration.name)
-    names = run.spec.validation[run.group.rank :: run.group.count]
-    waiting = [name for name in names if not _is_done(workspace, run, found, second, name)]
-    if run.group.count > 1:
-        run.group.all_done(done=True)  # none writes before all know what is done
-    if len(waiting) < len(names):
-        _log.info(
-            "validation: %d of %d cases are done already", len(names) - len(waiting), len(names)
-        )
-    for stage in second:
-        _warn_of_missing(workspace, stage, names)
+    found, waiting = _begin(workspace, run, digest, second)
     data = dataset.load_dataset(workspace)
     cases = {case.name: case for case in data.labelled}
     network = load_network(run, weights)
@@ -124,16 +111,16 @@ def validate(
         return score_labels(labels, reference, run.plans, data.ignore_label)
 
     began = told = time.monotonic()
-    number = 0
+    each = _overlapping([cases[n] for n in waiting], run, stoppable, store)
     try:
-        for name, scores in _overlapping([cases[n] for n in waiting], run, stoppable, store):
+        for number, (name, scores) in enumerate(each, start=1):
             found = records.extended(run, found, {name: scores})
             records.write(run, found)
-            now, number = time.monotonic(), number + 1
+            now = time.monotonic()
             _log.info(
                 "validation %d/%d  %s  Dice %s  %.1f s  ETA %s",
-                len(names) - len(waiting) + number,
-                len(names),
+                number,
+                len(waiting),
                 name,
                 _text(scores),
                 now - told,
@@ -150,6 +137,33 @@ def validate(
         found = records.join(run, found)
         _log.info("validation: mean Dice %s", _text(found.mean_dice))
     return True
+
+
+def _begin(
+    workspace: Path, run: FoldRun, digest: str, second: Sequence[Configuration]
+) -> tuple[records.Validation, list[str]]:
+    """What earlier calls have found, and the cases that are left to this process.
+
+    Args:
+        workspace: The folder that lists the cases.
+        run: A trained fold.
+        digest: Of its weights; what others have found is removed.
+        second: The stages that follow in a cascade.
+    """
+    found = records.continued(run, digest)
+    if run.group.count > 1:
+        run.group.all_done(done=True)  # what is of other weights has gone now
+        found = records.continued(run, digest)
+    names = run.spec.validation[run.group.rank :: run.group.count]
+    waiting = [name for name in names if not _is_done(workspace, run, found, second, name)]
+    if run.group.count > 1:
+        run.group.all_done(done=True)  # none writes before all know what is done
+    if len(waiting) < len(names):
+        done = len(names) - len(waiting)
+        _log.info("validation: %d of %d cases are done already", done, len(names))
+    for stage in second:
+        _warn_of_missing(workspace, stage, names)
+    return found, waiting
 
 
 def _overlapping(
