@@ -7,7 +7,7 @@ import torch
 from conftest import CONFIGURATION, PLANS, make_bundle
 from scipy import ndimage
 
-from ichseg.engine import machine, torch_engine
+from ichseg.engine import machine, openvino_engine, torch_engine
 from ichseg.engine.engine import in_batches
 from ichseg.errors import DeviceError, DeviceFullError, InputError, WeightsError
 from ichseg.model import bundle
@@ -73,7 +73,9 @@ def test_presets_run_what_they_say(tmp_path, scan):
         assert seen[-1] == (passes * tiles, passes * tiles)
         assert seen == sorted(set(seen))
         assert result.ran["forward_passes"] == passes * tiles
-        assert result.ran["tiles_at_once"] == {"3d_fullres": 1}  # by OpenVINO
+        threads, network = machine.cpu_threads(), CONFIGURATION.architecture
+        at_once = openvino_engine.streams(threads, network, CONFIGURATION.tile)
+        assert result.ran["tiles_at_once"] == {"3d_fullres": at_once}  # by OpenVINO
     with pytest.raises(InputError, match="preset 'best', expected one of full, balanced, fast"):
         ensemble.segment(scan, "best")
 
