@@ -75,6 +75,7 @@ base="${BASE_IMAGE:-$(sed -n 's/^ARG BASE_IMAGE=//p' Dockerfile)}"
 read -r -a engine <<<"${CONTAINER_ENGINE:-docker}"
 read -r -a build_args <<<"${BUILD_ARGS-}"
 command -v "${engine[0]}" >/dev/null || fail "no ${engine[0]} here; CONTAINER_ENGINE=podman uses podman"
+"${engine[@]}" version >/dev/null || fail "${engine[0]} does not answer; is its service running?"
 
 check_weights weights
 licence="$(sed -nE 's/^ "licence": "([^"]*)",?$/\1/p' weights/model.json)"

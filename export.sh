@@ -47,6 +47,8 @@ image="${IMAGE:-ichseg:latest}"
 out="${EXPORT_DIR:-export}"
 weights="${WEIGHTS:-weights}"
 read -r -a engine <<<"${CONTAINER_ENGINE:-docker}"
+command -v "${engine[0]}" >/dev/null || fail "no ${engine[0]} here; CONTAINER_ENGINE=podman uses podman"
+"${engine[@]}" version >/dev/null || fail "${engine[0]} does not answer; is its service running?"
 "${engine[@]}" image inspect "$image" >/dev/null 2>&1 || fail "there is no image $image; run ./build.sh first"
 
 # What the image's own Python finds, base included; of Debian's packages it knows nothing. The tarballs outlive it.

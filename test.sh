@@ -65,6 +65,8 @@ preset="${PRESET:-balanced}"
 input_slug="${INPUT_SLUG:-head-ct}"
 read -r -a engine <<<"${CONTAINER_ENGINE:-docker}"
 read -r -a extra_run_args <<<"${EXTRA_RUN_ARGS-}"
+command -v "${engine[0]}" >/dev/null || fail "no ${engine[0]} here; CONTAINER_ENGINE=podman uses podman"
+"${engine[@]}" version >/dev/null || fail "${engine[0]} does not answer; is its service running?"
 "${build[@]}"
 "${engine[@]}" image inspect "$image" >/dev/null 2>&1 || fail "there is no image $image; run without --no-build"
 

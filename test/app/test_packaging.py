@@ -154,6 +154,22 @@ def test_the_sbom_has_what_the_image_says(tmp_path):
     assert f"numpy=={importlib.metadata.version('numpy')}" in listed.stdout.splitlines()
 
 
+@pytest.mark.parametrize("script", ["build.sh", "export.sh", "test.sh --no-build"])
+def test_an_engine_that_is_missing_or_does_not_run_is_not_taken_for_a_missing_image(
+    tmp_path, script
+):
+    engine = tmp_path / "engine"
+    for said in (f"no {engine} here", f"{engine} does not answer"):
+        environment = {**os.environ, "CONTAINER_ENGINE": str(engine)}
+        done = subprocess.run(
+            ["bash", *script.split()], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        assert said in done.stderr.splitlines()[-1]
+        engine.write_text("#!/bin/sh\nexit 1\n")
+        engine.chmod(0o755)
+
+
 def test_an_import_is_seen(tmp_path):
     (tmp_path / "a.py").write_text("import json\ndef f():\n    from torch.nn import Module\n")
     assert imported(tmp_path) == {"torch"}
