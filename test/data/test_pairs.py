@@ -98,3 +98,16 @@ def test_two_layouts_in_one_folder_are_refused(tmp_path):
         (source / name).mkdir()
     with pytest.raises(DatasetError, match=r"train/data with .*, images with labels, expected one"):
         convert(source, tmp_path / "work")
+
+
+def test_a_dataset_that_lies_a_folder_off_is_named(tmp_path):
+    source = write_instance(tmp_path / "BHSD" / "label_192")
+    (source / "train/data").rename(source / "images")
+    (source / "train/label").rename(source / "ground truths")
+    (source / "train").rmdir()
+    for given in (source.parent, source / "images"):
+        with pytest.raises(DatasetError, match=r"did you mean .*/BHSD/label_192\?$"):
+            convert(given, tmp_path / "work")
+    (tmp_path / "nothing" / "in").mkdir(parents=True)
+    with pytest.raises(DatasetError, match=r"ct_scans with masks$"):
+        convert(tmp_path / "nothing", tmp_path / "work")

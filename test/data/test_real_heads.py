@@ -188,6 +188,9 @@ def test_what_is_missing_is_named(downloads):
         real_heads.write_dataset(downloads / "out")
     with pytest.raises(DatasetError, match=r"boxes.csv: cannot read \(No such file"):
         real_heads.write_dataset(downloads / "out", phe_sich=ich)
+    (downloads / "ich_1.3" / "ct_scans").mkdir(parents=True)
+    with pytest.raises(DatasetError, match=r"ich_1.3: version 1.3 .*; expected version 1.0.0"):
+        real_heads.write_dataset(downloads / "out", ct_ich=downloads / "ich_1.3")
     (phe / "boxes.csv").write_text("slice,xmin,ymin,xmax\n0001_01,1,2,3\n")
     with pytest.raises(DatasetError, match=r"boxes.csv: lacks the columns ymax"):
         real_heads.write_dataset(downloads / "out", phe_sich=phe)

@@ -257,7 +257,7 @@ def test_all_findings_are_in_the_table(work, capsys):
         "expected whole labels 0..1",
         "warning  b     raw/labels/b.nii.gz  empty: no voxel but background",
     ]
-    assert count.endswith(": 2 errors, 1 warnings")
+    assert count.endswith(": 2 errors, 1 warning")
 
 
 GRID = Grid((3, 4, 5), (5.0, 0.5, 0.5), (10.0, 20.0, 30.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
@@ -330,7 +330,7 @@ def test_fix_headers_leaves_what_is_not_small(tmp_path, work, capsys):
     new = tmp_path / "new"
     command = ["verify", "--workspace", str(work), "--workers", "1", "--fix-headers", str(new)]
     assert main(command) == 1
-    assert "1 files with a mended header, 1 errors left" in capsys.readouterr().out
+    assert "1 file with a mended header, 1 error left" in capsys.readouterr().out
     assert [f[1:3] for f in found_in(new)] == [("b", "raw/labels/b.nii.gz")]
 
 

@@ -118,6 +118,11 @@ def find_ct_ich(folder: Path) -> list[Scan]:
         DatasetError: There are none, or the table does not fit their pictures.
     """
     table = folder / "hemorrhage_diagnosis.csv"
+    if not table.exists() and (folder / "ct_scans").is_dir():
+        raise DatasetError(
+            f"{folder}: version 1.3 of CT-ICH, whose volumes and masks `convert` takes as they "
+            f"are; expected version 1.0.0, with brain and {table.name}"
+        )
     bleeds: dict[int, dict[int, bool]] = collections.defaultdict(dict)
     for row in _rows(table, ("PatientNumber", "SliceNumber", "No_Hemorrhage")):
         patient, number, none = (

@@ -109,7 +109,7 @@ def read_source(folder: Path, labels: tuple[str, ...] = ()) -> Source:
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder")
     path = folder / DATASET_FILE
-    pairs = [p for p in _PAIRS if (folder / p.images).is_dir() and (folder / p.labels).is_dir()]
+    pairs = _pairs_in(folder)
     if path.is_file():
         if labels:
             raise DatasetError(f"{path}: names its labels itself, expected no --labels")
@@ -127,14 +127,22 @@ def read_source(folder: Path, labels: tuple[str, ...] = ()) -> Source:
         raise DatasetError(f"{folder}: {names}, expected one of them")
     else:
         known = ", ".join(f"{p.images} with {p.labels}" for p in _PAIRS)
+        around = *sorted(folder.iterdir()), folder.resolve().parent
+        near = [at for at in around if (at / DATASET_FILE).is_file() or _pairs_in(at)]
         raise DatasetError(
-            f"{folder}: no {DATASET_FILE} of an MSD task or an nnU-Net v1 or v2 raw folder, and no "
-            f"folder of images beside one of labels; expected one of {known}"
+            f"{folder}: no {DATASET_FILE} of an MSD task or nnU-Net raw folder, and no folder of "
+            f"images beside one of labels; expected one of {known}"
+            + "".join(f"; did you mean {at}?" for at in near[:1])
         )
     if not source.cases:
         raise DatasetError(f"{folder}: lists no training cases")
     _refuse(folder, (problem for case in source.cases for problem in _problems(case, source)))
     return source
+
+
+def _pairs_in(folder: Path) -> list[Pairs]:
+    """The layouts without a description whose two folders lie in this one."""
+    return [p for p in _PAIRS if (folder / p.images).is_dir() and (folder / p.labels).is_dir()]
 
 
 def _read_described(folder: Path, path: Path, raw: Mapping[str, Any]) -> Source:

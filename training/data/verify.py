@@ -18,7 +18,7 @@ from ichseg.errors import DatasetError, IchsegError, PlansError
 from ichseg.files import is_named_as_scan, replacing
 from ichseg.model import strict_json
 from ichseg.scan import volume
-from ichseg.wording import duration
+from ichseg.wording import counted, duration
 from training.data import convert, parallel, splits
 from training.data.dataset import (
     Case,
@@ -193,8 +193,8 @@ def main(args: argparse.Namespace) -> int:
         _note_verified(args.workspace, dataset, verified=not count[ERROR])
     sys.stdout.write(
         f"{table(findings)}{dataset.name}: {len(dataset.cases)} cases in "
-        f"{duration(time.monotonic() - started)}: {count[ERROR]} errors, "
-        f"{count[WARNING]} warnings\n"
+        f"{duration(time.monotonic() - started)}: {counted(count[ERROR], 'error')}, "
+        f"{counted(count[WARNING], 'warning')}\n"
     )
     repairable = sum(found.repairable for found in findings)
     if args.fix_headers is None:
@@ -210,7 +210,8 @@ def main(args: argparse.Namespace) -> int:
     files = fix_headers(args.workspace, dataset, findings, args.fix_headers, workers)
     left = count[ERROR] - repairable
     sys.stdout.write(
-        f"{files} files with a mended header, {left} errors left -> {args.fix_headers}\n"
+        f"{counted(files, 'file')} with a mended header, {counted(left, 'error')} left -> "
+        f"{args.fix_headers}\n"
     )
     return 1 if left else 0
 
