@@ -35,22 +35,31 @@ logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``python -m training synthesize``."""
     parser.add_argument(
-        "--out", type=Path, help="dataset folder to make; must not exist or be empty"
+        "--out",
+        type=Path,
+        help="dataset folder to make, which does not exist or is empty; needed but with --check",
     )
     parser.add_argument(
         "--cases",
         type=int,
         help="how many [100; with --background FOLDER one for each of its scans]",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another seed makes other phantoms [%(default)s]"
+    )
     parser.add_argument(
         "--name",
         default="ICH",
         help="phantoms are called NAME_0001 and so on, so that several sets can be joined [ICH]",
     )
-    parser.add_argument("--workers", type=int, default=machine.cpus())
     parser.add_argument(
-        "--negatives", type=float, default=0.1, help="fraction of scans without a bleed"
+        "--workers", type=int, default=machine.cpus(), help="parallel processes [one a core]"
+    )
+    parser.add_argument(
+        "--negatives",
+        type=float,
+        default=0.1,
+        help="fraction of scans without a bleed [%(default)s]",
     )
     parser.add_argument(
         "--balanced", action="store_true", help="the five kinds in turn, one a case"

@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import json
 import re
 import shutil
 
@@ -120,6 +121,18 @@ def test_nothing_finished_is_an_error(workspace, tmp_path):
     with pytest.raises(TrainingError, match="none of the folds 2, 4 has finished"):
         export(workspace, ("3d_fullres",), ("2", "4"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_all_folds_of_the_workspace_are_wanted_unless_some_are_named(tmp_path, capsys):
+    folder = make_workspace(tmp_path / "work")
+    names = [f"case_{number}" for number in range(6)]
+    folds = [{"train": [n for n in names if n != name], "validation": [name]} for name in names]
+    (folder / "splits.json").write_text(json.dumps({"schema_version": 1, "folds": folds}))
+    line = ["export", "--workspace", str(folder), "--configuration", "3d_fullres", "--out", "out"]
+    assert command(line) == 1
+    assert "none of the folds 0, 1, 2, 3, 4, 5 has finished" in capsys.readouterr().err
+    assert command([*line, "--folds", "0, 5"]) == 1
+    assert "none of the folds 0, 5 has finished" in capsys.readouterr().err
 
 
 def test_refuses_weights_that_rounding_changes(workspace, tmp_path, monkeypatch):

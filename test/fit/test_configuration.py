@@ -1,11 +1,17 @@
 import argparse
+import dataclasses
 
 import pytest
 
 from ichseg.errors import TrainingError
 from ichseg.model import strict_json
 from training.batches.augmentation import NNUNETV2
-from training.fit.configuration import TRAINING_RECIPES, TrainingConfig, settings_from
+from training.fit.configuration import (
+    TRAINING_RECIPES,
+    TrainingConfig,
+    differences,
+    settings_from,
+)
 from training.jobs import train
 
 
@@ -50,6 +56,18 @@ def test_every_field_is_a_flag():
         settings_from(bad).over("msd2018")
     with pytest.raises(TrainingError, match="no training recipe 'nnunetv1' yet"):
         settings_from(bad).over("nnunetv1")
+
+
+def test_settings_that_differ_are_told_one_by_one():
+    before = TrainingConfig(epochs=2)
+    after = TrainingConfig(
+        epochs=3, augmentation=dataclasses.replace(before.augmentation, gamma=(0.9, 1.1))
+    )
+    assert list(differences(before, before)) == []
+    assert list(differences(after, before)) == [
+        ("epochs", 3, 2),
+        ("gamma", (0.9, 1.1), (0.7, 1.5)),
+    ]
 
 
 def test_help_shows_where_recipes_differ():

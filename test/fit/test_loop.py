@@ -379,7 +379,9 @@ def test_validation_segments_the_held_out_cases_only(fresh):
 
 def test_command_line_says_what_is_wrong_in_one_line(tmp_path, capsys):
     assert command(["train", "3d_fullres", "--workspace", str(tmp_path), "--fold", "0"]) == 1
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'plans.json'}: cannot read")
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'plans.json'}: no such file; make it with `plan ")
+    assert said.count("\n") == 1
     with pytest.raises(SystemExit):
         command(["trian"])
     assert "invalid choice: 'trian'" in capsys.readouterr().err

@@ -45,6 +45,7 @@ def test_up_to_the_plans_one_follows_the_other():
         dataclasses.replace(
             CHOICES,
             groups=Path("groups.csv"),
+            labels=("background", "blood"),
             recipe="nnunetv2",
             architecture="resenc_m",
             overrides={"ct-clip": "-20,90", "deep-supervision": "no"},
@@ -52,7 +53,10 @@ def test_up_to_the_plans_one_follows_the_other():
     )
     assert waits(jobs) == {"convert": set(), "verify": {"convert"}, "plan": {"verify"}}
     assert [job.words for job in jobs] == [
-        ("data/Task01_Tiny", "--workspace", "ws", "--groups", "groups.csv"),
+        (
+            "data/Task01_Tiny", "--workspace", "ws", "--labels", "background,blood",
+            "--groups", "groups.csv",
+        ),
         ("--workspace", "ws", "--note"),
         (
             "--workspace", "ws", "--recipe", "nnunetv2", "--architecture", "resenc_m",

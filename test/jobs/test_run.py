@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.datasets import write_msd
+from helpers.datasets import write_instance, write_msd
 from helpers.tiny_runs import NAMES, TINY, arguments, run_here, stages, write_tiny_task
 
 from ichseg.errors import DatasetError, PlansError, TrainingError
 from ichseg.model import bundle
 from ichseg.scan import volume
 from training.__main__ import main as command
+from training.data import convert
 from training.data.workspace import LATEST_CHECKPOINT, VERIFIED_FILE
 from training.fit.configuration import settings_from
 from training.jobs import train
@@ -307,6 +308,15 @@ def test_refuses_a_workspace_of_another_dataset(copy, dataset, tmp_path):
     with pytest.raises(DatasetError, match=r"holds Tiny with 5 cases, but .* is Tiny with 4"):
         what_is_left(other, copy)
     assert what_is_left(tmp_path / "gone", copy) == []  # its files are all in the workspace
+
+
+def test_refuses_a_workspace_whose_labels_have_other_names(tmp_path):
+    source, workspace = write_instance(tmp_path / "pairs"), tmp_path / "ws"
+    convert.convert(source, workspace, labels=("background", "blood"))
+    with pytest.raises(
+        DatasetError, match="its labels are background,blood, but --labels is background,ich;"
+    ):
+        what_is_left(source, workspace, "--labels", "background,ich")
 
 
 @pytest.mark.parametrize(

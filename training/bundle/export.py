@@ -19,7 +19,7 @@ import torch
 
 from ichseg.errors import TrainingError, WeightsError
 from ichseg.files import remove_unfinished, unfinished_folder
-from ichseg.model import bundle, plans, strict_json
+from ichseg.model import bundle, strict_json
 from ichseg.model.bundle import Member, Model
 from ichseg.model.plans import Plans
 from ichseg.model.rules import ComponentRule
@@ -33,13 +33,13 @@ from training.data.workspace import (
     BEST_CHECKPOINT,
     CONFIG_FILE,
     LATEST_CHECKPOINT,
-    plans_file,
     run_folder,
     selection_file,
 )
 from training.fit.checkpoint import load_checkpoint
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun, open_run
+from training.planning.planned import load_plans
 
 CHECKPOINTS = {"latest": LATEST_CHECKPOINT, "best": BEST_CHECKPOINT}
 
@@ -95,7 +95,7 @@ def export(
         TrainingError: No fold of a configuration has finished, or rounding changes a mean Dice by
             more than 0.001.
     """
-    planned = plans.load(plans_file(workspace))
+    planned = load_plans(workspace)
     trained = [
         part
         for configuration in planned.with_first_stages(configurations)
@@ -148,6 +148,14 @@ def describe_plans(planned: Plans) -> str:
     """Say what a bundle is for and what not, by its plans."""
     names = ", ".join(region.name for region in planned.foreground)
     return f"Segments {names}. Trained on {planned.dataset}. For research, not for diagnosis."
+
+
+def _wanted_folds(workspace: Path, text: str | None) -> list[str]:
+    """The folds that ``--folds`` names, or all into which the cases are split."""
+    if text is not None:
+        return [fold.strip() for fold in text.split(",")]
+    names = [case.name for case in dataset.load_dataset(workspace).labelled]
+    return [str(number) for number in range(len(splits.find_splits(workspace, names)))]
 
 
 def _finished(
@@ -251,10 +259,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="this one, without post-processing [what `select` has selected, with its rules]",
     )
     parser.add_argument(
-        "--folds",
-        default="0,1,2,3,4",
-        metavar="K,K,...",
-        help="the finished of these [%(default)s]",
+        "--folds", metavar="K,K,...", help="the finished of these [all folds of the workspace]"
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the bundle's folder"
@@ -304,7 +309,7 @@ def main(args: argparse.Namespace) -> int:
     model = export(
         args.workspace,
         configurations,
-        [fold.strip() for fold in args.folds.split(",")],
+        _wanted_folds(args.workspace, args.folds),
         args.out,
         rules=rules,
         checkpoint=args.checkpoint,

@@ -40,9 +40,13 @@ def add_identity_arguments(parser: argparse.ArgumentParser, *, name: str, descri
         name: What the bundle is called without ``--name``, for the help text.
         description: What describes the bundle without ``--description``, for the help text.
     """
-    parser.add_argument("--name", help=f"[{name}]")
-    parser.add_argument("--model-version", default="1", help="[%(default)s]")
-    parser.add_argument("--description", help=f"what it is and is not for [{description}]")
+    parser.add_argument("--name", help=f"what the bundle is called [{name}]")
+    parser.add_argument(
+        "--model-version", default="1", metavar="TEXT", help="its version, any text [%(default)s]"
+    )
+    parser.add_argument(
+        "--description", metavar="TEXT", help=f"what it is and is not for [{description}]"
+    )
     parser.add_argument(
         "--input-slug",
         default=INPUT_SLUG,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ichseg.errors import PlansError, TrainingError
 from ichseg.files import suffix_of
-from ichseg.model import plans, strict_json
+from ichseg.model import strict_json
 from training.crossval import cascade_labels, record
 from training.data import dataset, splits
 from training.data.dataset import add_workspace_argument
@@ -25,11 +25,11 @@ from training.data.workspace import (
     VALIDATION_FILE,
     evaluation_folder,
     mask_file,
-    plans_file,
     run_folder,
     runs_folder,
 )
 from training.fit.checkpoint import load_checkpoint, weights_digest
+from training.planning.planned import load_plans
 from training.scoring import evaluate, summary, tables
 from training.scoring.measures import EMPTY_POLICIES
 from training.scoring.summary import Evaluation
@@ -56,7 +56,7 @@ def cross_validate(
     masks = validated_masks(workspace, configuration)
     data = dataset.load_dataset(workspace)
     cases = {case.name: case for case in data.labelled}
-    foreground = plans.load(plans_file(workspace)).foreground
+    foreground = load_plans(workspace).foreground
     out = evaluation_folder(workspace, configuration)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".paired-") as beside:
@@ -87,7 +87,7 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
         TrainingError: Masks are missing; names their fold, and the command that makes them. Or a
             cascade's first stage has been replaced since its second was trained.
     """
-    every = plans.load(plans_file(workspace))
+    every = load_plans(workspace)
     planned = every.configuration(configuration)
     names = [case.name for case in dataset.load_dataset(workspace).labelled]
     masks: dict[str, Path] = {}
@@ -122,7 +122,7 @@ def fold_weights(workspace: Path, configuration: str) -> str:
     Raises:
         TrainingError: A fold has no checkpoint, or one of other plans or cases.
     """
-    every = plans.load(plans_file(workspace))
+    every = load_plans(workspace)
     planned = every.configuration(configuration)
     names = [case.name for case in dataset.load_dataset(workspace).labelled]
     digest = hashlib.sha256()
@@ -135,7 +135,7 @@ def fold_weights(workspace: Path, configuration: str) -> str:
 
 def trained_configurations(workspace: Path) -> tuple[str, ...]:
     """The configurations that have runs, in the order of the plans."""
-    planned = plans.load(plans_file(workspace)).configurations
+    planned = load_plans(workspace).configurations
     return tuple(c.name for c in planned if runs_folder(workspace, c.name).is_dir())
 
 
@@ -169,7 +169,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which [all that have been trained]",
     )
     parser.add_argument(
-        "--empty", choices=EMPTY_POLICIES, default="instance", help="as of `evaluate` [%(default)s]"
+        "--empty",
+        choices=EMPTY_POLICIES,
+        default="instance",
+        help="what an empty mask scores, as of `evaluate` [%(default)s]",
     )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes [as many as cores and memory allow]"

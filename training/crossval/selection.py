@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ichseg.errors import PlansError, TrainingError
 from ichseg.files import replacing
-from ichseg.model import plans, strict_json
+from ichseg.model import strict_json
 from ichseg.model.plans import Plans
 from ichseg.model.rules import ComponentRule
 from ichseg.scan import volume
@@ -30,11 +30,11 @@ from training.crossval.unseen import UnseenCase
 from training.data import parallel
 from training.data.dataset import Case, add_workspace_argument
 from training.data.workspace import (
-    plans_file,
     probabilities_folder,
     run_folders,
     selection_file,
 )
+from training.planning.planned import load_plans
 
 SCHEMA_VERSION = 1
 
@@ -113,7 +113,7 @@ def select(
     Raises:
         TrainingError: Validations or stored probabilities are missing.
     """
-    planned = plans.load(plans_file(workspace))
+    planned = load_plans(workspace)
     cases = unseen.unseen_cases(workspace, configurations)
     combinations = _combinations(configurations)
     if len(configurations) > 1:

@@ -241,6 +241,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of INSTANCE 2022, BHSD or CT-ICH; the layout is recognised",
     )
     add_workspace_argument(parser)
+    add_choices(parser)
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="parallel processes that split 4D images [one a core, fewer if memory is short]",
+    )
+
+
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """What the user knows of a dataset, and its files do not say."""
     parser.add_argument(
         "--labels",
         type=lambda text: tuple(text.split(",")),
@@ -254,12 +264,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="CSV",
         help="table with the header case,group: cases of one group, such as scans of one patient, "
-        "go into the same fold",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        help="parallel processes that split 4D images [one a core, fewer if memory is short]",
+        "go into the same fold [each case is a group]",
     )
 
 

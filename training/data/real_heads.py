@@ -60,9 +60,14 @@ class Labelled:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``python -m training real-heads``."""
-    parser.add_argument("--phe-sich", type=Path, metavar="FOLDER", help="images/ and boxes.csv")
     parser.add_argument(
-        "--ct-ich", type=Path, metavar="FOLDER", help="brain/ and hemorrhage_diagnosis.csv"
+        "--phe-sich", type=Path, metavar="FOLDER", help="PHE-SICH-CT-IDS: images/ and boxes.csv"
+    )
+    parser.add_argument(
+        "--ct-ich",
+        type=Path,
+        metavar="FOLDER",
+        help="CT-ICH 1.0.0: brain/ and hemorrhage_diagnosis.csv",
     )
     parser.add_argument(
         "--also",
@@ -73,12 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="other datasets to add, such as phantoms; groups.csv in one says whose its cases are",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to make, in MSD layout")
-    parser.add_argument("--seed", type=int, default=1, help="of the copies")
+    parser.add_argument("--seed", type=int, default=1, help="of the copies [%(default)s]")
     parser.add_argument(
         "--copies",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="beside each scan one as people hand scans in",
+        help="beside each scan one as people hand scans in [yes]",
     )
     parser.add_argument(
         "--negative-copies",
@@ -87,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many copies of a scan that shows no bleed, each made another way [1]",
     )
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="parallel processes [%(default)s]")
 
 
 def main(args: argparse.Namespace) -> int:

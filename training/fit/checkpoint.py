@@ -26,7 +26,7 @@ from ichseg.wording import counted
 from training.data.splits import Split
 from training.data.workspace import BEST_CHECKPOINT, CONFIG_FILE, LATEST_CHECKPOINT
 from training.fit import schedule
-from training.fit.configuration import TrainingConfig
+from training.fit.configuration import TrainingConfig, differences
 from training.fit.fold_run import FoldRun
 from training.fit.history import EpochRow
 from training.fit.schedule import ScheduleState
@@ -283,10 +283,8 @@ def resume(run: FoldRun, state: TrainingState) -> None:
     state.average_dice, state.best_dice = raw["average_dice"], raw["best_dice"]
     with contextlib.suppress(PlansError):
         before = strict_json.load(TrainingConfig, run.folder / CONFIG_FILE)
-        for option in dataclasses.fields(TrainingConfig):
-            old, new = getattr(before, option.name), getattr(run.config, option.name)
-            if old != new:
-                _log.warning("going on with %s %s, so far it was %s", option.name, new, old)
+        for name, new, old in differences(run.config, before):
+            _log.warning("going on with %s %s, so far it was %s", name, new, old)
     _log.info("going on after epoch %d, step %d", state.schedule.epoch, len(state.losses))
 
 

@@ -278,6 +278,16 @@ def settings_from(args: argparse.Namespace) -> GivenSettings:
     return GivenSettings(_given(args, TrainingConfig), _given(args, AugmentationConfig))
 
 
+def differences(now: Any, before: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Name, value and former value of each setting that is another; of those in settings, too."""
+    for option in dataclasses.fields(now):
+        new, old = getattr(now, option.name), getattr(before, option.name)
+        if dataclasses.is_dataclass(new):
+            yield from differences(new, old)
+        elif new != old:
+            yield option.name, new, old
+
+
 def _flag_fields(cls: type[Any]) -> Iterator[tuple[str, Any, str]]:
     """Name, type and help of each field that is a flag."""
     hints = typing.get_type_hints(cls)

@@ -10,7 +10,6 @@ import torch
 
 from ichseg.engine import torch_device
 from ichseg.errors import TrainingError
-from ichseg.model import plans
 from ichseg.model.plans import Configuration, Plans
 from training.batches.sampling import BatchSpec
 from training.data import dataset, splits
@@ -18,12 +17,12 @@ from training.data.splits import Split
 from training.data.workspace import (
     ALL_FOLD,
     hard_examples_file,
-    plans_file,
     preprocessed_folder,
     run_folder,
 )
 from training.fit.configuration import TrainingConfig
 from training.fit.process_group import ALONE, ProcessGroup
+from training.planning.planned import load_plans
 
 _ALL_FOLD_NUMBER = 1_000_000
 
@@ -113,7 +112,7 @@ def open_run(
     device = torch_device.choose_device(config.device)
     if config.precision == "fp16" and device.type == "cpu":
         raise TrainingError("precision fp16 on the CPU, expected fp32, bf16 or auto there")
-    planned = plans.load(plans_file(workspace))
+    planned = load_plans(workspace)
     chosen = planned.configuration(configuration)
     listed = dataset.load_dataset(workspace)
     names = [case.name for case in listed.labelled]

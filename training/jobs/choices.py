@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ichseg.model import plans
 from ichseg.model.plans import Plans
 from training.data import splits
 from training.data.dataset import load_dataset
-from training.data.workspace import bundles_folder, plans_file
+from training.data.workspace import bundles_folder
 from training.fit.configuration import GivenSettings, TrainingConfig, settings_from
 from training.planning import overrides
+from training.planning.planned import load_plans
 
 SELECTED = "selected"  # the bundle of what was selected
 
@@ -35,6 +35,7 @@ class Choices:
         overrides: What replaces the planner's choice: values by flag, as its command line takes
             them.
         settings: The settings of the training that were given.
+        labels: Names of the labels' values, for a dataset that does not name them.
     """
 
     dataset: Path
@@ -47,6 +48,7 @@ class Choices:
     architecture: str | None
     overrides: Mapping[str, str]
     settings: GivenSettings
+    labels: tuple[str, ...] = ()
 
     def bundle_folder(self, name: str) -> Path:
         """The folder of a bundle."""
@@ -120,7 +122,7 @@ def find_scope(choices: Choices) -> Scope:
     """
     names = [case.name for case in load_dataset(choices.workspace).labelled]
     folds = splits.find_splits(choices.workspace, names)
-    found = plans.load(plans_file(choices.workspace))
+    found = load_plans(choices.workspace)
     return Scope(choices, found, tuple(map(str, range(len(folds)))))
 
 
@@ -142,4 +144,5 @@ def choices_from(args: argparse.Namespace) -> Choices:
         architecture=args.architecture,
         overrides={override.name: override.chosen for override in replaced},
         settings=settings_from(args),
+        labels=args.labels,
     )

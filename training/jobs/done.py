@@ -64,13 +64,19 @@ def _converted(choices: Choices) -> str:
     if not path.exists():
         return ""
     if choices.dataset.exists():
-        source, kept = layouts.read_source(choices.dataset), load_dataset(choices.workspace)
+        source = layouts.read_source(choices.dataset, choices.labels)
+        kept = load_dataset(choices.workspace)
         names = sorted(case.name for case in source.cases)
         if (source.name, names) != (kept.name, [case.name for case in kept.cases]):
             raise DatasetError(
                 f"{choices.workspace}: holds {kept.name} with {len(kept.cases)} cases, but "
                 f"{choices.dataset} is {source.name} with {len(names)}, or they have other names; "
                 "expected the same dataset, or a new workspace"
+            )
+        if choices.labels not in ((), kept.labels):
+            raise DatasetError(
+                f"{choices.workspace}: its labels are {','.join(kept.labels)}, but --labels is "
+                f"{','.join(choices.labels)}; leave the flag out, or take another workspace"
             )
         corrected = convert.corrected_since(source, kept, path.stat().st_mtime_ns)
         if corrected:

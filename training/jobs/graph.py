@@ -49,7 +49,8 @@ def opening(choices: Choices) -> tuple[Job, ...]:
     """The jobs up to the plans, on which the others depend."""
     workspace = _workspace(choices)
     groups = () if choices.groups is None else ("--groups", str(choices.groups))
-    convert = Job("convert", (str(choices.dataset), *workspace, *groups))
+    labels = ("--labels", ",".join(choices.labels)) if choices.labels else ()
+    convert = Job("convert", (str(choices.dataset), *workspace, *labels, *groups))
     verify = Job("verify", (*workspace, "--note"), after=(convert.name,))
     plan = Job("plan", (*workspace, *_planning(choices)), after=(verify.name,))
     return convert, verify, plan

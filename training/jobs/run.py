@@ -16,8 +16,8 @@ from pathlib import Path
 
 from ichseg.engine import gpus as gpu_list
 from ichseg.errors import TrainingError
-from ichseg.model import plans
 from training.crossval import merge, selection
+from training.data import convert
 from training.data.dataset import add_workspace_argument
 from training.fit import progress
 from training.fit.configuration import TRAINING_RECIPES, add_settings
@@ -82,7 +82,9 @@ def _say_bundles(scope: Scope) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the ``run`` command: its own, and those of the commands it stands for."""
     parser.usage = "python -m training run DATASET --workspace W [options]"
-    parser.add_argument("dataset", type=Path, metavar="DATASET", help="a folder for `convert`")
+    parser.add_argument(
+        "dataset", type=Path, metavar="DATASET", help="a dataset's folder, as `convert` takes it"
+    )
     add_workspace_argument(parser)
     parser.add_argument(
         "--configurations",
@@ -114,17 +116,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="for the bundle `selected`, or one a configuration where only some folds are "
-        "trained [W/bundles]",
+        help="where the bundle `selected` comes to lie, or one a configuration where only some "
+        "folds are trained [W/bundles]",
     )
-    parser.add_argument("--groups", type=Path, metavar="CSV", help="of `convert`")
+    convert.add_choices(parser)
     parser.add_argument(
         "--recipe",
         choices=TRAINING_RECIPES,
-        help="of `plan` and `train`; one that `plan` does not have is for `train` alone "
-        "[msd2018, or what the plans have]",
+        help="what plans and trains: the paper that this project implements, nnU-Net v2, or, for "
+        "`train` alone, a short training on few CPU cores [msd2018, or what the plans have]",
     )
-    parser.add_argument("--architecture", choices=plans.ARCHITECTURES, help="of `plan` [plain]")
+    overrides.add_architecture_argument(parser)
     overrides.add_override_arguments(parser)
     add_settings(parser)
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from ichseg.engine import gpus as gpu_list
 from ichseg.engine import torch_device
 from ichseg.errors import DeviceFullError, IchsegError, TrainingError
-from ichseg.model import plans
 from training.batches import hard_examples
 from training.bundle.pretrained import read_pretrained, require_unseen
 from training.crossval import cascade_labels
@@ -27,7 +26,6 @@ from training.data.workspace import (
     ALL_FOLD,
     LATEST_CHECKPOINT,
     TRAIN_LOG,
-    plans_file,
     run_folder,
 )
 from training.fit import schedule
@@ -48,6 +46,7 @@ from training.jobs import board, graph, job_log, queue
 from training.jobs.claim import claimed
 from training.jobs.places import local
 from training.jobs.signals import Signals, status_of
+from training.planning.planned import load_plans
 from training.store import chunks
 from training.store.preprocess import require_current
 
@@ -243,7 +242,7 @@ def main(args: argparse.Namespace) -> int:
         0 when all folds are trained; 130 after Ctrl-C and 75 after another signal, when the same
         command goes on from there.
     """
-    recipe = args.recipe or plans.load(plans_file(args.workspace)).recipe
+    recipe = args.recipe or load_plans(args.workspace).recipe
     config = settings_from(args).over(recipe)
     with joined(config.device) as group:
         if not group.leads:

@@ -284,7 +284,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the ``fingerprint`` command."""
     add_workspace_argument(parser)
     parser.add_argument(
-        "--workers", type=int, default=default_workers(), help="parallel processes [%(default)s]"
+        "--workers", type=int, default=default_workers(), help="parallel processes [one a core]"
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ichseg.errors import PlansError
-from ichseg.model.plans import CROPS, PADDINGS, Override, Plans
+from ichseg.model.plans import ARCHITECTURES, CROPS, PADDINGS, Override, Plans
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +60,27 @@ class Overrides:
             raise PlansError(f"padding {self.padding!r}, expected one of {PADDINGS}")
 
 
+def add_architecture_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """The flag that names the network to plan for; ``plain`` where nothing does."""
+    parser.add_argument(
+        "--architecture",
+        choices=ARCHITECTURES,
+        default=default,
+        help="network to plan for; the resenc ones (residual encoder, for GPUs of 8, 24 and 40 GB) "
+        "belong to recipe nnunetv2 [plain]",
+    )
+
+
 def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag for each field of ``Overrides``."""
     chosen = parser.add_argument_group(
         "in place of what the planner finds", "Recorded in the plans, beside what it finds."
     )
     chosen.add_argument(
-        "--spacing", type=_numbers(float, 3), metavar="Z,Y,X", help="voxel size in mm"
+        "--spacing",
+        type=_numbers(float, 3),
+        metavar="Z,Y,X",
+        help="voxel size in mm, such as 5,0.5,0.5",
     )
     chosen.add_argument(
         "--patch", type=_numbers(int, 3), metavar="Z,Y,X", help="voxels of a 3D patch"
@@ -79,7 +93,11 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
         help="features of each level of the 3D network; as many levels as numbers",
     )
     chosen.add_argument(
-        "--gpu-memory-gb", type=float, metavar="GB", help="memory of the GPU to plan for"
+        "--gpu-memory-gb",
+        type=float,
+        metavar="GB",
+        help="memory of the GPU to plan for [12 for msd2018, 8 for nnunetv2, more for resenc_l and "
+        "resenc_xl]",
     )
     chosen.add_argument(
         "--ct-clip",
@@ -101,13 +119,13 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
         "--crop",
         choices=CROPS,
         help="what is cut away from each case, in training and in inference: borders of zeros, or "
-        "also the air around the head",
+        "also the air around the head [nonzero]",
     )
     chosen.add_argument(
         "--padding",
         choices=PADDINGS,
         help="what a network sees beyond a scan that is smaller than its patch, in inference: "
-        "zeros after the normalisation, or the nearest voxel",
+        "zeros after the normalisation, or the nearest voxel [zero]",
     )
 
 

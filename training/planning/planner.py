@@ -40,6 +40,7 @@ from training.planning.fingerprint import Fingerprint, load_or_compute
 from training.planning.intensities import plan_normalisations
 from training.planning.overrides import (
     Overrides,
+    add_architecture_argument,
     add_override_arguments,
     overrides_from,
     record,
@@ -144,14 +145,14 @@ def decide(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the ``plan`` command."""
     add_workspace_argument(parser)
-    parser.add_argument("--recipe", choices=tuple(RECIPES), default="msd2018", help="[%(default)s]")
     parser.add_argument(
-        "--architecture",
-        choices=plans_module.ARCHITECTURES,
-        default="plain",
-        help="network to plan for; the resenc ones (residual encoder, for GPUs of 8, 24 and 40 GB) "
-        "belong to recipe nnunetv2 [%(default)s]",
+        "--recipe",
+        choices=tuple(RECIPES),
+        default="msd2018",
+        help="whose rules decide: those of the paper that this project implements, or those of "
+        "nnU-Net v2 [%(default)s]",
     )
+    add_architecture_argument(parser, "plain")
     parser.add_argument(
         "--explain",
         action="store_true",
@@ -166,7 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         default=default_workers(),
-        help="parallel processes, if the fingerprint has yet to be computed [%(default)s]",
+        help="parallel processes, if the fingerprint has yet to be computed [one a core]",
     )
     add_override_arguments(parser)
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from ichseg.errors import DatasetError, PlansError
 from ichseg.files import UNFINISHED, remove_unfinished, replacing
-from ichseg.model import plans as plans_module
 from ichseg.model import strict_json
 from ichseg.model.plans import Configuration, Normalisation, Plans, Resampling
 from ichseg.predict import prepare
@@ -32,6 +31,7 @@ from training.data.dataset import (
 from training.data.parallel import default_workers, each_case, with_progress
 from training.data.sources import digest_cases, digest_sources
 from training.data.workspace import plans_file, preprocessed_folder
+from training.planning.planned import load_plans
 from training.store import chunks
 
 # Hidden, so that it cannot be the name of a case.
@@ -226,7 +226,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the ``preprocess`` command."""
     started = time.monotonic()
     dataset = load_dataset(args.workspace)
-    plans = plans_module.load(plans_file(args.workspace))
+    plans = load_plans(args.workspace)
     workers = workers_for(dataset) if args.workers is None else args.workers
     done = preprocess_dataset(
         dataset, plans, args.configuration, args.workspace, workers, args.share
