@@ -120,6 +120,10 @@ def restore_optimiser(
     fused = optimiser.param_groups[0]["fused"]  # by the device, which may be another one now
     groups = [group | {"fused": fused} for group in saved["param_groups"]]
     optimiser.load_state_dict(saved | {"param_groups": groups})
+    for parameter, moments in optimiser.state.items():  # a fused kernel wants them to lie alike
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(value)
     for group in optimiser.param_groups:
         group.update(_optimiser_settings(config))
         if group.get("amsgrad"):
