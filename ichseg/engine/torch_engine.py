@@ -19,7 +19,7 @@ from ichseg.engine.torch_copies import Copies
 from ichseg.errors import DeviceError, DeviceFullError
 from ichseg.model.network import build_network
 
-MOST_GPU_VOXELS = 8_000_000  # of a batch: 5 tiles of 16x320x320, which keep a large card busy
+MOST_GPU_VOXELS = 8_000_000  # of a batch: 4 tiles of 16x320x320, which keep a large card busy
 
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": None}
 

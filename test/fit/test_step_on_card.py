@@ -144,19 +144,19 @@ def test_two_processes_sum_on_their_cards_and_tell_numbers_on_the_host(fresh, mo
     monkeypatch.setattr(distributed, "all_reduce", summed)
     monkeypatch.setattr(distributed, "broadcast", told)
     monkeypatch.setattr(process_group, "BUCKET_BYTES", 2000)
-    alone = run_on(fresh, "cpu", batch_dice=True)
+    given = {"optimiser": "sgd", "learning_rate": 0.1, "batch_dice": True}
+    alone = run_on(fresh, "cpu", **given)
     state = begin(alone)
     twice = Batch(*(torch.cat([part, part]) for part in batch_on("cpu")))
-    losses = [float(train_step(alone, state, twice)) for _ in range(2)]
+    losses = [float(train_step(alone, state, twice)) for _ in range(3)]
     with card.pretended(monkeypatch) as there:
         run = run_on(
-            fresh, "cuda", batch_dice=True, memory_format="channels_last",
-            group=ProcessGroup(0, 2),
+            fresh, "cuda", memory_format="channels_last", group=ProcessGroup(0, 2), **given
         )  # fmt: skip
         state = begin(run)
         batch = batch_on("cuda")
         found = []
-        for _ in range(2):
+        for _ in range(3):
             with there.unwaited():
                 reading = Reading(train_step(run, state, batch))
             found.append(reading.read())
