@@ -54,8 +54,9 @@ def test_the_card_makes_the_batches_of_the_cpu_and_is_waited_for_once_each(
                 assert len(waits) == 1
                 assert "synchronize (stream.py" in waits[0]
                 assert batch.data.is_contiguous(memory_format=layout)
-                found.append([part.cpu() for part in batch])
+                used = [part.clone() for part in batch]  # beside it, as a step does
                 del batch
+                found.append([part.cpu() for part in used])
                 before = len(there.waits)
     for ours, theirs in zip(found, expected, strict=True):
         for one, other in zip(ours, theirs, strict=True):
