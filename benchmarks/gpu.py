@@ -189,7 +189,7 @@ def run_tests(work: Work) -> Iterator[Row]:
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)  # it still reports what it has run
         status = process.wait()
-        yield informs("tests, STOPPED before their end", 1, "")
+        yield rows.at_most("tests, STOPPED before their end", 1, "", 0)
     if work.device == "cpu":
         yield Row("tests that cannot be read", float(status != 0), None, "", None, 0, status == 0)
         return
