@@ -109,7 +109,7 @@ def test_an_incomplete_cross_validation_is_refused_with_the_command(whole, tmp_p
     with pytest.raises(TrainingError, match=r"1 of 1 validation cases .* `train 2d --fold 1`"):
         merge.cross_validate(workspace, "2d", workers=1)
     shutil.rmtree(folder)
-    with pytest.raises(TrainingError, match="run `train` first"):
+    with pytest.raises(TrainingError, match="run `train 2d --fold 1` first, or leave 2d out by --"):
         merge.cross_validate(workspace, "2d", workers=1)
 
 

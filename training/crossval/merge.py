@@ -95,6 +95,11 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
         folder = run_folder(workspace, configuration, str(number))
         again = f"`train {configuration} --fold {number}` goes on with it"
         path = folder / LATEST_CHECKPOINT
+        if not path.exists():
+            raise TrainingError(
+                f"{path}: no such file; run `train {configuration} --fold {number}` first, or "
+                f"leave {configuration} out by --configurations"
+            )
         checkpoint = load_checkpoint(path, every, planned, split)
         cascade_labels.require_same_first_stage(workspace, every, planned, path, checkpoint)
         weights = checkpoint["network"]

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ichseg.model.rules import ComponentRule
+from ichseg.wording import counted
 
 DROP_BELOW_ML = (0.05, 0.1, 0.2, 0.5, 1.0)
 DROP_BELOW_PROBABILITY = (0.6, 0.65, 0.7, 0.75, 0.8)
@@ -89,8 +90,8 @@ def judge(
             i for i, r in enumerate(rules) if r.label == rule.label and means[i] == max(rivals)
         )
         adopted = best and gain >= LEAST_GAIN
-        changes = f"mean Dice of {labels[rule.label - 1]} {gain:+.4f}, better in {better} cases, "
-        changes += f"worse in {worse}"
+        changes = f"mean Dice of {labels[rule.label - 1]} {gain:+.4f}, better in "
+        changes += f"{counted(better, 'case')}, worse in {worse}"
         if adopted:
             reason = f"adopted: {changes}"
         elif gain >= LEAST_GAIN:

@@ -24,6 +24,7 @@ from ichseg.model import strict_json
 from ichseg.model.plans import Plans
 from ichseg.model.rules import ComponentRule
 from ichseg.scan import volume
+from ichseg.wording import counted
 from training.crossval import merge, rules, unseen
 from training.crossval.rules import Trial
 from training.crossval.unseen import UnseenCase
@@ -190,7 +191,8 @@ def describe(selection: Selection) -> str:
         mark = "*" if trial.adopted else " "
         label = selection.labels[trial.rule.label - 1]
         lines.append(f"{mark} {trial.dice:.4f}  {label}: {rules.words(trial.rule)}: {trial.reason}")
-    lines += ["", f"selected: {' + '.join(selection.configurations)}, {len(selection.rules)} rules"]
+    names, adopted = " + ".join(selection.configurations), len(selection.rules)
+    lines += ["", f"selected: {names}, {counted(adopted, 'rule')}"]
     return "\n".join(lines) + "\n"
 
 
