@@ -6,5 +6,5 @@ caller from Python has: an array, an image of nibabel or SimpleITK. Out goes a `
 taken. The way back writes a mask on the same grid and reads it again. Open ``volume`` first;
 ``headers`` is the door that stands before ITK (``metaimage``, ``nifti`` and ``nrrd`` know the kinds
 of header, ``stored`` the bytes behind them), ``reader`` chooses between files and DICOM folders,
-and ``plausibility`` says whether the values can be a head CT's.
+``plausibility`` says whether the values can be a head CT's, and ``slices`` whether its slices can.
 """

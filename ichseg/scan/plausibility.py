@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ichseg.errors import InputError
+from ichseg.scan import slices
 from ichseg.scan.volume import Volume
 from ichseg.wording import times
 
@@ -72,7 +73,8 @@ def check(volume: Volume, name: Path | str) -> tuple[Volume, tuple[str, ...]]:
         raise InputError(
             f"{name}: {reason}; expected a head CT in HU (values are {low:g} to {high:g})"
         )
-    return volume, (*mended, *_about_values(values), *about_size)
+    about_slices = slices.check(volume, name)
+    return volume, (*mended, *_about_values(values), *(about_size or about_slices))
 
 
 def _why_no_ct(low: float, high: float, whole: bool) -> str:
