@@ -1,8 +1,11 @@
 """What a run leaves in its output folder, for people and for later runs."""
 
 import json
+import os
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 from helpers.pretended import (
     Pretended,
     add,
@@ -91,6 +94,35 @@ def test_resume_does_again_what_has_changed(place):
     (place / "output" / "results.json").write_text(json.dumps(ended))
     assert predicted_by_resume(place) == [f"predict {name}" for name in range(101, 106)]
     assert predicted_by_resume(place) == []
+
+
+def test_another_scan_of_the_same_size_and_date_is_done(place):
+    """As of an archive that gives all of its files one date."""
+    scan = place / "input" / "103.mha"
+    sitk.WriteImage(sitk.ReadImage(scan), scan, useCompression=False)
+    run(place, Pretended())
+    found = scan.stat()
+    content = bytearray(scan.read_bytes())
+    content[-2] ^= 1  # of the last voxel
+    scan.write_bytes(content)
+    os.utime(scan, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert predicted_by_resume(place) == ["predict 103"]
+
+
+@pytest.mark.parametrize("count", [15, 16, 29, 30, 32, 45])
+def test_pieces_of_a_scan_are_not_all_of_air(tmp_path, count):
+    """However many slices it has, of which each begins and ends with air."""
+    scan, date = tmp_path / "scan.nii", (0, 1_700_000_000_000_000_000)
+    content = np.zeros((count, 64, 1024), np.uint8)
+    found = []
+    for value in (30, 31):
+        content[:, 16:48] = value
+        scan.write_bytes(content)
+        os.utime(scan, ns=date)
+        found.append(results.stamp_of(scan))
+    assert found[0]["bytes"] == found[1]["bytes"]
+    assert found[0]["modified_ns"] == found[1]["modified_ns"]
+    assert found[0]["pieces"] != found[1]["pieces"]
 
 
 def test_without_resume_everything_is_done_again(place):

@@ -33,6 +33,20 @@ def test_content_alone_decides(tmp_path, cases):
     assert digest_cases(tmp_path, cases) == after
 
 
+def test_files_that_were_exchanged_are_seen(tmp_path, cases):
+    """Unpacked together, they have one date, and not compressed, one size."""
+    first, second = cases[0].images
+    for path in (first, second):
+        os.utime(path, ns=(5, 5))
+    before = digest_cases(tmp_path, cases)
+    first.rename(tmp_path / "aside")
+    second.rename(first)
+    (tmp_path / "aside").rename(second)
+    after = digest_cases(tmp_path, cases)
+    assert after["a"] != before["a"]
+    assert after["b"] == before["b"]
+
+
 def test_images_in_another_order_are_another_case(tmp_path, cases):
     first, second = cases[0].images
     swapped = Case("a", (second, first), cases[0].label)

@@ -1,13 +1,16 @@
 """Which content the files of the cases have: what was made from other content is made again.
 
 A digest follows from the content alone. ``WORKSPACE/sources.json`` remembers the digest of each
-file beside its size and time of last change, so that only files which look changed are read again;
-it may be deleted at any time.
+file beside its size, the times at which its content and its place in the file system last changed,
+and that place, so that only files which look changed are read again; it may be deleted at any time.
+Size and time of the content alone would not do: those of two files that were unpacked together may
+be the same, and then it went unseen that they were exchanged.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +23,7 @@ from ichseg.model import strict_json
 from training.data.dataset import Case, Dataset
 from training.data.workspace import sources_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _READERS = 4  # files hashed at a time; hashing leaves Python's lock to others
 
 
@@ -32,12 +35,16 @@ class _Known:
         file: Its path, relative to the workspace where it lies inside.
         bytes: Its size.
         modified_ns: When it was last changed, in nanoseconds.
+        moved_ns: When it was last changed, renamed or linked, in nanoseconds.
+        inode: Its number in the file system.
         digest: SHA-256 of its content.
     """
 
     file: str
     bytes: int
     modified_ns: int
+    moved_ns: int
+    inode: int
     digest: str
 
 
@@ -97,11 +104,13 @@ def _look(workspace: Path, paths: list[Path], before: dict[Path, _Known]) -> dic
     def look(path: Path) -> _Known | None:
         try:
             found = path.stat()
-            known = before.get(path)
-            if known and (known.bytes, known.modified_ns) == (found.st_size, found.st_mtime_ns):
-                return known
             shown = path.relative_to(workspace) if path.is_relative_to(workspace) else path
-            return _Known(str(shown), found.st_size, found.st_mtime_ns, sha256(path))
+            times = (found.st_mtime_ns, found.st_ctime_ns)
+            now = _Known(str(shown), found.st_size, *times, found.st_ino % (1 << 63), digest="")
+            known = before.get(path)
+            if known and dataclasses.replace(known, digest="") == now:
+                return known
+            return dataclasses.replace(now, digest=sha256(path))
         except OSError:  # whoever needs it will say so
             return None
 
