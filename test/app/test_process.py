@@ -189,7 +189,7 @@ def test_results_that_are_none_are_not_gone_on_from(place):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_at_once_and_leaves_nothing_half_done(place, scan, number):
     """While hours of work are before it."""
-    large = np.tile(scan.voxels, (8, 20, 20))
+    large = np.tile(scan.voxels.repeat(8, 0), (1, 20, 20))
     volume.write(Volume(large, scan.spacing_mm), place / "input" / "zz.mha")
     with subprocess.Popen(
         command(place, "--preset", "full"), stderr=subprocess.PIPE, text=True
@@ -265,7 +265,7 @@ def entries(place):
 
 def test_nohup_is_honoured(place, scan):
     """A signal that the process was started to ignore does not end it."""
-    large = np.tile(scan.voxels, (4, 8, 8))
+    large = np.tile(scan.voxels.repeat(4, 0), (1, 8, 8))
     volume.write(Volume(large, scan.spacing_mm), place / "input" / "zz.mha")
     with subprocess.Popen(
         command(place), stderr=subprocess.PIPE, text=True,

@@ -152,7 +152,9 @@ def test_a_selection_is_of_the_weights_that_it_was_made_from(workspace, monkeypa
     chosen = selection.select(workspace, NAMES[:1], workers=1)
     selection.require_current(workspace, selection.load(workspace))
     monkeypatch.setattr(merge, "fold_weights", lambda folder, name: "others")
-    with pytest.raises(TrainingError, match=r"from other weights than .* 3d_fullres"):
+    with pytest.raises(
+        TrainingError, match=r"from other weights, images or labels than .* 3d_fullres"
+    ):
         selection.require_current(workspace, chosen)
     with pytest.raises(TrainingError, match="run `cross-validate` and `select` again"):
         selection.require_current(workspace, dataclasses.replace(chosen, made_from=None))

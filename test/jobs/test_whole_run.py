@@ -113,6 +113,29 @@ def test_an_incomplete_cross_validation_is_refused_with_the_command(whole, tmp_p
         merge.cross_validate(workspace, "2d", workers=1)
 
 
+def test_scores_of_a_label_that_was_corrected_since_are_not_taken(whole, tmp_path, caplog):
+    workspace = shutil.copytree(whole[0], tmp_path / "copy")
+    before = summary.load(workspace / "evaluation" / "2d")
+    (path,) = (workspace / "raw" / "labels").glob("case_2.*")
+    label = volume.read(path)
+    voxels = label.voxels.copy()
+    voxels[:1] = 1 - voxels[:1]
+    volume.write(label.with_voxels(voxels), path)
+    with pytest.raises(TrainingError, match="from other weights, images or labels than the folds"):
+        selection.require_current(workspace, selection.load(workspace))
+    assert command(["report", str(workspace)]) == 1
+    after = merge.cross_validate(workspace, "2d", workers=1)
+    assert after.made_from != before.made_from
+    changed = [
+        case.name for case, was in zip(after.cases, before.cases, strict=True)
+        if case.labels[0].reference_ml != was.labels[0].reference_ml
+    ]  # fmt: skip
+    assert changed == ["case_2"]
+    (said,) = [r.getMessage() for r in caplog.records if "have been corrected" in r.getMessage()]
+    assert said.startswith("2d: images or labels of 1 cases have been corrected")
+    assert "such as case_2" in said
+
+
 def test_names_are_different():
     assert merge.parse_names("2d, 3d_fullres") == ("2d", "3d_fullres")
     for text in ("2d,", "2d,2d"):

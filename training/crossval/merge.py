@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import os
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from ichseg.model import strict_json
 from training.crossval import cascade_labels, record
 from training.data import dataset, splits
 from training.data.dataset import add_workspace_argument
+from training.data.sources import digest_cases, digest_sources
 from training.data.workspace import (
     LATEST_CHECKPOINT,
     VALIDATION_FILE,
@@ -33,6 +35,8 @@ from training.planning.planned import load_plans
 from training.scoring import evaluate, summary, tables
 from training.scoring.measures import EMPTY_POLICIES
 from training.scoring.summary import Evaluation
+
+_log = logging.getLogger(__name__)
 
 
 def cross_validate(
@@ -89,7 +93,10 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
     """
     every = load_plans(workspace)
     planned = every.configuration(configuration)
-    names = [case.name for case in dataset.load_dataset(workspace).labelled]
+    labelled = dataset.load_dataset(workspace).labelled
+    names = [case.name for case in labelled]
+    sources = digest_cases(workspace, labelled)
+    changed: list[str] = []
     masks: dict[str, Path] = {}
     for number, split in enumerate(splits.find_splits(workspace, names)):
         folder = run_folder(workspace, configuration, str(number))
@@ -102,6 +109,8 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
             )
         checkpoint = load_checkpoint(path, every, planned, split)
         cascade_labels.require_same_first_stage(workspace, every, planned, path, checkpoint)
+        seen = checkpoint["sources"]
+        changed += [n for n in split.validation if seen.get(n) and sources[n] not in ("", seen[n])]
         weights = checkpoint["network"]
         try:
             found = strict_json.load(record.Validation, folder / VALIDATION_FILE)
@@ -116,21 +125,32 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
                 f"segmented with its latest weights, such as {missing[0]}; {again}"
             )
         masks |= paths
+    if changed:
+        _log.warning(
+            "%s: images or labels of %d cases have been corrected since its folds were "
+            "trained, such as %s; what is scored is the mask of the earlier image against the "
+            "label as it is now",
+            configuration,
+            len(changed),
+            changed[0],
+        )
     return masks
 
 
 def fold_weights(workspace: Path, configuration: str) -> str:
-    """A digest of the latest weights of all folds of a configuration.
+    """A digest of the latest weights of all folds of a configuration, and of the cases' files.
 
-    Evaluations and selections keep it, so that none is taken for one of other weights.
+    Evaluations and selections keep it, so that none is taken for one of other weights, or of labels
+    that have been corrected since.
 
     Raises:
         TrainingError: A fold has no checkpoint, or one of other plans or cases.
     """
     every = load_plans(workspace)
     planned = every.configuration(configuration)
-    names = [case.name for case in dataset.load_dataset(workspace).labelled]
-    digest = hashlib.sha256()
+    data = dataset.load_dataset(workspace)
+    names = [case.name for case in data.labelled]
+    digest = hashlib.sha256(digest_sources(workspace, data).encode())
     for number, split in enumerate(splits.find_splits(workspace, names)):
         path = run_folder(workspace, configuration, str(number)) / LATEST_CHECKPOINT
         weights = load_checkpoint(path, every, planned, split)["network"]

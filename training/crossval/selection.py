@@ -174,8 +174,8 @@ def require_current(workspace: Path, selection: Selection) -> None:
     for name in selection.configurations:
         if (selection.made_from or {}).get(name) != merge.fold_weights(workspace, name):
             raise TrainingError(
-                f"{selection_file(workspace)}: made from other weights than the folds of {name} "
-                "have now; run `cross-validate` and `select` again"
+                f"{selection_file(workspace)}: made from other weights, images or labels than the "
+                f"folds of {name} have now; run `cross-validate` and `select` again"
             )
 
 

@@ -50,7 +50,8 @@ def write(workspace: Path, configuration: str | None, out: Path, workers: int | 
     evaluation = summary.load(evaluation_folder(workspace, name))
     if evaluation.made_from and evaluation.made_from != merge.fold_weights(workspace, name):
         raise TrainingError(
-            f"{evaluation_folder(workspace, name)}: of other weights than the folds have now; "
+            f"{evaluation_folder(workspace, name)}: of other weights, images or labels than the "
+            "folds have now; "
             f"run `cross-validate {name}` again"
         )
     unseen = unseen_cases(workspace, [name])

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from helpers.dicom_files import write_stack
 
 from ichseg.app.follow_up import arguments, compare, page
 from ichseg.app.main import main
 from ichseg.errors import InputError
-from ichseg.scan import register, volume
+from ichseg.scan import reader, register, volume
 from ichseg.scan.volume import Volume, to_itk
 
 SAMPLE = Path(__file__).parents[2] / "sample" / "input" / "ge_negative.mha"
@@ -171,3 +172,42 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(studies, tmp_path, posi
         compare.run(arguments.parse(given[1:]))
     assert not (tmp_path / "out").exists()
     assert main(given) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"StudyDate": "20240102", "StudyTime": "120000"}, []),
+        ({"StudyDate": "20240101", "StudyTime": "090000"}, ["the first scan was taken after the"]),
+        ({"StudyDate": "20231231", "StudyTime": "235959"}, ["the first scan was taken after the"]),
+        ({"StudyDate": None}, []),
+        ({"PatientID": "2"}, ["the scans are of two patients, by the numbers in their headers"]),
+        ({"PatientID": ""}, []),
+    ],
+)
+def test_what_dicom_headers_have_against_it_is_told(tmp_path, changes, words):
+    first = {"StudyDate": "20240101", "StudyTime": "100000"}
+    scans = []
+    for name, own in (("before", first), ("after", first | changes)):
+        places = [(0.0, 0.0, z) for z in (0.0, 5.0, 10.0)]
+        write_stack(tmp_path / name, places, lambda at: at[..., 0], **own)
+        scans.append(reader.read(tmp_path / name))
+    told = compare.about_headers(*scans)
+    assert len(told) == len(words)
+    assert all(warning.startswith(word) for warning, word in zip(told, words, strict=True))
+    assert compare.about_headers(scans[0], reader.scan_of(head())) == []
+
+
+def test_a_second_scan_whose_sides_are_exchanged_is_told(studies, tmp_path):
+    """As files have it whose frame says left where right is; a head's halves are much alike."""
+    scan = head()
+    volume.write(scan.with_voxels(scan.voxels[:, :, ::-1].copy()), tmp_path / "mirrored.mha")
+    mask = np.zeros(scan.voxels.shape, np.uint8)
+    mask[12, 70, 90] = 1
+    volume.write(scan.with_voxels(mask), tmp_path / "mask.mha")
+    words = command(studies, tmp_path / "out")
+    words[2], words[5] = str(tmp_path / "mirrored.mha"), str(tmp_path / "mask.mha")
+    assert main(words) == 0
+    found = json.loads((tmp_path / "out" / compare.FILE).read_text())
+    assert 0.7 < found["registration"]["agreement"] < 0.87
+    assert any("left and right are the same in both" in each for each in found["warnings"])
