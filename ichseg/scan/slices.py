@@ -58,7 +58,9 @@ def _about_order(planes: npt.NDArray[np.float32], name: Path | str) -> list[str]
     """
     if not _LEAST_SLICES <= len(planes) <= _MOST_SLICES:
         return []
-    stray = np.flatnonzero(_likeness(planes) < _MUCH_NEARER)
+    likeness, most_like = _likeness(planes)
+    stray = np.flatnonzero(likeness < _MUCH_NEARER)
+    stray = stray[~_are_mirrored(stray, most_like[stray])]
     if len(stray) < _LEAST_STRAY:
         return []
     words = (
@@ -71,8 +73,24 @@ def _about_order(planes: npt.NDArray[np.float32], name: Path | str) -> list[str]
     return [words]
 
 
-def _likeness(planes: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """For each slice, how far the most similar one is that is not beside it.
+def _are_mirrored(
+    stray: npt.NDArray[np.intp], most_like: npt.NDArray[np.intp]
+) -> npt.NDArray[np.bool_]:
+    """Which slices are like one as far on the other side of a middle, if half of them or more are.
+
+    As in a ball, whose slices are in order.
+    """
+    middles = stray + most_like
+    if not len(middles):
+        return np.zeros(0, np.bool_)
+    mirrored: npt.NDArray[np.bool_] = abs(middles - np.median(middles)) <= 1
+    return mirrored if mirrored.mean() >= 0.5 else np.zeros(len(middles), np.bool_)
+
+
+def _likeness(
+    planes: npt.NDArray[np.float32],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.intp]]:
+    """For each slice, how far the most similar one is that is not beside it, and which it is.
 
     As a share of the distance to the more similar of those beside it; above 1 if they are in order.
     """
@@ -82,10 +100,12 @@ def _likeness(planes: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     apart = np.sqrt(np.maximum(squares[:, None] + squares - 2 * products, 0))
     near = abs(np.subtract.outer(np.arange(len(planes)), np.arange(len(planes))))
     beside = np.where(near == 1, apart, np.inf).min(1)
-    further = np.where(near > 1, apart, np.inf).min(1)
+    others = np.where(near > 1, apart, np.inf)
     least = 1e-3 * float(np.median(beside))  # air alone, and slices that are there twice
-    ratio: npt.NDArray[np.float64] = np.where(beside > least, further / (beside + 1e-9), np.inf)
-    return ratio
+    ratio: npt.NDArray[np.float64] = np.where(
+        beside > least, others.min(1) / (beside + 1e-9), np.inf
+    )
+    return ratio, others.argmin(1)
 
 
 def _about_size(

@@ -71,6 +71,19 @@ def test_thin_and_noisy_slices_are_in_order(head):
     assert slices.check(Volume(thin, (z / 6, 4 * y, 4 * x), direction=head.direction), PATH) == []
 
 
+def test_a_ball_is_in_order():
+    """Whose slices are there twice, one on each side of its middle."""
+    z, y, x = np.mgrid[-1:1:24j, -1:1:80j, -1:1:80j]
+    r = np.sqrt(z**2 + y**2 + x**2) / 0.95
+    hu = np.select([r < 0.82, r < 0.92, r < 1], [33, 900, -90], -1000).astype(np.float32)
+    hu += np.random.default_rng(0).normal(0, 6, hu.shape)
+    ball = Volume(hu, (6.0, 2.0, 2.0))
+    assert slices.check(ball, PATH) == []
+    shuffled = np.random.default_rng(1).permutation(24)
+    with pytest.raises(InputError, match="in their order"):
+        slices.check(in_order(ball, shuffled), PATH)
+
+
 def test_a_slice_that_is_there_twice_is_no_disorder(head):
     assert slices.check(in_order(head, [*range(8), 7, 7, *range(8, 29)]), PATH) == []
 
