@@ -82,6 +82,10 @@ def _refuse_other_kinds(fields: dict[str, str], detached: bool) -> None:
     unit = fields.get("DistanceUnits", "mm")
     if unit not in ("mm", "?"):
         raise OtherKindError(f"DistanceUnits {unit[:20]}, expected mm")
+    for key, plain in (("Slope", 1.0), ("Offset", 0.0)):  # which ITK passes over
+        word = fields.get(f"ElementToIntensityFunction{key}", str(plain))
+        if _number(word) != plain:
+            raise OtherKindError(f"ElementToIntensityFunction{key} {word[:20]}, expected {plain:g}")
     kind = fields.get("ElementType", "none")
     if kind not in TYPES:
         raise OtherKindError(f"element type {kind[:20]}, expected one of {', '.join(TYPES)}")
@@ -94,6 +98,13 @@ def _refuse_other_places(where: str) -> None:
         raise OtherKindError(
             f"its voxels are in {where[:80]!r}, expected in one file in the same folder"
         )
+
+
+def _number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise DamagedError(f"{word[:20]!r} where a number is expected") from None
 
 
 def _flag(fields: dict[str, str], key: str, default: bool) -> bool:

@@ -92,6 +92,28 @@ def test_read_case_takes_whole_floats_and_refuses_no_label(tmp_path):
         read_case(Case("a", case.images, None), LABELS)
 
 
+@pytest.mark.parametrize(
+    "frame",
+    [
+        {"direction": (1, 0, 0, 0, 1, 0, 0, 0, -1)},
+        {"direction": (0, 1, 0, 1, 0, 0, 0, 0, 1)},
+        {"spacing_mm": (5.0, 0.5, 0.6)},
+    ],
+)
+def test_a_reference_whose_axes_run_otherwise_is_refused(tmp_path, frame):
+    """Of the same size it would be trained on in another place, where `verify` was not run."""
+    case = convert(write_msd(tmp_path / "source"), tmp_path / "work").cases[0]
+    image = volume.read(case.images[0])
+    same = {"spacing_mm": image.spacing_mm, "direction": image.direction}
+    moved = {"origin_mm": (7.0, 8.0, 9.0)}
+    label = np.ones(image.voxels.shape, np.uint8)
+    volume.write(Volume(label, **(same | moved)), tmp_path / "label.mha")
+    read_case(Case("a", case.images, tmp_path / "label.mha"), LABELS)
+    volume.write(Volume(label, **(same | frame)), tmp_path / "label.mha")
+    with pytest.raises(DatasetError, match="axes or voxel sizes are others than its reference's"):
+        read_case(Case("a", case.images, tmp_path / "label.mha"), LABELS)
+
+
 def test_largest_image(tmp_path):
     for name, shape in (("a", (2, 3, 4)), ("b", (2, 3, 7)), ("c", (1, 5, 5))):
         volume.write(Volume(np.zeros(shape, np.uint8), (1, 1, 1)), tmp_path / f"{name}.mha")

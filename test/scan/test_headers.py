@@ -93,6 +93,9 @@ def test_mha_of_every_type_and_order_as_itk_reads_it(tmp_path, kind, dtype, big,
         ({"kind": "MET_SHORT\nDimSize = 1 1 1"}, "no MetaImage header"),
         ({"kind": "MET_SHORT\nBinaryData"}, "no MetaImage header"),
         ({"kind": "MET_SHORT\nDistanceUnits = um"}, "DistanceUnits um, expected mm"),
+        ({"kind": "MET_SHORT\nElementToIntensityFunctionSlope = 2"}, "Slope 2, expected 1"),
+        ({"kind": "MET_SHORT\nElementToIntensityFunctionOffset = -1024"}, "Offset -1024, expec"),
+        ({"kind": "MET_SHORT\nElementToIntensityFunctionSlope = a"}, "where a number is expected"),
     ],
 )
 def test_mha_that_is_not_what_it_says_is_refused(tmp_path, change, reason):

@@ -22,6 +22,7 @@ from ichseg.scan.volume import Volume
 from training.data.workspace import dataset_file
 
 SCHEMA_VERSION = 1
+_SAME_AXES, _SAME_STEPS = 0.1, 0.05  # of cosines, and a share: headers are rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +211,8 @@ def read_case(
         ignore_label: A further value that the reference may have, see ``Dataset``.
 
     Raises:
-        DatasetError: No reference, sizes that differ, or label values that are not declared.
+        DatasetError: No reference, sizes or axes that differ, or label values that are not
+            declared.
         InputError: A file cannot be read as a volume.
     """
     if case.label is None:
@@ -223,6 +225,7 @@ def read_case(
                 f"{path}: shape {image.voxels.shape}, but its reference has "
                 f"{reference.voxels.shape}"
             )
+        _refuse_turned(path, image, reference)
     low, high = float(reference.voxels.min()), float(reference.voxels.max())
     integral = reference.voxels.dtype.kind in "iub" or bool(
         np.array_equal(reference.voxels, np.rint(reference.voxels))
@@ -235,6 +238,22 @@ def read_case(
             f"0..{highest}"
         )
     return images, reference
+
+
+def _refuse_turned(path: Path, image: Volume, reference: Volume) -> None:
+    """Refuse an image whose axes run otherwise than its reference's, or have other steps.
+
+    Voxel by voxel they would not lie on each other. An origin that got lost is no harm, and for
+    ``verify`` to tell.
+
+    Raises:
+        DatasetError: It is one.
+    """
+    turned = np.abs(np.subtract(image.direction, reference.direction)).max() > _SAME_AXES
+    if turned or not np.allclose(image.spacing_mm, reference.spacing_mm, rtol=_SAME_STEPS, atol=0):
+        raise DatasetError(
+            f"{path}: its axes or voxel sizes are others than its reference's; `verify` says which"
+        )
 
 
 def describe_failure(case: Case, error: Exception) -> str:
