@@ -60,7 +60,8 @@ def _about_order(planes: npt.NDArray[np.float32], name: Path | str) -> list[str]
         return []
     likeness, most_like = _likeness(planes)
     stray = np.flatnonzero(likeness < _MUCH_NEARER)
-    stray = stray[~_are_mirrored(stray, most_like[stray])]
+    if len(stray) > _MOST_STRAY * len(planes):
+        stray = stray[~_are_mirrored(stray, most_like[stray])]
     if len(stray) < _LEAST_STRAY:
         return []
     words = (
