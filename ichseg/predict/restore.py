@@ -223,7 +223,8 @@ def _decide(
         return _likeliest(total, regions)
     if regions:
         return _last_region(each - threshold, regions)
-    return (total.argmax(0) + 1) * (chance > threshold)
+    xp = module_of(total)
+    return xp.asarray(total.argmax(0) + 1, dtype=xp.uint8) * (chance > threshold)
 
 
 def _likeliest(margins: Grid, regions: Sequence[int]) -> Any:
