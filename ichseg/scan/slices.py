@@ -19,7 +19,8 @@ from ichseg.wording import counted
 
 _ACROSS = 64  # pixels of a slice along each side that are looked at, or a few more
 _LOW_HU, _HIGH_HU = -200.0, 200.0  # between which slices are compared
-_MUCH_NEARER = 0.8  # 129 real heads have no slice below, those of files out of order nearly all
+_MUCH_NEARER = 0.7  # 129 real heads have no slice below, those of files out of order nearly all
+_LEAST_SHOWN = 0.3  # of the contrast of half of the slices; what is left of one without its skull
 _LEAST_STRAY, _MOST_STRAY = 2, 0.25  # slices that are told, and the share that is refused
 _LEAST_SLICES, _MOST_SLICES = 8, 2000
 _AIR_HU = -200.0
@@ -59,7 +60,9 @@ def _about_order(planes: npt.NDArray[np.float32], name: Path | str) -> list[str]
     if not _LEAST_SLICES <= len(planes) <= _MOST_SLICES:
         return []
     likeness, most_like = _likeness(planes)
-    stray = np.flatnonzero(likeness < _MUCH_NEARER)
+    contrast = np.clip(planes, _LOW_HU, _HIGH_HU).var((1, 2))
+    shown = contrast >= _LEAST_SHOWN * float(np.median(contrast))  # nearly empty ones are all alike
+    stray = np.flatnonzero((likeness < _MUCH_NEARER) & shown)
     if len(stray) > _MOST_STRAY * len(planes):
         stray = stray[~_are_mirrored(stray, most_like[stray])]
     if len(stray) < _LEAST_STRAY:

@@ -30,14 +30,14 @@ def test_slices_stacked_by_the_names_of_their_files_are_told(head):
     """1, 10, 11 and so on, 2, 20, 21 and so on."""
     by_name = sorted(range(len(head.voxels)), key=lambda number: str(number + 1))
     (warning,) = slices.check(in_order(head, by_name), PATH)
-    assert warning.startswith("4 slices of 29 are less like those beside them than like others")
+    assert warning.startswith("2 slices of 29 are less like those beside them than like others")
 
 
 def test_many_slices_out_of_order_are_refused(head):
     count = len(head.voxels)
     shuffled = np.random.default_rng(0).permutation(count)
     for numbers in ([*range(0, count, 2), *range(1, count, 2)], shuffled):
-        with pytest.raises(InputError, match=r"case.mha: 2. slices of 29 .* in their order"):
+        with pytest.raises(InputError, match=r"case.mha: \d+ slices of 29 .* in their order"):
             plausibility.check(in_order(head, numbers), PATH)
 
 
@@ -69,6 +69,13 @@ def test_thin_and_noisy_slices_are_in_order(head):
     thin = ndimage.zoom(head.voxels[:, ::4, ::4].astype(np.float32), (6, 1, 1), order=1)
     thin += np.random.default_rng(0).normal(0, 40, thin.shape)
     assert slices.check(Volume(thin, (z / 6, 4 * y, 4 * x), direction=head.direction), PATH) == []
+
+
+def test_a_head_without_its_skull_is_in_order(head):
+    """Its lowest and highest slices are nearly empty, and so is one where the tool has failed."""
+    brain = np.where((head.voxels > 0) & (head.voxels < 80), head.voxels, -1000)
+    brain[[0, 3, 20, -1]] = -1000
+    assert slices.check(head.with_voxels(brain), PATH) == []
 
 
 def test_a_ball_is_in_order():
