@@ -130,6 +130,12 @@ def test_a_rule_that_drops_false_specks_is_adopted_and_keeping_the_largest_is_no
     assert same.dice == pytest.approx(1)
     assert same.reason.startswith("not adopted, another gains more")
     assert "* 1.0000  hemorrhage: drop parts under 0.05 mL" in selection.describe(chosen)
+    spared = selection.select(workspace, NAMES[:1], most_ml=0.1, workers=1)
+    assert spared.rules == chosen.rules
+    wanted = [ComponentRule(1, drop_below_ml=most_ml) for most_ml in (0.05, 0.1)]
+    assert [trial.rule for trial in spared.trials] == wanted
+    none = selection.select(workspace, NAMES[:1], most_ml=0.01, workers=1)
+    assert (none.rules, none.trials) == ((), ())
 
 
 def test_a_false_alarm_in_a_case_without_blood_costs_a_whole_case(workspace):

@@ -41,13 +41,23 @@ class Trial:
     reason: str
 
 
-def to_try(labels: int, *, probabilities: bool) -> tuple[ComponentRule, ...]:
+def to_try(
+    labels: int, *, probabilities: bool, most_ml: float | None = None
+) -> tuple[ComponentRule, ...]:
     """The rules to try: for each label keep the largest part, or drop small or unlikely ones.
 
     Args:
         labels: The number of foreground labels.
         probabilities: Whether the probabilities of all cases are known.
+        most_ml: The volume of the largest part that a rule may drop; None for any.
     """
+    if most_ml is not None:
+        return tuple(
+            ComponentRule(label, drop_below_ml=volume_ml)
+            for label in range(1, labels + 1)
+            for volume_ml in DROP_BELOW_ML
+            if volume_ml <= most_ml
+        )
     return tuple(
         rule
         for label in range(1, labels + 1)

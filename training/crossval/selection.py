@@ -93,6 +93,7 @@ def select(
     workspace: Path,
     configurations: Sequence[str],
     *,
+    most_ml: float | None = None,
     drop_probabilities: bool = False,
     workers: int | None = None,
 ) -> Selection:
@@ -107,6 +108,8 @@ def select(
     Args:
         workspace: The folder with the validations of all folds.
         configurations: The names to choose from, the simplest first.
+        most_ml: The volume of the largest part that a rule may drop, where small lesions matter
+            more than a mean Dice tells; None for any.
         drop_probabilities: Whether to remove the stored probabilities when all is done. Without
             them a configuration that is trained later cannot be paired with these.
         workers: How many processes to use; None for as many as cores and memory allow.
@@ -127,7 +130,7 @@ def select(
     candidates = tuple(_candidate(names, dice[:, i]) for i, names in enumerate(combinations))
     chosen = _best(candidates)
     plain = dice[:, combinations.index(chosen.configurations)]
-    trials = _try_rules(workspace, planned, cases, chosen, plain, workers)
+    trials = _try_rules(workspace, planned, cases, chosen, plain, most_ml, workers)
     by_label = list(chosen.dice)
     for trial in trials:
         if trial.adopted:
@@ -219,13 +222,16 @@ def _try_rules(
     cases: Sequence[UnseenCase],
     chosen: Candidate,
     plain: npt.NDArray[np.float64],
+    most_ml: float | None,
     workers: int,
 ) -> tuple[Trial, ...]:
     """Try each component rule on what the chosen candidate found; ``plain`` is its Dice without."""
     if planned.regions:
         return ()
     known = not unseen.without_probabilities(workspace, cases, chosen.configurations)
-    tried = rules.to_try(len(planned.labels) - 1, probabilities=known)
+    tried = rules.to_try(len(planned.labels) - 1, probabilities=known, most_ml=most_ml)
+    if not tried:
+        return ()
     ruled = _each(
         unseen.try_rules, cases, workspace, planned, chosen.configurations, tried,
         workers=workers, what="rules",
@@ -278,6 +284,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="to choose from, the simplest first [all that have been trained]",
     )
     parser.add_argument(
+        "--drop-at-most-ml",
+        type=float,
+        metavar="ML",
+        help="try no rule that may drop a larger part, where to miss a small lesion is worse than "
+        "to mark what is none [any]",
+    )
+    parser.add_argument(
         "--drop-probabilities",
         action="store_true",
         help="remove what validation stored for pairs; a configuration that is trained later "
@@ -294,6 +307,7 @@ def main(args: argparse.Namespace) -> int:
     selection = select(
         args.workspace,
         names,
+        most_ml=args.drop_at_most_ml,
         drop_probabilities=args.drop_probabilities,
         workers=args.workers,
     )
