@@ -64,10 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--most-mib", type=float, default=30.0, help="of folder and clone together [%(default)g]"
     )
     args = parser.parse_args(arguments)
-    PACK.mkdir(exist_ok=True)
+    shutil.rmtree(PACK, ignore_errors=True)  # else what is no longer asked for travels, too
+    PACK.mkdir()
     for name in (*CARRIED, *(BARE if args.bare else ()), *args.add):
         add_package(name, THERE if args.bare else THERE | USUAL)
-    if args.hippocampus and not HIPPOCAMPUS.exists():
+    if args.hippocampus:
         add_hippocampus(args.hippocampus.absolute())
     return weigh(args.most_mib)
 
