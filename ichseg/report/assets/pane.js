@@ -105,10 +105,9 @@
 
   function drawOutlines(pane) {
     const { nv, above, canvas } = pane;
-    if (above.width !== canvas.width) above.width = canvas.width;
-    if (above.height !== canvas.height) above.height = canvas.height;
+    above.width = canvas.width; // clears it, too; clearRect alone is not always shown
+    above.height = canvas.height;
     const pen = above.getContext("2d");
-    pen.clearRect(0, 0, above.width, above.height);
     if (!pane.outlined) return;
     pen.lineWidth = LINE_PX * nv.uiData.dpr;
     pen.lineCap = "square";

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from helpers.browser import Browser
+from helpers.viewer import settled
 from scipy import ndimage
 
 from ichseg.app.follow_up import page
@@ -55,15 +55,9 @@ def text(browser: Browser, selector: str) -> str:
 
 def panes(browser: Browser) -> list[np.ndarray]:
     """Pixels ``(row, column, 3)`` of the left and the right scan, once they stay as they are."""
-    before = browser.pixels(".stage")
-    for _ in range(50):
-        time.sleep(0.1)
-        now = browser.pixels(".stage")
-        if np.array_equal(now, before):
-            middle = now.shape[1] // 2
-            return [now[:, : middle - 2], now[:, middle + 2 :]]
-        before = now
-    pytest.fail("the canvas does not come to rest")
+    now = settled(browser)
+    middle = now.shape[1] // 2
+    return [now[:, : middle - 2], now[:, middle + 2 :]]
 
 
 def is_orange(pixels: np.ndarray) -> np.ndarray:
