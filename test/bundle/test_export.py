@@ -213,7 +213,7 @@ def test_the_card_of_the_best_checkpoint_has_no_scores_of_the_latest(
     """Only the latest weights have been validated."""
     scored = dataclasses.replace(evaluation_of(workspace), made_from="latest")
     monkeypatch.setattr(model_card.summary, "load", lambda folder: scored)
-    monkeypatch.setattr(model_card.merge, "fold_weights", lambda *_: "latest")
+    monkeypatch.setattr(model_card.merge, "digest_of_folds", lambda *_: "latest")
     path = run_folder(workspace, "3d_fullres", "1")
     shutil.copy(path / LATEST_CHECKPOINT, path / BEST_CHECKPOINT)
     for checkpoint, claimed in (("latest", True), ("best", False)):
@@ -221,7 +221,7 @@ def test_the_card_of_the_best_checkpoint_has_no_scores_of_the_latest(
         export(workspace, ("3d_fullres",), ("1",), out, checkpoint=checkpoint, check_cases=0)
         assert ("sensitivity" in card(out)) == claimed
         assert ("this bundle holds the best" in card(out)) != claimed
-    monkeypatch.setattr(model_card.merge, "fold_weights", lambda *_: "trained further since")
+    monkeypatch.setattr(model_card.merge, "digest_of_folds", lambda *_: "trained further since")
     export(workspace, ("3d_fullres",), ("1",), tmp_path, check_cases=0)
     assert "Not measured: `cross-validate` this workspace first." in card(tmp_path)
 

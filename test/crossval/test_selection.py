@@ -36,7 +36,7 @@ def workspace(tmp_path, monkeypatch):
             for case in dataset.load_dataset(folder).labelled
         },
     )
-    monkeypatch.setattr(merge, "fold_weights", lambda folder, name: f"weights of {name}")
+    monkeypatch.setattr(merge, "digest_of_folds", lambda folder, name: f"weights of {name}")
     return tmp_path
 
 
@@ -157,7 +157,7 @@ def test_a_selection_is_of_the_weights_that_it_was_made_from(workspace, monkeypa
         put(workspace, CONFIGURATION, case, image, 1.0 * blood)
     chosen = selection.select(workspace, NAMES[:1], workers=1)
     selection.require_current(workspace, selection.load(workspace))
-    monkeypatch.setattr(merge, "fold_weights", lambda folder, name: "others")
+    monkeypatch.setattr(merge, "digest_of_folds", lambda folder, name: "others")
     with pytest.raises(
         TrainingError, match=r"from other weights, images or labels than .* 3d_fullres"
     ):

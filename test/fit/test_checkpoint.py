@@ -117,7 +117,7 @@ def test_nothing_uses_a_fold_whose_scans_would_be_prepared_otherwise(tmp_path, c
         lambda: is_finished(fresh, later),
         lambda: validate(fresh, later),
         lambda: merge.validated_masks(fresh, "3d_fullres"),
-        lambda: merge.fold_weights(fresh, "3d_fullres"),
+        lambda: merge.digest_of_folds(fresh, "3d_fullres"),
         lambda: export(fresh, ["3d_fullres"], ["0"], fresh / "bundle"),
     ):
         with pytest.raises(TrainingError, match=f"pt: trained by plans with other {name} than"):

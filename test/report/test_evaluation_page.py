@@ -42,7 +42,7 @@ def workspace(tmp_path, monkeypatch):
         masks[case.name] = mask_file(folder, case.name)
         volume.write(reference.with_voxels(found), masks[case.name])
     monkeypatch.setattr(merge, "validated_masks", lambda *_: masks)
-    monkeypatch.setattr(merge, "fold_weights", lambda *_: "")
+    monkeypatch.setattr(merge, "digest_of_folds", lambda *_: "")
     rows = [
         EpochRow(e, -0.1 * e, 0.2, 0.1 * e if e > 1 else None, 1e-3, 2.0, 0.5) for e in (1, 2, 3)
     ]
@@ -211,10 +211,10 @@ def test_evaluation_of_other_cases_is_refused(workspace):
 
 
 def test_evaluation_of_other_weights_is_refused(workspace, monkeypatch, capsys):
-    monkeypatch.setattr(merge, "fold_weights", lambda *_: "a digest")
+    monkeypatch.setattr(merge, "digest_of_folds", lambda *_: "a digest")
     merge.cross_validate(workspace, "3d_fullres", workers=1)
     assert main(["report", str(workspace), "--workers", "1"]) == 0
-    monkeypatch.setattr(merge, "fold_weights", lambda *_: "another")
+    monkeypatch.setattr(merge, "digest_of_folds", lambda *_: "another")
     capsys.readouterr()
     assert main(["report", str(workspace), "--workers", "1"]) == 1
     assert "run `cross-validate 3d_fullres` again" in capsys.readouterr().err

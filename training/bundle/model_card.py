@@ -69,7 +69,7 @@ def _evaluation(workspace: Path, name: str) -> Evaluation | None:
     """The cross-validation of a configuration, if there is one of the weights that it has now."""
     try:
         found = summary.load(evaluation_folder(workspace, name))
-        return found if found.made_from == merge.fold_weights(workspace, name) else None
+        return found if found.made_from == merge.digest_of_folds(workspace, name) else None
     except IchsegError:
         return None
 

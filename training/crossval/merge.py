@@ -79,7 +79,7 @@ def cross_validate(
             held=tuple(region.labels for region in foreground),
             empty=empty,
             ignore_label=data.ignore_label,
-            made_from=fold_weights(workspace, configuration),
+            made_from=digest_of_folds(workspace, configuration),
             workers=workers,
         )
 
@@ -137,7 +137,7 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
     return masks
 
 
-def fold_weights(workspace: Path, configuration: str) -> str:
+def digest_of_folds(workspace: Path, configuration: str) -> str:
     """A digest of the latest weights of all folds of a configuration, and of the cases' files.
 
     Evaluations and selections keep it, so that none is taken for one of other weights, or of labels

@@ -51,23 +51,16 @@ def to_try(
         probabilities: Whether the probabilities of all cases are known.
         most_ml: The volume of the largest part that a rule may drop; None for any.
     """
-    if most_ml is not None:
-        return tuple(
-            ComponentRule(label, drop_below_ml=volume_ml)
-            for label in range(1, labels + 1)
-            for volume_ml in DROP_BELOW_ML
-            if volume_ml <= most_ml
-        )
+    of_any_size = most_ml is None
+    volumes = [ml for ml in DROP_BELOW_ML if most_ml is None or ml <= most_ml]
+    thresholds = DROP_BELOW_PROBABILITY if probabilities and of_any_size else ()
     return tuple(
         rule
         for label in range(1, labels + 1)
         for rule in (
-            ComponentRule(label, keep_largest=True),
-            *(ComponentRule(label, drop_below_ml=volume_ml) for volume_ml in DROP_BELOW_ML),
-            *(
-                ComponentRule(label, drop_below_probability=probability)
-                for probability in DROP_BELOW_PROBABILITY * probabilities
-            ),
+            *([ComponentRule(label, keep_largest=True)] if of_any_size else ()),
+            *(ComponentRule(label, drop_below_ml=ml) for ml in volumes),
+            *(ComponentRule(label, drop_below_probability=each) for each in thresholds),
         )
     )
 

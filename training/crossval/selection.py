@@ -72,7 +72,7 @@ class Selection:
         candidates: All candidates that were compared, the simplest first.
         trials: All component rules that were tried.
         made_from: For each configuration that was compared a digest of its folds' weights, see
-            ``merge.fold_weights``; None in files of earlier versions.
+            ``merge.digest_of_folds``; None in files of earlier versions.
     """
 
     schema_version: int
@@ -144,7 +144,7 @@ def select(
         mean_dice=float(np.mean(by_label)),
         candidates=candidates,
         trials=trials,
-        made_from={name: merge.fold_weights(workspace, name) for name in configurations},
+        made_from={name: merge.digest_of_folds(workspace, name) for name in configurations},
     )
     with replacing(selection_file(workspace)) as temporary:
         temporary.write_text(strict_json.dumps(selection), encoding="utf-8")
@@ -175,7 +175,7 @@ def require_current(workspace: Path, selection: Selection) -> None:
         TrainingError: It was made from other weights; says what to do.
     """
     for name in selection.configurations:
-        if (selection.made_from or {}).get(name) != merge.fold_weights(workspace, name):
+        if (selection.made_from or {}).get(name) != merge.digest_of_folds(workspace, name):
             raise TrainingError(
                 f"{selection_file(workspace)}: made from other weights, images or labels than the "
                 f"folds of {name} have now; run `cross-validate` and `select` again"

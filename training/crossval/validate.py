@@ -142,12 +142,14 @@ def validate(
 def _begin(
     workspace: Path, run: FoldRun, digest: str, second: Sequence[Configuration]
 ) -> tuple[records.Validation, list[str]]:
-    """What earlier calls have found, and the cases that are left to this process.
+    """Find what earlier calls have done, and the cases that are left to this process.
+
+    What other weights than the latest have found is removed.
 
     Args:
         workspace: The folder that lists the cases.
         run: A trained fold.
-        digest: Of its weights; what others have found is removed.
+        digest: The digest of its latest weights.
         second: The stages that follow in a cascade.
     """
     found = records.continued(run, digest)

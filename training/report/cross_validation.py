@@ -48,7 +48,7 @@ def write(workspace: Path, configuration: str | None, out: Path, workers: int | 
     selected = _selection(workspace)
     name = configuration or _best(workspace, selected)
     evaluation = summary.load(evaluation_folder(workspace, name))
-    if evaluation.made_from and evaluation.made_from != merge.fold_weights(workspace, name):
+    if evaluation.made_from and evaluation.made_from != merge.digest_of_folds(workspace, name):
         raise TrainingError(
             f"{evaluation_folder(workspace, name)}: of other weights, images or labels than the "
             "folds have now; "
