@@ -67,14 +67,13 @@ def _about_order(planes: npt.NDArray[np.float32], name: Path | str) -> list[str]
         stray = stray[~_are_mirrored(stray, most_like[stray])]
     if len(stray) < _LEAST_STRAY:
         return []
-    words = (
+    found = (
         f"{counted(len(stray), 'slice')} of {len(planes)} are less like those beside them than "
-        f"like others, such as number {stray[0] + 1} from below: are they in their order, and of "
-        "one scan?"
+        f"like others, such as number {stray[0] + 1} from below"
     )
     if len(stray) > _MOST_STRAY * len(planes):
-        raise InputError(f"{name}: {words}")
-    return [words]
+        raise InputError(f"{name}: {found}; expected slices in their order, of one scan")
+    return [f"{found}: are they in their order, and of one scan?"]
 
 
 def _are_mirrored(
