@@ -28,7 +28,7 @@ test: $(VENV)/.dev-installed ## pytest, all but what needs a GPU or a browser, o
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not gpu and not browser"
 
 browser: $(VENV)/.dev-installed ## the report's pages in Chromium (apt-get install chromium)
-	$(PY) -m pytest -q -m browser || $(PY) -m pytest -q -m browser --last-failed  # WebGL in software may lag
+	$(PY) -m pytest -q -m browser
 
 cluster: $(VENV)/.dev-installed ## scans and trainings on real nodes of a Ray cluster of this machine
 	$(PIP) -r requirements-cluster.txt

@@ -41,8 +41,6 @@ _FLAGS = (
     "--hide-scrollbars",
     "--no-sandbox",  # root has none
 )
-# The first begins with all that was asked for before; with the second it has been handed over.
-_TWO_FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 _TIMEOUT_S = 180.0  # WebGL in software, on a machine that others use too
 
 
@@ -163,8 +161,7 @@ class Browser:
         path.write_bytes(base64.b64decode(found["data"]))
 
     def pixels(self, selector: str) -> npt.NDArray[np.uint8]:
-        """What is seen of an element, ``(row, column, 3)``, once all is drawn."""
-        self.evaluate(_TWO_FRAMES)
+        """What is seen of an element, ``(row, column, 3)``."""
         box = self.evaluate(
             f"(r => [r.x, r.y, r.width, r.height])(document.querySelector({selector!r})"
             ".getBoundingClientRect())"

@@ -33,13 +33,12 @@ def open_case(browser: Browser, slug: str) -> None:
 
 
 def settled(browser: Browser) -> np.ndarray:
-    """Pixels ``(row, column, 3)`` of the canvas once they stay as they are, for half a second."""
-    before, rested = browser.pixels(".stage"), 0
-    for _ in range(100):
+    """Pixels ``(row, column, 3)`` of the canvas once they stay as they are."""
+    before = browser.pixels(".stage")
+    for _ in range(50):
         time.sleep(0.1)
         now = browser.pixels(".stage")
-        rested = rested + 1 if np.array_equal(now, before) else 0
-        if rested == 5:
+        if np.array_equal(now, before):
             return now
         before = now
     pytest.fail("the canvas does not come to rest")
