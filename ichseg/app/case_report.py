@@ -28,12 +28,12 @@ def facts(
     said = [*of_scan, *segmentation.warnings, *of_writing]
     if len(lesions) > MOST_LESIONS:
         said.append(f"{len(lesions)} lesions, the {MOST_LESIONS} largest are listed")
-    doubt = segmentation.disagreement
+    disagreement = segmentation.disagreement
     return {
         "volume_ml": round(segmentation.volume_ml, 3),
         "case_score": _rounded(segmentation.case_score),
         "lesions": [_rounded(dataclasses.asdict(lesion)) for lesion in lesions[:MOST_LESIONS]],
-        "doubt": None if doubt is None else round(doubt, 4),
+        "disagreement": None if disagreement is None else round(disagreement, 4),
         "warnings": said,
         "ran": segmentation.ran,
         "seconds": dict(segmentation.seconds),

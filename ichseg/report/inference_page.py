@@ -18,7 +18,7 @@ _COLUMNS = (
     Column("lesions", "Lesions", 0, "pieces that do not touch"),
     Column("largest", "Largest, mL", 2, "of the largest lesion"),
     Column("score", "Case score", 2, "how sure it is that there is a bleed, 0 to 1"),
-    Column("doubt", "Doubt", 3, "how much the networks disagree"),
+    Column("disagreement", "Disagreement", 3, "how much the networks disagree"),
     Column("seconds", "Seconds", 1),
     Column("note", "Notes"),
 )
@@ -49,9 +49,9 @@ class Entry:
         return self.facts.get("lesions") or ()
 
     @property
-    def doubt(self) -> float | None:
+    def disagreement(self) -> float | None:
         """How much the networks disagree; None where only one ran."""
-        return self.facts.get("doubt")
+        return self.facts.get("disagreement")
 
     @property
     def case_score(self) -> float | None:
@@ -169,7 +169,7 @@ def _row(entry: Entry) -> Row:
         "lesions": len(entry.lesions) if known else None,
         "largest": entry.lesions[0]["volume_ml"] if entry.lesions else None,
         "score": entry.case_score,
-        "doubt": entry.doubt,
+        "disagreement": entry.disagreement,
         "seconds": entry.total_s,
         "note": entry.error or "; ".join(entry.warnings),
     }

@@ -40,8 +40,8 @@ def test_what_results_json_says(place):
     report = entries(place)[0]["report"]
     assert report == json.loads(json.dumps(first.report))
     assert list(report) == [
-        "volume_ml", "case_score", "lesions", "doubt", "warnings", "ran", "seconds", "made_from",
-        "mask_sha256",
+        "volume_ml", "case_score", "lesions", "disagreement", "warnings", "ran", "seconds",
+        "made_from", "mask_sha256",
     ]  # fmt: skip
     assert report["volume_ml"] == 0.01
     assert report["lesions"] == [
@@ -56,7 +56,7 @@ def test_what_results_json_says(place):
         }
         for at, z in ((1.0, 0.0), (4.0, 10.0))
     ]
-    assert (report["doubt"], report["warnings"]) == (0.25, ["odd"])
+    assert (report["disagreement"], report["warnings"]) == (0.25, ["odd"])
     assert set(report["seconds"]) == {"read", "write", "compile", "total"}
 
 

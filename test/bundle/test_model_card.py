@@ -39,7 +39,7 @@ def test_table_by_hand(model, tmp_path):
         "folds 0, 1; 16 x 96 x 96 voxels at 5 x 1.2 x 1.2 mm, 8 to 128 features"
     )
     assert table["training"] == (
-        "recipe compact, 50 or 100 epochs, 41 minutes in all, latest checkpoint"
+        "recipe compact, 50 or 100 epochs, 41 min in all, latest checkpoint"
     )
     assert table["storage"] == (
         "fp16; checked on 3 to 4 validation cases of each fold to change no mean Dice by over 0.001"

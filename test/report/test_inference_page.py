@@ -36,7 +36,7 @@ def facts(volume_ml, **changes):
     return {
         "volume_ml": volume_ml,
         "lesions": [lesion] if volume_ml else [],
-        "doubt": 0.25,
+        "disagreement": 0.25,
         "warnings": [],
         "case_score": 0.96,
         "ran": {"networks": ["3d_fullres fold 0"], "tiles": 4, "preset": "balanced"},
@@ -119,7 +119,7 @@ def test_notice_stands_on_the_page(folder):
     assert "For research, not for diagnosis." in page_in(folder).text
 
 
-def test_card_has_lesions_doubt_and_what_ran(folder):
+def test_card_has_lesions_disagreement_and_what_ran(folder):
     text = page_in(folder).text
     for part in ("20 × 20 × 15", "61", "1, −2, 3", "0.250", "3d_fullres fold 0", "total 2.5"):  # noqa: RUF001
         assert part in text

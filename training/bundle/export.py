@@ -201,7 +201,7 @@ def _provenance(
     folds = {
         splits.fold_key(part.run.configuration.name, part.fold): {
             "epochs": part.checkpoint["schedule"]["epoch"],
-            "minutes": round(part.checkpoint["elapsed_s"] / 60, 1),
+            "minutes": round(part.checkpoint["elapsed_s"] / 60, 3),
             "ended": part.checkpoint["finished"] or "best checkpoint",
             "checked_cases": count,
             "trained_on": splits.digest_names(part.run.cases.train),

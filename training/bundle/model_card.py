@@ -12,7 +12,7 @@ from ichseg.errors import IchsegError
 from ichseg.files import replacing
 from ichseg.model.bundle import Model
 from ichseg.report import page
-from ichseg.wording import counted
+from ichseg.wording import counted, duration
 from training.crossval import merge, rules, selection
 from training.crossval.selection import Selection
 from training.data.workspace import evaluation_folder
@@ -42,6 +42,7 @@ def write(model: Model, workspace: Path, out: Path, notes: str = "") -> None:
     environment = page.environment(_TEMPLATES)
     environment.filters |= {
         "cell": lambda text: text.replace("|", r"\|"),
+        "duration": duration,
         "numbered": _numbered,
         "rule_in_words": rules.words,
         "short": _short,

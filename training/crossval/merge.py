@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -63,14 +62,14 @@ def cross_validate(
     foreground = load_plans(workspace).foreground
     out = evaluation_folder(workspace, configuration)
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".paired-") as beside:
+    with tempfile.TemporaryDirectory(prefix="cross-validate-") as beside:
         predictions, references = Path(beside) / "predictions", Path(beside) / "references"
         predictions.mkdir()
         references.mkdir()
         for name, mask in masks.items():
             for folder, path in ((predictions, mask), (references, cases[name].reference)):
                 link = folder / f"{name}{suffix_of(path)}"
-                link.symlink_to(os.path.relpath(path, folder))
+                link.symlink_to(path.absolute())
         return evaluate.evaluate(
             predictions,
             references,
