@@ -26,6 +26,7 @@ from phantom.head import (
     BEND_STEP_MM,
     Head,
     atlas_position,
+    lowest_mm,
     make_head,
     sample,
 )
@@ -159,6 +160,8 @@ def make_phantom(
     head = make_head(with_hydrocephalus(head_parameters, shown, apart), rng)
     if shown.names:
         head = add_findings(head, shown, apart)
+    if shown.mouth:
+        scan = scanner.reach_down(scan, lowest_mm(head_parameters) - float(apart.uniform(10, 50)))
     anatomy = coarse_anatomy(head, scan)
     drawn: list[bleeds.Bleed] = []
     for kind, volume in lesions:

@@ -32,7 +32,7 @@ class Head:
 
     Attributes:
         maps: The channels of ``CHANNELS`` and the brain's own HU, ``(1, channel, z, y, x)`` on the
-            atlas.
+            atlas, and maybe slices below it.
         parameters: The person that it was made from.
         bend_mm: Displacement field ``(3, z, y, x)`` over the scanner's frame, with nodes
             ``BEND_STEP_MM`` apart.
@@ -126,12 +126,21 @@ def _growth_field() -> torch.Tensor:
 
 
 def sample(maps: torch.Tensor, atlas_mm: torch.Tensor) -> torch.Tensor:
-    """Linear interpolation of ``(1, channel, z, y, x)`` atlas maps; edge values go on outwards."""
+    """Linear interpolation of ``(1, channel, z, y, x)`` maps; edge values go on outwards.
+
+    Slices that maps have more than the atlas lie below it.
+    """
     size = torch.tensor(maps.shape[2:], dtype=torch.float32) - 1
-    unit = (atlas_mm - torch.from_numpy(ATLAS_ORIGIN_MM)) / size * 2 - 1
+    origin = ATLAS_ORIGIN_MM - (maps.shape[2] - load_atlas().tissue.shape[0], 0, 0)
+    unit = (atlas_mm - torch.from_numpy(origin.astype(np.float32))) / size * 2 - 1
     return torch.nn.functional.grid_sample(
         maps, unit.flip(-1)[None], padding_mode="border", align_corners=True
     )[0]
+
+
+def lowest_mm(parameters: HeadParameters) -> float:
+    """Height of the atlas's lowest slice, below the head's middle, untilted; negative."""
+    return float(ATLAS_ORIGIN_MM[0] - ATLAS_CENTRE_MM[0]) * parameters.scale[0]
 
 
 def vertex_mm(parameters: HeadParameters) -> float:

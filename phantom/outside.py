@@ -32,7 +32,7 @@ def outside_hu(atlas: Atlas, p: HeadParameters, rng: np.random.Generator) -> Arr
     fine = rng.standard_normal(tissue.shape, dtype=np.float32)
     bone = (tissue == BONE) | (tissue == SPONGY)
     hu += bone * (0.10 * p.bone_hu * coarse + 120 * fine)
-    hu += (tissue == MUSCLE) * _muscle_texture(coarse, p, rng)
+    hu += (tissue == MUSCLE) * muscle_texture(coarse, p, rng)
     hu += (tissue == FAT) * np.where(coarse > 1.6, 60, 8 * coarse)
     # mastoid cells: walls of bone around holes of air, a few mm across
     cells = ndimage.gaussian_filter(fine, 0.9) * 5.3
@@ -41,8 +41,14 @@ def outside_hu(atlas: Atlas, p: HeadParameters, rng: np.random.Generator) -> Arr
     return np.clip(hu, -1000, 2400).astype(np.float32)
 
 
-def _muscle_texture(coarse: Array, p: HeadParameters, rng: np.random.Generator) -> Array:
-    """What is added to muscle: bellies that differ, and the planes of fat between them."""
+def muscle_texture(coarse: Array, p: HeadParameters, rng: np.random.Generator) -> Array:
+    """What is added to muscle: bellies that differ, and the planes of fat between them.
+
+    Args:
+        coarse: Noise that varies over some millimetres; the texture has its shape.
+        p: This person's densities.
+        rng: Draws bellies and planes.
+    """
     bellies = 4.0 * smooth_noise(coarse.shape, 14.0, rng)
     # about 1.5 mm of fat where a smooth field passes through zero: sheets that close around bellies
     plane = np.clip(1.6 - np.abs(smooth_noise(coarse.shape, 9.0, rng)) / 0.1, 0, 1)

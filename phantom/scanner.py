@@ -6,6 +6,7 @@ several sub-slices to a slice.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +91,12 @@ def draw_scan(head: HeadParameters, rng: np.random.Generator, *, shrink: int = 1
         if rng.random() < 0.9
         else (0.0, 0.0, 0.0),
     )
+
+
+def reach_down(scan: ScanParameters, bottom_mm: float) -> ScanParameters:
+    """The same scan with as many slices more as reach this height in the head's frame."""
+    slices = round((scan.top_mm - bottom_mm) / scan.spacing_mm[0]) + 1
+    return dataclasses.replace(scan, shape=(max(scan.shape[0], slices), *scan.shape[1:]))
 
 
 def fine_shape(scan: ScanParameters) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@
 # PHE_SICH and CT_ICH are the folders of the two public downloads, see docs/datasets.md. Two folds run side by side on
 # one core each. What is done is kept: run it again after an interruption.
 # These may be set in the environment:
-#   CASES    phantoms, half as many with findings   MINUTES  of training, each fold
+#   CASES    phantoms; 5 with findings to 4 of them  MINUTES  of training, each fold
 #   SEED     of phantoms and painted bleeds         BEGIN    bundle whose folds, of the same cases, to begin with
 #            (20221 is the held-out set's,          OUT      the bundle's folder
 #            never train on it)                     PYTHON   the interpreter
@@ -41,9 +41,11 @@ mkdir -p "$work"
 made "$work/phantoms" || step synthesize --out "$work/phantoms" --cases "$cases" --seed "$seed" --balanced --negatives 0.15
 made "$work/findings" || step synthesize --out "$work/findings" --cases "$((cases / 2))" --seed "$((seed + 1))" --balanced \
     --negatives 0.4 --findings --name FIND
+made "$work/mouths" || step synthesize --out "$work/mouths" --cases "$((cases * 3 / 4))" --seed "$((seed + 2))" --balanced \
+    --negatives 0.5 --findings --name MOUTH
 made "$work/real" || step real-heads --phe-sich "$phe_sich" --ct-ich "$ct_ich" --no-copies --out "$work/real"
 made "$work/painted" || step synthesize --background "$work/real" --out "$work/painted" --seed "$seed" --balanced
-made "$work/data" || step real-heads --also "$work/real" "$work/phantoms" "$work/findings" "$work/painted" \
+made "$work/data" || step real-heads --also "$work/real" "$work/phantoms" "$work/findings" "$work/mouths" "$work/painted" \
     --negative-copies 3 --out "$work/data"
 [ -f "$work/dataset.json" ] || step convert "$work/data" --workspace "$work" --groups "$work/data/groups.csv"
 [ -f "$work/plans.json" ] || step plan --workspace "$work" --spacing 5,1.2,1.2 \

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from phantom.findings import inside, outside
+from phantom.findings import inside, mouth, outside
 from phantom.head import CHANNELS, Head
 from phantom.person import HeadParameters
 
@@ -38,6 +38,10 @@ class Findings:
     """A clip or coil at the skull's base, with its streaks."""
     contrast: bool = False
     """Arteries and sinuses are bright with contrast medium."""
+    dense_veins: bool = False
+    """Sinuses and deep veins are wide and full of dense blood."""
+    mouth: bool = False
+    """The scan goes on below the skull's base, to tongue and jaw."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,6 +68,8 @@ def draw_findings(lesions: Sequence[tuple[str, float]], rng: np.random.Generator
         "surgery": 0.1,
         "clip": 0.05,
         "contrast": 0.1,
+        "dense_veins": 0.35,
+        "mouth": 0.5,
     }
     drawn = {name: bool(rng.random() < chance) for name, chance in chances.items()}
     drawn["tentorial"] &= not drawn["acute_on_chronic"]
@@ -90,6 +96,8 @@ def add_findings(head: Head, findings: Findings, rng: np.random.Generator) -> He
     outer, within = maps[0, _OUTSIDE], maps[0, _WITHIN]  # views: drawn into in place
     if findings.contrast:
         inside.add_contrast(within, rng)
+    if findings.dense_veins:
+        inside.add_dense_veins(within, rng)
     if findings.calcified_dura:
         inside.add_calcified_dura(within, rng)
     if findings.scalp_haematoma:
@@ -103,4 +111,8 @@ def add_findings(head: Head, findings: Findings, rng: np.random.Generator) -> He
             inside.add_drain(outer, within, rng)
     if findings.clip:
         inside.add_clip(within, rng)
+    if findings.mouth:
+        below = np.repeat(maps[:, :, :1], mouth.DEPTH_MM, axis=2)
+        below[0, _OUTSIDE] = mouth.draw_below(outer, head.parameters, rng)
+        maps = np.concatenate([below, maps], axis=2)
     return dataclasses.replace(head, maps=torch.from_numpy(maps))

@@ -1,4 +1,4 @@
-"""Findings within the dura that are bright and no bleeds: calcium, contrast medium, metal.
+"""Findings within the dura that are bright and no bleeds: calcium, contrast, dense veins, metal.
 
 All arrays are ``(z, y, x)`` on the atlas at 1 mm and are drawn into in place.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from phantom.brain import Axes, arteries, full_size, sinuses
+from phantom.brain import Axes, arteries, full_size, sinuses, tentorium_mm
 from phantom.findings.outside import around, bore, pick_on_vault
 from phantom.head_atlas import ATLAS_ORIGIN_MM, Array, load_atlas, smooth_noise
 
@@ -35,6 +35,28 @@ def add_contrast(within: Array, rng: np.random.Generator) -> None:
     within += np.clip(sinuses(axes, depth), 0, 1) * np.clip(vein_hu - within, 0, None)
     line = np.clip(1.2 - depth / 1.5, 0, 1)  # the dura takes it up
     within += 0.5 * line * np.clip(vein_hu - 20 - within, 0, None)
+
+
+def add_dense_veins(within: Array, rng: np.random.Generator) -> None:
+    """Wide sinuses and deep veins full of dense blood, as young or dehydrated people have them."""
+    axes, depth = _axes(within.shape), full_size(load_atlas().depth_mm, within.shape)
+    z, y, x = axes
+    roof = tentorium_mm(y, np.float32(0) * x)
+    middle = rng.normal(0, 5)
+    confluence = rng.uniform(5, 14) - np.sqrt(
+        (z + 14 - rng.normal(0, 5)) ** 2 + (x - middle) ** 2 + (1.6 * (depth - 2)) ** 2
+    )
+    confluence = confluence * (y > 60)
+    straight = rng.uniform(1.8, 4.0) - np.sqrt((z - roof - 1) ** 2 + x**2)
+    straight = straight * ((y > 40) & (y < 100))
+    galen = 1 - np.sqrt(((z - 7) / 5.5) ** 2 + ((y - 37) / 6.5) ** 2 + (x / 3.2) ** 2)
+    internal = rng.uniform(1.0, 1.8) - np.sqrt((z - 11) ** 2 + (np.abs(x) - 2.5) ** 2)
+    internal = internal * ((y > 12) & (y < 36))
+    wide = rng.uniform(1.0, 1.8) * sinuses(axes, depth)
+    veins = np.maximum.reduce(
+        [np.clip(part, 0, 1) for part in (confluence, straight, 3 * galen, internal, wide)]
+    )
+    within += veins * np.clip(rng.uniform(55, 80) - within, 0, None)
 
 
 def add_calcified_dura(within: Array, rng: np.random.Generator) -> None:

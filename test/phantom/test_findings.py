@@ -5,6 +5,7 @@ import csv
 
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
 from ichseg.errors import DatasetError
@@ -13,9 +14,15 @@ from ichseg.scan.volume import Volume
 from phantom import scanner, synthesize
 from phantom.brain import tentorium_mm
 from phantom.cases import SynthesisConfig, _coarse_position, coarse_anatomy, make_phantom
-from phantom.findings import inside, outside, subdurals
-from phantom.findings.choose import NOTHING, Findings, draw_findings, with_hydrocephalus
-from phantom.head import make_head
+from phantom.findings import inside, mouth, outside, subdurals
+from phantom.findings.choose import (
+    NOTHING,
+    Findings,
+    add_findings,
+    draw_findings,
+    with_hydrocephalus,
+)
+from phantom.head import lowest_mm, make_head, sample
 from phantom.head_atlas import ATLAS_ORIGIN_MM, BONE, INSIDE, SPONGY, load_atlas
 from phantom.person import draw_head
 from phantom.synthesize import write_dataset
@@ -115,6 +122,58 @@ def test_contrast_is_brightest_in_the_vessels_and_calcium_in_the_falx():
     plate = np.argwhere(hu > 100) + ATLAS_ORIGIN_MM
     assert len(plate) > 50
     assert np.median(np.abs(plate[:, 2])) < 2.5  # in the midline
+
+
+def test_dense_veins_fill_confluence_straight_sinus_and_deep_veins_and_nothing_else():
+    brain = load_atlas().tissue == INSIDE
+    hu = np.full(brain.shape, 30, np.float32)
+    inside.add_dense_veins(hu, np.random.default_rng(6))
+    assert 55 <= hu.max() < 80
+    dense = hu > 50
+    assert 0.005 < (dense & brain).sum() / brain.sum() < 0.05
+    at = np.argwhere(dense) + ATLAS_ORIGIN_MM
+    for site in ((7, 36, 0), (-5, 70, 0), (11, 25, 2.5)):  # vein of Galen, straight, internal
+        assert (np.abs(at - site) < 3).all(1).any(), site
+    assert np.abs(at[at[:, 1] < 95, 2]).min() < 1.5
+    # away from midline and inner table there is none
+    deep = load_atlas().depth_mm[tuple((np.argwhere(dense) // 2).T)] > 15
+    assert np.abs(at[deep, 2]).max() < 12
+
+
+def test_a_mouth_lies_below_the_head_and_moves_nothing_in_it():
+    parameters = draw_head(np.random.default_rng(3))
+    made = make_head(parameters, np.random.default_rng(4))
+    lower = add_findings(made, Findings(mouth=True), np.random.default_rng(5))
+    depth = mouth.DEPTH_MM
+    assert lower.maps.shape[2] == made.maps.shape[2] + depth
+    at = torch.from_numpy(np.random.default_rng(6).uniform(-60, 60, (7, 8, 9, 3))).float()
+    np.testing.assert_allclose(sample(lower.maps, at), sample(made.maps, at), atol=0.2)
+    assert (lower.maps[0, 1, :depth] == made.maps[0, 1, 0]).all()  # no more brain than there was
+
+    hu = lower.maps[0, 0, :depth].numpy()
+    tongue = hu[5:40, 55:68, 88:93]  # 23 to 36 mm in front of the atlas's middle
+    assert 30 < np.median(tongue) < 85
+    jaw = hu[5:30] > 400
+    in_front = jaw[:, :50].any(axis=1)[:, 80:100]
+    assert in_front.mean() > 0.8  # bone before the tongue, all along it
+    assert (hu[:, 0] == -1000).all()  # and air before the chin
+    assert (hu > 1800).any()  # teeth
+
+
+def test_a_scan_with_a_mouth_goes_on_below_with_the_same_slices_above():
+    rng = np.random.default_rng(5)
+    parameters = draw_head(rng)
+    scan = scanner.draw_scan(parameters, rng, shrink=8)
+    case = make_phantom(
+        parameters, scan, (("intraparenchymal", 9.0),), rng, Findings(mouth=True),
+        findings_rng=np.random.default_rng(1),
+    )  # fmt: skip
+    more = len(case.voxels) - scan.shape[0]
+    reach_mm = scan.top_mm - (len(case.voxels) - 1) * scan.spacing_mm[0]
+    assert more >= 0
+    assert lowest_mm(parameters) - 60 < reach_mm < lowest_mm(parameters) - 4
+    assert case.mask.any()
+    assert not case.mask[:more].any()
 
 
 def test_a_clip_is_metal_at_the_base():
