@@ -304,8 +304,7 @@ def read_results(output: Path) -> dict[tuple[str, str | None], CaseResult]:
         pass
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise OutputError(
-            f"{path}: not the results of an earlier run ({repr(error)[:160]}), from which --resume "
-            "could go on; move it away"
+            f"{path}: not the results of an earlier run ({repr(error)[:160]}); move it away"
         ) from error
     try:
         lines = (output / JOURNAL).read_bytes().splitlines()

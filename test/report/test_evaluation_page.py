@@ -217,7 +217,7 @@ def test_evaluation_of_other_weights_is_refused(workspace, monkeypatch, capsys):
     monkeypatch.setattr(merge, "digest_of_folds", lambda *_: "another")
     capsys.readouterr()
     assert main(["report", str(workspace), "--workers", "1"]) == 1
-    assert "run `cross-validate 3d_fullres` again" in capsys.readouterr().err
+    assert "run `cross-validate --configurations 3d_fullres` again" in capsys.readouterr().err
 
 
 def test_what_nobody_could_tell_is_not_drawn(workspace, monkeypatch):
@@ -245,6 +245,31 @@ def test_mask_of_another_size_is_refused(workspace, capsys):
     volume.write(volume.Volume(found.voxels[1:], found.spacing_mm), mask)
     assert main(["report", str(workspace), "--workers", "1"]) == 1
     assert re.search(r"case_2\S*: shape", capsys.readouterr().err)
+
+
+def test_masks_that_were_not_scored_are_refused(workspace, capsys):
+    """The page of any evaluation, with the voxels to ignore that it was told of."""
+    cases = dataset.load_dataset(workspace).labelled
+    found, references = workspace / "found", workspace / "references"
+    for case in cases:
+        reference = volume.read(case.label)
+        labels = reference.voxels.copy()
+        labels[labels.nonzero()[0].max()] = 0
+        volume.write(reference.with_voxels(labels), found / f"{case.name}.mha")
+        labels[:] = reference.voxels
+        labels[0, 0, :2] = 2
+        volume.write(reference.with_voxels(labels), references / f"{case.name}.mha")
+    evaluate.evaluate(found, references, workspace / "scores", ignore_label=2, workers=1)
+    words = ["report", "--evaluation", str(workspace / "scores"), "--workers", "1", "--images",
+             str(cases[0].images[0].parent), "--references", str(references),
+             "--predictions"]  # fmt: skip
+    assert main([*words, str(found), "--out", str(workspace / "page")]) == 0
+    capsys.readouterr()
+    assert main([*words, str(references), "--out", str(workspace / "other")]) == 1
+    said = capsys.readouterr().err
+    assert f"{references}/case_0.mha: " in said
+    assert "expected the mask that was scored" in said
+    assert not (workspace / "other" / "index.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,20 @@ def test_what_cannot_be_compared():
         compare(a, dataclasses.replace(a, labels=("ich",)))
 
 
+def test_the_command_says_which_cannot_be_compared(tmp_path, capsys):
+    a, b = tmp_path / "a", tmp_path / "b"
+    summary.save(evaluation([0.5]), a)
+    summary.save(dataclasses.replace(evaluation([0.5]), labels=("ich",)), b)
+    assert main(["compare", str(a), str(b), "--out", str(tmp_path / "c.json")]) == 1
+    said = capsys.readouterr()
+    assert said.err == (
+        f"error: A, {a}, and B, {b}: A has the labels 1, B ich, expected the same; "
+        "`evaluate --labels` names them\n"
+    )
+    assert said.out == ""
+    assert not (tmp_path / "c.json").exists()
+
+
 def test_no_evaluation(tmp_path, capsys):
     assert main(["compare", str(tmp_path), str(tmp_path)]) == 1
     assert "evaluation.json: no such file; make it with" in capsys.readouterr().err

@@ -90,6 +90,37 @@ def test_where_every_scan_bleeds_there_is_nothing_to_tell(tmp_path):
     assert run((tmp_path / "found", tmp_path / "references"), tmp_path / "out") is None
 
 
+def test_nothing_of_an_earlier_evaluation_stays(folders, tmp_path):
+    run(folders, tmp_path / "out")
+    table = tmp_path / "table.csv"
+    table.write_text("case,positive\nhit,1\nmissed,1\nquiet,1\nsilent,1\nfalse,1\n")
+    assert run(folders, tmp_path / "out", "--positives", table)["roc"] == []
+    assert not (tmp_path / "out" / "roc.png").exists()
+    for folder in folders:
+        for name in ("quiet", "silent", "false"):
+            (folder / f"{name}.nii.gz").unlink()
+    assert run(folders, tmp_path / "out") is None
+    assert (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_results_that_are_asked_for_are_there(folders, tmp_path, capsys):
+    found, references = map(str, folders)
+    arguments = ["evaluate", "--predictions", found, "--references", references, "--workers", "1",
+                 "--out", str(tmp_path / "out"), "--results", references]  # fmt: skip
+    assert main(arguments) == 1
+    assert f"{references}/results.json: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    put_results(folders[1], {"hit": 0.9, "missed": 0.2, "quiet": 0.1, "silent": 0, "false": 0.8})
+    assert run(folders, tmp_path / "out", "--results", references)["scored_by"] == "case_score"
+
+
+def test_a_file_in_place_of_a_folder_of_masks(folders, tmp_path, capsys):
+    mask = folders[0] / "hit.nii.gz"
+    arguments = ["evaluate", "--predictions", str(mask), "--references", str(folders[1])]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    assert f"{mask}: no such folder" in capsys.readouterr().err
+
+
 def test_a_reference_that_only_ignores_tells_nothing(folders, tmp_path, capsys):
     put(folders[0], "unknown", BLEED)
     put(folders[1], "unknown", BLEED, value=UNKNOWN)
@@ -131,8 +162,12 @@ def test_a_table_that_lacks_a_case_and_no_table_at_all(folders, tmp_path, capsys
     table = tmp_path / "table.csv"
     table.write_text("case,positive\nhit,1\n")
     arguments = ["evaluate", "--predictions", str(folders[0]), "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--positives", str(table)]) != 0
-    assert "no row for case" in capsys.readouterr().err
+    for references in ([], ["--references", str(folders[1])]):
+        assert main([*arguments, *references, "--positives", str(table)]) != 0
+        said = capsys.readouterr().err
+        assert f"{table}: no row for case false and 3 more, expected one for each mask" in said
+    assert main([*arguments, "--positives", str(tmp_path / "none.csv")]) != 0
+    assert "none.csv: cannot read as a table (No such file or directory)" in capsys.readouterr().err
     assert main(arguments) != 0
     assert "--references DIR, or --positives CSV" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

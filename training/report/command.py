@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ichseg.errors import DatasetError, TrainingError
-from ichseg.files import is_named_as_scan, stem_of
 from ichseg.wording import byte_size
 from training.data.workspace import report_folder
 from training.report import cross_validation, draw
 from training.report.draw import CaseVolumes
 from training.report.evaluation_page import Context
 from training.scoring import summary
+from training.scoring.found import masks_by_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +81,10 @@ def _of_evaluation(args: argparse.Namespace) -> Path:
     evaluation = summary.load(args.evaluation)
     names = [case.name for case in evaluation.cases]
     images, predictions, references = (find_volumes(folder, names) for folder in folders)
-    volumes = [CaseVolumes(n, images[n], predictions[n], references[n]) for n in names]
+    volumes = [
+        CaseVolumes(n, images[n], predictions[n], references[n], evaluation.ignore_label)
+        for n in names
+    ]
     title = args.title or f"Evaluation: {args.predictions.name}"
     context = Context(title, subtitle=f"{len(names)} cases")
     return draw.write(
@@ -93,13 +96,9 @@ def find_volumes(folder: Path, names: Sequence[str]) -> dict[str, Path]:
     """The file of each case below a folder: its name, or for images its name and ``_0000``.
 
     Raises:
-        DatasetError: The file of a case is missing.
+        DatasetError: The file of a case is missing, or a name stands twice.
     """
-    there = {
-        stem_of(path): path
-        for path in sorted(folder.rglob("*"))
-        if is_named_as_scan(path) and path.is_file()
-    }
+    there = masks_by_name(folder)
     found = {name: there.get(name) or there.get(f"{name}_0000") for name in names}
     missing = [name for name, path in found.items() if path is None]
     if missing:

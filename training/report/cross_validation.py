@@ -51,8 +51,7 @@ def write(workspace: Path, configuration: str | None, out: Path, workers: int | 
     if evaluation.made_from and evaluation.made_from != merge.digest_of_folds(workspace, name):
         raise TrainingError(
             f"{evaluation_folder(workspace, name)}: of other weights, images or labels than the "
-            "folds have now; "
-            f"run `cross-validate {name}` again"
+            f"folds have now; run `cross-validate --configurations {name}` again"
         )
     unseen = unseen_cases(workspace, [name])
     context = Context(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from ichseg.scan import volume
 from training.data import parallel
 from training.report import evaluation_page
 from training.report.evaluation_page import Context
+from training.scoring.ignored import leave_out
+from training.scoring.scores import CaseScore
 from training.scoring.summary import Evaluation
 
 # The peak of one worker: an image as float, two masks, their copies; and the libraries.
 _BYTES_PER_VOXEL, _BYTES_BESIDE = 24, 400_000_000
+_SAME_VOLUME = 1e-6  # relative, of the masks of a case
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,8 @@ def write(
         voxels = max(_voxels(case.image) for case in volumes)
         size = _BYTES_BESIDE + voxels * _BYTES_PER_VOXEL
         workers = min(len(volumes), parallel.default_workers(size))
-    results = parallel.each_case(draw_case, volumes, out, is_ct, workers=workers)
+    scored_ml = {case.name: _scored_ml(case) for case in evaluation.cases}
+    results = parallel.each_case(draw_case, volumes, out, is_ct, scored_ml, workers=workers)
     for case, result in parallel.with_progress(results, len(volumes), "report"):
         if isinstance(result, IchsegError):
             raise result
@@ -80,12 +85,24 @@ def write(
     return evaluation_page.write(out, evaluation, context)
 
 
-def draw_case(case: CaseVolumes, out: Path, is_ct: bool) -> None:
+def draw_case(
+    case: CaseVolumes,
+    out: Path,
+    is_ct: bool,
+    scored_ml: Mapping[str, tuple[float, float]] | None = None,
+) -> None:
     """Write the pictures and volumes of one case.
+
+    Args:
+        case: The case's files.
+        out: The folder of the page.
+        is_ct: Whether the scan is in HU.
+        scored_ml: By the case's name the volumes of its prediction and its reference that were
+            scored, which the files have to have; None where nothing has been scored.
 
     Raises:
         InputError: A file cannot be read.
-        DatasetError: Their sizes differ.
+        DatasetError: Their sizes differ, or a mask is not the one that was scored.
     """
     image = volume.read(case.image)
     masks = {}
@@ -96,10 +113,21 @@ def draw_case(case: CaseVolumes, out: Path, is_ct: bool) -> None:
                 f"{path}: shape {masks[name].voxels.shape}, expected {image.voxels.shape} as of "
                 f"{case.image}"
             )
-    if case.ignore_label is not None:
-        labels = masks["reference"].voxels
-        told = np.where(labels == case.ignore_label, 0, labels)
-        masks["reference"] = masks["reference"].with_voxels(told.astype(labels.dtype))
+    found, told = leave_out(
+        masks["prediction"].voxels, masks["reference"].voxels, case.ignore_label
+    )
+    if scored_ml is not None:
+        paths, voxel_ml = (case.prediction, case.reference), masks["reference"].voxel_ml
+        for path, labels, expected in zip(paths, (found, told), scored_ml[case.name], strict=True):
+            volume_ml = np.count_nonzero(labels) * voxel_ml
+            if not math.isclose(volume_ml, expected, rel_tol=_SAME_VOLUME):
+                raise DatasetError(
+                    f"{path}: {volume_ml:.6g} mL are labelled, expected the mask that was scored, "
+                    f"with {expected:.6g} mL; evaluate again if it has changed"
+                )
+    masks["reference"] = masks["reference"].with_voxels(
+        told.astype(masks["reference"].voxels.dtype)
+    )
     write_case(out, case.name, image, masks, is_ct=is_ct)
 
 
@@ -112,6 +140,14 @@ def _require_same_cases(evaluation: Evaluation, volumes: Sequence[CaseVolumes]) 
             f"the evaluation has {len(scored)} cases and there are files of {len(there)}; "
             f"{odd[0]} is only in the {where}: evaluate them again"
         )
+
+
+def _scored_ml(case: CaseScore) -> tuple[float, float]:
+    """The volumes of all labels in a case's prediction and in its reference."""
+    return (
+        sum(score.predicted_ml for score in case.disjoint),
+        sum(score.reference_ml for score in case.disjoint),
+    )
 
 
 def _voxels(path: Path) -> int:

@@ -102,7 +102,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the ``compare`` command."""
     a, b = summary.load(args.a), summary.load(args.b)
-    differences = compare(a, b)
+    try:
+        differences = compare(a, b)
+    except TrainingError as error:
+        raise TrainingError(f"A, {args.a}, and B, {args.b}: {error}") from error
     sys.stdout.write(f"A: {args.a}\nB: {args.b}\n\n{describe(a, b, differences)}")
     if args.out is not None:
         content = {"a": str(args.a), "b": str(args.b), "differences": differences}
@@ -121,7 +124,10 @@ def _check_same(a: Evaluation, b: Evaluation) -> None:
             "expected the same"
         )
     if a.labels != b.labels:
-        raise TrainingError(f"A has the labels {a.labels}, B {b.labels}, expected the same")
+        raise TrainingError(
+            f"A has the labels {', '.join(a.labels)}, B {', '.join(b.labels)}, expected the same; "
+            "`evaluate --labels` names them"
+        )
     lone = sorted({case.name for case in a.cases} ^ {case.name for case in b.cases})
     if lone:
         raise TrainingError(f"{len(lone)} cases are in one evaluation only, such as {lone[0]}")

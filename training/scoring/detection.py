@@ -21,7 +21,7 @@ from ichseg.files import replacing, stem_of
 from ichseg.model import strict_json
 from training.scoring.lesions import find_lesions
 from training.scoring.roc import Area, RocPoint, area_under_roc, roc_curve
-from training.scoring.scores import CaseScore, LabelScore, read_labels
+from training.scoring.scores import CaseScore, read_labels
 from training.scoring.statistics import wilson
 
 DETECTION_FILE, ROC_PICTURE = "detection.json", "roc.png"
@@ -118,33 +118,25 @@ def of_evaluation(
 
     Returns:
         None without a table where every case has a bleed: then there is nothing to tell apart.
-
-    Raises:
-        DatasetError: The table lacks a case.
     """
     told: dict[str, bool] = {}
     for case in cases:
-        bleeds = any(score.reference_ml > 0 for score in _disjoint(case))
+        bleeds = any(score.reference_ml > 0 for score in case.disjoint)
         if positives is not None:
-            told[case.name] = _positive(positives, case.name)
+            told[case.name] = positives[case.name]
         elif bleeds or not case.ignored_ml:
             told[case.name] = bleeds
     if positives is None and all(told.values()):
         return None
-    found = {c.name: sum(score.predicted_ml for score in _disjoint(c)) for c in cases}
+    found = {c.name: sum(score.predicted_ml for score in c.disjoint) for c in cases}
     false = {
         case.name: sum(
-            not lesion.overlap_ml for s in _disjoint(case) for lesion in s.predicted_lesions
+            not lesion.overlap_ml for s in case.disjoint for lesion in s.predicted_lesions
         )
         for case in cases
     }
     left_out = [case.name for case in cases if case.name not in told]
     return make_detection(told, found, case_scores, false, left_out)
-
-
-def _disjoint(case: CaseScore) -> tuple[LabelScore, ...]:
-    """Scores that share no voxel: those of the labels, or where regions overlap that of all."""
-    return case.labels if case.whole is None else (case.whole,)
 
 
 def of_masks(
@@ -160,10 +152,9 @@ def of_masks(
         positives: Whether each case shows a bleed.
 
     Raises:
-        DatasetError: The table lacks a case.
         InputError: A file is not a volume of labels.
     """
-    told = {name: _positive(positives, name) for name in masks}
+    told = {name: positives[name] for name in masks}
     found, false = {}, {}
     for name, path in masks.items():
         mask = read_labels(path, _MOST_LABELS)
@@ -219,17 +210,22 @@ def make_detection(
     )
 
 
-def read_positives(path: Path) -> dict[str, bool]:
+def read_positives(path: Path, cases: Iterable[str] = ()) -> dict[str, bool]:
     """Which cases show a bleed, from a CSV table with the header ``case,positive``, 1 or 0.
 
+    Args:
+        path: The table.
+        cases: The cases that it has to have; others may stand in it.
+
     Raises:
-        DatasetError: No such table, another header or value, or a case that stands twice.
+        DatasetError: No such table, another header or value, or a case that stands twice or lacks.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:  # spreadsheets write a mark
             rows = [[cell.strip() for cell in row] for row in csv.reader(stream)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{path}: cannot read as a table ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DatasetError(f"{path}: cannot read as a table ({reason})") from error
     if not rows or rows[0] != _POSITIVES_HEADER:
         raise DatasetError(
             f"{path}: begins with {','.join(rows[0]) if rows else 'nothing'!r}, expected the "
@@ -244,15 +240,28 @@ def read_positives(path: Path) -> dict[str, bool]:
         if row[0] in found:
             raise DatasetError(f"{path}: row {number} has case {row[0]} again")
         found[row[0]] = row[1] == "1"
+    missing = [name for name in cases if name not in found]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DatasetError(
+            f"{path}: no row for case {missing[0]}{more}, expected one for each mask"
+        )
     return found
 
 
-def read_case_scores(folder: Path) -> dict[str, float]:
+def read_case_scores(folder: Path, *, required: bool = False) -> dict[str, float]:
     """The case scores in ``results.json`` of a folder by case; none without such a file.
 
+    Args:
+        folder: Where the file lies.
+        required: Whether it has to be there.
+
     Raises:
+        DatasetError: There is no such file, and it is required.
         OutputError: The file is something else than the results of a run.
     """
+    if required and not (folder / results.FILE).is_file():
+        raise DatasetError(f"{folder / results.FILE}: no such file, expected that of process.py")
     return {
         stem_of(Path(result.mask)): float(result.report["case_score"])
         for result in results.read_results(folder).values()
@@ -260,16 +269,30 @@ def read_case_scores(folder: Path) -> dict[str, float]:
     }
 
 
-def save(detection: Detection, folder: Path) -> None:
-    """Write ``detection.json``, and ``roc.png`` if there is a curve.
+def save(detection: Detection | None, folder: Path) -> list[str]:
+    """Write ``detection.json``, and ``roc.png`` if there is a curve, and give their names.
+
+    What an earlier evaluation has left under a name that this one does not write is removed, as it
+    may be of other masks.
+
+    Args:
+        detection: What to write; None if there is nothing to tell apart.
+        folder: Where to; it is made if need be.
 
     Raises:
         OutputError: The folder cannot be written.
     """
-    with replacing(folder / DETECTION_FILE) as temporary:
-        temporary.write_text(strict_json.dumps(detection), encoding="utf-8")
-    if detection.roc:
-        _draw(detection, folder / ROC_PICTURE)
+    written = []
+    if detection is not None:
+        with replacing(folder / DETECTION_FILE) as temporary:
+            temporary.write_text(strict_json.dumps(detection), encoding="utf-8")
+        written.append(DETECTION_FILE)
+        if detection.roc:
+            _draw(detection, folder / ROC_PICTURE)
+            written.append(ROC_PICTURE)
+    for name in {DETECTION_FILE, ROC_PICTURE}.difference(written):
+        (folder / name).unlink(missing_ok=True)
+    return written
 
 
 def describe(detection: Detection) -> str:
@@ -312,12 +335,6 @@ def _draw(detection: Detection, path: Path) -> None:
     )
     with replacing(path, suffix=".png") as temporary:
         figure.savefig(temporary)
-
-
-def _positive(positives: Mapping[str, bool], name: str) -> bool:
-    if name not in positives:
-        raise DatasetError(f"the table of positives has no row for case {name}")
-    return positives[name]
 
 
 def _share(hits: Sequence[bool]) -> Share:

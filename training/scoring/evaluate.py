@@ -30,7 +30,7 @@ from ichseg.scan import volume
 from training.data import parallel
 from training.scoring import detection, summary, tables
 from training.scoring.detection import Detection
-from training.scoring.found import masks_below
+from training.scoring.found import masks_below, masks_by_name
 from training.scoring.measures import EMPTY_POLICIES, MEASURES
 from training.scoring.scores import CaseScore, Pair, highest_label, score_pair
 from training.scoring.summary import Evaluation, LabelSummary
@@ -284,8 +284,11 @@ def main(args: argparse.Namespace) -> int:
     names, held = (None, ()) if args.labels is None else parse_labels(args.labels)
     if args.references is None and args.positives is None:
         raise TrainingError("evaluate needs --references DIR, or --positives CSV for scans alone")
-    case_scores = detection.read_case_scores(args.results or args.predictions)
-    positives = None if args.positives is None else detection.read_positives(args.positives)
+    masks = masks_by_name(args.predictions)
+    case_scores = detection.read_case_scores(
+        args.results or args.predictions, required=args.results is not None
+    )
+    positives = None if args.positives is None else detection.read_positives(args.positives, masks)
     written: list[str] = []
     by_case: Detection | None
     if args.references is not None:
@@ -298,11 +301,10 @@ def main(args: argparse.Namespace) -> int:
         written = [METRICS_FILE, summary.EVALUATION_FILE, summary.CASES_FILE]
         by_case = detection.of_evaluation(found.cases, case_scores, positives)
     else:
-        by_case = detection.of_masks(_masks(args.predictions), case_scores, positives or {})
+        by_case = detection.of_masks(masks, case_scores, positives or {})
+    written += detection.save(by_case, args.out)
     if by_case is not None:
-        detection.save(by_case, args.out)
         sys.stdout.write(detection.describe(by_case) + "\n")
-        written += [detection.DETECTION_FILE, *([detection.ROC_PICTURE] if by_case.roc else [])]
     sys.stdout.write(f"wrote {', '.join(written)} to {args.out}\n")
     return 0
 
@@ -325,16 +327,6 @@ def parse_labels(text: str) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...
             f"--labels {text}: expected the labels that each region holds, as bleed=1+2,core=2"
         )
     return names, tuple(tuple(int(value) for value in held) for held in values)
-
-
-def _masks(folder: Path) -> dict[str, Path]:
-    """Every mask below a folder, by its name."""
-    found: dict[str, Path] = {}
-    for path in masks_below(folder):
-        if stem_of(path) in found:
-            raise DatasetError(f"{path}: the same case as {found[stem_of(path)]}")
-        found[stem_of(path)] = path
-    return found
 
 
 def _score_pairs(

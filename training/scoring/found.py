@@ -7,12 +7,14 @@ from pathlib import Path
 from ichseg.errors import DatasetError
 from ichseg.files import SCAN_SUFFIXES, is_named_as_scan, stem_of, suffix_of
 
+_CASES_OF_A_PAGE = "cases"  # beside the page's ``index.html``
+
 
 def masks_below(folder: Path) -> list[Path]:
     """Every volume in a folder and its subfolders, in the order of their paths.
 
-    Left out is what ``process.py`` writes beside its masks: the copies of a page, in a folder
-    ``report``, and the probabilities ``CASE_probability.nii.gz`` of a ``CASE`` that is there.
+    Left out is what ``process.py`` and ``report`` write beside masks: the copies of a page, and the
+    probabilities ``CASE_probability.nii.gz`` of a ``CASE`` that is there.
 
     Raises:
         DatasetError: There is no such folder, or no volume in it.
@@ -24,17 +26,30 @@ def masks_below(folder: Path) -> list[Path]:
     found = [
         path
         for path in sorted(volumes, key=str)
-        if not _of_a_page(path, folder) and not _is_probability(path, cases)
+        if not _of_a_page(path) and not _is_probability(path, cases)
     ]
     if not found:
         raise DatasetError(f"{folder}: no volumes, expected files {', '.join(SCAN_SUFFIXES)}")
     return found
 
 
-def _of_a_page(path: Path, folder: Path) -> bool:
-    parents = path.relative_to(folder).parts[:-1]
-    places = [folder.joinpath(*parents[: i + 1]) for i in range(len(parents))]
-    return any(place.name == "report" and (place / "index.html").exists() for place in places)
+def masks_by_name(folder: Path) -> dict[str, Path]:
+    """The same volumes by their names without suffix.
+
+    Raises:
+        DatasetError: There is no such folder, no volume in it, or one name stands twice.
+    """
+    found: dict[str, Path] = {}
+    for path in masks_below(folder):
+        if stem_of(path) in found:
+            raise DatasetError(f"{path}: the same case as {found[stem_of(path)]}")
+        found[stem_of(path)] = path
+    return found
+
+
+def _of_a_page(path: Path) -> bool:
+    folder = path.parent
+    return folder.name == _CASES_OF_A_PAGE and (folder.parent / "index.html").exists()
 
 
 def _is_probability(path: Path, cases: set[Path]) -> bool:

@@ -90,6 +90,11 @@ class CaseScore:
     ignored_ml: float = strict_json.optional(0.0)
     whole: LabelScore | None = strict_json.optional(None)  # noqa: RUF009
 
+    @property
+    def disjoint(self) -> tuple[LabelScore, ...]:
+        """Scores that share no voxel: those of the labels, or where regions overlap that of all."""
+        return self.labels if self.whole is None else (self.whole,)
+
 
 def score_pair(
     pair: Pair,
