@@ -160,6 +160,13 @@ def test_resuming_names_the_settings_that_changed(fresh, caplog):
     assert strict_json.load(TrainingConfig, fold_folder(fresh) / "config.json") == QUICK
 
 
+def test_a_run_that_goes_on_does_not_begin_with_other_weights(fresh, caplog):
+    assert run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
+    run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, pretrained="elsewhere"))
+    assert "--pretrained elsewhere is not used: to begin with it takes --restart" in caplog.text
+    assert "going on with pretrained" not in caplog.text
+
+
 def test_a_loss_that_is_not_finite_stops_with_advice(fresh, monkeypatch):
     assert run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
     good = leaves(checkpoint(fresh)["network"])

@@ -209,6 +209,10 @@ def test_folds_on_gpus_are_jobs_of_the_single_command(copy, monkeypatch, caplog,
         assert "epoch 1/1  train" in log
         assert (copy / "runs" / "3d_fullres" / f"fold_{fold}" / "validation.json").exists()
         assert "epoch 1/1" in (copy / "jobs" / f"train_3d_fullres_{fold}/output.log").read_text()
+    with caplog.at_level(logging.INFO):
+        assert command([*line, "--learning-rate", "0.5"]) == 0
+    asked = "not with learning_rate 0.5 but 0.0003; --restart trains anew"
+    assert caplog.messages.count(asked) == 3
     with pytest.raises(SystemExit):
         command([*line, "--fold", "0"])
     assert "not allowed with argument --folds" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,16 +17,15 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ichseg.errors import OutputError, PlansError, TrainingError
+from ichseg.errors import OutputError, TrainingError
 from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.model.plans import Configuration, Plans
 from ichseg.wording import counted
 from training.data.splits import Split
-from training.data.workspace import BEST_CHECKPOINT, CONFIG_FILE, LATEST_CHECKPOINT
+from training.data.workspace import BEST_CHECKPOINT, LATEST_CHECKPOINT
 from training.fit import schedule
-from training.fit.configuration import TrainingConfig, differences
-from training.fit.fold_run import FoldRun
+from training.fit.fold_run import FoldRun, changed_settings
 from training.fit.history import EpochRow
 from training.fit.schedule import ScheduleState
 from training.fit.step import TrainingState, restore_optimiser
@@ -281,10 +279,11 @@ def resume(run: FoldRun, state: TrainingState) -> None:
     state.elapsed_s = raw["elapsed_s"]
     state.history = [EpochRow(**row) for row in raw["history"]]
     state.average_dice, state.best_dice = raw["average_dice"], raw["best_dice"]
-    with contextlib.suppress(PlansError):
-        before = strict_json.load(TrainingConfig, run.folder / CONFIG_FILE)
-        for name, new, old in differences(run.config, before):
+    for name, new, old in changed_settings(run):
+        if name != "pretrained":
             _log.warning("going on with %s %s, so far it was %s", name, new, old)
+        elif new is not None:
+            _log.warning("--pretrained %s is not used: to begin with it takes --restart", new)
     _log.info("going on after epoch %d, step %d", state.schedule.epoch, len(state.losses))
 
 

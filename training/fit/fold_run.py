@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ichseg.engine import torch_device
-from ichseg.errors import TrainingError
+from ichseg.errors import PlansError, TrainingError
+from ichseg.model import strict_json
 from ichseg.model.plans import Configuration, Plans
 from training.batches.sampling import BatchSpec
 from training.data import dataset, splits
 from training.data.splits import Split
 from training.data.workspace import (
     ALL_FOLD,
+    CONFIG_FILE,
     hard_examples_file,
     preprocessed_folder,
     run_folder,
 )
-from training.fit.configuration import TrainingConfig
+from training.fit.configuration import TrainingConfig, differences
 from training.fit.process_group import ALONE, ProcessGroup
 from training.planning.planned import load_plans
 
@@ -155,3 +159,14 @@ def open_run(
         ignore_label=listed.ignore_label,
         group=group,
     )
+
+
+def changed_settings(run: FoldRun) -> list[tuple[str, Any, Any]]:
+    """Name, value and former value of each setting that is another than in the run so far.
+
+    There are none where nothing has been trained, or by a version with other settings.
+    """
+    with contextlib.suppress(PlansError):
+        before = strict_json.load(TrainingConfig, run.folder / CONFIG_FILE)
+        return list(differences(run.config, before))
+    return []

@@ -36,7 +36,7 @@ from training.fit.configuration import (
     add_settings,
     settings_from,
 )
-from training.fit.fold_run import FoldRun, open_run
+from training.fit.fold_run import FoldRun, changed_settings, open_run
 from training.fit.loop import train_fold
 from training.fit.pretrained import Pretrained
 from training.fit.process_group import ALONE, ProcessGroup, joined
@@ -259,6 +259,8 @@ def main(args: argparse.Namespace) -> int:
             )
             if not args.restart and is_finished(args.workspace, run):
                 _log.info("%s, fold %s: finished already", args.configuration, fold)
+                for name, new, old in changed_settings(run):
+                    _log.warning("not with %s %s but %s; --restart trains anew", name, new, old)
             else:
                 waiting.append(fold)
         if gpus is None:
