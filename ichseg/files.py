@@ -91,6 +91,18 @@ def replacing(path: Path, *, suffix: str = "", durable: bool = False) -> Iterato
             os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder to write in, and those above it, where they are missing.
+
+    Raises:
+        OutputError: It cannot be made, or a file has its name.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: no folder to write in ({error.strerror or error})") from error
+
+
 @contextlib.contextmanager
 def unfinished_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder inside a folder, for several files that belong together.

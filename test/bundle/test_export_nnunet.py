@@ -98,6 +98,18 @@ def test_a_cascade_goes_back_with_both_stages(tmp_path):
     assert "-prev_stage_predictions" in sentence
 
 
+def test_each_condition_of_a_rule_is_named(tmp_path):
+    was = import_folders([theirs.write(tmp_path, FLAT, "2d")], tmp_path / "was")
+    rules = (ComponentRule(1, drop_below_probability=0.6), ComponentRule(1, True, 0.05, 0.7))
+    first, second = lost(dataclasses.replace(was, rules=rules))
+    name = was.plans.labels[1]
+    assert first == (
+        f"nnU-Net keeps components of a mean probability below 0.6 of {name}, which this bundle "
+        "drops"
+    )
+    assert "all components but the largest and components below 0.05 mL and components of" in second
+
+
 def test_regions_go_back(tmp_path):
     folder = theirs.write(tmp_path, FLAT, "2d", dataset=REGIONS | {"numTraining": 3})
     was = import_folders([folder], tmp_path / "was")

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from helpers import nnunet_folders as theirs
 from helpers.nnunet_folders import DATASET, SMALL
 
-from ichseg.errors import PlansError, WeightsError
+from ichseg.errors import OutputError, PlansError, WeightsError
 from training.__main__ import main
 from training.bundle.import_nnunet import import_folders
 
@@ -181,3 +182,34 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys):
     assert main(["import-nnunet", str(tmp_path / "no"), "--out", str(tmp_path / "bundle")]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith(f"error: {tmp_path / 'no'}: no fold_0")
+    assert lines[-1].endswith("; there is no such folder")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_folder_around_and_the_one_inside_name_the_right_one(tmp_path):
+    folder = theirs.write(tmp_path / "Dataset001", SMALL, "2d")
+    for given, hint in (
+        (folder.parent, f"give a folder in it, such as {folder.name}"),
+        (folder / "fold_0", f"give the folder around it, {folder}"),
+    ):
+        with pytest.raises(WeightsError, match=re.escape(hint)):
+            import_folders([given], tmp_path / "bundle")
+
+
+def test_only_a_new_or_empty_folder_becomes_a_bundle(tmp_path, capsys):
+    folder = theirs.write(tmp_path, SMALL, "2d")
+    out = tmp_path / "workspace"
+    out.mkdir()
+    (out / "dataset.json").touch()
+    with pytest.raises(OutputError, match="holds other files, expected a new or empty folder"):
+        import_folders([folder], out)
+    assert [path.name for path in out.iterdir()] == ["dataset.json"]
+    (out / "dataset.json").rename(tmp_path / "file")
+    (out / ".writing-killed").mkdir()  # by an import that was killed
+    import_folders([folder], out)
+    assert (out / "model.json").exists()
+    assert main(["import-nnunet", str(folder), "--out", str(tmp_path / "file")]) == 1
+    said = f"error: {tmp_path / 'file'}: no folder to write in (File exists)\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert main(["export-nnunet", str(out), "--out", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err == said

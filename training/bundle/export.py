@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ichseg.errors import TrainingError, WeightsError
-from ichseg.files import remove_unfinished, unfinished_folder
+from ichseg.files import make_folder, remove_unfinished, unfinished_folder
 from ichseg.model import bundle, strict_json
 from ichseg.model.bundle import Member, Model
 from ichseg.model.plans import Plans
@@ -104,7 +104,7 @@ def export(
     data = dataset.load_dataset(workspace)
     known = _checked_cases(out)
     checked: list[int] = []
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     remove_unfinished(out)
     with unfinished_folder(out) as beside:
         members = []

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ichseg.errors import OutputError, PlansError, WeightsError
-from ichseg.files import remove_unfinished, unfinished_folder
+from ichseg.files import make_folder, remove_unfinished, unfinished_folder
 from ichseg.model import bundle
 from ichseg.model.architecture import Architecture
 from ichseg.model.bundle import Member, Model
@@ -72,7 +72,7 @@ def export_folders(source: Path, out: Path) -> list[Path]:
     for name in names.values():
         if (out / name).exists():
             raise OutputError(f"{out / name}: exists already, expected no such folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     remove_unfinished(out)
     with unfinished_folder(out) as beside:
         for configuration, name in names.items():
@@ -136,6 +136,11 @@ def lost(model: Model) -> Iterator[str]:
         dropped = [
             *(["all components but the largest"] if rule.keep_largest else []),
             *([f"components below {rule.drop_below_ml:g} mL"] if rule.drop_below_ml else []),
+            *(
+                [f"components of a mean probability below {rule.drop_below_probability:g}"]
+                if rule.drop_below_probability
+                else []
+            ),
         ]
         yield (
             f"nnU-Net keeps {' and '.join(dropped)} of {plans.labels[rule.label]}, which this "

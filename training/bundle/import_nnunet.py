@@ -6,10 +6,11 @@ Weights stay fp32, and what the container does is what nnU-Net's own prediction 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from ichseg.errors import OutputError, WeightsError
-from ichseg.files import unfinished_folder
+from ichseg.files import make_folder, remove_unfinished, unfinished_folder
 from ichseg.model import bundle
 from ichseg.model.bundle import Member, Model
 from ichseg.model.folder import MODEL_FILE
@@ -30,6 +31,7 @@ from training.bundle.identity import (
 )
 from training.bundle.nnunet_checkpoint import mirrored_axes, read_checkpoint, rename
 from training.bundle.nnunet_plans import read_plans
+from training.data.workspace import PLANS_FILE
 
 CHECKPOINTS = {"final": "checkpoint_final.pth", "best": "checkpoint_best.pth"}
 DESCRIPTION = "Imported from a trained nnU-Net; for research, not for any clinical use."
@@ -91,8 +93,12 @@ def import_folders(
     """
     if (out / MODEL_FILE).exists():
         raise OutputError(f"{out}: holds a bundle already, expected a new or empty folder")
-    out.mkdir(parents=True, exist_ok=True)
-    with unfinished_folder(out) as beside:
+    if out.is_dir():
+        remove_unfinished(out)
+        if any(out.iterdir()):
+            raise OutputError(f"{out}: holds other files, expected a new or empty folder")
+    make_folder(out)
+    with _empty_if_it_fails(out), unfinished_folder(out) as beside:
         parts = [
             _import_folder(folder, folds, CHECKPOINTS[checkpoint], beside) for folder in folders
         ]
@@ -122,6 +128,17 @@ def import_folders(
     return model
 
 
+@contextlib.contextmanager
+def _empty_if_it_fails(out: Path) -> Iterator[None]:
+    """Take an empty folder away where what should have filled it fails."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # it is not empty
+            out.rmdir()
+        raise
+
+
 def find_folds(folder: Path, wanted: Sequence[str] | None, checkpoint: str) -> dict[str, Path]:
     """Find the checkpoints of a model folder, by fold.
 
@@ -138,8 +155,20 @@ def find_folds(folder: Path, wanted: Sequence[str] | None, checkpoint: str) -> d
         other = next((o for o in CHECKPOINTS.values() if any(folder.glob(f"fold_*/{o}"))), None)
         hint = f"; there is a {other}" if other not in (None, checkpoint) else ""
         which = f"fold_{missing[0]}" if missing else "fold_0, fold_1, ..."
-        raise WeightsError(f"{folder}: no {which}/{checkpoint}{hint}")
+        raise WeightsError(f"{folder}: no {which}/{checkpoint}{hint or _elsewhere(folder)}")
     return chosen
+
+
+def _elsewhere(folder: Path) -> str:
+    """What to give in place of a folder without folds, if anything around it tells."""
+    if not folder.is_dir():
+        return "; there is no such folder"
+    inner = sorted(path.parent.name for path in folder.glob(f"*/{PLANS_FILE}"))
+    if inner:
+        return f"; give a folder in it, such as {inner[0]}"
+    if folder.name.startswith("fold_") and (folder.parent / PLANS_FILE).exists():
+        return f"; give the folder around it, {folder.parent}"
+    return ""
 
 
 def _import_folder(folder: Path, folds: Sequence[str] | None, checkpoint: str, out: Path) -> _Part:

@@ -24,7 +24,7 @@ from ichseg.engine.engine import Network
 from ichseg.errors import TrainingError
 from ichseg.predict import sliding_window
 from ichseg.predict.restore import one_hot
-from ichseg.wording import clock
+from ichseg.wording import clock, counted
 from training.batches import hard_examples
 from training.batches.hard_examples import HardExample
 from training.batches.sampling import stored_case
@@ -192,6 +192,7 @@ def main(args: argparse.Namespace) -> int:
     for kind in hard_examples.KINDS:
         of_kind = [each for each in found if each.kind == kind]
         cases = len({each.case for each in of_kind})
-        _log.info("%s: %d lesions in %d cases", kind, len(of_kind), cases)
+        lesions = f"{counted(len(of_kind), 'lesion')} in {counted(cases, 'case')}"
+        _log.info("%s: %s", kind, lesions)
     _log.info("wrote %s; `train` draws from it by --hard-fraction", path)
     return 0
