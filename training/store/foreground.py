@@ -73,7 +73,10 @@ def sample_lesions(
     foreground = target > 0
     if ignore_label is not None:
         foreground &= target != ignore_label
-    numbered, _ = ndimage.label(foreground, structure=_TOUCHING)
+    boxes = ndimage.find_objects(foreground.view(np.int8))
+    if not boxes:
+        return np.empty((0, 4), np.int32)
+    numbered, _ = ndimage.label(foreground[boxes[0]], structure=_TOUCHING)
     flat = np.flatnonzero(numbered)
     numbers = numbered.ravel()[flat]
     order = np.argsort(numbers, kind="stable")
@@ -83,7 +86,10 @@ def sample_lesions(
             voxels = np.sort(random.choice(voxels, _LISTED_OF_A_LESION, replace=False))
         found.append(voxels)
     kept = np.concatenate(found)
-    places = np.unravel_index(kept, target.shape)
+    places = [
+        place + along.start
+        for place, along in zip(np.unravel_index(kept, numbered.shape), boxes[0], strict=True)
+    ]
     return np.stack([numbered.ravel()[kept], *places], axis=1).astype(np.int32)
 
 
