@@ -62,14 +62,13 @@ def from_json(cls: type[T], raw: Any, *, where: str) -> T:
     Raises:
         PlansError: A key is unknown, missing or of another type, or the dataclass refuses a value.
     """
-    if not isinstance(raw, Mapping):
-        raise PlansError(
-            f"{where}: found {type(raw).__name__}, expected an object of {cls.__name__}"
-        )
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     names = {_key(field): field.name for field in fields}
     needed = {_key(field) for field in fields if not _is_optional(field)}
+    if not isinstance(raw, Mapping):
+        keys = ", ".join(sorted(needed))
+        raise PlansError(f"{where}: found {type(raw).__name__}, expected an object with {keys}")
     unknown, missing = sorted(raw.keys() - names.keys()), sorted(needed - raw.keys())
     if unknown or missing:
         raise PlansError(

@@ -177,6 +177,13 @@ def test_another_schema_is_refused(tmp_path):
         load_or_make_splits(tmp_path, ["a", "b"])
 
 
+def test_folds_as_nnunet_writes_them_are_refused_by_the_keys_that_are_expected(tmp_path):
+    (tmp_path / "splits.json").write_text('[{"train": ["a"], "val": ["b"]}]')
+    message = r"splits\.json: found list, expected an object with folds, schema_version$"
+    with pytest.raises(PlansError, match=message):
+        load_or_make_splits(tmp_path, ["a", "b"])
+
+
 NAMES = [f"c{i}" for i in range(10)]
 PAIRS = ["case,group", *(f"c{i},p{i // 2}" for i in range(10))]
 
