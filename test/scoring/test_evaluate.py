@@ -383,6 +383,19 @@ def test_regions_are_scored_by_the_labels_that_they_hold(tmp_path, capsys):
         )  # fmt: skip
 
 
+def test_a_label_that_is_nowhere_is_not_shown_as_perfect(folders, capsys):
+    predictions, references, out = folders
+    arguments = ["evaluate", "--predictions", predictions, "--references", references]
+    arguments += ["--out", out, "--labels", "bleed,oedema", "--workers", 1]
+    assert main(list(map(str, arguments))) == 0
+    bleed, oedema = capsys.readouterr().out.split("\n\nlabel oedema")
+    assert "label bleed: 4 cases, 3 with it" in bleed
+    assert oedema.startswith(
+        ": in none of the 4 references and nowhere found, which scores as --empty instance has it"
+    )
+    assert "1.0000" not in oedema
+
+
 @pytest.mark.parametrize("text", ["a=1+x,b=2", "a=1,b", "a=0,b=1", "a=,b=1", "a=1+,b=2"])
 def test_regions_without_their_labels(folders, capsys, text):
     predictions, references, out = folders

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ichseg.wording import counted
 from training.scoring.measures import TITLES
 from training.scoring.scores import LabelScore
 from training.scoring.summary import Evaluation, MeasureSummary
@@ -21,6 +22,12 @@ def _describe_label(evaluation: Evaluation, index: int) -> str:
     found = evaluation.summaries[index]
     scored = [(case.name, case.labels[index]) for case in evaluation.cases]
     present = found.cases - found.empty_references
+    if found.both_empty == found.cases:
+        return (
+            f"label {found.label}: in none of the {counted(found.cases, 'reference')} and nowhere "
+            f"found, which scores as --empty {evaluation.empty} has it. "
+            "Is it the label that was meant?"
+        )
     lines = [
         f"label {found.label}: {found.cases} cases, {present} with it; empty masks: "
         f"references {found.empty_references}, predictions {found.empty_predictions}, "
