@@ -113,6 +113,21 @@ def test_shapes_are_rounded_before_the_median_in_nnunetv2_only():
     assert plans.configuration("3d_fullres").patch == (32, 48, 48)
 
 
+def test_voxels_a_tenth_of_what_was_meant_are_refused():
+    """Centimetres for millimetres: a thousand times the voxels; four times finer is a choice."""
+    fingerprint = fingerprint_of([(5.0, 0.4, 0.4)] * 3, [(30, 256, 256)] * 3)
+    finer = Overrides(spacing_mm=(1.25, 0.1, 0.1))
+    plans = plan(fingerprint, dataset_of(3), recipe="msd2018", overrides=finer)
+    assert plans.configuration("3d_fullres").median_shape == (120, 1024, 1024)
+    wrong = Overrides(spacing_mm=(0.5, 0.04, 0.04))
+    with pytest.raises(
+        PlansError,
+        match=r"spacing 0\.5x0\.04x0\.04 mm makes the median case 300x2560x2560 voxels, 1000 times "
+        "those of its file; expected the sizes of voxels in mm",
+    ):
+        plan(fingerprint, dataset_of(3), recipe="msd2018", overrides=wrong)
+
+
 @pytest.mark.parametrize("recipe", ["msd2018", "nnunetv2"])
 def test_shrinking_by_hand(recipe):
     # 10x512x512 pools 1, 7, 7 times. All axes cover the whole case, and the last gives way: a step

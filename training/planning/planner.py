@@ -49,6 +49,8 @@ from training.planning.patch import Fit, Grid, fit_patch
 from training.planning.recipes import ANISOTROPY, RECIPES, Recipe, find_recipe
 from training.planning.spacing import FloatArray, coarsest_first, target_spacing
 
+_MOST_FINER = 100.0  # voxels of a case in its plan, for each in its file
+
 _log = logging.getLogger(__name__)
 
 
@@ -96,6 +98,7 @@ def decide(
     spacing = overrides.spacing_mm or target.spacing_mm
     transpose = coarsest_first(spacing)
     median = _median_shape(spacings / np.array(spacing) * shapes, constants)
+    _refuse_far_finer(spacing, median, shapes)
     grid = Grid(
         recipe=constants,
         spacing_mm=tuple(spacing[axis] for axis in transpose),
@@ -140,6 +143,22 @@ def decide(
         )
         plans = replace(plans, overrides=chosen)
     return plans, Reasons(fingerprint, target, flat, full, cascade)
+
+
+def _refuse_far_finer(
+    spacing_mm: tuple[float, ...], median: FloatArray, shapes: FloatArray
+) -> None:
+    """Refuse voxels so small that nobody can mean them: no case would fit into memory.
+
+    Raises:
+        PlansError: The median case would have many times the voxels of its file.
+    """
+    finer = float(np.prod(median) / np.median(np.prod(shapes, axis=1)))
+    if finer > _MOST_FINER:
+        raise PlansError(
+            f"spacing {times(spacing_mm)} mm makes the median case {times(np.rint(median))} "
+            f"voxels, {finer:.0f} times those of its file; expected the sizes of voxels in mm"
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
