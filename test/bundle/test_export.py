@@ -133,6 +133,8 @@ def test_all_folds_of_the_workspace_are_wanted_unless_some_are_named(tmp_path, c
     assert "none of the folds 0, 1, 2, 3, 4, 5 has finished" in capsys.readouterr().err
     assert command([*line, "--folds", "0, 5"]) == 1
     assert "none of the folds 0, 5 has finished" in capsys.readouterr().err
+    assert command([*line, "--folds", "0,6"]) == 1
+    assert "--folds 6, expected 0 to 5, or all" in capsys.readouterr().err
 
 
 def test_refuses_weights_that_rounding_changes(workspace, tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from training.crossval import cascade_labels, selection
 from training.data import dataset, splits
 from training.data.dataset import Dataset
 from training.data.workspace import (
+    ALL_FOLD,
     BEST_CHECKPOINT,
     CONFIG_FILE,
     LATEST_CHECKPOINT,
@@ -151,11 +152,20 @@ def describe_plans(planned: Plans) -> str:
 
 
 def _wanted_folds(workspace: Path, text: str | None) -> list[str]:
-    """The folds that ``--folds`` names, or all into which the cases are split."""
-    if text is not None:
-        return [fold.strip() for fold in text.split(",")]
+    """The folds that ``--folds`` names, or all into which the cases are split.
+
+    Raises:
+        TrainingError: There is no such fold.
+    """
     names = [case.name for case in dataset.load_dataset(workspace).labelled]
-    return [str(number) for number in range(len(splits.find_splits(workspace, names)))]
+    every = [str(number) for number in range(len(splits.find_splits(workspace, names)))]
+    if text is None:
+        return every
+    named = [fold.strip() for fold in text.split(",")]
+    for fold in named:
+        if fold not in (*every, ALL_FOLD):
+            raise TrainingError(f"--folds {fold}, expected 0 to {every[-1]}, or {ALL_FOLD}")
+    return named
 
 
 def _finished(
