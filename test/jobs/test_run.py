@@ -87,6 +87,16 @@ def test_a_finished_run_says_so_and_does_nothing(step_by_step, dataset, caplog):
     ]
 
 
+def test_a_finished_fold_says_which_settings_it_was_not_trained_with(step_by_step, dataset, caplog):
+    workspace, _ = step_by_step
+    asked = arguments(dataset, workspace, "--learning-rate", "0.25")
+    with caplog.at_level(logging.INFO):
+        assert run_here(asked, lambda words: pytest.fail(str(words)))
+    said = [line for line in caplog.messages if line.startswith("== train 3d_fullres 1: done")]
+    assert len(said) == 1
+    assert "fold_1 is finished, not with learning_rate 0.25 but 0.0003" in said[0]
+
+
 @pytest.fixture
 def copy(step_by_step, tmp_path):
     """The finished workspace, to be damaged."""

@@ -29,7 +29,7 @@ from training.data.workspace import (
     run_folder,
     selection_file,
 )
-from training.fit.fold_run import open_run
+from training.fit.fold_run import changed_settings, open_run
 from training.jobs import train
 from training.jobs.choices import SELECTED, Choices, Scope
 from training.jobs.job import Job
@@ -137,7 +137,11 @@ def _trained(scope: Scope, job: Job) -> str:
     # this process only looks: it need not have the GPU that the fold was trained on
     config = dataclasses.replace(scope.config, device="cpu", precision="auto")
     run = open_run(workspace, job.target, job.part, config)
-    return f"{folder} is finished" if train.is_finished(workspace, run) else ""
+    if not train.is_finished(workspace, run):
+        return ""
+    others = changed_settings(dataclasses.replace(run, config=scope.config))
+    words = [f"not with {name} {new} but {old}" for name, new, old in others]
+    return ", ".join([f"{folder} is finished", *words])
 
 
 def _cross_validated(scope: Scope, _: Job) -> str:
