@@ -13,11 +13,16 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import ichseg
+import training
+
 DEVICE = torch.device("cuda", 0)
+_PRODUCT = tuple(str(Path(package.__file__).parent) + "/" for package in (ichseg, training))
 
 
 class CardError(AssertionError):
@@ -219,8 +224,6 @@ def join(seen: dict[Stream, int], other: dict[Stream, int]) -> None:
 def _caller() -> str:
     """The line of the product that is being run."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and not any(
-        part in frame.f_code.co_filename for part in ("/ichseg/", "/training/")
-    ):
+    while frame.f_back is not None and not frame.f_code.co_filename.startswith(_PRODUCT):
         frame = frame.f_back
     return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
