@@ -36,12 +36,12 @@ def training(*words: object) -> None:
         raise SystemExit(f"error: {' '.join(line)} failed")
 
 
-def prepare(data: Path, work: Path, features: str) -> Path:
+def prepare(data: Path, work: Path, features: str, batch: int) -> Path:
     """Convert, plan and preprocess once, for all trainings."""
     shared = work / "shared"
     if not (shared / "prepared").exists():
         training("convert", data, "--workspace", shared)
-        training("plan", "--workspace", shared, "--features", features)
+        training("plan", "--workspace", shared, "--features", features, "--batch", batch)
         training("preprocess", CONFIGURATION, "--workspace", shared)
         (shared / "prepared").touch()
     return shared
@@ -61,6 +61,7 @@ def train(shared: Path, work: Path, engine: str, seed: int, args: argparse.Names
         "--lr-schedule", "poly", "--learning-rate", 1e-3, "--epochs", args.epochs,
         "--batches-per-epoch", args.batches_per_epoch, "--validation-batches", 5,
         "--threads", args.threads, "--workers", args.workers, "--no-validation-mirrors",
+        "--precision", "auto",
     )  # fmt: skip
     return workspace / "runs" / CONFIGURATION / "fold_0" / "validation.json"
 
@@ -90,15 +91,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, metavar="TASK04", help="MSD layout")
     parser.add_argument("--work", type=Path, required=True, metavar="W", help="kept")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--features", default="8,16,32", help="of each level [%(default)s]")
+    parser.add_argument("--batch", type=int, default=4, help="[%(default)s]")
     parser.add_argument("--epochs", type=int, default=20, help="[%(default)s]")
     parser.add_argument("--batches-per-epoch", type=int, default=50, help="[%(default)s]")
     parser.add_argument("--threads", type=int, default=1, help="[%(default)s]")
     parser.add_argument("--workers", type=int, default=0, help="[%(default)s]")
     args = parser.parse_args()
     work = args.work.absolute()
-    shared = prepare(args.data.absolute(), work, args.features)
+    shared = prepare(args.data.absolute(), work, args.features, args.batch)
     found = {
         engine: np.stack(
             [case_dice(train(shared, work, engine, seed, args)) for seed in args.seeds]
