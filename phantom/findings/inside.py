@@ -41,13 +41,13 @@ def add_dense_veins(within: Array, rng: np.random.Generator) -> None:
     """Wide sinuses and deep veins full of dense blood, as young or dehydrated people have them."""
     axes, depth = _axes(within.shape), full_size(load_atlas().depth_mm, within.shape)
     z, y, x = axes
-    roof = tentorium_mm(y, np.float32(0) * x)
+    ridge = tentorium_mm(y, np.zeros_like(x))
     middle = rng.normal(0, 5)
     confluence = rng.uniform(5, 14) - np.sqrt(
         (z + 14 - rng.normal(0, 5)) ** 2 + (x - middle) ** 2 + (1.6 * (depth - 2)) ** 2
     )
     confluence = confluence * (y > 60)
-    straight = rng.uniform(1.8, 4.0) - np.sqrt((z - roof - 1) ** 2 + x**2)
+    straight = rng.uniform(1.8, 4.0) - np.sqrt((z - ridge - 1) ** 2 + x**2)
     straight = straight * ((y > 40) & (y < 100))
     galen = 1 - np.sqrt(((z - 7) / 5.5) ** 2 + ((y - 37) / 6.5) ** 2 + (x / 3.2) ** 2)
     internal = rng.uniform(1.0, 1.8) - np.sqrt((z - 11) ** 2 + (np.abs(x) - 2.5) ** 2)

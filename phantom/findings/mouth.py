@@ -143,7 +143,7 @@ def _add_airway(hu: Field, below: Field, y: Field, x: Field, rng: np.random.Gene
     """The pharynx behind the tongue, open or nearly closed, and often air over the tongue."""
     centre = (rng.uniform(-6, 0), rng.normal(0, 1.5))
     throat = _ellipse(y, x, centre, (rng.uniform(2, 9), rng.uniform(6, 15)))
-    _put(hu, throat + 0 * below, -1000)
+    _put(hu, throat, -1000)
     if rng.random() < 0.6:
         thick = rng.uniform(1, 5)
         over = _ellipse(y, x, (-34, 0.0), (26, 20)) * (np.abs(below - 8) < thick)

@@ -44,6 +44,19 @@ def plain():
     return np.where(tissue == INSIDE, 30, hu).astype(np.float32), tissue
 
 
+def scanned(seed, lesion, findings, shrink):
+    """A person, the scan that is asked for, and the phantom with this bleed and these findings."""
+    rng = np.random.default_rng(seed)
+    parameters = draw_head(rng)
+    scan = scanner.draw_scan(parameters, rng, shrink=shrink)
+    apart = np.random.default_rng(2)
+    return (
+        parameters,
+        scan,
+        make_phantom(parameters, scan, (lesion,), rng, findings, findings_rng=apart),
+    )
+
+
 def test_findings_move_no_other_draw():
     """The same person, scanner and noise, and as many random numbers."""
     rng = np.random.default_rng(5)
@@ -161,13 +174,7 @@ def test_a_mouth_lies_below_the_head_and_moves_nothing_in_it():
 
 
 def test_a_scan_with_a_mouth_goes_on_below_with_the_same_slices_above():
-    rng = np.random.default_rng(5)
-    parameters = draw_head(rng)
-    scan = scanner.draw_scan(parameters, rng, shrink=8)
-    case = make_phantom(
-        parameters, scan, (("intraparenchymal", 9.0),), rng, Findings(mouth=True),
-        findings_rng=np.random.default_rng(1),
-    )  # fmt: skip
+    parameters, scan, case = scanned(5, ("intraparenchymal", 9.0), Findings(mouth=True), shrink=8)
     more = len(case.voxels) - scan.shape[0]
     reach_mm = scan.top_mm - (len(case.voxels) - 1) * scan.spacing_mm[0]
     assert more >= 0
@@ -209,13 +216,7 @@ def test_a_tentorial_layer_lies_on_one_half_of_the_tentorium(head):
 
 
 def test_only_the_fresh_blood_is_labelled():
-    rng = np.random.default_rng(12)
-    parameters = draw_head(rng)
-    scan = scanner.draw_scan(parameters, rng, shrink=4)
-    case = make_phantom(
-        parameters, scan, (("subdural", 15.0),), rng, Findings(acute_on_chronic=True),
-        findings_rng=np.random.default_rng(2),
-    )  # fmt: skip
+    _, _, case = scanned(12, ("subdural", 15.0), Findings(acute_on_chronic=True), shrink=4)
     labelled_ml = case.mask.sum() * np.prod(case.spacing_mm) / 1000
     assert labelled_ml == pytest.approx(15.0, rel=0.3)  # voxels of 2 mm
     assert case.voxels[case.mask > 0].mean() > 45
