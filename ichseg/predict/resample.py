@@ -32,6 +32,7 @@ from ichseg.engine.arrays import (
     slabs,
     take,
 )
+from ichseg.scan.orientation import nonzero_box
 
 _SLAB_VOXELS = 4_000_000  # of the output, resized at once: 16 MB
 _VOTE_VOXELS = 500_000  # the same for labels, where several such arrays are needed at once
@@ -228,6 +229,17 @@ def source_slices(size_in: int, size_out: int, order: int, rows: slice) -> slice
     return slice(int(used[0]), int(used[-1]) + 1)
 
 
+def rows_reached(size_in: int, size_out: int, order: int, start: int, stop: int) -> slice:
+    """The output voxels of an axis that depend on any of the input voxels ``start`` to ``stop``."""
+    if size_in == size_out:
+        return slice(start, stop)
+    if order == 0:
+        index = nearest_indices(size_in, size_out)
+        return slice(*map(int, np.searchsorted(index, [start, stop])))
+    used = np.flatnonzero(axis_matrix(size_in, size_out, order)[:, start:stop].any(1))
+    return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
+
+
 def resize_band(
     band: Grid,
     source: slice,
@@ -289,19 +301,54 @@ def _vote(
     order: int,
     separate_axis: int | None,
 ) -> npt.NDArray[np.integer]:
-    """Output slices ``rows``: for each voxel the label with the largest interpolated share."""
+    """Output slices ``rows``: for each voxel the label with the largest interpolated share.
+
+    Most of a label map is one label. Only what the others reach is interpolated.
+    """
     band = labels[source]
-    if band.min() == band.max():
+    others = band != band.flat[0]
+    if not others.any():
         return nearest
-    lowest, *others = np.unique(band)
-    winner = np.full(nearest.shape, lowest, labels.dtype)
+    kinds = [0 if axis == separate_axis else order for axis in range(3)]
+    wanted, sources = [rows], [source]
+    for axis, (start, stop) in enumerate(nonzero_box([others])):
+        if axis > 0:
+            reached = rows_reached(labels.shape[axis], shape[axis], kinds[axis], start, stop)
+            if reached.start == reached.stop:  # skipped over where the grid becomes coarser
+                return nearest
+            wanted.append(reached)
+            sources.append(source_slices(labels.shape[axis], shape[axis], kinds[axis], reached))
+    part = labels[tuple(sources)]
+    inside = (slice(None), wanted[1], wanted[2])
+    result = nearest.copy()
+    result[inside] = _vote_within(
+        part, nearest[inside], labels.shape, shape, wanted, sources, kinds
+    )
+    return result
+
+
+def _vote_within(
+    part: npt.NDArray[np.integer],
+    nearest: npt.NDArray[np.integer],
+    size_in: Sequence[int],
+    size_out: Sequence[int],
+    rows: Sequence[slice],
+    sources: Sequence[slice],
+    kinds: Sequence[int],
+) -> npt.NDArray[np.integer]:
+    """The vote on output voxels ``rows``, from the input voxels ``sources`` that they depend on."""
+    lowest, *others = np.unique(part)
+    winner = np.full(nearest.shape, lowest, part.dtype)
     best = np.full(nearest.shape, -1, np.float32)
     rest = np.ones(nearest.shape, np.float32)  # shares sum to 1
     for value in others:
-        indicator = as_float(band == value)[None]
-        share = resize_band(
-            indicator, source, labels.shape, shape, rows, order=order, separate_axis=separate_axis
-        )[0]
+        share = as_float(part == value)
+        for axis in range(3):
+            if size_in[axis] != size_out[axis]:
+                share = resize_axis(
+                    share, axis, size_in[axis], size_out[axis], kinds[axis], rows[axis],
+                    sources[axis].start,
+                )  # fmt: skip
         rest -= share
         share += _TIE * (nearest == value)
         winner[share > best] = value

@@ -139,6 +139,27 @@ def test_labels_linear_equal_a_vote_by_scikit_image(old, new):
     np.testing.assert_array_equal(ours, vote(labels, new))
 
 
+@pytest.mark.usefixtures("slabs")
+@pytest.mark.parametrize("around", [0, 2])
+@pytest.mark.parametrize("new", [(7, 30, 31), (3, 9, 8), (5, 18, 40), (5, 4, 3)])
+def test_what_is_small_among_one_label_votes_as_far_as_it_reaches(new, around):
+    labels = np.full((5, 18, 20), around, np.int8)
+    labels[2:4, 5:9, 11:13] = np.array([[[1, 0]], [[3, 3]]])
+    labels[0, 17, 0] = 1  # in the corner
+    ours = resample.resize_labels(labels, new, order=1, separate_axis=None)
+    np.testing.assert_array_equal(ours, vote(labels, new))
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize(("size_in", "size_out"), [(9, 9), (9, 14), (14, 9), (20, 3)])
+def test_rows_reached_are_all_that_change_with_the_input(size_in, size_out, order):
+    matrix = resample.axis_matrix(size_in, size_out, order)
+    for start, stop in [(0, 1), (2, 5), (size_in - 1, size_in)]:
+        rows = resample.rows_reached(size_in, size_out, order, start, stop)
+        changed = np.flatnonzero(matrix[:, start:stop].any(1))
+        np.testing.assert_array_equal(np.arange(size_out)[rows], changed)
+
+
 def test_labels_apart_vote_within_the_slice():
     labels = np.random.default_rng(6).integers(-1, 3, (4, 9, 11)).astype(np.int8)
     ours = resample.resize_labels(labels, (7, 13, 6), order=1, separate_axis=0)

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from ichseg.scan.orientation import nonzero_box
+
 _LISTED_AT_LEAST = 10_000  # voxels of a label whose coordinates are kept (nnU-Net v1)
 _LISTED_FRACTION = 0.01  # of larger labels
 _LISTED_OF_A_LESION = 1000
@@ -73,10 +75,10 @@ def sample_lesions(
     foreground = target > 0
     if ignore_label is not None:
         foreground &= target != ignore_label
-    boxes = ndimage.find_objects(foreground.view(np.int8))
-    if not boxes:
+    if not foreground.any():
         return np.empty((0, 4), np.int32)
-    numbered, _ = ndimage.label(foreground[boxes[0]], structure=_TOUCHING)
+    box = nonzero_box([foreground])
+    numbered, _ = ndimage.label(foreground[tuple(slice(*b) for b in box)], structure=_TOUCHING)
     flat = np.flatnonzero(numbered)
     numbers = numbered.ravel()[flat]
     order = np.argsort(numbers, kind="stable")
@@ -87,8 +89,8 @@ def sample_lesions(
         found.append(voxels)
     kept = np.concatenate(found)
     places = [
-        place + along.start
-        for place, along in zip(np.unravel_index(kept, numbered.shape), boxes[0], strict=True)
+        place + start
+        for place, (start, _) in zip(np.unravel_index(kept, numbered.shape), box, strict=True)
     ]
     return np.stack([numbered.ravel()[kept], *places], axis=1).astype(np.int32)
 
