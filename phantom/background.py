@@ -87,10 +87,21 @@ def find_backgrounds(path: Path) -> tuple[Background, ...]:
     names = [image.name.removesuffix(".gz").removesuffix(".nii") for image, _ in files]
     if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
         raise DatasetError(f"{listing}: two images are called {twice[0][:100]!r}")
+    for pair in files:
+        for file in pair:
+            if not _is_file(file):
+                raise DatasetError(f"{listing}: names {str(file)[:200]!r}, which is no file")
     groups = _groups(path / "groups.csv", names)
     return tuple(
         Background(name, groups[name], *pair) for name, pair in zip(names, files, strict=True)
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, for one
+        return False
 
 
 def _groups(table: Path, names: Sequence[str]) -> Mapping[str, str]:

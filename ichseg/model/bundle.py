@@ -55,6 +55,9 @@ class Member:
     def __post_init__(self) -> None:
         if Path(self.file).name != self.file or not self.file.endswith(".safetensors"):
             raise ValueError(f"member file {self.file!r}, expected a plain *.safetensors name")
+        for text in (self.configuration, self.fold):  # folders and files are called so
+            if Path(text).name != text:
+                raise ValueError(f"{text[:100]!r} in the name of a member, expected a plain name")
         for text in (self.configuration, self.fold, self.file):
             check_name(text)
 

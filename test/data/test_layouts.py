@@ -236,3 +236,14 @@ def test_convert_refuses_what_it_does_not_recognise(tmp_path):
     (source / "dataset.json").write_text("[]")
     with pytest.raises(DatasetError, match="found list, expected an object"):
         convert(source, tmp_path / "work")
+
+
+@pytest.mark.parametrize("key", ["file_ending", "channel_names"])
+def test_a_value_of_thousands_of_characters_is_not_quoted_whole(tmp_path, key):
+    described = {
+        "channel_names": {"0": "CT"}, "labels": {"background": 0, "bleed": 1}, "file_ending": ".mha"
+    }  # fmt: skip
+    (tmp_path / "dataset.json").write_text(json.dumps(described | {key: "x" * 10_000}))
+    with pytest.raises(DatasetError, match=f"dataset.json: {key} is 'xxx") as refused:
+        read_source(tmp_path)
+    assert len(str(refused.value)) < 300 + len(str(tmp_path))

@@ -94,3 +94,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         bundle.save_model(tmp_path, broken)
     assert (tmp_path / "model.json").read_bytes() == content
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("field", ["fold", "configuration"])
+def test_a_member_named_as_a_path_is_refused(field):
+    names = {"configuration": "3d_fullres", "fold": "0"} | {field: "/etc/passwd"}
+    with pytest.raises(ValueError, match="'/etc/passwd' in the name of a member"):
+        bundle.Member(**names, file="a.safetensors", sha256="0" * 64)

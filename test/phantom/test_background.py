@@ -258,3 +258,11 @@ def test_values_that_16_bits_do_not_hold_are_refused(scan, tmp_path, value):
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
     with pytest.raises(DatasetError, match="expected a scan or a folder in MSD layout"):
         find_backgrounds(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["absent.nii.gz", "x" * 5000])
+def test_a_scan_that_the_listing_names_and_that_is_not_there_is_refused(tmp_path, name):
+    listed = {"training": [{"image": f"imagesTr/{name}", "label": "labelsTr/a.nii.gz"}]}
+    (tmp_path / "dataset.json").write_text(json.dumps(listed))
+    with pytest.raises(DatasetError, match=r"dataset.json: names .*, which is no file"):
+        find_backgrounds(tmp_path)

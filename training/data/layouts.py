@@ -27,6 +27,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from ichseg.errors import DatasetError, InputError
@@ -173,11 +174,11 @@ def _listed(folder: Path, path: Path, raw: Mapping[str, Any]) -> list[tuple[Path
     """Image and label of the cases listed; macOS leaves hidden ``._name`` beside each."""
     listed = raw.get("training")
     if not isinstance(listed, list):
-        raise DatasetError(f"{path}: training is {listed!r}, expected a list of cases")
+        raise DatasetError(f"{path}: training is {short(listed)}, expected a list of cases")
     pairs = []
     for entry in listed:
         if not isinstance(entry, Mapping) or not {"image", "label"} <= entry.keys():
-            raise DatasetError(f"{path}: training lists {entry!r}, expected image and label")
+            raise DatasetError(f"{path}: training lists {short(entry)}, expected image and label")
         image, label = folder / str(entry["image"]), folder / str(entry["label"])
         if not image.name.startswith("."):
             pairs.append((image, label))
@@ -197,7 +198,7 @@ def _v2_cases(
         return list(_v2_explicit(folder, path, explicit))
     if ending not in WRITTEN_SUFFIXES:
         raise DatasetError(
-            f"{path}: file_ending is {ending!r}, expected one of {', '.join(WRITTEN_SUFFIXES)}"
+            f"{path}: file_ending is {short(ending)}, expected one of {', '.join(WRITTEN_SUFFIXES)}"
         )
     images: dict[str, list[str]] = {}
     problems = []
@@ -230,7 +231,7 @@ def _v2_cases(
 def _v2_explicit(folder: Path, path: Path, explicit: Any) -> Iterator[Case]:
     """Cases whose files are named one by one, relative to the folder or absolutely."""
     if not isinstance(explicit, Mapping):
-        raise DatasetError(f"{path}: dataset is {explicit!r}, expected an object of cases")
+        raise DatasetError(f"{path}: dataset is {short(explicit)}, expected an object of cases")
     for name, entry in explicit.items():
         if (
             not isinstance(entry, Mapping)
@@ -238,7 +239,7 @@ def _v2_explicit(folder: Path, path: Path, explicit: Any) -> Iterator[Case]:
             or not isinstance(entry.get("label"), str)
         ):
             raise DatasetError(
-                f"{path}: dataset lists {name}: {entry!r}, expected images (a list) and label"
+                f"{path}: dataset lists {name}: {short(entry)}, expected images (a list) and label"
             )
         images = tuple(folder / str(image) for image in entry["images"])
         yield Case(name, images, folder / entry["label"])
@@ -290,7 +291,9 @@ def _channels(raw: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     key = "channel_names" if "channel_names" in raw else "modality"
     table = raw.get(key)
     if not isinstance(table, Mapping) or not table:
-        raise DatasetError(f"{path}: {key} is {table!r}, expected an object such as {{'0': 'CT'}}")
+        raise DatasetError(
+            f"{path}: {key} is {short(table)}, expected an object such as {{'0': 'CT'}}"
+        )
     return tuple(str(table[number]) for number in _consecutive(table, path, key))
 
 
@@ -303,7 +306,7 @@ def _labels(raw: Mapping[str, Any], path: Path) -> Declared:
     table = raw.get("labels")
     if not isinstance(table, Mapping) or not table:
         raise DatasetError(
-            f"{path}: labels is {table!r}, expected an object such as {{'0': 'background'}}"
+            f"{path}: labels is {short(table)}, expected an object such as {{'0': 'background'}}"
         )
     if any(isinstance(value, list) and len(value) > 1 for value in table.values()):
         try:
@@ -340,7 +343,9 @@ def _regions(table: Mapping[str, Any], order: Any) -> Declared:
     for name, value in table.items():
         held = value if isinstance(value, list) else [value]
         if not held or not all(isinstance(v, int) and not isinstance(v, bool) for v in held):
-            raise ValueError(f"label {name!r} is {value!r}, expected a whole number, or several")
+            raise ValueError(
+                f"label {short(name)} is {short(value)}, expected a whole number, or several"
+            )
         values[str(name)] = tuple(sorted(set(held)))
     background, ignored = values.pop(BACKGROUND, None), values.pop(_IGNORE, None)
     every = sorted({label for held in values.values() for label in held})
@@ -353,7 +358,7 @@ def _regions(table: Mapping[str, Any], order: Any) -> Declared:
         raise ValueError(f"label {_IGNORE!r} is {table[_IGNORE]}, expected the highest, {last + 1}")
     if not isinstance(order, list) or len(order) != len(set(map(str, order))):
         raise ValueError(
-            f"regions_class_order is {order!r}, expected the label that each region writes"
+            f"regions_class_order is {short(order)}, expected the label that each region writes"
         )
     if not all(label in every for label in order):
         raise ValueError(f"regions_class_order is {order}, expected among 1 to {last}")
