@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from ichseg import __version__, completion
 from ichseg.app.start import ensure_streams
 from ichseg.errors import IchsegError
+from training.data.parallel import load_early
 from training.jobs import command
 
 # command: (module, what it does, an example)
@@ -114,6 +115,8 @@ COMMANDS = {
         "export-nnunet weights --out nnUNet_results/Dataset001_Bleeds",
     ),
 }
+# Those that work on all cases, in processes that have the same modules to load.
+_SIDE_BY_SIDE = ("convert", "verify", "fingerprint", "preprocess", "evaluate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,7 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # and cases that are worked on side by side would only wait for each other's threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
-        module = importlib.import_module(COMMANDS[chosen.command][0])
+        name = COMMANDS[chosen.command][0]
+        if chosen.command in _SIDE_BY_SIDE and not {"-h", "--help"} & set(chosen.arguments):
+            load_early(name)
+        module = importlib.import_module(name)
         return int(module.main(_parser_of(chosen.command).parse_args(chosen.arguments)))
     except IchsegError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -102,6 +102,41 @@ def test_the_command_adds_up_in_one_thread(work):
     assert done.stdout.splitlines()[-1] == "{1}"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["preprocess", "--workspace", "nowhere"], "training.store.preprocess, not loaded yet\n"),
+        (["preprocess", "--help"], ""),
+        (["plan", "--workspace", "nowhere"], ""),
+    ],
+)
+def test_workers_load_the_command_while_it_is_loaded_here(arguments, told):
+    code = (
+        "import sys; from training import __main__ as program\n"
+        "def tell(module):\n"
+        "    here = 'loaded' if module in sys.modules else 'not loaded yet'\n"
+        "    sys.stderr.write(f'{module}, {here}\\n')\n"
+        "program.load_early = tell\n"
+        "program.main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "".join(line for line in done.stderr.splitlines(True) if "loaded" in line) == told
+
+
+def test_the_largest_case_is_begun_first(work, monkeypatch):
+    workspace, dataset, plans = work
+    sizes = {"case_0": 100, "case_1": 300, "case_2": 200}
+    for case in dataset.cases:
+        case.images[0].write_bytes(bytes(sizes[case.name]))
+    begun = []
+    monkeypatch.setattr(preprocess, "_preprocess_case", lambda job, *_: begun.append(job.case.name))
+    preprocess_dataset(dataset, plans, "3d_fullres", workspace, 1)
+    assert begun == ["case_1", "case_2", "case_0"]
+
+
 def test_zeros_within_the_crop_are_marked(work):
     workspace, dataset, plans = work
     image = volume.read(dataset.cases[1].images[0])

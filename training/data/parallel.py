@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from typing import TextIO, TypeVar
 
 from ichseg.engine import machine
@@ -21,6 +22,16 @@ _MEMORY_SHARE = 0.8  # of what is free; the rest is for the parent process and t
 
 Item = TypeVar("Item")
 T = TypeVar("T")
+
+
+def load_early(module: str) -> None:
+    """Have workers begin with this module loaded, and begin to load it at once.
+
+    They are forked from a process that loads it a single time. It does so meanwhile, beside all
+    that this process does before it has work for them.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload([module])
+    forkserver.ensure_running()
 
 
 def each_case(
@@ -55,11 +66,10 @@ def each_case(
                 yield case, error
         return
     # forkserver: no copy of this process' threads and memory, and its modules load only once
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
+    load_early(function.__module__)
     with ProcessPoolExecutor(
         min(workers, max(1, len(cases))),
-        mp_context=context,
+        mp_context=multiprocessing.get_context("forkserver"),
         initializer=_begin_worker,
         initargs=(initialize,),
     ) as pool:

@@ -117,7 +117,8 @@ def preprocess_dataset(
             plans_file(workspace),
         )
     failures = []
-    jobs = [_Job(case, digests[case.name]) for case in waiting]
+    # The largest files first, or one of them may keep a worker busy when all others have ended.
+    jobs = [_Job(case, digests[case.name]) for case in sorted(waiting, key=_bytes_of, reverse=True)]
     shared = (dataset.labels, dataset.ignore_label, plans, configuration, folder)
     results = each_case(_preprocess_case, jobs, *shared, workers=workers)
     for job, failure in with_progress(results, len(waiting), f"preprocess {configuration_name}"):
@@ -255,6 +256,14 @@ def _refuse_other_dataset(dataset: Dataset, plans: Plans) -> None:
             f"but those of the dataset write {dataset.regions} and hold {dataset.region_labels}; "
             "`plan` anew"
         )
+
+
+def _bytes_of(case: Case) -> int:
+    """How large the case's images are, as files; 0 if one cannot be read, which is told later."""
+    try:
+        return sum(path.stat().st_size for path in case.images)
+    except OSError:
+        return 0
 
 
 def _of_share(cases: Sequence[Case], share: tuple[int, int]) -> Sequence[Case]:
