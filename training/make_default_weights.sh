@@ -49,7 +49,7 @@ made "$work/data" || step real-heads --also "$work/real" "$work/phantoms" "$work
     --negative-copies 3 --out "$work/data"
 [ -f "$work/dataset.json" ] || step convert "$work/data" --workspace "$work" --groups "$work/data/groups.csv"
 [ -f "$work/plans.json" ] || step plan --workspace "$work" --spacing 5,1.2,1.2 \
-    --patch 16,96,96 --batch 2 --features 8,16,32,64,128 \
+    --patch 16,160,144 --batch 2 --features 8,16,32,64,128 \
     --ct-clip=-20,100 --batch-dice --deep-supervision --padding nearest
 step preprocess 3d_fullres --workspace "$work"
 
@@ -75,7 +75,7 @@ for fold in 0 2 4; do
 done
 step cross-validate --workspace "$work"
 step select --workspace "$work" --drop-at-most-ml 0.05
-step export --workspace "$work" --out "$out" --threads 2 --name ich-compact --model-version 8 \
+step export --workspace "$work" --out "$out" --threads 2 --name ich-compact --model-version 9 \
     --licence CC-BY-NC-SA-4.0 \
     --description "$description"
 echo "the bundle is in $out" >&2

@@ -36,7 +36,7 @@ def test_table_by_hand(model, tmp_path):
     cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
     table = dict(row for row in cells if len(row) == 2)
     assert table["3d_fullres"] == (
-        "folds 0, 1; 16 x 96 x 96 voxels at 5 x 1.2 x 1.2 mm, 8 to 128 features"
+        "folds 0, 1; 16 x 160 x 144 voxels at 5 x 1.2 x 1.2 mm, 8 to 128 features"
     )
     assert table["training"] == (
         "recipe compact, 50 or 100 epochs, 41 min in all, latest checkpoint"
