@@ -51,6 +51,30 @@ def test_each_case_refuses_no_workers():
         list(each_case(triple_or_fail, [], workers=0))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["preprocess", "--workspace", "nowhere"], "training.store.preprocess, not loaded yet\n"),
+        (["preprocess", "--help"], ""),
+        (["plan", "--workspace", "nowhere"], ""),
+    ],
+)
+def test_workers_load_the_command_while_it_is_loaded_here(arguments, told):
+    code = (
+        "import sys; from training import __main__ as program\n"
+        "def tell(module):\n"
+        "    here = 'loaded' if module in sys.modules else 'not loaded yet'\n"
+        "    sys.stderr.write(f'{module}, {here}\\n')\n"
+        "program.load_early = tell\n"
+        "program.main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "".join(line for line in done.stderr.splitlines(True) if "loaded" in line) == told
+
+
 @pytest.mark.parametrize("busy", [False, True])
 def test_workers_end_when_their_parent_is_killed(tmp_path, busy):
     """One that waits for work, and one in the midst of it."""

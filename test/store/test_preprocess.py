@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.heads import BOX, SPACING_MM, head_in_air
 
 from ichseg.engine import machine
 from ichseg.errors import DatasetError, PlansError
@@ -100,30 +99,6 @@ def test_the_command_adds_up_in_one_thread(work):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "{1}"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["preprocess", "--workspace", "nowhere"], "training.store.preprocess, not loaded yet\n"),
-        (["preprocess", "--help"], ""),
-        (["plan", "--workspace", "nowhere"], ""),
-    ],
-)
-def test_workers_load_the_command_while_it_is_loaded_here(arguments, told):
-    code = (
-        "import sys; from training import __main__ as program\n"
-        "def tell(module):\n"
-        "    here = 'loaded' if module in sys.modules else 'not loaded yet'\n"
-        "    sys.stderr.write(f'{module}, {here}\\n')\n"
-        "program.load_early = tell\n"
-        "program.main(sys.argv[1:])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=Path(__file__).parents[2],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert "".join(line for line in done.stderr.splitlines(True) if "loaded" in line) == told
 
 
 def test_the_largest_case_is_begun_first(work, monkeypatch):
@@ -357,54 +332,6 @@ def test_a_failing_case_is_named_and_stops_no_other(work, caplog, workers):
     errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
     assert len(errors) == 1
     assert "case case_0" in errors[0]
-
-
-@pytest.fixture
-def heads(tmp_path):
-    """A workspace of a head in air, planned with a cut to it; its labels begin at slice 2."""
-    label = np.zeros((12, 100, 100), np.uint8)
-    label[2:5, 30:40, 40:50] = 1
-    image = Volume(head_in_air(), SPACING_MM)
-    volume.write(image, tmp_path / "head.mha")
-    volume.write(image.with_voxels(label), tmp_path / "head_label.mha")
-    cases = (Case("head", (tmp_path / "head.mha",), tmp_path / "head_label.mha"),)
-    dataset = Dataset("Heads", ("CT",), ("background", "bleed"), cases)
-    chosen = Overrides(spacing_mm=(5.0, 2.0, 2.0), patch=(8, 16, 16), batch=2, crop="head")
-    found = compute_fingerprint(dataset, 1)
-    return dataset, planner.plan(found, dataset, recipe="msd2018", overrides=chosen)
-
-
-def test_stores_the_box_that_inference_sees(heads, tmp_path):
-    dataset, plans = heads
-    preprocess_dataset(dataset, plans, "3d_fullres", tmp_path, 1)
-    case = chunks.open_case(preprocessed_folder(tmp_path, "3d_fullres"), "head")
-    expected = inference.prepare(
-        [volume.read(tmp_path / "head.mha")], plans, plans.configuration("3d_fullres")
-    )
-    assert expected.placement.box == BOX
-    half_a_step = chunks.HU_STEP / 2 / plans.normalisations[0].deviation
-    np.testing.assert_allclose(case.data[:], expected.data, rtol=0, atol=1.01 * half_a_step)
-    # 10 x 10 voxels of 1 mm from row 30 - 11 and column 40 - 20 of the box, at 2 mm; nearest
-    found = np.argwhere(case.target[:] == 1)
-    assert found.min(0).tolist() == [2, 9, 10]
-    assert len(found) == 3 * 5 * 5
-
-
-def test_a_label_beyond_the_head_is_refused(heads, tmp_path):
-    dataset, plans = heads
-    path = tmp_path / "head_label.mha"
-    label = volume.read(path)
-    label.voxels[0, 3:5, 3] = 1
-    volume.write(label, path)
-    with pytest.raises(
-        DatasetError, match="case head: 2 foreground voxels lie outside of the head"
-    ):
-        preprocess_dataset(dataset, plans, "3d_fullres", tmp_path, 1)
-    whole = replace(plans, crop="nonzero")
-    with pytest.raises(DatasetError, match=r"other plans \(spacing, intensities, crop or"):
-        preprocess_dataset(dataset, whole, "3d_fullres", tmp_path, 1)
-    shutil.rmtree(preprocessed_folder(tmp_path, "3d_fullres"))
-    assert preprocess_dataset(dataset, whole, "3d_fullres", tmp_path, 1) == 1
 
 
 def test_other_plans_are_refused(work):
