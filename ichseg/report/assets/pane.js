@@ -105,9 +105,11 @@
 
   function drawOutlines(pane) {
     const { nv, above, canvas } = pane;
-    above.width = canvas.width; // clears it, too; clearRect alone is not always shown
+    above.width = canvas.width; // clears it, too
     above.height = canvas.height;
     const pen = above.getContext("2d");
+    pen.fillStyle = "rgb(0 0 0 / 1%)"; // of one pixel: Chromium may forget to clear where nothing is drawn
+    pen.fillRect(0, 0, 1, 1);
     if (!pane.outlined) return;
     pen.lineWidth = LINE_PX * nv.uiData.dpr;
     pen.lineCap = "square";
