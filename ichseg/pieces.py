@@ -19,7 +19,7 @@ from ichseg import ndimage
 
 Labels = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.integer]
-CONNECTED = np.ones((3, 3, 3), bool)
+CONNECTED = np.ones((3, 3, 3), bool)  # as scipy.ndimage takes it
 _SLAB_VOXELS = 4_000_000  # numbered at once
 _MEASURED_VOXELS = 300_000  # of these measured at once: several arrays of 8 bytes a voxel
 

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Train the default weights from nothing: data, plan, preprocess, five folds, cross-validate, select, export.
+# Train weights like the default ones in one go: data, plan, preprocess, five folds, cross-validate, select, export.
+# How the shipped ones came about, over several versions: docs/decisions/0002-default-weights.md.
 #
 #   training/make_default_weights.sh PHE_SICH CT_ICH [WORKDIR]        default: ./default-weights
 #

@@ -91,7 +91,8 @@ def stopped_by_signals() -> Iterator[None]:
     """Have what asks for the end raise ``Stopped``, once.
 
     That is SIGTERM (a time-out of the platform), SIGINT (Ctrl-C) and SIGHUP (the terminal has
-    gone), but for those that the process was started to ignore, as by ``nohup``.
+    gone), but for those that the process was started to ignore, as by ``nohup``. What was done with
+    them before comes back only where nothing was raised: otherwise the end is near.
     """
     signals = [
         number

@@ -109,8 +109,8 @@ def skip_air(tiles: Tiles, channels: Sequence[Volume], placement: Placement, pla
 
     The CT itself is asked, not what normalisation leaves of it, where air and fat may be one. Only
     plans that normalise every channel as CT say that it is in HU. Where a volume is smaller than a
-    tile, padding is part of every tile: its value 0 is, on the scale of the CT, the mean of the
-    training foreground, so that no tile is air.
+    tile and padded with zeros, these are part of every tile: on the scale of the CT, zero is the
+    mean of the training foreground, so that no tile is air.
 
     Args:
         tiles: The case's tiles in the network's grid.
@@ -121,7 +121,8 @@ def skip_air(tiles: Tiles, channels: Sequence[Volume], placement: Placement, pla
     schemes = plans.normalisations
     if any(scheme.scheme != "ct" for scheme in schemes):
         return tiles
-    if tiles.padded != tiles.shape and max(scheme.mean for scheme in schemes) >= AIR_HU:
+    with_zeros = plans.padding == "zero" and tiles.padded != tiles.shape
+    if with_zeros and max(scheme.mean for scheme in schemes) >= AIR_HU:
         return tiles
     crops = [placement.axes.apply(channel.voxels)[placement.slices] for channel in channels]
     pad = [where.start for where in tiles.inner]

@@ -9,14 +9,14 @@ grid to another's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ichseg.engine.arrays import FloatArray, Grid, as_float, module_of, on_host
+from ichseg.engine.arrays import FloatArray, Grid, as_float, module_of, on_host, slabs
 from ichseg.model.bundle import Model
 from ichseg.model.plans import Plans
 from ichseg.predict import resample
@@ -77,7 +77,7 @@ def restore(
     convert = average == "logits" and len(parts) > 1
     logits = average == "logits" and not convert
     own = crop(labels)
-    for rows in _slabs(own.shape, slab_voxels):
+    for rows in slabs(own.shape, slab_voxels):
         total = _summed(parts, own.shape, rows, placement.spacing_mm, plans, convert)
         found = _decide(total, len(parts), rows, plans.regions, wanted, logits=logits)
         own[rows] = on_host(found)
@@ -100,7 +100,7 @@ def regrid(
     """
     shape, spacing_mm = wanted.grid_shape, wanted.grid_spacing_mm
     labels = np.empty(shape, np.int8)
-    for rows in _slabs(shape, _SLAB_VOXELS):
+    for rows in slabs(shape, _SLAB_VOXELS):
         total = _summed([(scores, placement)], shape, rows, spacing_mm, plans)
         labels[rows] = on_host(_likeliest(total, plans.regions))
     return labels
@@ -151,12 +151,6 @@ class _Wanted:
     foreground: npt.NDArray[np.uint8] | None
     probabilities: Sequence[Steps]
     threshold: float | None
-
-
-def _slabs(shape: Sequence[int], voxels: int) -> Iterator[slice]:
-    """Slabs of the first axis that have about so many voxels each."""
-    step = max(1, voxels // (shape[1] * shape[2]))
-    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 def _summed(

@@ -13,17 +13,22 @@ from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.data import dataset
 from training.data.convert import convert
-from training.data.dataset import Case, Dataset, largest_image_voxels, load_dataset, read_case
+from training.data.dataset import Case, Dataset, load_dataset, read_case
 
 LABELS = ("background", "bleed")
 
 
 def test_workspace_can_be_moved(tmp_path):
     convert(write_msd(tmp_path / "source"), tmp_path / "work")
-    shutil.rmtree(tmp_path / "source")
+    shutil.move(tmp_path / "source", tmp_path / "kept")
     shutil.move(tmp_path / "work", tmp_path / "moved")
-    for case in load_dataset(tmp_path / "moved").cases:
-        read_case(case, LABELS)
+    found = load_dataset(tmp_path / "moved").cases
+    assert found
+    for case in found:
+        images, label = read_case(case, LABELS)
+        original = tmp_path / "kept" / "labelsTr" / f"{case.name}.nii.gz"
+        np.testing.assert_array_equal(label.voxels, volume.read(original).voxels)
+        assert images[0].voxels.shape == label.voxels.shape
 
 
 def test_files_outside_the_workspace_are_named_absolutely(tmp_path):
@@ -112,12 +117,3 @@ def test_a_reference_whose_axes_run_otherwise_is_refused(tmp_path, frame):
     volume.write(Volume(label, **(same | frame)), tmp_path / "label.mha")
     with pytest.raises(DatasetError, match="axes or voxel sizes are others than its reference's"):
         read_case(Case("a", case.images, tmp_path / "label.mha"), LABELS)
-
-
-def test_largest_image(tmp_path):
-    for name, shape in (("a", (2, 3, 4)), ("b", (2, 3, 7)), ("c", (1, 5, 5))):
-        volume.write(Volume(np.zeros(shape, np.uint8), (1, 1, 1)), tmp_path / f"{name}.mha")
-    (tmp_path / "d.nii.gz").write_bytes(b"no volume")
-    cases = [Case(p.name, (p,), None) for p in sorted(tmp_path.iterdir())]
-    assert largest_image_voxels(cases) == 42
-    assert largest_image_voxels([]) == 0

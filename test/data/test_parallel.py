@@ -9,14 +9,17 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.work import die, triple_or_fail
 
 from ichseg.engine import machine
 from ichseg.errors import DatasetError
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
 from training.data import parallel
 from training.data.dataset import Case, describe_failure
-from training.data.parallel import default_workers, each_case, with_progress
+from training.data.parallel import each_case, with_progress, workers_for
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -131,21 +134,31 @@ def _wait_until(condition, seconds):
 
 
 @pytest.mark.parametrize(
-    ("free", "needed", "expected"),
+    ("free", "beside", "expected"),
     [
-        (100, None, 8),
-        (None, 10, 8),  # an unknown amount of memory
-        (100, 10, 8),  # 80 of 100 are given away
-        (100, 20, 4),
-        (100, 27, 2),
+        (None, 10, 3),  # an unknown amount of memory
+        (180, 6, 3),  # 144 of 180 are given away; 42 voxels take 42
+        (180, 7, 2),
+        (100, 38, 1),
         (100, 500, 1),
-        (100, 0, 8),
     ],
 )
-def test_default_workers(monkeypatch, free, needed, expected):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+def test_workers_are_as_many_as_cores_files_and_memory_allow(
+    monkeypatch, tmp_path, free, beside, expected
+):
+    """The largest of three files decides; a fourth is no volume."""
+    for name, shape in (("a", (2, 3, 4)), ("b", (2, 3, 7)), ("c", (1, 5, 5))):
+        volume.write(Volume(np.zeros(shape, np.uint8), (1, 1, 1)), tmp_path / f"{name}.mha")
+    files = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(machine, "cpus", lambda: 8)
     monkeypatch.setattr(machine, "free_memory_bytes", lambda: free)
-    assert default_workers(needed) == expected
+    assert workers_for(files, 1, beside) == expected
+    assert workers_for([], 1, beside) == 1
+    (tmp_path / "d.nii.gz").write_bytes(b"no volume")
+    files = sorted(tmp_path.iterdir())
+    assert workers_for(files, 1, 48 if free is None else free) == (4 if free is None else 1)
+    monkeypatch.setattr(machine, "cpus", lambda: 2)
+    assert workers_for(files, 1, beside) == min(2, expected)
 
 
 class _Terminal(io.StringIO):

@@ -79,7 +79,8 @@ def test_a_number_that_another_process_has_by_now_is_not_taken_for_the_first(tmp
         found = json.loads((tmp_path / CLAIM_FILE).read_text())
     (tmp_path / CLAIM_FILE).write_text(json.dumps({**found, "began": "1"}))
     with claimed(tmp_path, "x"):
-        pass
+        taken = json.loads((tmp_path / CLAIM_FILE).read_text())
+        assert (taken["pid"], taken["began"]) == (os.getpid(), found["began"])
 
 
 @pytest.mark.parametrize("changes", [{"boot": "another machine"}, {"space": "pid:[7]"}])
@@ -112,7 +113,7 @@ def test_of_another_machine_or_container_it_counts_whether_the_file_changes(
 def test_a_claim_that_is_cut_off_is_watched_and_taken(tmp_path, quick):
     (tmp_path / CLAIM_FILE).write_text('{"pid": 1')
     with claimed(tmp_path, "x"):
-        pass
+        assert json.loads((tmp_path / CLAIM_FILE).read_text())["pid"] == os.getpid()
 
 
 def test_who_has_lost_its_claim_ends(tmp_path):

@@ -91,6 +91,15 @@ def test_padding_to_a_tile_is_not_air():
     assert len(skipped(air((3, 32, 32)), plans=low).skipped) == 9
 
 
+def test_nearest_padding_of_air_is_air():
+    """A stack of three slices, tiles of four: what lies beyond it repeats what is judged."""
+    nearest = dataclasses.replace(PLANS, padding="nearest")
+    voxels = air((3, 32, 32))
+    assert len(skipped(voxels, plans=nearest).skipped) == 9
+    voxels[2, 0, 0] = 40
+    assert skipped(voxels, plans=nearest).corners() == [(0, 0, 0)]
+
+
 @pytest.mark.parametrize("scheme", ["zscore", "none"])
 def test_only_ct_is_in_hu(scheme):
     other = dataclasses.replace(PLANS, normalisations=(Normalisation(scheme),))

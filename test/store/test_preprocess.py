@@ -363,13 +363,13 @@ def test_a_store_of_another_version_is_refused(work):
 
 
 def test_workers_are_limited_by_memory(work, monkeypatch):
-    """Of 10 GB free four fifths are used; 500 million voxels take 9.4 GB, 100 million 2.2."""
+    """Of 10 GB free four fifths are used; 500 million voxels take 9.4 GB, 200 million 4."""
     _, dataset, _ = work
     monkeypatch.setattr(machine, "free_memory_bytes", lambda: 10 * 10**9)
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(16))
-    for voxels, workers in ((500_000_000, 1), (100_000_000, 3), (1_000_000, 16)):
-        monkeypatch.setattr(preprocess, "largest_image_voxels", lambda _, found=voxels: found)
-        assert preprocess.workers_for(dataset) == workers
+    for voxels, workers in ((500_000_000, 1), (200_000_000, 2), (1_000_000, 3)):
+        monkeypatch.setattr(volume, "stored_shape", lambda _, found=voxels: (1, 1, found))
+        assert preprocess.default_workers(dataset) == workers
 
 
 def test_a_folder_of_unknown_origin_is_refused(work):

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from ichseg.pieces import CONNECTED
 from training.batches.augmentation import AugmentationConfig
 
 Labels = npt.NDArray[np.int8]
 Mask = npt.NDArray[np.bool_]
-_TOUCHING = np.ones((3, 3, 3), bool)  # voxels that share a corner belong together
 
 
 def corrupt(
@@ -67,7 +67,7 @@ def remove_component(
     labels: Labels, label: int, less_than: float, rng: np.random.Generator
 ) -> None:
     """Set to background, in place, one component of a label that has fewer voxels than that."""
-    components, count = ndimage.label(labels == label, structure=_TOUCHING)
+    components, count = ndimage.label(labels == label, structure=CONNECTED)
     sizes = np.bincount(components.ravel(), minlength=count + 1)[1:]
     small = np.flatnonzero(sizes < less_than) + 1
     if len(small):

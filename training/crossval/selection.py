@@ -23,13 +23,12 @@ from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.model.plans import Plans
 from ichseg.model.rules import ComponentRule
-from ichseg.scan import volume
 from ichseg.wording import counted
 from training.crossval import merge, rules, unseen
 from training.crossval.rules import Trial
 from training.crossval.unseen import UnseenCase
 from training.data import parallel
-from training.data.dataset import Case, add_workspace_argument
+from training.data.dataset import add_workspace_argument
 from training.data.workspace import (
     probabilities_folder,
     run_folders,
@@ -122,7 +121,9 @@ def select(
     combinations = _combinations(configurations)
     if len(configurations) > 1:
         unseen.require_probabilities(workspace, cases, configurations)
-    workers = workers or _default_workers(cases)
+    if workers is None:
+        images = [task.case.images[0] for task in cases]
+        workers = parallel.workers_for(images, _BYTES_PER_VOXEL, _BYTES_BESIDE)
     dice = _each(
         unseen.compare_case, cases, workspace, planned, combinations,
         workers=workers, what="select",
@@ -255,16 +256,6 @@ def _each(
             raise result
         found[task.case.name] = result
     return np.array([found[task.case.name] for task in cases], np.float64)
-
-
-def _default_workers(cases: Sequence[UnseenCase]) -> int:
-    size = max(_voxels(task.case) for task in cases)
-    return min(len(cases), parallel.default_workers(_BYTES_BESIDE + size * _BYTES_PER_VOXEL))
-
-
-def _voxels(case: Case) -> int:
-    z, y, x = volume.stored_shape(case.images[0])
-    return z * y * x
 
 
 def _remove_probabilities(workspace: Path) -> None:

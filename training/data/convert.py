@@ -30,7 +30,6 @@ from training.data.dataset import (
     Dataset,
     add_workspace_argument,
     describe_failure,
-    largest_image_voxels,
     save_dataset,
 )
 from training.data.layouts import Source, read_source
@@ -118,8 +117,8 @@ def convert(
     if not (found.masks or any(move.splits_channels for move in moves)):
         workers = 1  # links and copies wait for the disk, not for a core
     elif workers is None:
-        voxels = largest_image_voxels(found.cases)
-        workers = parallel.default_workers(voxels * _BYTES_PER_VOXEL + _BYTES_BESIDE)
+        images = [image for case in found.cases for image in case.images]
+        workers = parallel.workers_for(images, _BYTES_PER_VOXEL, _BYTES_BESIDE)
     results = parallel.each_case(_bring_case, moves, workers=workers)
     for move, failure in parallel.with_progress(results, len(moves), "convert"):
         if isinstance(failure, Exception):

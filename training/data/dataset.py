@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ichseg.errors import DatasetError, IchsegError, InputError
+from ichseg.errors import DatasetError, IchsegError
 from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.model.plans import check_regions
@@ -260,17 +259,6 @@ def describe_failure(case: Case, error: Exception) -> str:
     """One line that names the case and says what went wrong."""
     text = str(error) if isinstance(error, IchsegError) else f"{type(error).__name__}: {error}"
     return f"case {case.name}: {text}"
-
-
-def largest_image_voxels(cases: Iterable[Case]) -> int:
-    """Voxels of the largest image file, by the headers; those that cannot be read do not count."""
-    largest = 0
-    for image in (image for case in cases for image in case.images):
-        try:
-            largest = max(largest, math.prod(volume.stored_shape(image)))
-        except InputError:
-            continue
-    return largest
 
 
 def add_workspace_argument(parser: argparse.ArgumentParser) -> None:

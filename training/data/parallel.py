@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import signal
 import sys
@@ -10,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import TextIO, TypeVar
 
 from ichseg.engine import machine
-from ichseg.errors import DatasetError
+from ichseg.errors import DatasetError, InputError
 from ichseg.wording import duration
 from ichseg.workers import end_with_parent
 
@@ -92,16 +94,30 @@ def each_case(
             pool.shutdown(cancel_futures=True)
 
 
-def default_workers(bytes_per_worker: int | None = None) -> int:
-    """How many processes to run: one a core, fewer where memory would not suffice.
+def workers_for(volumes: Sequence[Path], bytes_per_voxel: int, bytes_beside: int) -> int:
+    """How many processes to run: one a core or a file, fewer where memory would not suffice.
 
     Args:
-        bytes_per_worker: Memory that each holds at its peak; None leaves it out of account.
+        volumes: The files to be worked on. Each process is taken to hold the largest, by its
+            header; one that cannot be read does not count, since whoever reads it says so.
+        bytes_per_voxel: Memory that a process holds for each voxel of a volume, at its peak.
+        bytes_beside: Memory that it holds besides, libraries included.
     """
-    cores, free = machine.cpus(), machine.free_memory_bytes()
-    if bytes_per_worker is None or free is None:
-        return cores
-    return max(1, min(cores, int(_MEMORY_SHARE * free) // max(1, bytes_per_worker)))
+    most, free = min(machine.cpus(), len(volumes)), machine.free_memory_bytes()
+    if free is not None and most > 1:
+        largest = max(_stored_voxels(path) for path in volumes)
+        needed = bytes_beside + largest * bytes_per_voxel
+        most = min(most, int(_MEMORY_SHARE * free) // needed)
+    return max(1, most)
+
+
+def _stored_voxels(path: Path) -> int:
+    from ichseg.scan import volume  # not above: it loads numpy, before a command sets its threads
+
+    try:
+        return math.prod(volume.stored_shape(path))
+    except InputError:
+        return 0
 
 
 def with_progress(

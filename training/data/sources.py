@@ -56,10 +56,7 @@ class _KnownFiles:
     files: tuple[_Known, ...]
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(
-                f"sources schema {self.schema_version}, this code reads {SCHEMA_VERSION}"
-            )
+        strict_json.check_schema("sources", self.schema_version, SCHEMA_VERSION)
 
 
 def digest_cases(

@@ -25,7 +25,6 @@ from training.data.dataset import (
     Dataset,
     add_workspace_argument,
     describe_failure,
-    largest_image_voxels,
     load_dataset,
     save_dataset,
 )
@@ -185,8 +184,8 @@ def main(args: argparse.Namespace) -> int:
         convert.refuse_taken(args.fix_headers)
     workers = args.workers
     if workers is None:
-        voxels = largest_image_voxels(dataset.cases)
-        workers = parallel.default_workers(voxels * _BYTES_PER_VOXEL + _BYTES_BESIDE)
+        images = [image for case in dataset.cases for image in case.images]
+        workers = parallel.workers_for(images, _BYTES_PER_VOXEL, _BYTES_BESIDE)
     findings = verify_dataset(args.workspace, dataset, workers)
     count = Counter(found.severity for found in findings)
     if args.note:

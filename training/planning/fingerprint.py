@@ -1,8 +1,8 @@
 """What a dataset looks like: voxel sizes, shapes and foreground intensities.
 
 Intensities are those of *all* foreground voxels of all cases, pooled; voxels to be ignored are
-none. nnU-Net takes a sample in
-which each case weighs the same; here a large bleed weighs more than a small one.
+none. nnU-Net takes a sample in which each case weighs the same; here a large bleed weighs more
+than a small one.
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ from training.data.dataset import (
     load_dataset,
     read_case,
 )
-from training.data.parallel import default_workers, each_case, with_progress
+from training.data.parallel import each_case, with_progress, workers_for
 from training.data.sources import digest_sources
 from training.data.workspace import fingerprint_file
 
 SCHEMA_VERSION = 1
 # Whole numbers within this are counted in a histogram; anything else is pooled voxel by voxel.
 _HISTOGRAM_LIMIT = 2**31
+# Peak of one worker: channels as they are stored, labels, masks and what is cut out; measured for
+# one channel 9 bytes a voxel (int16) and 11 (float32).
+_BYTES_PER_CHANNEL_VOXEL, _BYTES_PER_VOXEL, _BYTES_BESIDE = 6, 8, 200_000_000
 
 _log = logging.getLogger(__name__)
 
@@ -120,12 +123,12 @@ class _CaseFacts:
     foreground: tuple[Counts | npt.NDArray[np.float64], ...]  # of each channel
 
 
-def compute_fingerprint(dataset: Dataset, workers: int, sources: str = "") -> Fingerprint:
+def compute_fingerprint(dataset: Dataset, workers: int | None, sources: str = "") -> Fingerprint:
     """Read every labelled case once, in parallel.
 
     Args:
         dataset: The cases.
-        workers: How many processes to run.
+        workers: How many processes to run; None for as many as cores and memory allow.
         sources: Digest of the cases' files, to be kept with the result.
 
     Raises:
@@ -134,6 +137,10 @@ def compute_fingerprint(dataset: Dataset, workers: int, sources: str = "") -> Fi
     cases = dataset.labelled
     if not cases:
         raise DatasetError(f"dataset {dataset.name}: no case has a reference segmentation")
+    if workers is None:
+        images = [case.images[0] for case in cases]  # all channels are of one size
+        per_voxel = _BYTES_PER_CHANNEL_VOXEL * len(dataset.channels) + _BYTES_PER_VOXEL
+        workers = workers_for(images, per_voxel, _BYTES_BESIDE)
     in_hu = all(is_ct(channel) for channel in dataset.channels)
     facts: dict[str, _CaseFacts] = {}
     failures = []
@@ -176,14 +183,19 @@ def load_fingerprint(workspace: Path) -> Fingerprint:
 
 
 def load_or_compute(
-    workspace: Path, dataset: Dataset, workers: int, *, heads: bool = False, keep: bool = True
+    workspace: Path,
+    dataset: Dataset,
+    workers: int | None,
+    *,
+    heads: bool = False,
+    keep: bool = True,
 ) -> Fingerprint:
     """The stored fingerprint if the files are those it was made of; otherwise a new one.
 
     Args:
         workspace: Where the fingerprint is stored.
         dataset: The cases.
-        workers: How many processes read them, if need be.
+        workers: How many processes read them, if need be; None as in ``compute_fingerprint``.
         heads: Whether one from a version that did not look for heads will not do.
         keep: Store a new fingerprint; otherwise nothing is written.
     """
@@ -284,7 +296,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the ``fingerprint`` command."""
     add_workspace_argument(parser)
     parser.add_argument(
-        "--workers", type=int, default=default_workers(), help="parallel processes [one a core]"
+        "--workers", type=int, help="parallel processes [one a core, as far as memory suffices]"
     )
 
 

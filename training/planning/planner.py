@@ -31,7 +31,6 @@ from training.data.dataset import (
     is_ct,
     load_dataset,
 )
-from training.data.parallel import default_workers
 from training.data.workspace import plans_file, runs_root
 from training.planning import explain
 from training.planning.cascade import plan_cascade
@@ -185,8 +184,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=int,
-        default=default_workers(),
-        help="parallel processes, if the fingerprint has yet to be computed [one a core]",
+        help="parallel processes, if the fingerprint has yet to be computed [one a core, as far as "
+        "memory suffices]",
     )
     add_override_arguments(parser)
 

@@ -72,9 +72,8 @@ def write(
     """
     _require_same_cases(evaluation, volumes)
     if workers is None:
-        voxels = max(_voxels(case.image) for case in volumes)
-        size = _BYTES_BESIDE + voxels * _BYTES_PER_VOXEL
-        workers = min(len(volumes), parallel.default_workers(size))
+        images = [case.image for case in volumes]
+        workers = parallel.workers_for(images, _BYTES_PER_VOXEL, _BYTES_BESIDE)
     scored_ml = {case.name: _scored_ml(case) for case in evaluation.cases}
     results = parallel.each_case(draw_case, volumes, out, is_ct, scored_ml, workers=workers)
     for case, result in parallel.with_progress(results, len(volumes), "report"):
@@ -148,8 +147,3 @@ def _scored_ml(case: CaseScore) -> tuple[float, float]:
         sum(score.predicted_ml for score in case.disjoint),
         sum(score.reference_ml for score in case.disjoint),
     )
-
-
-def _voxels(path: Path) -> int:
-    z, y, x = volume.stored_shape(path)[-3:]
-    return z * y * x

@@ -21,13 +21,12 @@ from ichseg.files import replacing, stem_of
 from ichseg.model import strict_json
 from training.scoring.lesions import find_lesions
 from training.scoring.roc import Area, RocPoint, area_under_roc, roc_curve
-from training.scoring.scores import CaseScore, read_labels
+from training.scoring.scores import HIGHEST_LABEL, CaseScore, read_labels
 from training.scoring.statistics import wilson
 
 DETECTION_FILE, ROC_PICTURE = "detection.json", "roc.png"
 BY_SCORE, BY_VOLUME = "case_score", "volume_ml"
 _POSITIVES_HEADER = ["case", "positive"]
-_MOST_LABELS = 63
 
 _log = logging.getLogger(__name__)
 
@@ -157,7 +156,7 @@ def of_masks(
     told = {name: positives[name] for name in masks}
     found, false = {}, {}
     for name, path in masks.items():
-        mask = read_labels(path, _MOST_LABELS)
+        mask = read_labels(path, HIGHEST_LABEL)
         bleed = mask.voxels != 0
         found[name] = float(np.count_nonzero(bleed) * mask.voxel_ml)
         if not told[name]:

@@ -24,9 +24,8 @@ from evalutils.exceptions import FileLoaderError, ValidationError
 from evalutils.io import FileLoader
 from evalutils.validators import DataFrameValidator, ExpectedColumnNamesValidator
 
-from ichseg.errors import DatasetError, IchsegError, InputError, TrainingError
+from ichseg.errors import DatasetError, IchsegError, TrainingError
 from ichseg.files import replacing, stem_of
-from ichseg.scan import volume
 from training.data import parallel
 from training.scoring import detection, summary, tables
 from training.scoring.detection import Detection
@@ -338,14 +337,11 @@ def _score_pairs(
     workers: int | None,
 ) -> list[CaseScore]:
     """Score all cases; what is wrong with the first bad one, by name, is raised."""
+    if workers is None:
+        references = [pair.reference for pair in pairs]
+        workers = parallel.workers_for(references, _BYTES_PER_VOXEL, _BYTES_BESIDE)
     results = parallel.each_case(
-        score_pair,
-        pairs,
-        names,
-        empty,
-        ignore_label,
-        held,
-        workers=workers or _default_workers(pairs),
+        score_pair, pairs, names, empty, ignore_label, held, workers=workers
     )
     scored, failures = [], {}
     for pair, result in parallel.with_progress(results, len(pairs), "evaluate"):
@@ -360,16 +356,6 @@ def _score_pairs(
         more = f" (and {len(failures) - 1} more cases)" if len(failures) > 1 else ""
         raise type(first)(f"{first}{more}")
     return scored
-
-
-def _default_workers(pairs: Sequence[Pair]) -> int:
-    voxels = 0
-    for pair in pairs:
-        try:
-            voxels = max(voxels, math.prod(volume.stored_shape(pair.reference)))
-        except InputError:  # said when the case is scored
-            continue
-    return min(len(pairs), parallel.default_workers(_BYTES_BESIDE + voxels * _BYTES_PER_VOXEL))
 
 
 def _count(found: LabelSummary) -> dict[str, object]:

@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from ichseg.pieces import CONNECTED
+
 Mask = npt.NDArray[np.bool_]
 
 # By the volume of one lesion; see size_class for the limits.
 SIZE_CLASSES = ("< 1 mL", "1..10 mL", "10..30 mL", "> 30 mL")
 ALL_SIZES = "all"
-_TOUCHING = np.ones((3, 3, 3), bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def number_lesions(
         The number of each voxel's lesion, from 1, or 0; then, for each lesion, its voxels, and how
         many of these are in the other mask.
     """
-    labels, count = ndimage.label(mask, structure=_TOUCHING)
+    labels, count = ndimage.label(mask, structure=CONNECTED)
     sizes = np.bincount(labels[mask], minlength=count + 1)[1:]
     shared = np.bincount(labels[mask & other], minlength=count + 1)[1:]
     return labels, sizes, shared

@@ -24,7 +24,7 @@ from training.scoring.surface import bounding_box
 Labels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
-_MOST_LABELS = 64  # what the platform takes for a segmentation; more are an image
+HIGHEST_LABEL = 63  # 64 labels are what the platform takes for a segmentation, more an image
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def score_pair(
         InputError: A file is not a volume of labels.
         DatasetError: The files differ in size or place.
     """
-    highest = _MOST_LABELS - 1 if names is None else highest_label(names, held)
+    highest = HIGHEST_LABEL if names is None else highest_label(names, held)
     if ignore_label is not None:
         highest = ignore_label - 1
     reference = read_labels(pair.reference, highest if ignore_label is None else ignore_label)

@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from ichseg.pieces import CONNECTED
 from ichseg.scan.orientation import nonzero_box
 
 _LISTED_AT_LEAST = 10_000  # voxels of a label whose coordinates are kept (nnU-Net v1)
 _LISTED_FRACTION = 0.01  # of larger labels
 _LISTED_OF_A_LESION = 1000
 _SEED = 1234
-_TOUCHING = np.ones((3, 3, 3), bool)  # voxels of one lesion touch, be it by a corner
 
 
 def sample_foreground(
@@ -78,7 +78,7 @@ def sample_lesions(
     if not foreground.any():
         return np.empty((0, 4), np.int32)
     box = nonzero_box([foreground])
-    numbered, _ = ndimage.label(foreground[tuple(slice(*b) for b in box)], structure=_TOUCHING)
+    numbered, _ = ndimage.label(foreground[tuple(slice(*b) for b in box)], structure=CONNECTED)
     flat = np.flatnonzero(numbered)
     numbers = numbered.ravel()[flat]
     order = np.argsort(numbers, kind="stable")

@@ -24,11 +24,10 @@ from training.data.dataset import (
     Dataset,
     add_workspace_argument,
     describe_failure,
-    largest_image_voxels,
     load_dataset,
     read_case,
 )
-from training.data.parallel import default_workers, each_case, with_progress
+from training.data.parallel import each_case, with_progress, workers_for
 from training.data.sources import digest_cases, digest_sources
 from training.data.workspace import plans_file, preprocessed_folder
 from training.planning.planned import load_plans
@@ -188,10 +187,11 @@ def require_current(
         )
 
 
-def workers_for(dataset: Dataset) -> int:
-    """How many processes the cores and the memory allow, going by the largest image's header."""
+def default_workers(dataset: Dataset) -> int:
+    """How many processes the cores and the memory allow, going by the images' headers."""
+    images = [case.images[0] for case in dataset.labelled]  # all channels are of one size
     per_voxel = _BYTES_PER_CHANNEL_VOXEL * len(dataset.channels) + _BYTES_PER_VOXEL
-    return default_workers(_BYTES_OF_A_WORKER + per_voxel * largest_image_voxels(dataset.labelled))
+    return workers_for(images, per_voxel, _BYTES_OF_A_WORKER)
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -228,7 +228,7 @@ def main(args: argparse.Namespace) -> int:
     started = time.monotonic()
     dataset = load_dataset(args.workspace)
     plans = load_plans(args.workspace)
-    workers = workers_for(dataset) if args.workers is None else args.workers
+    workers = default_workers(dataset) if args.workers is None else args.workers
     done = preprocess_dataset(
         dataset, plans, args.configuration, args.workspace, workers, args.share
     )

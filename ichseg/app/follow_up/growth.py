@@ -10,6 +10,7 @@ import numpy.typing as npt
 from scipy import ndimage, sparse
 from scipy.sparse import csgraph
 
+from ichseg.pieces import CONNECTED
 from ichseg.predict import components
 from ichseg.predict.components import Lesion, Point
 from ichseg.scan.orientation import nonzero_box
@@ -126,7 +127,7 @@ def compare_lesions(
 
 def _numbered(mask: Volume) -> Numbers:
     """The mask's pieces, 1 the largest, as ``components.lesions`` lists them."""
-    pieces, count = ndimage.label(mask.voxels != 0, np.ones((3, 3, 3), bool))
+    pieces, count = ndimage.label(mask.voxels != 0, CONNECTED)
     sizes = np.bincount(pieces.ravel(), minlength=count + 1)[1:]
     order = np.argsort(-sizes, kind="stable")
     names = np.zeros(count + 1, np.int32)
