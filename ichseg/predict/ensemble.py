@@ -251,8 +251,8 @@ class Ensemble:
                 of the time by its work, and at least one pass.
             on_host: Add up the scores there, for volumes that a GPU's memory does not hold. Where
                 it turns out to be full, all begins again so.
-            keep_networks: Whether every network stays ready for the next volume; by default where
-                all of them take less than a quarter of the free memory, or of a GPU's.
+            keep_networks: Whether every network stays ready for the next volume; by default as
+                ``need`` says: where that leaves half of the memory free.
 
         Raises:
             WeightsError: A network's file is not finite or does not fit its plan.
@@ -265,7 +265,10 @@ class Ensemble:
         if budget_s is not None:
             deadline = time.perf_counter() + budget_s - self._restoring_s(plan.volume)
         efforts = [part.passes.effort for part in plan.parts]
-        keep = self._holds_all(plan) if keep_networks is None else keep_networks
+        keep = keep_networks
+        if keep is None:
+            need, _ = self.need(plan, file_bytes=0, singly=budget_s is not None)
+            keep = need.keeps_networks
         clock = Clock(progress, sum(e.forward_passes for e in efforts), deadline, efforts)
         if not on_host:
             with contextlib.suppress(DeviceFullError), self.engine.guard():
@@ -324,15 +327,6 @@ class Ensemble:
     def in_hu(self, scan: Scan, name: str) -> Scan:
         """The scan, checked where the model is one of CT."""
         return reader.in_hu(scan, name) if self.model.expects_hu else scan
-
-    def _holds_all(self, plan: Plan) -> bool:
-        """Whether all networks of a plan together take less than a quarter of the free memory."""
-        kind = self.engine.kind
-        free = self.engine.device_bytes() if kind == "cuda" else machine.free_memory_bytes()
-        if kind == "torch-cpu" or free is None:
-            return False
-        members = [member for part in plan.parts for member in part.passes.members]
-        return 4 * memory.of_networks(self.model, self.folder, self.engine, members) < free
 
     def _predict(
         self,

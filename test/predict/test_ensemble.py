@@ -338,7 +338,7 @@ def test_scores_are_restored_on_the_host_where_a_gpus_memory_is_full(tmp_path, s
 def test_with_little_memory_one_network_is_alive_and_folds_are_outermost(
     tmp_path, scan, monkeypatch
 ):
-    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 10**6)
+    monkeypatch.setattr(machine, "memory_limit", lambda: machine.MemoryLimit(10**6, "a test"))
     make_bundle(tmp_path, folds=3)
     ensemble = Ensemble.load(tmp_path, "cpu")
     loads, alive = [], []
@@ -369,7 +369,7 @@ def test_networks_stay_for_the_next_volume_where_there_is_memory(
 ):
     make_bundle(tmp_path)
     ensemble = Ensemble.load(tmp_path, "cpu")
-    monkeypatch.setattr(machine, "free_memory_bytes", lambda: free)
+    monkeypatch.setattr(machine, "memory_limit", lambda: machine.MemoryLimit(free, "a test"))
     loads = []
 
     def load(spec, state):
