@@ -85,7 +85,7 @@ class Task:
 
     @functools.cached_property
     def stamp(self) -> Stamp:
-        """Size and date of the scan, looked up once; it may have thousands of files.
+        """Size, date and digest of the scan, looked up once; it may have thousands of files.
 
         Raises:
             InputError: The scan cannot be looked at.

@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from ichseg import ndimage
 from ichseg.app import results
 from ichseg.app.cases import InputCase, Job
 from ichseg.app.console import say
@@ -30,7 +29,6 @@ from ichseg.app.one_case import (
 )
 from ichseg.app.results import CaseResult, Record, refuse_cases
 from ichseg.app.start import loading_libraries
-from ichseg.engine import machine
 from ichseg.engine.engine import Engine
 from ichseg.errors import InputError, OutputError
 from ichseg.files import remove_unfinished
@@ -191,7 +189,7 @@ def segment_cases(
     with loading_libraries():
         import SimpleITK  # noqa: F401  # what it takes is the program's own, and no case's
 
-    base = machine.resident_bytes() + ndimage.bytes_to_come()
+    base = memory.program_bytes()
     cases_left = iter(range(count, 0, -1))
 
     def load_ahead() -> None:
@@ -218,16 +216,12 @@ def segment_cases(
 def _may_open(
     following: Task, task: Task, need: Need | None, behind: Need | None, base: int
 ) -> bool:
-    """Whether the next case may be opened while the networks run on this one.
-
-    The next one's files say how large it is beside this one.
-    """
-    if need is None:
-        return True
-    factor = 1.0
+    """Whether the next case may be opened while the networks run on this one."""
+    following_size = None
     with contextlib.suppress(InputError):  # which will be said when it is read
-        factor = following.stamp["bytes"] / max(task.stamp["bytes"], 1)
-    return memory.both_fit(need, factor, base + (behind.writing if behind else 0))
+        following_size = following.stamp["bytes"]
+    size = task.stamp["bytes"] if need is not None else None
+    return memory.may_open(need, behind, base, file_bytes=size, next_bytes=following_size)
 
 
 def _write_page(record: Record, means: Means, options: Options) -> None:

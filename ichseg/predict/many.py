@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ichseg.engine import machine
 from ichseg.errors import DeviceError, IchsegError, InputError, WeightsError
 from ichseg.overlap import overlapping
 from ichseg.predict import memory
@@ -89,7 +88,7 @@ def segment_many(
     """
     if images.is_one(scans):
         raise InputError(f"one {type(scans).__name__}, expected several scans, such as a list")
-    base = machine.resident_bytes()
+    base = memory.program_bytes()
     kept: Kept | None = "float16" if probabilities else None
 
     @_or_error
@@ -134,11 +133,8 @@ def segment_many(
     def may_open(
         following: tuple[int, Any], now: tuple[int, Any], need: Need | None, behind: Need | None
     ) -> bool:
-        if need is None:
-            return True
-        sizes = images.bytes_of(following[1]), images.bytes_of(now[1])
-        factor = sizes[0] / sizes[1] if all(sizes) else 1.0
-        return memory.both_fit(need, factor, base + (behind.writing if behind else 0))
+        size, following_size = images.bytes_of(now[1]), images.bytes_of(following[1])
+        return memory.may_open(need, behind, base, file_bytes=size, next_bytes=following_size)
 
     yield from overlapping(
         enumerate(scans),

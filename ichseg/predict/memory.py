@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ichseg import ndimage
 from ichseg.engine import machine, openvino_engine
 from ichseg.engine.engine import Engine, tiles_at_once
 from ichseg.engine.networks import spec_of
@@ -286,15 +287,33 @@ def gpu_holds_two(need: Need, engine: Engine) -> bool:
     return allowed is None or 2 * need.device <= allowed
 
 
-def both_fit(need: Need, factor: float, base: int) -> bool:
+def program_bytes() -> int:
+    """What the program takes by itself: what it holds now, and what it has yet to import."""
+    return machine.resident_bytes() + ndimage.bytes_to_come()
+
+
+def may_open(
+    need: Need | None,
+    behind: Need | None,
+    base: int,
+    *,
+    file_bytes: int | None,
+    next_bytes: int | None,
+) -> bool:
     """Whether the next case may be opened while the networks run on one.
 
+    The next one's files say how large it is beside that one.
+
     Args:
-        need: What the one that the networks run on needs.
-        factor: The size of the next one's files beside that of the one's.
-        base: Bytes that everything else takes.
+        need: What the one that the networks run on needs; None if it could not be opened.
+        behind: What the one needs that is being written meanwhile; None if there is none.
+        base: Bytes that the program takes by itself.
+        file_bytes: The size of the first one's files; None or 0 where that is not known.
+        next_bytes: The size of the next one's files, likewise.
     """
     allowed = machine.memory_limit()
-    if allowed is None:
+    if need is None or allowed is None:
         return True
+    base += behind.writing if behind else 0
+    factor = next_bytes / file_bytes if file_bytes and next_bytes else 1.0
     return base + need.network + need.predicting + factor * need.opening <= allowed.total

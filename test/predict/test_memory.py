@@ -156,3 +156,27 @@ def test_the_estimate_of_a_run_is_near_its_peak(tmp_path):
     (peak_kb,) = re.findall(r"VmHWM:\s+(\d+) kB", done.stdout)
     (estimate_gb,) = re.findall(r"about ([\d.]+) GB of memory", done.stderr)
     assert float(estimate_gb) == pytest.approx(int(peak_kb) / 1e6 * 1.024, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("limit", "sizes", "behind", "fits"),
+    [
+        (1100 + 20 + 30 + 10, (50, 50), False, True),  # program, networks, this one, the next one
+        (1100 + 20 + 30 + 10 - 1, (50, 50), False, False),
+        (1100 + 20 + 30 + 15, (50, 75), False, True),  # by its files half as large again
+        (1100 + 20 + 30 + 15 - 1, (50, 75), False, False),
+        (1100 + 20 + 30 + 10, (None, 75), False, True),  # one of them is no file
+        (1100 + 20 + 30 + 10, (0, 75), False, True),
+        (1100 + 20 + 30 + 10 + 7 - 1, (50, 50), True, False),  # one is being written
+        (1100 + 20 + 30 + 10 + 7, (50, 50), True, True),
+    ],
+)
+def test_the_next_case_is_opened_where_both_fit(monkeypatch, limit, sizes, behind, fits):
+    monkeypatch.setattr(machine, "memory_limit", lambda: MemoryLimit(limit, "a test"))
+    need = memory.Need(opening=10, predicting=30, writing=7, network=20)
+    now, following = sizes
+    found = memory.may_open(
+        need, need if behind else None, 1100, file_bytes=now, next_bytes=following
+    )
+    assert found == fits
+    assert memory.may_open(None, None, 1100, file_bytes=now, next_bytes=following)
