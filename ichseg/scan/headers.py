@@ -82,7 +82,7 @@ def is_whole(path: Path, suffix: str, nbytes: int) -> bool:
                 header = nrrd.parse_header(stream)
                 start, packed = header.start, header.packed
             elif suffix == ".mha":
-                text = stream.read(metaimage.LONGEST_HEADER)
+                text = stream.read(stored.LONGEST_HEADER)
                 start = text.index(b"\n", text.index(b"ElementDataFile")) + 1
                 packed = b"CompressedData = True" in text[:start]
                 stream.seek(0)

@@ -6,9 +6,16 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ichseg.scan.stored import DamagedError, Header, OtherKindError, checked_shape, whole_number
+from ichseg.scan.stored import (
+    LONGEST_HEADER,
+    DamagedError,
+    Header,
+    OtherKindError,
+    checked_shape,
+    number,
+    whole_number,
+)
 
-LONGEST_HEADER = 65_536  # bytes
 # Without MET_LONG and MET_ULONG, which are of 4 or 8 bytes according to who wrote the file.
 TYPES = {
     "MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2",
@@ -84,7 +91,7 @@ def _refuse_other_kinds(fields: dict[str, str], detached: bool) -> None:
         raise OtherKindError(f"DistanceUnits {unit[:20]}, expected mm")
     for key, plain in (("Slope", 1.0), ("Offset", 0.0)):  # which ITK passes over
         word = fields.get(f"ElementToIntensityFunction{key}", str(plain))
-        if _number(word) != plain:
+        if number(word) != plain:
             raise OtherKindError(f"ElementToIntensityFunction{key} {word[:20]}, expected {plain:g}")
     kind = fields.get("ElementType", "none")
     if kind not in TYPES:
@@ -98,13 +105,6 @@ def _refuse_other_places(where: str) -> None:
         raise OtherKindError(
             f"its voxels are in {where[:80]!r}, expected in one file in the same folder"
         )
-
-
-def _number(word: str) -> float:
-    try:
-        return float(word)
-    except ValueError:
-        raise DamagedError(f"{word[:20]!r} where a number is expected") from None
 
 
 def _flag(fields: dict[str, str], key: str, default: bool) -> bool:

@@ -12,13 +12,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ichseg.scan.stored import DamagedError, Header, OtherKindError, checked_shape
+from ichseg.scan.stored import FARTHEST_MM, DamagedError, Header, OtherKindError, checked_shape
 from ichseg.wording import times
 
 HEADER_BYTES = 348
 VOXELS_AT = 352  # at the earliest: four bytes speak of extensions
 _MOST_EXTENSIONS = 1 << 20  # bytes before the voxels
-_FARTHEST_MM = 1e5
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # metres and micrometres; all other codes are taken for mm
 _SAME_LENGTH = 0.01  # a share; writers round
 UINT8, FLOAT32 = 2, 16  # codes of the stored numbers
@@ -95,9 +94,9 @@ def _check_place(raw: bytes, end: str) -> None:
     if scode > 0:
         used += struct.unpack_from(end + "12f", raw, 280)
     used_mm = [value * mm_per_unit(raw) for value in used]
-    odd = [value for value in used_mm if not abs(value) <= _FARTHEST_MM]  # NaN is not, either
+    odd = [value for value in used_mm if not abs(value) <= FARTHEST_MM]  # NaN is not, either
     if odd:
-        raise DamagedError(f"{odd[0]:g} mm as a size or place, expected up to {_FARTHEST_MM:g}")
+        raise DamagedError(f"{odd[0]:g} mm as a size or place, expected up to {FARTHEST_MM:g}")
     if scode > 0:
         _check_lengths(raw, end)
 

@@ -12,15 +12,17 @@ from typing import BinaryIO
 import numpy as np
 
 from ichseg.scan.stored import (
+    FARTHEST_MM,
+    LONGEST_HEADER,
     DamagedError,
     Header,
     OtherKindError,
     Place,
     checked_shape,
+    number,
     whole_number,
 )
 
-LONGEST_HEADER = 65_536  # bytes
 _TYPES = {
     "signed char": "i1", "int8": "i1", "int8_t": "i1",
     "uchar": "u1", "unsigned char": "u1", "uint8": "u1", "uint8_t": "u1",
@@ -42,7 +44,6 @@ _SPACES = {
     "right-anterior-superior": (-1, -1, 1), "ras": (-1, -1, 1),
     "left-anterior-superior": (1, -1, 1), "las": (1, -1, 1),
 }  # fmt: skip
-_FARTHEST_MM = 1e5
 
 
 def parse_header(stream: BinaryIO) -> Header:
@@ -133,13 +134,13 @@ def _place(fields: dict[str, str]) -> Place:
         steps = np.array(_vectors(fields["space directions"], 3)) * signs  # a row an axis
     else:
         words = fields.get("spacings", "").split()
-        steps = np.diag([_number(word) for word in words] if len(words) == 3 else [math.nan] * 3)
+        steps = np.diag([number(word) for word in words] if len(words) == 3 else [math.nan] * 3)
     origin = np.array(_vectors(fields.get("space origin", "(0,0,0)"), 1)[0]) * signs
     lengths = np.sqrt((steps**2).sum(1))
     if not (np.isfinite(lengths).all() and lengths.min() > 0):
         raise DamagedError("space directions or spacings that are no sizes in mm")
-    if max(abs(steps).max(), abs(origin).max()) > _FARTHEST_MM or not np.isfinite(origin).all():
-        raise DamagedError(f"a size or place beyond {_FARTHEST_MM:g} mm")
+    if max(abs(steps).max(), abs(origin).max()) > FARTHEST_MM or not np.isfinite(origin).all():
+        raise DamagedError(f"a size or place beyond {FARTHEST_MM:g} mm")
     directions = (steps / lengths[:, None]).T[::-1, ::-1]  # rows and columns z, y, x
     return Place(
         spacing_mm=tuple(lengths[::-1].tolist()),
@@ -153,14 +154,7 @@ def _vectors(text: str, count: int) -> list[list[float]]:
     found = re.findall(r"\(([^()]*)\)|(\S+)", text)
     if len(found) != count or any(other for _, other in found):
         raise DamagedError(f"{text[:60]!r}, expected {count} vectors of three numbers")
-    vectors = [[_number(word) for word in inside.split(",")] for inside, _ in found]
+    vectors = [[number(word) for word in inside.split(",")] for inside, _ in found]
     if any(len(vector) != 3 for vector in vectors):
         raise DamagedError(f"{text[:60]!r}, expected {count} vectors of three numbers")
     return vectors
-
-
-def _number(word: str) -> float:
-    try:
-        return float(word)
-    except ValueError:
-        raise DamagedError(f"{word[:20]!r} where a number is expected") from None

@@ -15,6 +15,8 @@ from typing import BinaryIO
 import numpy as np
 
 MOST_VOXELS = 1_000_000_000  # a head at 0.25 mm has 500 million
+LONGEST_HEADER = 65_536  # bytes, of a header in letters
+FARTHEST_MM = 1e5  # a size or a place beyond is damage
 _PIECE = 1 << 20
 _MOST_BEYOND = 16 * _PIECE  # what may follow the voxels of a NIfTI file
 _GZIP = b"\x1f\x8b"
@@ -85,6 +87,18 @@ def whole_number(word: str) -> int:
     if not (word.isascii() and word.isdecimal() and len(word) < 10):
         raise DamagedError(f"{word[:20]!r} where a number is expected")
     return int(word)
+
+
+def number(word: str) -> float:
+    """A number of a header; it may be infinite or NaN.
+
+    Raises:
+        DamagedError: It is none.
+    """
+    try:
+        return float(word)
+    except ValueError:
+        raise DamagedError(f"{word[:20]!r} where a number is expected") from None
 
 
 def checked_shape(size: list[int]) -> tuple[int, ...]:

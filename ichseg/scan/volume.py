@@ -347,15 +347,9 @@ def _check_geometry(volume: Volume, written: Path, path: Path) -> None:
         ) from error
     direction = np.array(reader.GetDirection()).reshape(3, 3)[::-1, ::-1].ravel()
     exact = suffix_of(path) == ".mha"
-    same = reader.GetSize()[::-1] == volume.voxels.shape and all(
-        np.allclose(found, wanted, rtol=0 if exact else rtol, atol=0 if exact else atol)
-        for found, wanted, rtol, atol in (
-            (reader.GetSpacing()[::-1], volume.spacing_mm, 1e-6, 0),
-            (reader.GetOrigin()[::-1], volume.origin_mm, 0, 1e-4),
-            (direction, volume.direction, 0, 1e-6),
-        )
-    )
-    if not same:
+    place = reader.GetSpacing()[::-1], reader.GetOrigin()[::-1], direction
+    same_size = reader.GetSize()[::-1] == volume.voxels.shape
+    if not (same_size and _same_place(place, volume, exact=exact)):
         raise OutputError(f"{path}: the written geometry differs from the volume's")
 
 
@@ -373,19 +367,29 @@ def check_place(grid: Volume, written: Path, path: Path, *, labels: int) -> None
     """
     try:
         header = headers.read_header(written, suffix_of(written))
-        spacing_mm, origin_mm, direction = _place(written, header)
+        place = _place(written, header)
     except InputError as error:
         raise OutputError(f"{path}: the written file cannot be read back ({error})") from error
-    same = header.shape == ((labels,) if labels > 1 else ()) + grid.voxels.shape and all(
-        np.allclose(found, wanted, rtol=rtol, atol=atol)
-        for found, wanted, rtol, atol in (
-            (spacing_mm, grid.spacing_mm, 1e-6, 0),
-            (origin_mm, grid.origin_mm, 0, 1e-4),
-            (direction, grid.direction, 0, 1e-6),
+    same_size = header.shape == ((labels,) if labels > 1 else ()) + grid.voxels.shape
+    if not (same_size and _same_place(place, grid)):
+        raise OutputError(f"{path}: the written geometry differs from the volume's")
+
+
+def _same_place(
+    found: tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike],
+    wanted: Volume,
+    *,
+    exact: bool = False,
+) -> bool:
+    """Whether a spacing, an origin and a direction are a volume's, as a file's numbers can be."""
+    return all(
+        np.allclose(of_file, of_volume, rtol=0 if exact else rtol, atol=0 if exact else atol)
+        for of_file, of_volume, rtol, atol in (
+            (found[0], wanted.spacing_mm, 1e-6, 0),
+            (found[1], wanted.origin_mm, 0, 1e-4),
+            (found[2], wanted.direction, 0, 1e-6),
         )
     )
-    if not same:
-        raise OutputError(f"{path}: the written geometry differs from the volume's")
 
 
 def triple(values: Iterable[float]) -> Triple:

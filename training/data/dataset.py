@@ -225,18 +225,22 @@ def read_case(
                 f"{reference.voxels.shape}"
             )
         _refuse_turned(path, image, reference)
-    low, high = float(reference.voxels.min()), float(reference.voxels.max())
-    integral = reference.voxels.dtype.kind in "iub" or bool(
-        np.array_equal(reference.voxels, np.rint(reference.voxels))
-    )
-    highest = len(labels) - 1 if ignore_label is None else ignore_label
-    if low < 0 or high > highest or not integral:
-        raise DatasetError(
-            f"{case.label}: values {low:g}..{high:g}"
-            f"{'' if integral else ' that are not all whole'}, expected whole labels "
-            f"0..{highest}"
-        )
+    wrong = wrong_labels(reference, len(labels) - 1 if ignore_label is None else ignore_label)
+    if wrong is not None:
+        raise DatasetError(f"{case.label}: {wrong}")
     return images, reference
+
+
+def wrong_labels(mask: Volume, highest: int) -> str | None:
+    """What is wrong with the values of a mask: not whole labels from 0 on; None if nothing is."""
+    low, high = float(mask.voxels.min()), float(mask.voxels.max())
+    whole = mask.voxels.dtype.kind in "iub" or bool(
+        np.array_equal(mask.voxels, np.rint(mask.voxels))
+    )
+    if low >= 0 and high <= highest and whole:
+        return None
+    found = f"values {low:g}..{high:g}{'' if whole else ' that are not all whole'}"
+    return f"{found}, expected whole labels 0..{highest}"
 
 
 def _refuse_turned(path: Path, image: Volume, reference: Volume) -> None:

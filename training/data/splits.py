@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +116,38 @@ def make_splits(
     return tuple(splits)
 
 
+def read_table(path: Path, header: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV table that somebody wrote, each with its number, the header's being 1.
+
+    Spaces around a cell are dropped; rows without any text are passed over.
+
+    Raises:
+        DatasetError: No such table, another header, or a row with another number of cells or an
+            empty one.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a mark
+            rows = [
+                [cell.strip() for cell in row] for row in csv.reader(file, skipinitialspace=True)
+            ]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DatasetError(f"{path}: cannot read as a table ({reason})") from error
+    if not rows or rows[0] != list(header):
+        raise DatasetError(
+            f"{path}: begins with {','.join(rows[0]) if rows else 'nothing'!r}, expected the "
+            f"header {','.join(header)!r}"
+        )
+    for number, row in enumerate(rows[1:], start=2):
+        if not any(row):
+            continue
+        if len(row) != len(header) or not all(row):
+            raise DatasetError(
+                f"{path}: row {number} is {','.join(row)!r}, expected {','.join(header)}"
+            )
+        yield number, row
+
+
 def read_groups(path: Path, names: Sequence[str]) -> dict[str, str]:
     """The group of each of these cases, from a CSV table with the header ``case,group``.
 
@@ -124,25 +156,8 @@ def read_groups(path: Path, names: Sequence[str]) -> dict[str, str]:
     Raises:
         DatasetError: No such table, another header, a case in two groups or in none.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a mark
-            rows = [
-                [cell.strip() for cell in row] for row in csv.reader(file, skipinitialspace=True)
-            ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{path}: cannot read as a table ({error})") from error
-    if not rows or rows[0] != GROUPS_HEADER:
-        raise DatasetError(
-            f"{path}: begins with {','.join(rows[0]) if rows else 'nothing'!r}, expected the "
-            f"header {','.join(GROUPS_HEADER)!r}"
-        )
     groups: dict[str, str] = {}
-    for number, row in enumerate(rows[1:], start=2):
-        if not any(row):
-            continue
-        if len(row) != len(GROUPS_HEADER) or not all(row):
-            raise DatasetError(f"{path}: row {number} is {','.join(row)!r}, expected case,group")
-        case, group = row
+    for number, (case, group) in read_table(path, GROUPS_HEADER):
         if groups.setdefault(case, group) != group:
             raise DatasetError(
                 f"{path}: row {number} puts case {case} into {group}, an earlier one into "

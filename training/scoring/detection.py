@@ -7,7 +7,6 @@ it, ``roc.png`` shows the curve.
 
 from __future__ import annotations
 
-import csv
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ichseg.app import results
 from ichseg.errors import DatasetError
 from ichseg.files import replacing, stem_of
 from ichseg.model import strict_json
+from training.data.splits import read_table
 from training.scoring.lesions import find_lesions
 from training.scoring.roc import Area, RocPoint, area_under_roc, roc_curve
 from training.scoring.scores import HIGHEST_LABEL, CaseScore, read_labels
@@ -219,26 +219,13 @@ def read_positives(path: Path, cases: Iterable[str] = ()) -> dict[str, bool]:
     Raises:
         DatasetError: No such table, another header or value, or a case that stands twice or lacks.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:  # spreadsheets write a mark
-            rows = [[cell.strip() for cell in row] for row in csv.reader(stream)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DatasetError(f"{path}: cannot read as a table ({reason})") from error
-    if not rows or rows[0] != _POSITIVES_HEADER:
-        raise DatasetError(
-            f"{path}: begins with {','.join(rows[0]) if rows else 'nothing'!r}, expected the "
-            f"header {','.join(_POSITIVES_HEADER)!r}"
-        )
     found: dict[str, bool] = {}
-    for number, row in enumerate(rows[1:], start=2):
-        if not any(row):
-            continue
-        if len(row) != len(_POSITIVES_HEADER) or row[1] not in ("0", "1"):
-            raise DatasetError(f"{path}: row {number} is {','.join(row)!r}, expected case,0 or 1")
-        if row[0] in found:
-            raise DatasetError(f"{path}: row {number} has case {row[0]} again")
-        found[row[0]] = row[1] == "1"
+    for number, (case, positive) in read_table(path, _POSITIVES_HEADER):
+        if positive not in ("0", "1"):
+            raise DatasetError(f"{path}: row {number} is '{case},{positive}', expected case,0 or 1")
+        if case in found:
+            raise DatasetError(f"{path}: row {number} has case {case} again")
+        found[case] = positive == "1"
     missing = [name for name in cases if name not in found]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -15,6 +15,7 @@ from ichseg.model import strict_json
 from ichseg.model.plans import Region
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
+from training.data.dataset import wrong_labels
 from training.data.examine import compare, grid_of
 from training.scoring.ignored import leave_out
 from training.scoring.lesions import Lesion, find_lesions
@@ -223,15 +224,9 @@ def read_labels(path: Path, highest: int) -> Volume:
         InputError: The file cannot be read, or has other values.
     """
     found = volume.read(path)
-    low, high = float(found.voxels.min()), float(found.voxels.max())
-    whole = found.voxels.dtype.kind in "iub" or bool(
-        np.array_equal(found.voxels, np.rint(found.voxels))
-    )
-    if low < 0 or high > highest or not whole:
-        raise InputError(
-            f"{path}: values {low:g}..{high:g}{'' if whole else ' that are not all whole'}, "
-            f"expected whole labels 0..{highest}"
-        )
+    wrong = wrong_labels(found, highest)
+    if wrong is not None:
+        raise InputError(f"{path}: {wrong}")
     return found.with_voxels(found.voxels.astype(np.uint8))
 
 
