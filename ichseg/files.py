@@ -36,11 +36,6 @@ def is_named_as_scan(path: Path) -> bool:
     return bool(suffix_of(path)) and not path.name.startswith(".")
 
 
-def is_voxels_of(path: Path, header: Path) -> bool:
-    """Whether a file holds, by its name, the voxels of an ``.mhd`` beside it."""
-    return path.suffix.lower() in (".raw", ".zraw") and path.stem == stem_of(header)
-
-
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal digits.
 
@@ -89,6 +84,12 @@ def replacing(path: Path, *, suffix: str = "", durable: bool = False) -> Iterato
                 temporary.unlink(missing_ok=True)
             _under_way.discard(temporary)
             os.close(handle)
+
+
+def remove_if_there(path: Path) -> None:
+    """Remove a file, if there is one; what cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:

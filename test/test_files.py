@@ -12,7 +12,6 @@ import pytest
 from ichseg.errors import OutputError
 from ichseg.files import (
     is_named_as_scan,
-    is_voxels_of,
     remove_unfinished,
     replacing,
     sha256,
@@ -32,12 +31,6 @@ def test_suffix_and_stem():
 def test_hidden_files_and_other_types_are_no_scans():
     named = ["a.nii", "a.NII.GZ", "b/a.mha", "a.nrrd", "a.MHD", ".a.nii", "a.nii.txt", "nii"]
     assert [is_named_as_scan(Path(name)) for name in named] == [True] * 5 + [False] * 3
-
-
-def test_the_voxels_of_an_mhd_have_its_name():
-    names = ["a.raw", "a.ZRAW", "b.raw", "a.txt", "a.mhd"]
-    found = [is_voxels_of(Path(name), Path("a.mhd")) for name in names]
-    assert found == [True, True, False, False, False]
 
 
 def test_sha256_of_the_standards_example(tmp_path):

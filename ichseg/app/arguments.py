@@ -108,7 +108,7 @@ def _add_places(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--input",
         "--input_dir",
-        type=Path,
+        type=_path,
         default=MOUNTED_INPUT,
         help="folder with the scans, or one scan (default /input)",
     )
@@ -124,7 +124,7 @@ def _add_places(group: argparse._ArgumentGroup) -> None:
         help="also take scans to which links lead out of the input folder; without this they fail",
     )
     group.add_argument(
-        "--output", type=Path, help="folder for masks and results.json (default /output)"
+        "--output", type=_path, help="folder for masks and results.json (default /output)"
     )
     group.add_argument(
         "--report",
@@ -160,7 +160,7 @@ def _add_choices(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--weights",
-        type=Path,
+        type=_path,
         help="folder of a weights bundle (default /opt/ml/model if it holds one, else the weights "
         "that come with this program)",
     )
@@ -235,10 +235,17 @@ def _add_platform(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--predict_dir",
-        type=Path,
+        type=_path,
         help="INSTANCE 2022's batch: each .nii.gz of the input folder gets a mask of the same name "
         "here, and there is no results.json (default /predict if there is one and no --output)",
     )
+
+
+def _path(text: str) -> Path:
+    """A path; an empty one, such as of a variable that is not set, would be this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name, expected a path; . is this folder")
+    return Path(text)
 
 
 def _probability(text: str) -> float:

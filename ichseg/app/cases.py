@@ -39,6 +39,7 @@ class InputCase:
         output: The file of its mask.
         refusal: Why it cannot be segmented though it looks like a scan; empty if that is tried.
         picture: The file name of its overlay picture, another one for each case.
+        probabilities: What the names of the files with its probabilities begin with, likewise.
         study: The UID of its study where slices of another one lie in the same folder.
         follow_links: Whether links among its slices may lead elsewhere.
     """
@@ -48,6 +49,7 @@ class InputCase:
     output: Path
     refusal: str = ""
     picture: str = ""
+    probabilities: str = ""
     study: str = ""
     follow_links: bool = False
 
@@ -231,6 +233,9 @@ def _job(
     masks = Counter(case.output for case in cases)
     stems = Counter(_stem(case.name) for case in cases)
     names = {case.name for case in cases}
+    beside = Counter(
+        path for case in cases for path in probability_paths(case.output, stem_of(case.output))
+    )
     in_order = []
     for case in sorted(cases, key=lambda case: case.name):
         refusal, stem = case.refusal, _stem(case.name)
@@ -238,8 +243,30 @@ def _job(
             refusal = f"{masks[case.output]} scans whose masks would be {case.output.name}"
         alone = stems[stem] == 1 and (stem == case.name or stem not in names)
         picture = f"{stem if alone else case.name}.png"
-        in_order.append(replace(case, refusal=refusal, picture=picture))
+        first = stem_of(case.output)
+        for path in probability_paths(case.output, first):
+            if masks[path] or beside[path] > 1:
+                first = case.output.name
+        taken = [p for p in probability_paths(case.output, first) if masks[p] or beside[p] > 1]
+        if taken and not refusal:
+            refusal = f"its probabilities would be {taken[0].name}, the name of another scan's file"
+        in_order.append(replace(case, refusal=refusal, picture=picture, probabilities=first))
     return Job(tuple(in_order), platform=False, passed_over=tuple(passed_over))
+
+
+def probability_paths(mask: Path, first: str) -> tuple[Path, Path, Path]:
+    """Where the probabilities of a mask go: as NIfTI, and nnU-Net's two files.
+
+    Args:
+        mask: The file of the mask, beside which they lie.
+        first: What their names begin with. nnU-Net knows a case without the number of its channel.
+    """
+    theirs = first.removesuffix("_0000")
+    return (
+        mask.with_name(f"{first}_probability.nii.gz"),
+        mask.with_name(f"{theirs}.npz"),
+        mask.with_name(f"{theirs}.pkl"),
+    )
 
 
 def _stem(name: str) -> str:
@@ -254,9 +281,11 @@ def check_output(job: Job, output: Path) -> None:
         OutputError: It is such a folder.
     """
     for case in job.cases:
-        # a scan that has gone since it was listed is its case's fault, and said there
-        if case.output.exists() and case.image.exists() and case.output.samefile(case.image):
-            raise OutputError(f"{case.image}: its mask would replace it; name another --output")
+        # a scan that has gone since it was listed is its case's fault, and said there, and so is
+        # a name that is too long for a mask
+        with contextlib.suppress(OSError):
+            if case.output.samefile(case.image):
+                raise OutputError(f"{case.image}: its mask would replace it; name another --output")
     probe = output / f"{UNFINISHED}probe"
     try:
         output.mkdir(parents=True, exist_ok=True)

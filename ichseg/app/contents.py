@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ichseg.files import SCAN_SUFFIXES, is_voxels_of
+from ichseg.files import SCAN_SUFFIXES
 from ichseg.scan.dicom import files
 from ichseg.wording import counted
 
@@ -71,7 +71,7 @@ def look_into(folder: Path, search: Search) -> Contents:
 def _look_into(folder: Path, search: Search, found: Contents, above: tuple[Path, ...]) -> None:
     """Add what lies in a folder; ``above`` are the folders that the way led through."""
     may_be_dicom: list[Path] = []
-    volumes = [path for path in folder.iterdir() if is_named(path, ".mhd")]
+    voxels = _voxel_files(folder)
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             if is_named(path, *search.suffixes, *OTHER_SUFFIXES):
@@ -89,7 +89,7 @@ def _look_into(folder: Path, search: Search, found: Contents, above: tuple[Path,
             _add_named(path, search, found)
         elif path.is_file() and files.is_dicom(path):
             may_be_dicom.append(path)
-        elif not any(is_voxels_of(path, volume) for volume in volumes):
+        elif path not in voxels:
             found.passed_over.append((_name(path, search), "no scan by its name or content"))
     studies = []
     if may_be_dicom:
@@ -100,6 +100,17 @@ def _look_into(folder: Path, search: Search, found: Contents, above: tuple[Path,
     for path in may_be_dicom:
         if path.is_dir() and not any(s.folder.is_relative_to(path) for s in studies):
             _look_into_other(path, search, found)
+
+
+def _voxel_files(folder: Path) -> set[Path]:
+    """The files that hold voxels of the ``.mhd`` in a folder, by their headers."""
+    detached = [path for path in folder.iterdir() if is_named(path, ".mhd") and path.is_file()]
+    if not detached:
+        return set()
+    from ichseg.scan import headers  # loads numpy
+
+    found = (headers.voxels_beside(path) for path in detached)
+    return {path for path in found if path is not None}
 
 
 def _look_further(path: Path, search: Search, found: Contents, above: tuple[Path, ...]) -> None:

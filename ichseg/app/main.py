@@ -36,6 +36,7 @@ from ichseg.app.start import (
     tame_libraries,
 )
 from ichseg.errors import DeviceError, IchsegError, WeightsError
+from ichseg.files import remove_if_there
 from ichseg.model.folder import MODEL_FILE
 from ichseg.wording import counted
 
@@ -125,7 +126,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
     def run(ensemble: Ensemble) -> int:
         for earlier in written:  # an earlier job's, and not to be taken for this one's
-            earlier.unlink(missing_ok=True)
+            remove_if_there(earlier)
         written.clear()
         return run_job(arguments, lambda: ensemble, time.monotonic(), written)
 
@@ -179,13 +180,28 @@ def run_job(
         say_passed_over(job)
         with contextlib.ExitStack() as claimed:
             if written is not None:  # a server has claimed the folder
-                written.update(case.output for case in job.cases)
-                written.update(arguments.output / name for name in results.FILES)
+                written.update(_will_write(arguments, job))
             elif not job.challenge:
                 claimed.enter_context(results.claimed(arguments.output))
             return segment(arguments, job, loaded, described.sha256, began)
 
     return _in_words(str(arguments.input), work, raised=() if written is None else (DeviceError,))
+
+
+def _will_write(arguments: argparse.Namespace, job: Job) -> Iterator[Path]:
+    """The files that a job may write."""
+    from ichseg.app.one_case import REPORT, files_beside
+
+    extras = {
+        "dicom_seg": True,
+        "probabilities": arguments.probabilities,
+        "pictures": arguments.report,
+    }
+    for case in job.cases:
+        yield case.output
+        yield from files_beside(case, arguments.output, extras)
+    yield from (arguments.output / name for name in results.FILES)
+    yield arguments.output / REPORT / "index.html"
 
 
 def _in_words(what: str, work: Callable[[], int], raised: tuple[type[Exception], ...] = ()) -> int:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -19,12 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ichseg.app import case_report, results
-from ichseg.app.cases import InputCase
+from ichseg.app.cases import InputCase, probability_paths
 from ichseg.app.console import Progress, say, say_traceback
 from ichseg.app.results import CaseResult, Stamp
 from ichseg.engine import machine
 from ichseg.errors import BudgetError, DeviceError, IchsegError, WeightsError
-from ichseg.files import stem_of
 from ichseg.predict import memory
 from ichseg.predict.components import Segmentation
 from ichseg.predict.ensemble import Ensemble, Kept, Predicted, Prepared
@@ -70,6 +69,15 @@ class Options:
     deadline: float | None = None
     made_from: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def extras(self) -> dict[str, Any]:
+        """What is made of a case beside its mask, see ``files_beside``."""
+        return {
+            "dicom_seg": self.dicom_seg,
+            "probabilities": self.probabilities or False,
+            "pictures": self.pictures,
+        }
+
 
 @dataclass(frozen=True)
 class Task:
@@ -98,16 +106,10 @@ class Task:
         Raises:
             InputError: The scan cannot be looked at.
         """
-        made = (
-            self.stamp
-            | options.made_from
-            | {
-                "threshold": options.threshold,
-                "probabilities": options.probabilities or False,
-                "pictures": options.pictures,
-            }
-        )
-        return made | ({"dicom_seg": options.dicom_seg} if self.case.image.is_dir() else {})
+        made = self.stamp | options.made_from | {"threshold": options.threshold} | options.extras
+        if not self.case.image.is_dir():
+            del made["dicom_seg"]
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,10 +274,12 @@ def write_case(task: Task, done: Done, ensemble: Ensemble, options: Options) -> 
     )
     done.predicted.parts.clear()  # the scores' memory is of use to others
     began = time.perf_counter()
+    made, written = task.made_from(options), dict[str, Path]()
+    made |= {"probabilities": False, "pictures": False}  # until they are there
     volume.write(segmentation.mask, case.output)
     warnings: list[str] = []
     if done.scan.series is not None:
-        seg_path(case.output).unlink(missing_ok=True)  # an earlier run's
+        made["dicom_seg"] = False
         with optional("not measured on the slices, and no DICOM-SEG", warnings):
             labels = straighten.onto_slices(
                 done.scan.series.stack, segmentation.mask.voxels.astype(np.uint8, copy=False)
@@ -283,24 +287,29 @@ def write_case(task: Task, done: Done, ensemble: Ensemble, options: Options) -> 
             volume_ml = straighten.volume_ml(done.scan.series.stack, labels)
             segmentation = dataclasses.replace(segmentation, volume_ml=volume_ml)
             if options.dicom_seg:
-                warnings += _write_seg(labels, done.scan.series, ensemble, case.output)
-    written = None
+                with optional("no DICOM-SEG", warnings):
+                    why_not = _write_seg(labels, done.scan.series, ensemble, case.output)
+                    made["dicom_seg"] = True  # or there can be none
+                    if why_not is None:
+                        written["dicom_seg"] = seg_path(case.output)
+                    else:
+                        warnings.append(why_not)
     if options.probabilities is not None:
         with optional("no probabilities", warnings):
-            written = _write_probabilities(segmentation, ensemble, options.probabilities, case)
+            written["probabilities"] = _write_probabilities(
+                segmentation, ensemble, options.probabilities, case
+            )
+            made["probabilities"] = options.probabilities
         segmentation = dataclasses.replace(segmentation, probabilities=None)  # their memory
     if options.pictures:
         with optional("no pictures", warnings):
             _write_pictures(case, done.scan, segmentation, ensemble, options.output)
+            made["pictures"] = True
     write_s = time.perf_counter() - began
     facts = case_report.facts(segmentation, done.scan.warnings, warnings)
     facts["seconds"] |= {"read": round(done.read_s, 3), "write": round(write_s, 3)}
-    facts |= {
-        "made_from": task.made_from(options),
-        "mask_sha256": results.digest_of(case.output),
-    }
-    if written is not None:
-        facts["probabilities"] = str(written.relative_to(options.output))
+    facts |= {"made_from": made, "mask_sha256": results.digest_of(case.output)}
+    facts |= {what: str(path.relative_to(options.output)) for what, path in written.items()}
     for warning in facts["warnings"]:
         say(f"{task.name}: warning: {warning}")
     say(f"{task.name}: {case_report.summary(facts, len(segmentation.lesions))} -> {case.output}")
@@ -321,14 +330,11 @@ def optional(what: str, warnings: list[str]) -> Iterator[None]:
 
 def _write_seg(
     labels: npt.NDArray[np.uint8], series: Series, ensemble: Ensemble, mask: Path
-) -> list[str]:
-    """The mask as DICOM-SEG beside its file; why there is none, if it cannot be written."""
-    model, warnings = ensemble.model, list[str]()
-    with optional("no DICOM-SEG", warnings):
-        algorithm = Algorithm(model.name, str(model.version), model.plans.labels[1:])
-        why_not = write_seg(labels, series, seg_path(mask), algorithm)
-        warnings += [why_not] if why_not else []
-    return warnings
+) -> str | None:
+    """The mask as DICOM-SEG beside its file; if there can be none of such slices, why."""
+    model = ensemble.model
+    algorithm = Algorithm(model.name, str(model.version), model.plans.labels[1:])
+    return write_seg(labels, series, seg_path(mask), algorithm)
 
 
 def _kept(options: Options) -> Kept | None:
@@ -338,18 +344,25 @@ def _kept(options: Options) -> Kept | None:
     return "uint8" if options.probabilities == "uint8" else "float16"
 
 
-def probability_paths(mask: Path) -> tuple[Path, Path, Path]:
-    """Where the probabilities of a mask go: as NIfTI, and nnU-Net's two files.
+def files_beside(case: InputCase, output: Path, made: Mapping[str, Any]) -> tuple[Path, ...]:
+    """The files that were made, or would be, of a case beside its mask.
 
-    nnU-Net knows a case without the number of its channel.
+    Args:
+        case: The case.
+        output: The run's output folder.
+        made: Which, by the names in ``Task.made_from``: ``dicom_seg``, ``probabilities`` and
+            ``pictures``.
     """
-    stem = stem_of(mask)
-    theirs = stem.removesuffix("_0000")
-    return (
-        mask.with_name(f"{stem}_probability.nii.gz"),
-        mask.with_name(f"{theirs}.npz"),
-        mask.with_name(f"{theirs}.pkl"),
-    )
+    found: list[Path] = []
+    if made.get("dicom_seg") and case.image.is_dir():
+        found.append(seg_path(case.output))
+    if made.get("probabilities"):
+        found += probability_paths(case.output, case.probabilities)
+    if made.get("pictures"):
+        from ichseg.report import case_files  # loads Pillow
+
+        found += [output / case.picture, *case_files.files_of(output / REPORT, case.name)]
+    return tuple(found)
 
 
 def _write_probabilities(
@@ -358,7 +371,8 @@ def _write_probabilities(
     """The probabilities of each label, beside the mask; gives the file."""
     from ichseg.scan import probability_files
 
-    each, paths = segmentation.probabilities, probability_paths(case.output)
+    each = segmentation.probabilities
+    paths = probability_paths(case.output, case.probabilities)
     for earlier in paths:
         earlier.unlink(missing_ok=True)  # it would be taken for this run's
     assert each is not None

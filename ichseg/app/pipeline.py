@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ichseg.app import results
 from ichseg.app.cases import InputCase, Job
@@ -21,23 +22,22 @@ from ichseg.app.one_case import (
     Opened,
     Options,
     Task,
+    files_beside,
     open_case,
     optional,
     predict_case,
-    probability_paths,
     write_case,
 )
 from ichseg.app.results import CaseResult, Record, refuse_cases
 from ichseg.app.start import loading_libraries
 from ichseg.engine.engine import Engine
 from ichseg.errors import InputError, OutputError
-from ichseg.files import remove_unfinished
+from ichseg.files import remove_if_there, remove_unfinished
 from ichseg.model.bundle import Model
 from ichseg.overlap import overlapping
 from ichseg.predict import memory
 from ichseg.predict.ensemble import Ensemble
 from ichseg.predict.memory import Need
-from ichseg.scan.dicom.dicom_seg import seg_path
 from ichseg.wording import counted
 
 
@@ -116,18 +116,20 @@ def run(job: Job, means: Means, options: Options) -> Sequence[CaseResult]:
         record.ended.update(_finished(tasks, options))
         verb = "is" if len(tasks) == 1 else "are"
         say(f"{len(record.ended)} of {counted(len(tasks), 'case')} {verb} finished already")
+    waiting = [task for task in tasks if task.case not in record.ended]
+    _remove_earlier(waiting, options)
     record.begin()
     refuse_cases(job, record)
 
     def finish(task: Task, result: CaseResult) -> None:
         if result.error:
-            mask = task.case.output
-            for earlier in (mask, seg_path(mask), *probability_paths(mask)):
-                earlier.unlink(missing_ok=True)  # it would be taken for this run's
+            beside = files_beside(task.case, options.output, options.extras)
+            for earlier in (task.case.output, *beside):
+                remove_if_there(earlier)  # it would be taken for this run's
             say(f"{task.name}: failed: {result.error}")
         record.add(task.case, result)
 
-    waiting = [task for task in tasks if task.case not in record.ended]
+    waiting = [task for task in waiting if task.case not in record.ended]
     try:
         means.segment(waiting, options, finish)
     except BaseException:
@@ -156,6 +158,26 @@ def _remove_unfinished(job: Job, options: Options) -> None:
             remove_unfinished(folder)
 
 
+def _remove_earlier(tasks: Sequence[Task], options: Options) -> None:
+    """Remove what an earlier run has made beside masks that this one will replace.
+
+    It would be taken for this run's. What that run did not list as its own is left alone, but for
+    what this one is about to make.
+    """
+    try:
+        earlier = results.read_results(options.output)
+    except OutputError:  # the results of something else, which are replaced
+        earlier = {}
+    made = {result.image: result.report.get("made_from") for result in earlier.values()}
+    for task in tasks:
+        before = made.get(task.case.name)
+        if not isinstance(before, dict):
+            before = {}
+        for extras in (before, options.extras):
+            for path in files_beside(task.case, options.output, extras):
+                remove_if_there(path)
+
+
 def _finished(tasks: Sequence[Task], options: Options) -> dict[InputCase, CaseResult]:
     """The cases whose earlier results are what this run would make."""
     earlier = results.read_results(options.output)
@@ -165,8 +187,18 @@ def _finished(tasks: Sequence[Task], options: Options) -> dict[InputCase, CaseRe
         result = earlier.get((case.name, str(case.output.relative_to(options.output))))
         if result is not None and not case.refusal:
             with contextlib.suppress(InputError):  # which will be said when it is read
-                if results.is_finished(result, case.output, task.made_from(options)):
+                made = task.made_from(options)
+                whole = all(path.is_file() for path in _asked_for(case, result, options))
+                if whole and results.is_finished(result, case.output, made):
                     found[case] = result
+    return found
+
+
+def _asked_for(case: InputCase, result: CaseResult, options: Options) -> list[Path]:
+    """The files beside a mask that an earlier result lists and that are asked for now."""
+    found = list(files_beside(case, options.output, {"pictures": options.pictures}))
+    listed = [what for what in ("probabilities", "dicom_seg") if what in result.report]
+    found += [options.output / str(result.report[w]) for w in listed if options.extras[w]]
     return found
 
 

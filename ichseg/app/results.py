@@ -23,7 +23,7 @@ from typing import Any, TypedDict, overload
 from ichseg.app.cases import InputCase, Job
 from ichseg.app.console import say
 from ichseg.errors import InputError, OutputError
-from ichseg.files import is_voxels_of, lock, replacing, sha256, suffix_of
+from ichseg.files import lock, remove_if_there, replacing, sha256, suffix_of
 from ichseg.scan.dicom import files as dicom_files
 
 FILE = "results.json"
@@ -250,8 +250,7 @@ def refuse_cases(job: Job, record: Record) -> None:
                 reason = f"{case.image}: {reason}"
             say(f"{case.name}: failed: {reason}")
             if case.output.parent.resolve() != case.image.parent.resolve():  # else it is the scan
-                with contextlib.suppress(OSError):
-                    case.output.unlink(missing_ok=True)
+                remove_if_there(case.output)
             record.add(case, CaseResult(case.name, None, reason, {}))
 
 
@@ -332,7 +331,10 @@ def stamp_of(image: Path, *, follow_links: bool = False) -> Stamp:
         if image.is_dir():
             files = dicom_files.walk(image, follow_links=follow_links).files
         elif suffix_of(image) == ".mhd":
-            files += [path for path in image.parent.iterdir() if is_voxels_of(path, image)]
+            from ichseg.scan import headers  # loads numpy
+
+            voxels = headers.voxels_beside(image)
+            files += [voxels] if voxels is not None else []
         files.sort()
         stats = [path.stat() for path in files]
         digest = hashlib.sha256()

@@ -79,7 +79,7 @@ def write_case(
             side.
 
     Raises:
-        ValueError: A mask has another shape.
+        InputError: A mask has another shape.
         OutputError: The folder cannot be written.
     """
     slug = slug_of(name)
@@ -112,6 +112,12 @@ def write_case(
     )
     with replacing(cases / f"{slug}.json", suffix=".json") as temporary:
         temporary.write_text(strict_json.dumps(shown), encoding="utf-8")
+
+
+def files_of(folder: Path, name: str) -> tuple[Path, ...]:
+    """The files of ``write_case``, of which the first says that the others are whole."""
+    cases, slug = folder / "cases", slug_of(name)
+    return tuple(cases / f"{slug}{end}" for end in (".json", ".js", ".jpg", "_prediction.nii.gz"))
 
 
 def _remove(path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ichseg.errors import InputError
 from ichseg.predict.crop import head_box
 from ichseg.scan.orientation import AxisOrder, nonzero_box, orient_axes
 from ichseg.scan.volume import Volume
@@ -53,11 +54,11 @@ def frame(
             the same part.
 
     Raises:
-        ValueError: A mask has another shape.
+        InputError: A mask has another shape.
     """
     for mask in (*masks.values(), *(beside or ())):
         if mask.voxels.shape != image.voxels.shape:
-            raise ValueError(f"image has shape {image.voxels.shape}, its mask {mask.voxels.shape}")
+            raise InputError(f"image has shape {image.voxels.shape}, its mask {mask.voxels.shape}")
     axes = orient_axes(image)
     z, y, x = (image.spacing_mm[axis] for axis in axes.permutation)
     spacing_mm = (z, y, x)

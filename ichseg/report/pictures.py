@@ -66,7 +66,7 @@ def draw_overlay(
         A picture of Pillow, which a notebook shows where it is the last thing of a cell.
 
     Raises:
-        ValueError: The shapes differ.
+        InputError: The shapes differ.
     """
     masks = {"prediction": mask.with_voxels(mask.voxels != 0)}
     if reference is not None:
@@ -102,7 +102,7 @@ def write_overlay(
         reference: A mask to compare with.
 
     Raises:
-        ValueError: The shapes differ.
+        InputError: The shapes differ.
         OutputError: The file cannot be written.
     """
     drawn = draw_overlay(image, mask, title=title, is_ct=is_ct, reference=reference)

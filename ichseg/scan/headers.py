@@ -69,6 +69,15 @@ def read_voxels(path: Path, suffix: str, header: Header) -> npt.NDArray[np.gener
     return native.astype(np.float32) * slope + inter
 
 
+def voxels_beside(path: Path) -> Path | None:
+    """The file that holds the voxels of an ``.mhd``; None if its header does not say."""
+    try:
+        header = read_header(path, ".mhd")
+    except InputError:
+        return None
+    return path.parent / header.beside if header.beside else None
+
+
 def is_whole(path: Path, suffix: str, nbytes: int) -> bool:
     """Whether a file that ITK has just written holds so many bytes of voxels.
 

@@ -59,17 +59,18 @@ def as_scan(
         return _of_array(image, spacing_mm, axes)
     if spacing_mm is not None:
         raise InputError(
-            f"spacing_mm is {tuple(spacing_mm)} for a {type(image).__name__}, expected it for a "
+            f"spacing_mm is {spacing_mm!r} for a {type(image).__name__}, expected it for a "
             "numpy array only: other images say it themselves"
         )
     if isinstance(image, str | os.PathLike):
         return reader.read_scan(Path(image), check_size)
     if isinstance(image, Volume):
         _check_voxels(image.voxels, "the volume")
+        _check_place(image, "the volume")
         return image if isinstance(image, Scan) else scan_of(image)
     if is_of_simpleitk(image):
         return _of_simpleitk(image)
-    if hasattr(image, "dataobj") and hasattr(image, "affine"):
+    if is_of_nibabel(image):
         return _of_nibabel(image, check_size)
     raise InputError(
         f"a scan is a {type(image).__name__}, expected a path, a Volume, a numpy array, or an "
@@ -88,6 +89,7 @@ def is_one(image: Any) -> bool:
         isinstance(image, str | os.PathLike | Volume)
         or (isinstance(image, np.ndarray) and image.ndim == 3)
         or is_of_simpleitk(image)
+        or is_of_nibabel(image)
     )
 
 
@@ -110,9 +112,12 @@ def _of_array(array: npt.NDArray[Any], spacing_mm: Sequence[float] | None, axes:
             f"an array of shape {array.shape} without spacing_mm; expected the size of a voxel "
             f"along {', '.join(axes)} in mm"
         )
-    steps = tuple(float(step) for step in spacing_mm)
+    try:
+        steps = tuple(float(step) for step in spacing_mm)
+    except (TypeError, ValueError):
+        steps = ()
     if len(steps) != 3 or not all(0 < step < math.inf for step in steps):
-        raise InputError(f"spacing_mm {steps}, expected three positive sizes in mm")
+        raise InputError(f"spacing_mm {spacing_mm!r}, expected three positive sizes in mm")
     _check_voxels(array, "the array")
     direction = np.zeros((3, 3))
     for axis, letter in enumerate(axes):
@@ -158,6 +163,11 @@ def is_of_simpleitk(image: Any) -> bool:
     """Whether it is an image of SimpleITK; whoever has one has imported that."""
     library = sys.modules.get("SimpleITK")
     return library is not None and isinstance(image, library.Image)
+
+
+def is_of_nibabel(image: Any) -> bool:
+    """Whether it is an image of nibabel, by what every kind of them has."""
+    return hasattr(image, "dataobj") and hasattr(image, "affine")
 
 
 def _of_simpleitk(image: sitk.Image) -> Scan:
@@ -236,6 +246,8 @@ def _about_header(image: Any) -> tuple[float, tuple[str, ...]]:
 
 def _check_voxels(voxels: npt.NDArray[Any], name: str) -> None:
     """Refuse what is no volume of finite real numbers."""
+    if isinstance(voxels, np.ma.MaskedArray):
+        raise InputError(f"{name} is a masked array, expected one that says what is masked: air")
     if voxels.ndim != 3 or voxels.size == 0:
         raise InputError(f"{name} has shape {voxels.shape}, expected three axes")
     if voxels.dtype.kind not in "iuf":
@@ -243,6 +255,18 @@ def _check_voxels(voxels: npt.NDArray[Any], name: str) -> None:
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         count = int(voxels.size - np.isfinite(voxels).sum())
         raise InputError(f"{name} has {count} voxels that are NaN or infinite, expected finite HU")
+
+
+def _check_place(image: Volume, name: str) -> None:
+    """Refuse sizes of voxels, a place or directions that are none."""
+    steps, origin, direction = image.spacing_mm, image.origin_mm, np.asarray(image.direction)
+    if len(steps) != 3 or not all(0 < step < math.inf for step in steps):
+        raise InputError(f"{name}: spacing_mm {steps}, expected three positive sizes in mm")
+    if len(origin) != 3 or not np.isfinite(origin).all():
+        raise InputError(f"{name}: origin_mm {origin}, expected a place in mm")
+    if direction.shape != (9,):
+        raise InputError(f"{name}: a direction of {direction.size} numbers, expected 9")
+    _checked_directions(direction.reshape(3, 3), name)
 
 
 def _checked_directions(direction: npt.NDArray[np.float64], name: str) -> npt.NDArray[np.float64]:

@@ -128,13 +128,21 @@ def _place(fields: dict[str, str]) -> Place:
     """Sizes of a voxel, the first one's place and the axes' directions, in LPS.
 
     Without ``space directions`` the axes are the patient's, as ITK takes it.
+
+    Raises:
+        DamagedError: It says no place.
+        OtherKindError: It has sizes of voxels in another space than LPS and no directions, or
+            ``axis mins``.
     """
     signs = np.array(_SPACES[fields.get("space", "lps").lower()], float)
     if "space directions" in fields:
         steps = np.array(_vectors(fields["space directions"], 3)) * signs  # a row an axis
     else:
-        words = fields.get("spacings", "").split()
-        steps = np.diag([number(word) for word in words] if len(words) == 3 else [math.nan] * 3)
+        if (signs < 0).any():
+            raise OtherKindError("a space but no space directions, expected both")
+        steps = np.diag(_numbers(fields.get("spacings", "")))
+    if "axis mins" in fields or "axismins" in fields:  # of a corner or a centre
+        raise OtherKindError("axis mins, expected a space origin")
     origin = np.array(_vectors(fields.get("space origin", "(0,0,0)"), 1)[0]) * signs
     lengths = np.sqrt((steps**2).sum(1))
     if not (np.isfinite(lengths).all() and lengths.min() > 0):
@@ -147,6 +155,12 @@ def _place(fields: dict[str, str]) -> Place:
         origin_mm=tuple(origin[::-1].tolist()),
         direction=tuple(directions.ravel().tolist()),
     )
+
+
+def _numbers(text: str) -> list[float]:
+    """Three numbers, or three NaN where there are fewer or more."""
+    words = text.split()
+    return [number(word) for word in words] if len(words) == 3 else [math.nan] * 3
 
 
 def _vectors(text: str, count: int) -> list[list[float]]:

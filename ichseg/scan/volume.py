@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -156,12 +156,13 @@ def write(volume: Volume, path: Path | str) -> None:
         raise OutputError(
             f"{path}: cannot write this file type, expected one of {', '.join(WRITTEN_SUFFIXES)}"
         )
+    volume = volume.with_voxels(_of_itk_type(volume.voxels))
     repeated = volume.nifti_header if suffix in NIFTI_SUFFIXES else None
     with replacing(path, suffix=suffix) as temporary:
         if repeated is not None and volume.voxels.dtype == np.uint8:
             _write_nifti1(volume, temporary, repeated)
         else:
-            _write_image(volume, temporary)
+            _write_image(volume, temporary, path)
         _check_geometry(volume, temporary, path)
 
 
@@ -176,6 +177,15 @@ def to_itk(volume: Volume) -> sitk.Image:
         [float(v) for v in np.array(volume.direction).reshape(3, 3)[::-1, ::-1].ravel()]
     )
     return image
+
+
+def _of_itk_type(voxels: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The voxels as SimpleITK takes them: not as bool, in half precision or another byte order."""
+    if voxels.dtype == bool:
+        return voxels.astype(np.uint8)
+    if voxels.dtype == np.float16:
+        return voxels.astype(np.float32)
+    return voxels.astype(voxels.dtype.newbyteorder("="), copy=False)
 
 
 def _why_not_written(path: Path, reason: str) -> OSError:
@@ -288,14 +298,16 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def _is_utf8(path: Path) -> bool:
+    """Whether SimpleITK can be given the name: as text, and as the bytes that the system has."""
     try:
-        os.fsencode(path).decode("utf-8")
-    except UnicodeDecodeError:
+        if os.fsencode(path) != str(path).encode("utf-8"):  # by a locale that is not UTF-8
+            return False
+    except UnicodeEncodeError:
         return False
     return True
 
 
-def _itk_reason(error: RuntimeError) -> str:
+def _itk_reason(error: Exception) -> str:
     """The last line of an ITK exception that says something, without its source position."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines or lines[-1].startswith("Reason:"):  # what errno held: "Success"
@@ -303,11 +315,15 @@ def _itk_reason(error: RuntimeError) -> str:
     return lines[-1].split("): ", 1)[-1][:160]
 
 
-def _write_image(volume: Volume, path: Path) -> None:
-    """Write by ITK, compressed."""
+def _write_image(volume: Volume, path: Path, final: Path) -> None:
+    """Write by ITK, compressed, what will get another name."""
     import SimpleITK as sitk
 
-    image = to_itk(volume)
+    try:
+        image = to_itk(volume)
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = _itk_reason(error)
+        raise OutputError(f"{final}: not a volume that can be written ({reason})") from error
     try:
         with _named_for_itk(path) as shown:
             sitk.WriteImage(image, str(shown), useCompression=True)

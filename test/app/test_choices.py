@@ -146,3 +146,11 @@ def test_folders_are_mirrored_with_pictures_and_gone_on_with(place):
     inode = (place / "output" / named[1]).stat().st_ino
     assert run(place, "--recursive", "--resume") == 0
     assert (place / "output" / named[1]).stat().st_ino == inode
+
+
+@pytest.mark.parametrize("flag", ["--input", "--output", "--weights", "--predict_dir"])
+def test_an_empty_path_is_not_this_folder(flag, capsys):
+    """As where a variable of the shell is not set."""
+    with pytest.raises(SystemExit):
+        parse_arguments([flag, ""])
+    assert "an empty name, expected a path" in capsys.readouterr().err

@@ -254,3 +254,11 @@ def test_a_failing_page_is_a_warning_and_the_masks_stay(place, monkeypatch, caps
     said = [entry["report"]["warnings"] for entry in entries(place)]
     assert said == [["odd", "no page of all scans (disk full)"]] * 5
     assert "warning: no page of all scans (disk full)" in capsys.readouterr().err
+
+
+def test_a_case_that_cannot_be_cleaned_up_stops_no_other(place):
+    """A folder stands where its mask would be."""
+    (place / "output" / "103.mha").mkdir(parents=True)
+    ended = run(place, Pretended())
+    assert [bool(result.error) for result in ended] == [False, False, True, False, False]
+    assert len(entries(place)) == 5

@@ -21,6 +21,8 @@ from ichseg.app import case_report, results
 from ichseg.app.cases import find_cases
 from ichseg.app.results import Record
 from ichseg.engine import machine
+from ichseg.errors import OutputError
+from ichseg.report import pictures
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +189,59 @@ def test_a_picture_that_is_asked_for_now_is_made(place, before, now, again):
     inode = (place / "output" / "101.mha").stat().st_ino
     run_as[now["pictures"]](place, resume=True)
     assert ((place / "output" / "101.mha").stat().st_ino != inode) == again
+
+
+@pytest.mark.parametrize(
+    "gone", ["101.png", "report/cases/101.mha.json", "report/cases/101.mha_prediction.nii.gz"]
+)
+def test_a_case_whose_pictures_are_gone_is_not_finished(place, gone):
+    with_pictures(place)
+    (place / "output" / gone).unlink()
+    ensemble = Pretended()
+    run(place, ensemble, resume=True)  # nobody asks for pictures
+    assert ensemble.calls == []
+    with_pictures(place, resume=True)
+    assert (place / "output" / gone).is_file()
+
+
+def test_a_case_whose_pictures_failed_is_not_finished(place, monkeypatch):
+    """As on a full disk: with room again, another run makes them."""
+
+    def failing(*_, **__):
+        raise OutputError("disk full")
+
+    with monkeypatch.context() as full:
+        full.setattr(pictures, "write_overlay", failing)
+        with_pictures(place)
+    assert not list((place / "output").glob("*.png"))
+    assert entries(place)[0]["report"]["made_from"]["pictures"] is False
+    with_pictures(place, resume=True)
+    assert len(list((place / "output").glob("*.png"))) == 5
+
+
+def test_what_an_earlier_run_made_of_a_scan_does_not_stay_beside_a_new_mask(place):
+    """It may be of another patient; what nobody says is ours stays."""
+    with_pictures(place)
+    output = place / "output"
+    (output / "mine.png").write_bytes(b"kept")
+    add(place, 103, lesions=((0, 2, 2),))
+    (place / "input" / "105.mha").write_bytes(b"damaged")
+    ended = run(place, Pretended())
+    assert [bool(result.error) for result in ended] == [False] * 4 + [True]
+    assert [path.name for path in output.glob("*.png")] == ["mine.png"]
+    assert not list((output / "report" / "cases").iterdir())
+    assert sorted(path.name for path in output.glob("*.mha")) == [f"10{i}.mha" for i in range(1, 5)]
+
+
+def test_an_mhd_whose_voxels_changed_under_another_name_is_not_finished(tmp_path):
+    (tmp_path / "a.mhd").write_text(
+        "NDims = 3\nDimSize = 2 2 2\nElementSpacing = 1 1 1\nElementType = MET_SHORT\n"
+        "ElementDataFile = voxels.raw\n"
+    )
+    (tmp_path / "voxels.raw").write_bytes(bytes(16))
+    before = results.stamp_of(tmp_path / "a.mhd")
+    (tmp_path / "voxels.raw").write_bytes(b"1" * 16)
+    assert results.stamp_of(tmp_path / "a.mhd")["pieces"] != before["pieces"]
 
 
 def test_a_refused_case_is_in_the_results_and_takes_nothing(place):

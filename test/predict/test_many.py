@@ -95,7 +95,7 @@ def test_of_those_in_memory_too_a_bad_one_stops_no_other(ensemble, paths, scan, 
     assert all(words in str(outcome.error) for words, outcome in zip(said, failed, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["path", "text", "volume", "array", "SimpleITK"])
+@pytest.mark.parametrize("kind", ["path", "text", "volume", "array", "SimpleITK", "nibabel"])
 def test_a_single_scan_is_refused_not_taken_apart(ensemble, paths, scan, kind):
     image = {
         "path": paths[0],
@@ -103,6 +103,7 @@ def test_a_single_scan_is_refused_not_taken_apart(ensemble, paths, scan, kind):
         "volume": scan,
         "array": scan.voxels,
         "SimpleITK": sitk.ReadImage(str(paths[0])),
+        "nibabel": nibabel.Nifti1Image(scan.voxels, np.eye(4)),
     }[kind]
     with pytest.raises(InputError, match="expected several scans, such as a list"):
         next(segment_many(ensemble, image, "fast"))

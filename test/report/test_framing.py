@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from ichseg.errors import InputError
 from ichseg.report.framing import frame
 from ichseg.scan.volume import Volume, read, write
 
@@ -80,5 +81,5 @@ def test_two_scans_that_are_shown_side_by_side_are_cut_alike():
 
 def test_other_shape_is_refused():
     image = head()
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(InputError, match="shape"):
         frame(image, {"prediction": Volume(image.voxels[1:], image.spacing_mm)})

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from ichseg.errors import OutputError
+from ichseg.errors import InputError, OutputError
 from ichseg.report.framing import Framed, frame
 from ichseg.report.pictures import (
     BRAIN,
@@ -169,7 +169,7 @@ def test_slices_with_the_mask_come_first() -> None:
 
 def test_other_shape_is_refused(tmp_path: Path) -> None:
     image = ramp()
-    with pytest.raises(ValueError, match=r"shape \(8, 8, 8\), its mask \(8, 8, 7\)"):
+    with pytest.raises(InputError, match=r"shape \(8, 8, 8\), its mask \(8, 8, 7\)"):
         write_overlay(image, Volume(image.voxels[..., :7], (1, 1, 1)), tmp_path / "overlay.png")
 
 

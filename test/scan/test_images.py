@@ -164,7 +164,7 @@ SQUARE = np.zeros((2, 3, 4), np.int16)
     ("image", "given", "said"),
     [
         (SQUARE, {}, "without spacing_mm; expected the size of a voxel along z, y, x in mm"),
-        (SQUARE, {"spacing_mm": (1, 1)}, r"spacing_mm \(1.0, 1.0\), expected three positive sizes"),
+        (SQUARE, {"spacing_mm": (1, 1)}, r"spacing_mm \(1, 1\), expected three positive sizes"),
         (SQUARE, {"spacing_mm": (1, 0, 1)}, "expected three positive sizes in mm"),
         (SQUARE, {"spacing_mm": (1, 1, 1), "axes": "yxz"}, "axes 'yxz', expected one of zyx, xyz"),
         (SQUARE[0], {"spacing_mm": (1, 1, 1)}, r"has shape \(3, 4\), expected three axes"),
@@ -181,6 +181,15 @@ SQUARE = np.zeros((2, 3, 4), np.int16)
             "its axes are not at right angles",
         ),
         ("nowhere.mha", {}, "nowhere.mha: no such file"),
+        (SQUARE, {"spacing_mm": 1.0}, "spacing_mm 1.0, expected three positive sizes"),
+        (SQUARE, {"spacing_mm": "abc"}, "spacing_mm 'abc', expected three positive sizes"),
+        (np.ma.masked_equal(SQUARE, 0), {"spacing_mm": (1, 1, 1)}, "is a masked array"),
+        (Volume(SQUARE, (1, np.nan, 1)), {}, r"spacing_mm \(1, nan, 1\), expected three positive"),
+        (Volume(SQUARE, (1, 1)), {}, r"spacing_mm \(1, 1\), expected three positive sizes"),
+        (Volume(SQUARE, (1, 1, 1), (0, np.nan, 0)), {}, "origin_mm .* expected a place"),
+        (Volume(SQUARE, (1, 1, 1), direction=(1, 0, 0, 1)), {}, "a direction of 4 numbers"),
+        (Volume(SQUARE, (1, 1, 1), direction=(0,) * 9), {}, "not at right angles"),
+        (Volume(SQUARE, (1, 1, 1), direction=(2, 0, 0, 0, 2, 0, 0, 0, 2)), {}, "right angles"),
     ],
 )  # fmt: skip
 def test_what_is_no_scan_is_refused(image, given, said):

@@ -152,6 +152,11 @@ def test_without_a_space_the_axes_are_the_patients_and_that_is_told(tmp_path):
         ({"directions": "(1,0,0) (0,1,0) (0,0,1e9)"}, "beyond 100000 mm"),
         ({"origin": "(inf,0,0)"}, "beyond 100000 mm"),
         ({"directions": "REMOVED", "more": "spacings: 1 1"}, "no sizes in mm"),
+        (
+            {"space": "RAS", "directions": "REMOVED", "more": "spacings: 1 1 1"},
+            "a space but no space directions, expected both",
+        ),
+        ({"more": "axis mins: 1 2 3"}, "axis mins, expected a space origin"),
     ],
 )  # fmt: skip
 def test_nrrd_that_is_not_what_it_says_is_refused(tmp_path, change, reason):

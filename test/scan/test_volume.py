@@ -4,6 +4,8 @@ import gzip
 import os
 import re
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -403,6 +405,40 @@ def test_names_that_are_not_utf8_are_read_and_written(
     path.write_bytes(b"nothing")
     with pytest.raises(InputError, match="damaged or not a"):
         read(path)
+
+
+def test_names_under_a_locale_without_umlauts(tmp_path: Path) -> None:
+    """The bytes of the name are UTF-8, but Python's text of it is not what the system has."""
+    write(some_volume(), tmp_path / "Schädel.mha")
+    code = (
+        "import sys, pathlib; from ichseg.scan.volume import read, write\n"
+        "(path,) = pathlib.Path(sys.argv[1]).glob('*.mha')\n"
+        "write(read(path), path.with_suffix('.nii.gz')); print(read(path).voxels.sum())"
+    )
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], env=os.environ | plain, check=True,
+        capture_output=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert int(done.stdout) == some_volume().voxels.sum()
+    assert read(tmp_path / "Schädel.nii.gz").voxels.sum() == some_volume().voxels.sum()
+
+
+@pytest.mark.parametrize("kind", ["?", "<f2", ">f4", ">i2"])
+def test_kinds_of_numbers_that_itk_does_not_know_are_written(tmp_path: Path, kind: str) -> None:
+    voxels = (np.arange(24).reshape(2, 3, 4) % 2).astype(kind)
+    write(Volume(voxels, (1, 1, 1)), tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(read(tmp_path / "a.nii.gz").voxels, voxels)
+
+
+def test_what_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
+    for odd in (
+        Volume(np.zeros((2, 2, 2), "O"), (1, 1, 1)),
+        Volume(np.zeros((2, 2, 2)), (1, 1, 1), direction=(0.0,) * 9),
+    ):
+        with pytest.raises(OutputError, match=r"a\.mha: not a volume that can be written"):
+            write(odd, tmp_path / "a.mha")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_paths_may_be_text(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from ichseg.scan.dicom.decompress import Decoder
 from ichseg.scan.dicom.elements import COMPRESSED, CT_IMAGE, EXPLICIT_BIG, DicomFile
 from ichseg.scan.dicom.straighten import NOTHING_HU
 
+_TISSUE_HU = (-500, 2000)  # no padding lies within: such a value marks nothing, or damages tissue
+
 
 def hounsfield(file: DicomFile, decode: Decoder) -> npt.NDArray[np.int16]:
     """A slice in HU, ``(y, x)``; what the scanner did not reconstruct is ``NOTHING_HU``.
@@ -35,13 +37,35 @@ def hounsfield(file: DicomFile, decode: Decoder) -> npt.NDArray[np.int16]:
     hu = stored * np.float32(slope[0]) + np.float32(intercept[0])
     np.clip(np.rint(hu, out=hu), NOTHING_HU, 32_767, out=hu)
     slice_hu = hu.astype(np.int16)
-    padding = file.elements.get("PixelPaddingValue", b"")
-    if len(padding) == 2:
-        form = "<h" if file.integer("PixelRepresentation") else "<H"
-        limit = file.elements.get("PixelPaddingRangeLimit", b"")
-        ends = [struct.unpack(form, v)[0] for v in (padding, limit if len(limit) == 2 else padding)]
-        slice_hu[(stored >= min(ends)) & (stored <= max(ends))] = NOTHING_HU
+    padding = _padding(file)
+    if padding is not None and not padding_in_tissue(file):
+        low, high = padding
+        slice_hu[(stored >= low) & (stored <= high)] = NOTHING_HU
     return slice_hu
+
+
+def padding_in_tissue(file: DicomFile) -> tuple[float, float] | None:
+    """The range in HU that its header calls padding, if tissue lies there; otherwise None.
+
+    Some writers call 0 padding and store 0 HU as 0: such pixels are left as they are.
+    """
+    padding = _padding(file)
+    slope, intercept = file.numbers("RescaleSlope", 1), file.numbers("RescaleIntercept", 1)
+    if padding is None or slope is None or intercept is None:
+        return None
+    low, high = sorted(value * slope[0] + intercept[0] for value in padding)
+    return (low, high) if low <= _TISSUE_HU[1] and high >= _TISSUE_HU[0] else None
+
+
+def _padding(file: DicomFile) -> tuple[int, int] | None:
+    """The lowest and highest stored number that stands for no measured pixel."""
+    padding = file.elements.get("PixelPaddingValue", b"")
+    if len(padding) != 2:
+        return None
+    form = "<h" if file.integer("PixelRepresentation") else "<H"
+    limit = file.elements.get("PixelPaddingRangeLimit", b"")
+    ends = [struct.unpack(form, v)[0] for v in (padding, limit if len(limit) == 2 else padding)]
+    return min(ends), max(ends)
 
 
 def _refuse_other_pixels(file: DicomFile) -> None:

@@ -146,6 +146,10 @@ def _about_header(chosen: Candidate) -> list[str]:
     if says_head(chosen) is False:
         part = first.text("BodyPartExamined")[:20].upper()
         words.append(f"the header says body part {part}, expected a head")
+    padding = pixels.padding_in_tissue(first)
+    if padding is not None:
+        values = " to ".join(f"{value:g}" for value in dict.fromkeys(padding))
+        words.append(f"the header calls {values} HU padding; tissue lies there, so it was kept")
     if first.text("LossyImageCompression") == "01":
         words.append("its pixels have been compressed with loss")
     return words

@@ -14,7 +14,7 @@ from pydicom.uid import (
 from ichseg.errors import InputError
 from ichseg.scan.dicom import decompress
 from ichseg.scan.dicom.elements import read_elements
-from ichseg.scan.dicom.pixels import hounsfield
+from ichseg.scan.dicom.pixels import hounsfield, padding_in_tissue
 from ichseg.scan.dicom.straighten import NOTHING_HU
 
 
@@ -72,6 +72,30 @@ def test_padding_and_what_lies_below_air_is_nothing(tmp_path, pixels):
     np.testing.assert_array_equal(found[2:], pixels[2:])
     made = make_slice(pixels, (0, 0, 0), RescaleIntercept=-2000)
     assert in_hu(save(made, tmp_path / "a.dcm")).min() == NOTHING_HU
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "found"),
+    [(60, None, (60, 60)), (0, None, (0, 0)), (-2000, -400, (-2000, -400)), (-2000, -600, None)],
+)
+def test_padding_that_is_tissue_is_kept(tmp_path, pixels, value, limit, found):
+    """By its header 60 HU is nothing, which would make holes in every bleed."""
+    pixels[:] = np.linspace(-1000, 1000, pixels.size).astype(int).reshape(pixels.shape)
+    pixels[0, 0] = value
+    changes = {"PixelPaddingValue": value, "PixelRepresentation": 1, "RescaleIntercept": 0}
+    changes |= {} if limit is None else {"PixelPaddingRangeLimit": limit}
+    raw = pixels.astype("<i2").tobytes()
+    made = make_slice(pixels, (0, 0, 0), PixelData=raw, **changes)
+    for name in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
+        if name in made:
+            made[name].VR = "SS"
+    path = save(made, tmp_path / "a.dcm")
+    assert padding_in_tissue(read_elements(path)) == found
+    kept = np.maximum(pixels, NOTHING_HU)
+    if found is None:
+        kept[(pixels >= value) & (pixels <= limit)] = NOTHING_HU
+        assert (kept != np.maximum(pixels, NOTHING_HU)).any()
+    np.testing.assert_array_equal(in_hu(path), kept)
 
 
 @pytest.mark.parametrize(
