@@ -18,7 +18,7 @@ from training.bundle import export as exporter
 from training.bundle import model_card, rounding
 from training.bundle.export import export
 from training.data import splits
-from training.data.workspace import BEST_CHECKPOINT, LATEST_CHECKPOINT, run_folder
+from training.data.workspace import BEST_CHECKPOINT, CONFIG_FILE, LATEST_CHECKPOINT, run_folder
 from training.fit.checkpoint import read_checkpoint
 from training.jobs.train import run_fold
 from training.scoring import summary
@@ -135,6 +135,21 @@ def test_all_folds_of_the_workspace_are_wanted_unless_some_are_named(tmp_path, c
     assert "none of the folds 0, 5 has finished" in capsys.readouterr().err
     assert command([*line, "--folds", "0,6"]) == 1
     assert "--folds 6, expected 0 to 5, or all" in capsys.readouterr().err
+    assert command([*line, "--folds", "0,0"]) == 1
+    assert "--folds 0,0 names a fold twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"device": "cuda"}, {"precision": "fp16"}])
+def test_what_was_trained_on_a_gpu_is_exported_without_one(workspace, tmp_path, change):
+    path = run_folder(workspace, "3d_fullres", "0") / CONFIG_FILE
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | change))
+    try:
+        made = export(workspace, ("3d_fullres",), ("0",), tmp_path / "out", check_cases=1)
+    finally:
+        path.write_text(before)
+    (fold,) = made.provenance["folds"].values()
+    assert change.items() <= fold["config"].items()
 
 
 def test_refuses_weights_that_rounding_changes(workspace, tmp_path, monkeypatch):

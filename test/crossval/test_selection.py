@@ -66,6 +66,16 @@ def halves(blood):
     return blood & lower, blood & ~lower
 
 
+def test_cases_that_no_fold_validates_are_left_out(workspace, monkeypatch):
+    """As of folds that a user wrote, or where cases came later."""
+    for case, image, blood in references(workspace):
+        put(workspace, CONFIGURATION, case, image, blood.astype(float))
+    every = merge.validated_masks(workspace, "3d_fullres")
+    some = {name: path for name, path in every.items() if name != min(every)}
+    monkeypatch.setattr(merge, "validated_masks", lambda *_: some)
+    assert selection.select(workspace, ("3d_fullres",), workers=1).cases == len(every) - 1
+
+
 def test_two_that_complete_each_other_are_selected_together(workspace):
     """Each is sure of one half and nearly sure of the other: only their mean finds both."""
     for case, image, blood in references(workspace):

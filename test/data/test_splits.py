@@ -163,6 +163,8 @@ def test_the_users_file_wins(tmp_path):
             r"fold 1 trains on its own validation cases \['b'\]",
         ),
         ([(["a"], [])], "fold 0 has no cases"),
+        ([(["a", "a"], ["b"])], r"fold 0 trains on \['a'\] more than once"),
+        ([(["a"], ["b", "b"])], r"fold 0 validates on \['b'\] more than once"),
     ],
 )
 def test_refusals(tmp_path, folds, message):

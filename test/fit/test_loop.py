@@ -368,7 +368,7 @@ def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("fold", ["5", "-1", "first"])
+@pytest.mark.parametrize("fold", ["5", "-1", "first", "01"])
 def test_refuses_an_unknown_fold(fresh, fold):
     with pytest.raises(TrainingError, match=f"fold '{fold}', expected 0 to 4, or all"):
         open_run(fresh, "3d_fullres", fold, QUICK)

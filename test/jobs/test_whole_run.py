@@ -1,6 +1,7 @@
 """A run of all folds of two configurations, to a bundle of what was selected."""
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -134,6 +135,49 @@ def test_scores_of_a_label_that_was_corrected_since_are_not_taken(whole, tmp_pat
     (said,) = [r.getMessage() for r in caplog.records if "have been corrected" in r.getMessage()]
     assert said.startswith("2d: images or labels of 1 cases have been corrected")
     assert "such as case_2" in said
+
+
+def test_after_a_correction_all_that_is_cheap_is_made_again(whole, dataset, tmp_path, caplog):
+    """Networks stay, with a word; scores, selection, bundle and report do not."""
+    workspace = shutil.copytree(whole[0], tmp_path / "copy")
+    path = workspace / "raw" / "labels" / "case_2.nii.gz"
+    label = volume.read(path)
+    volume.write(label.with_voxels(np.roll(label.voxels, 1, axis=1)), path)
+    done = []
+
+    def execute(words):
+        done.append(words)
+        return command(words)
+
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(rounding, "MAX_DICE_CHANGE", 1)
+        assert run_here(whole_arguments(dataset, workspace), execute)
+    assert stages(done) == [
+        "verify", "preprocess", "preprocess", "cross-validate", "select", "export", "report",
+    ]  # fmt: skip
+    said = [message for message in caplog.messages if "corrected since, such as case_2" in message]
+    assert any("`train 2d --fold 0 --restart`" in message for message in said)
+    selection.require_current(workspace, selection.load(workspace))
+
+
+@pytest.mark.parametrize("change", [{"mirrored": True}, {"padding": "nearest"}])
+def test_scores_of_a_validation_in_another_way_are_not_taken(whole, tmp_path, change):
+    workspace = shutil.copytree(whole[0], tmp_path / "copy")
+    path = workspace / "runs" / "2d" / "fold_1" / "validation.json"
+    found = json.loads(path.read_text())
+    assert found | change != found
+    path.write_text(json.dumps(found | change))
+    chosen = selection.load(workspace)
+    with pytest.raises(TrainingError, match="run `cross-validate` and `select` again"):
+        selection.require_current(workspace, dataclasses.replace(chosen, configurations=("2d",)))
+
+
+def test_masks_of_plans_with_another_padding_are_not_scored(whole, tmp_path):
+    workspace = shutil.copytree(whole[0], tmp_path / "copy")
+    plans = json.loads((workspace / "plans.json").read_text())
+    (workspace / "plans.json").write_text(json.dumps(plans | {"padding": "nearest"}))
+    with pytest.raises(TrainingError, match="have not been segmented with its latest weights"):
+        merge.cross_validate(workspace, "2d", workers=1)
 
 
 def test_names_are_different():

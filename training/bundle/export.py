@@ -165,6 +165,8 @@ def _wanted_folds(workspace: Path, text: str | None) -> list[str]:
     for fold in named:
         if fold not in (*every, ALL_FOLD):
             raise TrainingError(f"--folds {fold}, expected 0 to {every[-1]}, or {ALL_FOLD}")
+    if len(set(named)) < len(named):
+        raise TrainingError(f"--folds {text} names a fold twice")
     return named
 
 
@@ -179,7 +181,9 @@ def _finished(
             _log.info("%s fold %s: not trained yet, left out", configuration, fold)
             continue
         config = strict_json.load(TrainingConfig, path / CONFIG_FILE)
-        run = open_run(workspace, configuration, fold, config)
+        # the weights are wanted, and a few predictions: wherever and however it was trained
+        here = dataclasses.replace(config, device="auto", precision="auto")
+        run = dataclasses.replace(open_run(workspace, configuration, fold, here), config=config)
         latest, wanted = path / LATEST_CHECKPOINT, path / CHECKPOINTS[checkpoint]
         reason = load_checkpoint(latest, run.plans, run.configuration, run.cases)["finished"]
         if reason is None:

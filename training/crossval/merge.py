@@ -7,6 +7,7 @@ may expect of one network.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import logging
 import sys
@@ -28,6 +29,7 @@ from training.data.workspace import (
     mask_file,
     run_folder,
     runs_folder,
+    splits_file,
 )
 from training.fit.checkpoint import load_checkpoint, weights_digest
 from training.planning.planned import load_plans
@@ -86,6 +88,8 @@ def cross_validate(
 def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
     """The mask file of each labelled case, made by the fold that had not seen the case.
 
+    Cases that no fold validates are left out, which is logged.
+
     Raises:
         TrainingError: Masks are missing; names their fold, and the command that makes them. Or a
             cascade's first stage has been replaced since its second was trained.
@@ -115,7 +119,8 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
             found = strict_json.load(record.Validation, folder / VALIDATION_FILE)
         except PlansError as error:
             raise TrainingError(f"{folder}: not validated yet; {again}") from error
-        done = set(found.dice) if found.weights == weights_digest(weights) else set()
+        made_now = (found.weights, found.padding) == (weights_digest(weights), every.padding)
+        done = set(found.dice) if made_now else set()
         paths = {name: mask_file(folder, name) for name in split.validation}
         missing = [name for name, path in paths.items() if name not in done or not path.is_file()]
         if missing:
@@ -123,7 +128,22 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
                 f"{folder}: {len(missing)} of {len(paths)} validation cases have not been "
                 f"segmented with its latest weights, such as {missing[0]}; {again}"
             )
+        several = sorted(set(masks) & set(paths))
+        if several:
+            raise TrainingError(
+                f"{splits_file(workspace)}: several folds validate on {several[0]}, expected one "
+                "for each case: which of its masks is to be scored?"
+            )
         masks |= paths
+    if len(masks) < len(names):
+        left_out = sorted(set(names) - set(masks))
+        _log.warning(
+            "%s: no fold validates %d of %d cases, such as %s; they are left out",
+            configuration,
+            len(left_out),
+            len(names),
+            left_out[0],
+        )
     if changed:
         _log.warning(
             "%s: images or labels of %d cases have been corrected since its folds were "
@@ -139,8 +159,8 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
 def digest_of_folds(workspace: Path, configuration: str) -> str:
     """A digest of the latest weights of all folds of a configuration, and of the cases' files.
 
-    Evaluations and selections keep it, so that none is taken for one of other weights, or of labels
-    that have been corrected since.
+    Evaluations and selections keep it, so that none is taken for one of other weights, of a
+    validation in another way, or of labels that have been corrected since.
 
     Raises:
         TrainingError: A fold has no checkpoint, or one of other plans or cases.
@@ -151,9 +171,12 @@ def digest_of_folds(workspace: Path, configuration: str) -> str:
     names = [case.name for case in data.labelled]
     digest = hashlib.sha256(digest_sources(workspace, data).encode())
     for number, split in enumerate(splits.find_splits(workspace, names)):
-        path = run_folder(workspace, configuration, str(number)) / LATEST_CHECKPOINT
-        weights = load_checkpoint(path, every, planned, split)["network"]
+        folder = run_folder(workspace, configuration, str(number))
+        weights = load_checkpoint(folder / LATEST_CHECKPOINT, every, planned, split)["network"]
         digest.update(weights_digest(weights).encode())
+        with contextlib.suppress(PlansError):  # not validated, as far as is known
+            found = strict_json.load(record.Validation, folder / VALIDATION_FILE)
+            digest.update(f"{found.mirrored} {found.padding}".encode())
     return digest.hexdigest()
 
 

@@ -34,6 +34,7 @@ class Validation:
         schema_version: The version of this layout.
         weights: The sha256 of the network's tensors.
         mirrored: Whether mirrorings were averaged.
+        padding: What the network saw beyond small cases, see ``Plans.padding``.
         complete: Whether all of the fold's cases have been segmented.
         mean_dice: The mean Dice of each label over the cases so far that have it; None where no
             case has it.
@@ -46,6 +47,12 @@ class Validation:
     complete: bool
     mean_dice: Mapping[str, float | None]
     dice: Mapping[str, Mapping[str, float | None]]
+    padding: str = strict_json.optional("zero")
+
+    @property
+    def made_by(self) -> tuple[str, bool, str]:
+        """What the masks depend on beside the cases."""
+        return self.weights, self.mirrored, self.padding
 
     def __post_init__(self) -> None:
         strict_json.check_schema("validation", self.schema_version, SCHEMA_VERSION)
@@ -67,10 +74,11 @@ def continued(run: FoldRun, weights: str) -> Validation:
         complete=False,
         mean_dice={},
         dice={},
+        padding=run.plans.padding,
     )
     dice: dict[str, Mapping[str, float | None]] = {}
     for path, found in _records(run):
-        if (found.weights, found.mirrored) == (fresh.weights, fresh.mirrored):
+        if found.made_by == fresh.made_by:
             dice |= found.dice
         elif run.group.leads:
             path.unlink()
@@ -108,7 +116,7 @@ def write(run: FoldRun, record: Validation) -> None:
 def join(run: FoldRun, record: Validation) -> Validation:
     """Take in what all processes have recorded, which are done; only the leading one does that."""
     for _, found in _records(run):
-        if (found.weights, found.mirrored) == (record.weights, record.mirrored):
+        if found.made_by == record.made_by:
             record = extended(run, record, found.dice)
     write(run, record)
     for path in _files(run):

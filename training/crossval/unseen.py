@@ -58,7 +58,7 @@ class UnseenCase:
 
 
 def unseen_cases(workspace: Path, configurations: Sequence[str]) -> list[UnseenCase]:
-    """All labelled cases, with what each configuration found in them.
+    """The labelled cases that the folds validate, with what each configuration found in them.
 
     Raises:
         TrainingError: A fold has not segmented all of its cases.
@@ -74,6 +74,7 @@ def unseen_cases(workspace: Path, configurations: Sequence[str]) -> list[UnseenC
             data.ignore_label,
         )
         for case in data.labelled
+        if case.name in first
     ]
 
 

@@ -213,7 +213,8 @@ def is_validated(workspace: Path, run: FoldRun, weights: Mapping[str, Tensor]) -
         found = strict_json.load(records.Validation, run.folder / VALIDATION_FILE)
     except PlansError:  # none yet, or of another version
         return False
-    if (found.weights, found.mirrored) != (weights_digest(weights), run.config.validation_mirrors):
+    mirrors = run.config.validation_mirrors
+    if found.made_by != (weights_digest(weights), mirrors, run.plans.padding):
         return False
     second = cascade_labels.following(run.plans, run.configuration.name)
     return all(_is_done(workspace, run, found, second, name) for name in run.spec.validation)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -298,6 +299,10 @@ def _check(splits: tuple[Split, ...], names: Sequence[str], path: Path) -> None:
         raise DatasetError(f"{path}: no folds")
     known = set(names)
     for fold, split in enumerate(splits):
+        for part, cases in (("trains", split.train), ("validates", split.validation)):
+            twice = sorted(name for name, count in Counter(cases).items() if count > 1)
+            if twice:
+                raise DatasetError(f"{path}: fold {fold} {part} on {twice} more than once")
         unknown = sorted({*split.train, *split.validation} - known)
         shared = sorted(set(split.train) & set(split.validation))
         if unknown:

@@ -323,13 +323,23 @@ def require_sources(run: FoldRun) -> None:
     if not path.exists():
         return
     seen = load_checkpoint(path, run.plans, run.configuration, run.cases)["sources"]
-    changed = sorted(n for n, was in seen.items() if was and run.sources.get(n, was) != was)
+    changed = corrected_since(seen, run.sources)
     if changed:
         raise TrainingError(
             f"{path}: was trained with {counted(len(changed), 'case')} whose image or label has "
             f"been corrected since, such as {changed[0]}; begin anew with --restart, or leave the "
             "fold as it is and go on with the commands after `train`"
         )
+
+
+def corrected_since(seen: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The cases whose files are others than those that a network was trained on, by their names.
+
+    Args:
+        seen: A checkpoint's ``sources``, empty for a case where that is not known.
+        now: The digests of the files as they are.
+    """
+    return sorted(name for name, was in seen.items() if was and now.get(name, was) != was)
 
 
 def _decisive(plans: Plans) -> dict[str, str]:

@@ -124,7 +124,7 @@ def open_run(
         number, split = _ALL_FOLD_NUMBER, splits.Split(tuple(names), tuple(names))
     else:
         folds = splits.load_or_make_splits(workspace, names)
-        if not fold.isdecimal() or int(fold) >= len(folds):
+        if fold not in map(str, range(len(folds))):
             raise TrainingError(f"fold {fold!r}, expected 0 to {len(folds) - 1}, or {ALL_FOLD}")
         number, split = int(fold), folds[int(fold)]
     folder = run_folder(workspace, configuration, fold)

@@ -14,9 +14,11 @@ from ichseg.errors import DatasetError, PlansError, TrainingError, WeightsError
 from ichseg.model import bundle, plans
 from ichseg.model.folder import MODEL_FILE
 from ichseg.report import page
-from training.crossval import selection
+from ichseg.wording import counted
+from training.crossval import merge, selection
 from training.data import convert, layouts, verify
 from training.data.dataset import load_dataset
+from training.data.sources import digest_cases
 from training.data.workspace import (
     LATEST_CHECKPOINT,
     VALIDATION_FILE,
@@ -29,6 +31,7 @@ from training.data.workspace import (
     run_folder,
     selection_file,
 )
+from training.fit.checkpoint import corrected_since, load_checkpoint
 from training.fit.fold_run import changed_settings, open_run
 from training.jobs import train
 from training.jobs.choices import SELECTED, Choices, Scope
@@ -141,13 +144,25 @@ def _trained(scope: Scope, job: Job) -> str:
         return ""
     others = changed_settings(dataclasses.replace(run, config=scope.config))
     words = [f"not with {name} {new} but {old}" for name, new, old in others]
+    seen = load_checkpoint(folder / LATEST_CHECKPOINT, run.plans, run.configuration, run.cases)
+    cases = load_dataset(workspace).labelled
+    changed = corrected_since(seen["sources"], digest_cases(workspace, cases))
+    if changed:
+        words.append(
+            f"but with {counted(len(changed), 'case')} whose image or label has been corrected "
+            f"since, such as {changed[0]}: to train it anew, "
+            f"`train {job.target} --fold {job.part} --restart`"
+        )
     return ", ".join([f"{folder} is finished", *words])
 
 
 def _cross_validated(scope: Scope, _: Job) -> str:
     for name in scope.compared:
-        table = evaluation_folder(scope.choices.workspace, name) / summary.EVALUATION_FILE
-        if not _is_newer_than_validation(scope, name, table):
+        folder = evaluation_folder(scope.choices.workspace, name)
+        if not _is_newer_than_validation(scope, name, folder / summary.EVALUATION_FILE):
+            return ""
+        made_from = summary.load(folder).made_from
+        if made_from != merge.digest_of_folds(scope.choices.workspace, name):
             return ""
     return f"{evaluation_root(scope.choices.workspace)} holds {', '.join(scope.compared)}"
 
@@ -156,6 +171,7 @@ def _selected(scope: Scope, _: Job) -> str:
     path = selection_file(scope.choices.workspace)
     try:
         found = selection.load(scope.choices.workspace)
+        selection.require_current(scope.choices.workspace, found)
     except TrainingError:
         return ""
     alone = tuple(c.configurations[0] for c in found.candidates if len(c.configurations) == 1)
