@@ -17,7 +17,8 @@ from helpers.pretended import (
     with_pictures,
 )
 
-from ichseg.app import case_report, results
+from ichseg.app import case_report, main, results
+from ichseg.app.arguments import parse_arguments
 from ichseg.app.cases import find_cases
 from ichseg.app.results import Record
 from ichseg.engine import machine
@@ -262,3 +263,14 @@ def test_a_refused_case_in_the_output_folder_itself_stays(place):
     job = find_cases(place / "input", place / "input", input_slug="a", output_slug="b")
     results.refuse_cases(job, Record(place / "input", job.cases))
     assert (place / "input" / "100.mha").is_symlink()
+
+
+def test_a_server_knows_every_file_that_a_job_writes(place):
+    """It removes them before the next one, all but what is the same for every page."""
+    with_pictures(place)
+    output = place / "output"
+    job = find_cases(place / "input", output, input_slug="a", output_slug="b")
+    arguments = parse_arguments(["--output", str(output), "--report"])
+    there = {path for path in output.rglob("*") if path.is_file() and "assets" not in path.parts}
+    assert there <= set(main._will_write(arguments, job))
+    assert any(path.suffix == ".png" for path in there)
