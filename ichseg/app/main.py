@@ -190,7 +190,7 @@ def run_job(
 
 def _will_write(arguments: argparse.Namespace, job: Job) -> Iterator[Path]:
     """The files that a job may write."""
-    from ichseg.app.one_case import REPORT, files_beside
+    from ichseg.app.one_case import PAGE, REPORT, files_beside
 
     extras = {
         "dicom_seg": True,
@@ -201,7 +201,7 @@ def _will_write(arguments: argparse.Namespace, job: Job) -> Iterator[Path]:
         yield case.output
         yield from files_beside(case, arguments.output, extras)
     yield from (arguments.output / name for name in results.FILES)
-    yield arguments.output / REPORT / "index.html"
+    yield arguments.output / REPORT / PAGE
 
 
 def _in_words(what: str, work: Callable[[], int], raised: tuple[type[Exception], ...] = ()) -> int:

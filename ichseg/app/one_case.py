@@ -37,7 +37,7 @@ from ichseg.wording import byte_size, counted, duration
 P = ParamSpec("P")
 Given = TypeVar("Given")
 Made = TypeVar("Made")
-REPORT = "report"  # the folder of the page for people
+REPORT, PAGE = "report", "index.html"  # the folder of the page for people, and its file
 _RESERVE_S, _RESERVE_S_PER_VOXEL = 0.5, 2e-8  # of a time budget, for measuring and writing
 
 

@@ -18,6 +18,7 @@ from ichseg.app import results
 from ichseg.app.cases import InputCase, Job
 from ichseg.app.console import say
 from ichseg.app.one_case import (
+    PAGE,
     REPORT,
     Opened,
     Options,
@@ -173,6 +174,8 @@ def _remove_earlier(tasks: Sequence[Task], options: Options) -> None:
         before = made.get(task.case.name)
         if not isinstance(before, dict):
             before = {}
+        if before.get("pictures"):  # the page shows this case
+            remove_if_there(options.output / REPORT / PAGE)
         for extras in (before, options.extras):
             for path in files_beside(task.case, options.output, extras):
                 remove_if_there(path)

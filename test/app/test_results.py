@@ -231,6 +231,7 @@ def test_what_an_earlier_run_made_of_a_scan_does_not_stay_beside_a_new_mask(plac
     assert [bool(result.error) for result in ended] == [False] * 4 + [True]
     assert [path.name for path in output.glob("*.png")] == ["mine.png"]
     assert not list((output / "report" / "cases").iterdir())
+    assert not (output / "report" / "index.html").exists()
     assert sorted(path.name for path in output.glob("*.mha")) == [f"10{i}.mha" for i in range(1, 5)]
 
 
