@@ -302,7 +302,7 @@ class Ensemble:
         if threshold is not None and not (
             isinstance(threshold, int | float) and 0.01 <= threshold <= 0.99
         ):
-            raise InputError(f"threshold {threshold!r}, expected a number from 0.01 to 0.99")
+            raise InputError(f"threshold {threshold!r}, expected 0.01 to 0.99")
         volume = predicted.volume
         labels, foreground, each = self._restore(predicted.parts, probabilities, threshold)
         labels = components.apply_rules(labels, self.model.rules, volume.voxel_ml, foreground)
