@@ -10,10 +10,11 @@ from training.batches.augmentation import NO_AUGMENTATION
 from training.batches.hard_examples import HardExample
 from training.batches.sampling import BatchKey, draw_batch
 
+SIZE = (8, 24, 24)
 EXAMPLES = (
-    HardExample("case_0", "false", (1, 3, 20), 0.25),
-    HardExample("case_2", "missed", (5, 9, 4), 1.5),
-    HardExample("case_2", "false", (0, 23, 23), 0.05),
+    HardExample("case_0", "false", (1, 3, 20), SIZE, 0.25),
+    HardExample("case_2", "missed", (5, 9, 4), SIZE, 1.5),
+    HardExample("case_2", "false", (0, 23, 23), SIZE, 0.05),
 )
 
 
@@ -102,9 +103,13 @@ def test_a_network_without_errors_trains_as_usual(spec, tmp_path):
 
 
 def test_other_tables_are_refused(table, tmp_path):
-    hard_examples.require(table, ("case_0", "case_2", "case_3"))
+    sizes = {"case_0": SIZE, "case_2": SIZE}
+    hard_examples.require(table, ("case_0", "case_2", "case_3"), sizes.get)
     with pytest.raises(TrainingError, match=r"lists case case_2, which the fold does not train on"):
-        hard_examples.require(table, ("case_0",))
+        hard_examples.require(table, ("case_0",), sizes.get)
+    sizes["case_2"] = (8, 20, 24)  # of plans with another voxel size
+    with pytest.raises(TrainingError, match="case_2 of 8x24x24 voxels, which is stored with 8x20x"):
+        hard_examples.require(table, ("case_0", "case_2"), sizes.get)
     with pytest.raises(TrainingError, match=r"missing; train the fold without --hard-fraction"):
         hard_examples.read(tmp_path / "none.csv")
     text = table.read_text()

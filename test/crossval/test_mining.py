@@ -40,8 +40,8 @@ def test_errors_are_whole_lesions():
     target[box((3, 0, 10), (4, 3, 13))] = 1  # missed: 9 voxels
     found = box((1, 0, 0), (3, 5, 5)) | box((2, 10, 10), (5, 13, 15)) | box((5, 19, 0), (6, 20, 2))
     assert errors(target, found) == [
-        HardExample("a", "false", (3, 11, 12), pytest.approx(0.45)),
-        HardExample("a", "missed", (3, 1, 11), pytest.approx(0.09)),
+        HardExample("a", "false", (3, 11, 12), SHAPE, pytest.approx(0.45)),
+        HardExample("a", "missed", (3, 1, 11), SHAPE, pytest.approx(0.09)),
     ]
     kinds = [each.kind for each in errors(target, found, smallest_ml=0.1)]
     assert kinds == ["false"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,10 @@ import numpy as np
 
 from ichseg import files
 from ichseg.errors import TrainingError
+from ichseg.wording import times
 
 KINDS = ("false", "missed")
-_COLUMNS = ["case", "kind", "z", "y", "x", "volume_ml"]
+_COLUMNS = ["case", "kind", "z", "y", "x", "size_z", "size_y", "size_x", "volume_ml"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +30,14 @@ class HardExample:
         case: The case's name.
         kind: ``false`` or ``missed``.
         voxel: One of its voxels ``(z, y, x)`` in the stored case, near its middle.
+        size: The voxels ``(z, y, x)`` of that case, by which one in another grid is known.
         volume_ml: The lesion's volume.
     """
 
     case: str
     kind: str
     voxel: tuple[int, int, int]
+    size: tuple[int, int, int]
     volume_ml: float
 
     def __post_init__(self) -> None:
@@ -51,7 +54,7 @@ def write(path: Path, examples: Sequence[HardExample]) -> None:
         table = csv.writer(file)
         table.writerow(_COLUMNS)
         for each in examples:
-            table.writerow([each.case, each.kind, *each.voxel, f"{each.volume_ml:.3f}"])
+            table.writerow([each.case, each.kind, *each.voxel, *each.size, f"{each.volume_ml:.3f}"])
 
 
 @functools.lru_cache(maxsize=4)
@@ -68,8 +71,11 @@ def read(path: Path) -> dict[str, tuple[HardExample, ...]]:
             if table.fieldnames != _COLUMNS:
                 raise TrainingError(f"{path}: columns {table.fieldnames}, expected {_COLUMNS}")
             for row in table:
-                z, y, x = (int(row[axis]) for axis in "zyx")
-                example = HardExample(row["case"], row["kind"], (z, y, x), float(row["volume_ml"]))
+                z, y, x, *size = (int(row[column]) for column in _COLUMNS[2:8])
+                example = HardExample(
+                    row["case"], row["kind"], (z, y, x), (size[0], size[1], size[2]),
+                    float(row["volume_ml"]),
+                )  # fmt: skip
                 found.setdefault(example.case, []).append(example)
     except FileNotFoundError as error:
         raise TrainingError(
@@ -83,18 +89,28 @@ def read(path: Path) -> dict[str, tuple[HardExample, ...]]:
     return {case: tuple(examples) for case, examples in found.items()}
 
 
-def require(path: Path, cases: Collection[str]) -> None:
-    """Refuse a table that is missing, or made for other cases than these.
+def require(
+    path: Path, cases: Collection[str], size_of: Callable[[str], tuple[int, int, int]]
+) -> None:
+    """Refuse a table that is missing, or made for other cases than these, or in another grid.
+
+    Args:
+        path: The table.
+        cases: The names of the fold's training cases.
+        size_of: Gives the size ``(z, y, x)`` of a stored case.
 
     Raises:
-        TrainingError: Says which case is none of the fold's training cases.
+        TrainingError: Says which case it is.
     """
-    others = sorted(read(path).keys() - set(cases))
-    if others:
-        raise TrainingError(
-            f"{path}: lists case {others[0]}, which the fold does not train on; run "
-            "`hard-examples` again"
-        )
+    for case, examples in sorted(read(path).items()):
+        if case not in cases:
+            reason = f"lists case {case}, which the fold does not train on"
+        elif any(each.size != size_of(case) for each in examples):
+            sizes = times(examples[0].size), times(size_of(case))
+            reason = f"made of case {case} of {sizes[0]} voxels, which is stored with {sizes[1]}"
+        else:
+            continue
+        raise TrainingError(f"{path}: {reason}; run `hard-examples` again")
 
 
 def draw(rng: np.random.Generator, path: Path) -> HardExample:

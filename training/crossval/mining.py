@@ -114,7 +114,7 @@ def errors_of(
             ("missed", theirs, ours),
         ):
             examples += [
-                HardExample(case.name, kind, voxel, voxels * voxel_ml)
+                HardExample(case.name, kind, voxel, target.shape, voxels * voxel_ml)
                 for voxel, voxels in _untouched(lesions, other, smallest_ml / voxel_ml)
             ]
     return examples

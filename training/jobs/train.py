@@ -148,10 +148,12 @@ def open_fold(
     run = open_run(workspace, configuration, fold, config, group)
     needed = sorted({*run.spec.train, *run.spec.validation})
     require_current(workspace, dataset.load_dataset(workspace), run.plans, configuration, needed)
-    sources = {name: chunks.load_meta(run.spec.folder, name).source for name in needed}
-    run = dataclasses.replace(run, sources=sources)
+    stored = {name: chunks.load_meta(run.spec.folder, name) for name in needed}
+    run = dataclasses.replace(run, sources={name: meta.source for name, meta in stored.items()})
     if run.spec.hard_examples is not None:
-        hard_examples.require(run.spec.hard_examples, run.spec.train)
+        hard_examples.require(
+            run.spec.hard_examples, run.spec.train, lambda name: stored[name].shape[1:]
+        )
     if not restart:
         require_sources(run)
     if run.configuration.previous_stage is not None:
