@@ -175,11 +175,12 @@ def output_removed(scene: Scene, place: Path, rng: random.Random) -> Trial:
     running = start(scene.folder, scans, output)
     running.wait_for(any_moment(scene, rng))
     shutil.rmtree(output, ignore_errors=True)
-    last = f"[{len(SUFFIXES)}/{len(SUFFIXES)}]"
-    late = any(line.startswith(last) and " -> " in line for line in list(running.lines))
     ended = running.end()
     bad = faults_of(output, ended, of(scene.masks))
-    if late:  # all was done, and perhaps looked at for the last time
+    last = f"[{len(SUFFIXES)}/{len(SUFFIXES)}]"
+    lines = [line for line in running.lines if line.startswith(last) and " -> " in line]
+    if any(not Path(line.split(" -> ")[1].strip()).exists() for line in lines):
+        # it went with the folder: all was done, and perhaps looked at for the last time
         bad = [words for words in bad if not words.startswith("exit status 0, but")]
     account = trial("output folder removed, then `--resume`", ended, output, bad, scene)
     return _more(account, resumed(scene, scans, output))
