@@ -8,11 +8,8 @@ from helpers.dicom_files import make_slice, save
 from ichseg.app import results
 from ichseg.app.cases import (
     InputCase,
-    Job,
-    check_output,
     find_cases,
     find_challenge_cases,
-    probability_paths,
     say_passed_over,
 )
 from ichseg.errors import InputError
@@ -247,40 +244,6 @@ def test_an_mhd_and_an_mha_of_one_name_have_one_mask(tmp_path):
         touch(tmp_path / name)
     why = "2 scans whose masks would be a.mha"
     assert refused(find(tmp_path, tmp_path / "out")) == {"a.mha": why, "a.mhd": why}
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["a.mha", "b.mha"], ["a", "b"]),
-        (["a.mha", "a.nii.gz", "b.nii"], ["a.mha", "a.nii.gz", "b"]),
-        (["a.nii.gz", "a_0000.nii.gz"], ["a.nii.gz", "a_0000.nii.gz"]),  # nnU-Net's a.npz
-        (["a.nii.gz", "a_probability.nii.gz"], ["a.nii.gz", "a_probability"]),
-    ],
-)
-def test_probabilities_of_each_scan_have_names_of_their_own(tmp_path, names, expected):
-    for name in names:
-        touch(tmp_path / name)
-    cases = find(tmp_path, tmp_path / "out").cases
-    assert [case.probabilities for case in cases] == expected
-    paths = [p for case in cases for p in probability_paths(case.output, case.probabilities)]
-    paths += [case.output for case in cases]
-    assert len(set(paths)) == 4 * len(names)
-    assert not any(case.refusal for case in cases)
-
-
-def test_a_scan_whose_probabilities_have_no_free_name_is_refused(tmp_path):
-    for name in ("a.mha", "a.nii.gz", "a.mha_probability.nii.gz"):
-        touch(tmp_path / name)
-    why = "its probabilities would be a.mha_probability.nii.gz, the name of another scan's file"
-    assert refused(find(tmp_path, tmp_path / "out")) == {"a.mha": why}
-
-
-def test_a_mask_whose_name_is_too_long_stops_no_other(tmp_path):
-    """The name of a folder of slices can have 255 letters, and its mask's has more."""
-    image = touch(tmp_path / "a.mha")
-    long = InputCase("long", image, tmp_path / "out" / ("x" * 300 + ".mha"))
-    check_output(Job((long,), platform=False), tmp_path / "out")
 
 
 def search(folder, out, **options):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,3 +133,13 @@ def _save(workspace: Path, known: dict[Path, _Known]) -> None:
     with contextlib.suppress(OutputError), replacing(sources_file(workspace)) as temporary:
         content = strict_json.dumps(_KnownFiles(SCHEMA_VERSION, files))
         temporary.write_text(content, encoding="utf-8")
+
+
+def corrected_since(seen: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The cases whose files are others than those that a network was trained on, by their names.
+
+    Args:
+        seen: The digests that were noted then; empty for a case where that is not known.
+        now: The digests of the files as they are.
+    """
+    return sorted(name for name, was in seen.items() if was and now.get(name, was) != was)

@@ -22,6 +22,7 @@ from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.model.plans import Configuration, Plans
 from ichseg.wording import counted
+from training.data.sources import corrected_since
 from training.data.splits import Split
 from training.data.workspace import BEST_CHECKPOINT, LATEST_CHECKPOINT
 from training.fit import schedule
@@ -330,16 +331,6 @@ def require_sources(run: FoldRun) -> None:
             f"been corrected since, such as {changed[0]}; begin anew with --restart, or leave the "
             "fold as it is and go on with the commands after `train`"
         )
-
-
-def corrected_since(seen: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The cases whose files are others than those that a network was trained on, by their names.
-
-    Args:
-        seen: A checkpoint's ``sources``, empty for a case where that is not known.
-        now: The digests of the files as they are.
-    """
-    return sorted(name for name, was in seen.items() if was and now.get(name, was) != was)
 
 
 def _decisive(plans: Plans) -> dict[str, str]:

@@ -18,7 +18,7 @@ from ichseg.wording import counted
 from training.crossval import merge, selection
 from training.data import convert, layouts, verify
 from training.data.dataset import load_dataset
-from training.data.sources import digest_cases
+from training.data.sources import corrected_since, digest_cases
 from training.data.workspace import (
     LATEST_CHECKPOINT,
     VALIDATION_FILE,
@@ -31,7 +31,7 @@ from training.data.workspace import (
     run_folder,
     selection_file,
 )
-from training.fit.checkpoint import corrected_since, load_checkpoint
+from training.fit.checkpoint import load_checkpoint
 from training.fit.fold_run import changed_settings, open_run
 from training.jobs import train
 from training.jobs.choices import SELECTED, Choices, Scope
