@@ -316,6 +316,14 @@ def test_minutes_end_the_training_within_the_epoch(fresh, monkeypatch):
     assert end["history"][0]["validation_loss"] > -1
 
 
+def test_an_epoch_that_begins_when_the_time_is_up_takes_one_step(fresh, monkeypatch):
+    monkeypatch.setattr(loop, "_time_is_up", lambda config, state: True)
+    assert run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=2))
+    end = checkpoint(fresh)
+    assert all(math.isfinite(row["train_loss"]) for row in end["history"])
+    assert math.isfinite(end["schedule"]["train_average"])
+
+
 def test_poly_decay_reaches_the_optimiser(fresh):
     config = dataclasses.replace(QUICK, lr_schedule="poly")
     run_fold(fresh, "3d_fullres", "0", config)

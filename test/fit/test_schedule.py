@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 
@@ -22,6 +23,13 @@ def test_moving_average_by_hand():
     states = run(PAPER, [1.0, 0.0, 0.5], validation=[2.0, 1.0, 0.0])
     assert [s.train_average for s in states] == pytest.approx([1, 0.93, 0.93 * 0.93 + 0.07 * 0.5])
     assert [s.validation_average for s in states] == pytest.approx([2, 1.93, 0.93 * 1.93])
+
+
+def test_an_average_that_an_earlier_version_left_nan_begins_anew():
+    states = run(PAPER, [1.0, 0.5])
+    spoilt = dataclasses.replace(states[-1], train_average=math.nan)
+    later = advance(PAPER, spoilt, train_loss=0.25, validation_loss=0.5)
+    assert (later.train_average, later.train_best, later.train_best_epoch) == (0.25, 0.25, 3)
 
 
 def test_rate_drops_after_30_epochs_without_improvement():

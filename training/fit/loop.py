@@ -158,7 +158,7 @@ def _train_batches(
     interrupted: Interrupted,
     watch: Watch | None,
 ) -> bool:
-    """Train on the batches left in this epoch, or in the time; False when interrupted.
+    """Train on what is left of this epoch or of the time, one batch at least; False if interrupted.
 
     On a GPU the loss of a step is read while the next one is computed.
     """
@@ -181,8 +181,9 @@ def _train_batches(
     stopped = False
     while len(state.losses) + len(under_way) < config.batches_per_epoch:
         stopped, late = run.group.any(interrupted(), _time_is_up(config, state))
+        late = late and bool(state.losses or under_way)  # without a step an epoch has no loss
         if late and not stopped:  # what is left of the epoch is dropped
-            stream.restart(_validation_keys(config, state.schedule.epoch))
+            stream.restart(batch_keys(config, state.schedule.epoch, config.batches_per_epoch))
         if stopped or late:
             break
         with _timed(state, stream):

@@ -6,6 +6,7 @@ averages of the losses decide. ``poly`` decays over a length known beforehand, i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 SCHEDULES = ("plateau", "poly")
@@ -173,7 +174,10 @@ def _follow(
     epoch: int,
 ) -> tuple[float, float, int]:
     """The moving average with this loss, its best value so far and the epoch of that."""
-    average = loss if average is None else rules.momentum * average + (1 - rules.momentum) * loss
+    if average is None or math.isnan(average):  # earlier versions left NaN after an empty epoch
+        average = loss
+    else:
+        average = rules.momentum * average + (1 - rules.momentum) * loss
     if best is None or average < best - rules.threshold:
         return average, average, epoch
     return average, best, best_epoch
