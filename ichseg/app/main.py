@@ -38,6 +38,7 @@ from ichseg.app.start import (
 from ichseg.errors import DeviceError, IchsegError, WeightsError
 from ichseg.files import remove_if_there
 from ichseg.model.folder import MODEL_FILE
+from ichseg.report import PAGE_FILE, REPORT_FOLDER
 from ichseg.wording import counted
 
 if TYPE_CHECKING:  # engines take long to import: --help and refusals of input do without
@@ -190,7 +191,7 @@ def run_job(
 
 def _will_write(arguments: argparse.Namespace, job: Job) -> Iterator[Path]:
     """The files that a job may write."""
-    from ichseg.app.one_case import PAGE, REPORT, files_beside
+    from ichseg.app.one_case import files_beside
 
     extras = {
         "dicom_seg": True,
@@ -201,7 +202,7 @@ def _will_write(arguments: argparse.Namespace, job: Job) -> Iterator[Path]:
         yield case.output
         yield from files_beside(case, arguments.output, extras)
     yield from (arguments.output / name for name in results.FILES)
-    yield arguments.output / REPORT / PAGE
+    yield arguments.output / REPORT_FOLDER / PAGE_FILE
 
 
 def _in_words(what: str, work: Callable[[], int], raised: tuple[type[Exception], ...] = ()) -> int:

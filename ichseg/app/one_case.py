@@ -27,6 +27,7 @@ from ichseg.errors import BudgetError, DeviceError, IchsegError, WeightsError
 from ichseg.predict import memory
 from ichseg.predict.components import Segmentation
 from ichseg.predict.ensemble import Ensemble, Kept, Predicted, Prepared
+from ichseg.report import CASES_FOLDER, REPORT_FOLDER
 from ichseg.scan import reader, volume
 from ichseg.scan.dicom import straighten
 from ichseg.scan.dicom.dicom_seg import Algorithm, seg_path, write_seg
@@ -37,7 +38,6 @@ from ichseg.wording import byte_size, counted, duration
 P = ParamSpec("P")
 Given = TypeVar("Given")
 Made = TypeVar("Made")
-REPORT, PAGE = "report", "index.html"  # the folder of the page for people, and its file
 _RESERVE_S, _RESERVE_S_PER_VOXEL = 0.5, 2e-8  # of a time budget, for measuring and writing
 
 
@@ -361,7 +361,7 @@ def files_beside(case: InputCase, output: Path, made: Mapping[str, Any]) -> tupl
     if made.get("pictures"):
         from ichseg.report import case_files  # loads Pillow
 
-        found += [output / case.picture, *case_files.files_of(output / REPORT, case.name)]
+        found += [output / case.picture, *case_files.files_of(output / REPORT_FOLDER, case.name)]
     return tuple(found)
 
 
@@ -392,7 +392,8 @@ def _write_pictures(
 
     mask, is_ct = segmentation.mask, ensemble.model.expects_hu
     overlay = output / case.picture
-    for earlier in (overlay, output / REPORT / "cases" / f"{case_files.slug_of(case.name)}.json"):
+    page = output / REPORT_FOLDER
+    for earlier in (overlay, page / CASES_FOLDER / f"{case_files.slug_of(case.name)}.json"):
         earlier.unlink(missing_ok=True)  # lest it be shown if one of these fails
     pictures.write_overlay(scan, mask, overlay, is_ct=is_ct)
-    case_files.write_case(output / REPORT, case.name, scan, {"prediction": mask}, is_ct=is_ct)
+    case_files.write_case(page, case.name, scan, {"prediction": mask}, is_ct=is_ct)

@@ -18,8 +18,6 @@ from ichseg.app import results
 from ichseg.app.cases import InputCase, Job
 from ichseg.app.console import say
 from ichseg.app.one_case import (
-    PAGE,
-    REPORT,
     Opened,
     Options,
     Task,
@@ -39,6 +37,7 @@ from ichseg.overlap import overlapping
 from ichseg.predict import memory
 from ichseg.predict.ensemble import Ensemble
 from ichseg.predict.memory import Need
+from ichseg.report import CASES_FOLDER, PAGE_FILE, REPORT_FOLDER
 from ichseg.wording import counted
 
 
@@ -153,8 +152,13 @@ def _tasks(job: Job) -> list[Task]:
 
 def _remove_unfinished(job: Job, options: Options) -> None:
     """Remove what killed runs have left half-written; what cannot be removed does no harm."""
-    pages = options.output / REPORT
-    for folder in {options.output, pages, pages / "cases", *(c.output.parent for c in job.cases)}:
+    pages = options.output / REPORT_FOLDER
+    for folder in {
+        options.output,
+        pages,
+        pages / CASES_FOLDER,
+        *(c.output.parent for c in job.cases),
+    }:
         with contextlib.suppress(OSError):
             remove_unfinished(folder)
 
@@ -175,7 +179,7 @@ def _remove_earlier(tasks: Sequence[Task], options: Options) -> None:
         if not isinstance(before, dict):
             before = {}
         if before.get("pictures"):  # the page shows this case
-            remove_if_there(options.output / REPORT / PAGE)
+            remove_if_there(options.output / REPORT_FOLDER / PAGE_FILE)
         for extras in (before, options.extras):
             for path in files_beside(task.case, options.output, extras):
                 remove_if_there(path)
@@ -267,7 +271,7 @@ def _write_page(record: Record, means: Means, options: Options) -> None:
     warnings: list[str] = []
     with optional("no page of all scans", warnings):
         page = inference_page.write(
-            options.output / REPORT,
+            options.output / REPORT_FOLDER,
             [inference_page.Entry(result.image, result.error, result.report) for result in ended],
             title=f"Segmentation of {counted(len(ended), 'scan')}",
             subtitle=f"{model.name} {model.version}, preset {options.preset}, {means.facts.name}",

@@ -5,3 +5,7 @@ without a network, and a viewer for each case. ``case_files`` writes one case as
 ``pictures`` and ``viewer``; ``inference_page`` writes the page of all. Open ``inference_page``
 first, and ``templates/page.html``, which is the frame of every page.
 """
+
+REPORT_FOLDER = "report"  # beside the masks, or in a workspace
+PAGE_FILE = "index.html"
+CASES_FOLDER = "cases"  # beside the page

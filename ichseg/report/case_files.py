@@ -13,7 +13,7 @@ import numpy as np
 from ichseg.errors import OutputError
 from ichseg.files import replacing
 from ichseg.model import strict_json
-from ichseg.report import pictures, viewer
+from ichseg.report import CASES_FOLDER, pictures, viewer
 from ichseg.report.framing import Framed, frame
 from ichseg.scan.volume import Volume, write
 
@@ -85,7 +85,7 @@ def write_case(
     slug = slug_of(name)
     framed = frame(image, masks, is_ct=is_ct, beside=beside)
     window = pictures.BRAIN if is_ct else pictures.fitting_window(framed)
-    cases = folder / "cases"
+    cases = folder / CASES_FOLDER
     _remove(cases / f"{slug}.json")
     slices, panel_px = pictures.write_strip(framed, cases / f"{slug}.jpg", window=window)
     script = viewer.make_script(framed, slug, is_ct=is_ct)
@@ -116,7 +116,7 @@ def write_case(
 
 def files_of(folder: Path, name: str) -> tuple[Path, ...]:
     """The files of ``write_case``, of which the first says that the others are whole."""
-    cases, slug = folder / "cases", slug_of(name)
+    cases, slug = folder / CASES_FOLDER, slug_of(name)
     return tuple(cases / f"{slug}{end}" for end in (".json", ".js", ".jpg", "_prediction.nii.gz"))
 
 
@@ -141,7 +141,7 @@ def read_case(folder: Path, name: str) -> Shown | None:
     Raises:
         PlansError: The file holds something else.
     """
-    path = folder / "cases" / f"{slug_of(name)}.json"
+    path = folder / CASES_FOLDER / f"{slug_of(name)}.json"
     return strict_json.load(Shown, path) if path.is_file() else None
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import jinja2
 
 from ichseg.files import replacing
+from ichseg.report import PAGE_FILE
 from ichseg.report.case_files import Shown
 
 ASSETS, TEMPLATES = (Path(__file__).parent / name for name in ("assets", "templates"))
-FILE = "index.html"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ def write(
     """
     text = template.render(title=title, subtitle=subtitle, cases=cases, **said)
     _write_assets(folder / "assets")
-    page = folder / FILE
+    page = folder / PAGE_FILE
     with replacing(page, suffix=".html") as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return page

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ichseg.report import REPORT_FOLDER
+
 DATASET_FILE = "dataset.json"
 GROUPS_FILE = "groups.csv"
 SOURCES_FILE = "sources.json"
@@ -172,7 +174,7 @@ def bundles_folder(workspace: Path) -> Path:
 
 def report_folder(workspace: Path) -> Path:
     """The page of the cross-validation."""
-    return workspace / "report"
+    return workspace / REPORT_FOLDER
 
 
 def jobs_root(workspace: Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ichseg.errors import DatasetError, PlansError, TrainingError, WeightsError
 from ichseg.model import bundle, plans
 from ichseg.model.folder import MODEL_FILE
-from ichseg.report import page
+from ichseg.report import PAGE_FILE
 from ichseg.wording import counted
 from training.crossval import merge, selection
 from training.data import convert, layouts, verify
@@ -205,7 +205,7 @@ def _exported(scope: Scope, job: Job) -> str:
 
 def _reported(scope: Scope, _: Job) -> str:
     workspace = scope.choices.workspace
-    path, chosen = report_folder(workspace) / page.FILE, selection_file(workspace)
+    path, chosen = report_folder(workspace) / PAGE_FILE, selection_file(workspace)
     newer = path.is_file() and path.stat().st_mtime_ns >= chosen.stat().st_mtime_ns
     return f"{path} is there" if newer else ""
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from ichseg.errors import DatasetError
 from ichseg.files import SCAN_SUFFIXES, is_named_as_scan, stem_of, suffix_of
-
-_CASES_OF_A_PAGE = "cases"  # beside the page's ``index.html``
+from ichseg.report import CASES_FOLDER, PAGE_FILE
 
 
 def masks_below(folder: Path) -> list[Path]:
@@ -49,7 +48,7 @@ def masks_by_name(folder: Path) -> dict[str, Path]:
 
 def _of_a_page(path: Path) -> bool:
     folder = path.parent
-    return folder.name == _CASES_OF_A_PAGE and (folder.parent / "index.html").exists()
+    return folder.name == CASES_FOLDER and (folder.parent / PAGE_FILE).exists()
 
 
 def _is_probability(path: Path, cases: set[Path]) -> bool:

@@ -20,7 +20,7 @@ from ichseg.app.one_case import optional
 from ichseg.errors import InputError
 from ichseg.files import WRITTEN_SUFFIXES, replacing, suffix_of
 from ichseg.model import strict_json
-from ichseg.report import case_files
+from ichseg.report import REPORT_FOLDER, case_files
 from ichseg.scan import reader, register, volume
 from ichseg.scan.reader import Scan
 from ichseg.scan.volume import Volume
@@ -182,7 +182,7 @@ def _write(output: Path, before: Study, after: Study, found: FollowUp) -> Follow
     volume.write(laid_mask, output / f"{SECOND}_mask_on_{FIRST}.nii.gz")
     warnings: list[str] = []
     with optional("no page", warnings):
-        report = output / "report"
+        report = output / REPORT_FOLDER
         first, second = (before.scan, before.mask), (laid, laid_mask)
         for name, (scan, mask), other in ((FIRST, first, second), (SECOND, second, first)):
             case_files.write_case(report, name, scan, {"prediction": mask}, beside=other)
