@@ -94,6 +94,8 @@ def _check_place(raw: bytes, end: str) -> None:
     if scode > 0:
         used += struct.unpack_from(end + "12f", raw, 280)
     used_mm = [value * mm_per_unit(raw) for value in used]
+    if 0 in used[:3]:  # which ITK takes for 1 mm
+        raise DamagedError(f"voxels of {times(used_mm[2::-1], 4)} mm, expected more than 0")
     odd = [value for value in used_mm if not abs(value) <= FARTHEST_MM]  # NaN is not, either
     if odd:
         raise DamagedError(f"{odd[0]:g} mm as a size or place, expected up to {FARTHEST_MM:g}")

@@ -237,6 +237,13 @@ def test_a_sform_of_other_voxels_than_pixdim_is_refused(tmp_path, codes, pixdim)
         volume.read(path)
 
 
+@pytest.mark.parametrize("codes", [(0, 0), (0, 1), (1, 0)])
+def test_a_voxel_without_a_size_is_refused(tmp_path, codes):
+    """ITK takes 0 for 1 mm, which makes each volume in mL a fifth."""
+    with pytest.raises(InputError, match=r"voxels of 0x0\.6x0\.5 mm, expected more than 0"):
+        volume.read(framed(tmp_path, codes=codes, pixdim=(0.5, 0.6, 0)))
+
+
 def test_lengths_that_are_rounded_or_not_in_use_are_let_through(tmp_path):
     assert reader.read_scan(framed(tmp_path, pixdim=(0.502, 0.598, 5))).warnings == ()
     found = reader.read_scan(framed(tmp_path, pixdim=(0.4, 0.6, 5), codes=(0, 1)))

@@ -23,7 +23,10 @@ from ichseg.scan.dicom.stacking import Candidate
 Planes = list[npt.NDArray[np.int16]]
 Look = Callable[[], Planes]
 _AXIAL = math.cos(math.radians(45))
-_HEAD = ("HEAD", "BRAIN", "SKULL", "CRANI", "NEURO", "SINUS", "ORBIT", "FACE", "EAR", "SCHAEDEL")
+_HEAD = re.compile(
+    r"HEAD|BRAIN|SKULL|CRANI|NEURO|SINUS|ORBIT|FACE|SCHAEDEL"
+    r"|(?<![A-Z])(INNER|INTERNAL|MIDDLE)?EARS?(?![A-Z])"  # and neither heart nor forearm
+)
 _HEAD_MM2 = (8_000, 45_000)  # the cross-section of a head; a chest has 60,000 and more
 _BONE_SHARE = (0.04, 0.45)  # of that cross-section
 _WHOLE_HEAD_MM = 160.0
@@ -118,7 +121,7 @@ def is_plain(candidate: Candidate) -> bool:
 def says_head(candidate: Candidate) -> bool | None:
     """Whether the header says a head; None if it does not say."""
     part = candidate.files[0].text("BodyPartExamined").upper()
-    return any(word in part for word in _HEAD) if part else None
+    return bool(_HEAD.search(part)) if part else None
 
 
 def _is_head(candidate: Candidate, look: Look) -> bool:

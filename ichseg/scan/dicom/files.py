@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ichseg.errors import InputError
+from ichseg.wording import counted
 
 MOST_FILES = 20_000  # in one case
 MARK_AT, MARK = 128, b"DICM"
@@ -19,7 +20,8 @@ class Listing:
 
     Attributes:
         files: The files, folder by folder, by name.
-        passed_over: Links that lead out and folders too deep, with the reason in words.
+        passed_over: What is neither a file nor a folder that was looked into, such as links that
+            lead out, with the reason in words.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -27,12 +29,28 @@ class Listing:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file has DICOM's mark. Those without the preamble are not looked for."""
+    """Whether a file can be read and has DICOM's mark, see ``has_mark``."""
+    try:
+        return has_mark(path)
+    except InputError:
+        return False
+
+
+def has_mark(path: Path) -> bool:
+    """Whether a file has DICOM's mark. Those without the preamble are not looked for.
+
+    Raises:
+        InputError: It cannot be read, or has the name of a slice and is too short to be anything.
+    """
     try:
         with path.open("rb", buffering=0) as stream:
-            return stream.read(MARK_AT + 4)[MARK_AT:] == MARK
-    except OSError:
-        return False
+            start = stream.read(MARK_AT + 4)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read ({error.strerror or error})") from error
+    named_as_slice = not path.suffix or path.suffix[1:].isdecimal()  # IM0001, or a UID
+    if named_as_slice and len(start) < MARK_AT + 4:
+        raise InputError(f"{path}: cut off, {counted(len(start), 'byte')}")
+    return start[MARK_AT:] == MARK
 
 
 def walk(folder: Path, *, follow_links: bool = False) -> Listing:
@@ -79,4 +97,10 @@ def walk(folder: Path, *, follow_links: bool = False) -> Listing:
                     found.passed_over.append((path, f"a link that leads out of {folder}"))
                 else:
                     found.files.append(path)
+            elif entry.is_dir():
+                found.passed_over.append((path, "a link to a folder"))
+            else:
+                link = entry.is_symlink()
+                what = "a link to nothing" if link else "neither a file nor a folder"
+                found.passed_over.append((path, what))
     return found

@@ -82,7 +82,7 @@ def _sort(path: Path, found: Sorted, study: str) -> None:
     Raises:
         InputError: It cannot be read, or calls itself a slice and is none.
     """
-    if not files.is_dicom(path):
+    if not files.has_mark(path):
         if path.suffix.lower() in (".dcm", ".ima"):
             raise InputError(f"{path}: not a DICOM file, expected DICM at byte 128")
         return

@@ -175,7 +175,7 @@ def _one_at_each_place(
     for i, file in enumerate(files):
         if not kept or places[i, 0] - places[kept[-1], 0] > _SAME_PLACE_MM:
             kept.append(i)
-        elif pixels.pixel_bytes(files[kept[-1]]) != pixels.pixel_bytes(file):
+        elif not _is_copy(files[kept[-1]], file, abs(places[i] - places[kept[-1]])):
             raise InputError(
                 f"{folder}: {files[kept[-1]].path.name} and {file.path.name} lie at the same "
                 "place and differ, expected one slice at each place: the slices of one acquisition"
@@ -183,6 +183,18 @@ def _one_at_each_place(
     copies = len(files) - len(kept)
     warnings = [f"{_slices(copies)} there twice, one of each was taken"] if copies else []
     return [files[i] for i in kept], places[kept], warnings
+
+
+def _is_copy(first: DicomFile, second: DicomFile, apart_mm: npt.NDArray[np.float64]) -> bool:
+    """Whether two slices show the same HU in the same place, along all three axes."""
+
+    def scale(file: DicomFile) -> tuple[object, ...]:
+        keys = ("RescaleSlope", "RescaleIntercept")
+        return (*(file.numbers(key, 1) for key in keys), file.integer("PixelRepresentation"))
+
+    same_place = bool(np.all(apart_mm <= _SAME_PLACE_MM))
+    same_pixels = pixels.pixel_bytes(first) == pixels.pixel_bytes(second)
+    return same_place and scale(first) == scale(second) and same_pixels
 
 
 def _slices(count: int) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -97,6 +98,62 @@ def test_copies_are_taken_once_and_differing_ones_refused(tmp_path):
     made.save_as(tmp_path / "copy.dcm")
     with pytest.raises(InputError, match="lie at the same place and differ"):
         find_series(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["RescaleIntercept", "RescaleSlope", "ImagePositionPatient"])
+def test_the_same_pixels_of_another_scale_or_beside_it_are_no_copy(tmp_path, change):
+    write(tmp_path)
+    made = pydicom.dcmread(tmp_path / "007.dcm")
+    x, y, z = made.ImagePositionPatient
+    setattr(made, change, [x + 40, y, z] if change == "ImagePositionPatient" else 2)
+    made.save_as(tmp_path / "copy.dcm")
+    with pytest.raises(InputError, match="lie at the same place and differ"):
+        find_series(tmp_path)
+
+
+@pytest.mark.parametrize("follow", [False, True])
+@pytest.mark.parametrize("fault", ["link", "folder", "empty", "cut", "unreadable"])
+def test_slices_that_cannot_be_opened_are_missed_in_words(tmp_path, monkeypatch, fault, follow):
+    """At an end of the volume nothing else tells that they are missing."""
+    home = write(tmp_path / "case", heights=range(0, 60, 5))
+    files = sorted(home.glob("*.dcm"))
+    lost = []
+    for number, path in enumerate(files):
+        plain = path.rename(path.with_name(f"IM{number:02}"))
+        if number < 8:
+            continue
+        lost.append(plain)
+        if fault == "link":
+            plain.unlink()
+            plain.symlink_to("nowhere")
+        elif fault in ("empty", "cut"):
+            plain.write_bytes(plain.read_bytes()[: 0 if fault == "empty" else 100])
+        elif fault == "folder":
+            (tmp_path / "rest").mkdir(exist_ok=True)
+            plain.rename(tmp_path / "rest" / plain.name)
+    words = {
+        "link": "a link to nothing", "empty": "cut off, 0 bytes", "cut": "cut off, 100 bytes",
+        "folder": "a link to a folder", "unreadable": "Input/output error",
+    }[fault]  # fmt: skip
+    if fault == "folder":
+        (home / "rest").symlink_to(tmp_path / "rest")
+    if fault == "unreadable":
+        opened = Path.open
+
+        def broken(path, *args, **more):
+            if path in lost:
+                raise OSError(5, "Input/output error")
+            return opened(path, *args, **more)
+
+        monkeypatch.setattr(Path, "open", broken)
+    series = find_series(home, follow_links=follow)
+    if fault == "folder" and follow:
+        assert len(series.slices) == 12
+        return
+    assert len(series.slices) == 8
+    count = "1 file" if fault == "folder" else "4 files"
+    assert series.warnings[0].startswith(f"left out: {count} that cannot be read as a slice: ")
+    assert words in series.warnings[0]
 
 
 def test_a_missing_slice_is_mended_in_words_and_a_wide_gap_refused(tmp_path):
