@@ -72,8 +72,8 @@ class Progress:
     def __call__(self, done: int, total: int) -> None:
         """Say how long it will take as soon as that is known, then how far it is."""
         now = time.monotonic()
-        if self.first == 0:
-            self.began, self.first = now, done
+        if self.first == 0 or done <= self.first:  # at first, or begun anew on another device
+            self.began, self.first, self.share = now, done, 0.0
             return
         left_s = (now - self.began) / (done - self.first) * (total - done)
         planned = ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import SimpleITK as sitk
@@ -46,9 +46,14 @@ class Alignment:
     shift_mm: float
     agreement: float
 
+    @property
+    def inverse(self) -> Alignment:
+        """How the first scan lies on the second."""
+        return replace(self, transform=self.transform.GetInverse())
+
     def to_first(self, position_mm: tuple[float, float, float]) -> tuple[float, float, float]:
         """A position of the second scan in the first one, ``(x, y, z)`` in mm, LPS."""
-        x, y, z = self.transform.GetInverse().TransformPoint(position_mm)
+        x, y, z = self.inverse.transform.TransformPoint(position_mm)
         return x, y, z
 
 

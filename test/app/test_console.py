@@ -60,3 +60,11 @@ def test_no_file_gets_the_number_of_a_stderr_that_was_closed_in_between(tmp_path
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
     assert done.returncode == 3
+
+
+def test_progress_that_begins_anew_on_another_device_goes_on(capsys):
+    """A GPU whose memory is full gives the case to the CPU, which begins with the first pass."""
+    progress = console.Progress()
+    for done in (4, 8, 12, 4, 8, 16):
+        progress(done, 16)
+    assert "16 forward passes, about" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ichseg import __version__
-from ichseg.app import weights
+from ichseg.app import results, weights
 from ichseg.app.console import say
 from ichseg.app.follow_up import growth, page
 from ichseg.app.follow_up.growth import Change, compare_lesions
 from ichseg.app.follow_up.page import FIRST, SECOND, FollowUp
 from ichseg.app.one_case import optional
 from ichseg.errors import InputError
-from ichseg.files import WRITTEN_SUFFIXES, replacing, suffix_of
+from ichseg.files import WRITTEN_SUFFIXES, remove_if_there, replacing, suffix_of
 from ichseg.model import strict_json
-from ichseg.report import REPORT_FOLDER, case_files
+from ichseg.report import PAGE_FILE, REPORT_FOLDER, case_files
 from ichseg.scan import reader, register, volume
 from ichseg.scan.reader import Scan
 from ichseg.scan.volume import Volume
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # engines take long to import, and masks may be given
     from ichseg.predict.ensemble import Ensemble
 
 FILE = "follow_up.json"
+_LAID, _LAID_MASK = (f"{SECOND}_{what}on_{FIRST}.nii.gz" for what in ("", "mask_"))
 _LEAST_AGREEMENT = 0.87  # of one head; with its sides exchanged 0.83, see docs/follow_up.md
 
 
@@ -77,7 +79,9 @@ def run(arguments: argparse.Namespace) -> int:
     say("bringing the second scan onto the first")
     alignment = register.register(before.scan, after.scan)
     found = _compare(before, after, alignment)
-    found = _write(arguments.output, before, after, found)
+    with results.claimed(arguments.output):
+        _remove_earlier(arguments.output, given={*paths, *(arguments.masks or ())})
+        found = _write(arguments.output, before, after, found)
     _say(found)
     return 0
 
@@ -143,6 +147,11 @@ def _compare(before: Study, after: Study, alignment: register.Alignment) -> Foll
         )
     warnings += about_headers(before.scan, after.scan)
     changes = compare_lesions(before.mask, after.mask, (before.scan, after.scan), alignment)
+    if not all(lesion.in_both for lesion in changes):
+        warnings.append(
+            "one of the scans ends where the other has a lesion (state: not covered), so that the "
+            "volumes of all lesions together say nothing of growth"
+        )
     change = Change(before.volume_ml, after.volume_ml)
     names = (before.path.name, after.path.name)
     return FollowUp(names, change, changes, alignment, warnings)
@@ -166,6 +175,18 @@ def about_headers(before: Scan, after: Scan) -> list[str]:
     return warnings
 
 
+def _remove_earlier(output: Path, given: Collection[Path]) -> None:
+    """Remove what an earlier comparison has written, which may be of another patient."""
+    written = [output / FILE, output / REPORT_FOLDER / PAGE_FILE]
+    for name in (FIRST, SECOND):
+        written += [output / f"{name}_mask{suffix}" for suffix in WRITTEN_SUFFIXES]
+    written += [output / name for name in (_LAID, _LAID_MASK)]
+    kept = {path.resolve() for path in given}
+    for path in written:
+        if path.resolve() not in kept:
+            remove_if_there(path)
+
+
 def _write(output: Path, before: Study, after: Study, found: FollowUp) -> FollowUp:
     """The masks first, then what is made of them, and last the file that tells of all.
 
@@ -178,8 +199,8 @@ def _write(output: Path, before: Study, after: Study, found: FollowUp) -> Follow
         volume.write(study.mask, output / f"{name}_mask{suffix}")
     laid = register.onto(before.scan, after.scan, found.alignment)
     laid_mask = register.onto(before.scan, after.mask, found.alignment, labels=True)
-    volume.write(laid, output / f"{SECOND}_on_{FIRST}.nii.gz")
-    volume.write(laid_mask, output / f"{SECOND}_mask_on_{FIRST}.nii.gz")
+    volume.write(laid, output / _LAID)
+    volume.write(laid_mask, output / _LAID_MASK)
     warnings: list[str] = []
     with optional("no page", warnings):
         report = output / REPORT_FOLDER

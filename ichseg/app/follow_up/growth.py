@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,7 @@ from scipy.sparse import csgraph
 
 from ichseg.pieces import CONNECTED
 from ichseg.predict import components
-from ichseg.predict.components import Lesion, Point
+from ichseg.predict.components import Point
 from ichseg.scan.orientation import nonzero_box
 from ichseg.scan.register import Alignment, onto
 from ichseg.scan.volume import Volume
@@ -24,6 +23,7 @@ DEFINITION = (
     f"Growth of an intracerebral haematoma by more than {EXPANSION_ML:g} mL or by more than "
     f"{EXPANSION_PERCENT:g} % is commonly called haematoma expansion ({SOURCE})."
 )
+_OUTSIDE = 0.1  # of a lesion, from which on a scan that ends there does not show it
 TOLERANCE_MM = 3.0  # by which the scans may lie beside each other, and thick slices blur an edge
 
 Numbers = npt.NDArray[np.int32]
@@ -80,16 +80,24 @@ class LesionChange:
         change: The volumes of all these pieces.
         centroid_mm: The middle of its largest piece, in the first scan's place; ``(x, y, z)`` in
             mm, LPS.
+        in_both: Whether both scans cover it; where one of them ends before it, or a tenth of it
+            lies beyond, the volumes say nothing of growth.
     """
 
     before: tuple[int, ...]
     after: tuple[int, ...]
     change: Change
     centroid_mm: Point
+    in_both: bool
 
     @property
     def state(self) -> str:
-        """``new``, ``gone``, ``larger``, ``smaller``, or ``same`` to a hundredth of a mL."""
+        """``new``, ``gone``, ``larger``, ``smaller``, or ``same`` to a hundredth of a mL.
+
+        Or ``not covered`` by one of the scans.
+        """
+        if not self.in_both:
+            return "not covered"
         if not self.before:
             return "new"
         if not self.after:
@@ -103,8 +111,9 @@ def compare_lesions(
 ) -> tuple[LesionChange, ...]:
     """Pair the lesions of two scans, the largest first.
 
-    Pieces belong together if they lie on each other, or within 3 mm, once the second scan is
-    brought onto the first. Volumes are each measured in the scan's own grid.
+    Pieces belong together if they lie on each other, or within 3 mm, once one scan is brought onto
+    the other. Both grids are asked, as a thin piece may lie between the slices of one of them.
+    Volumes are each measured in the scan's own grid.
 
     Args:
         before: The mask of the first scan; everything but 0 is a lesion.
@@ -116,10 +125,28 @@ def compare_lesions(
         components.lesions((mask.voxels != 0).astype(np.uint8), scan)
         for mask, scan in zip((before, after), scans, strict=True)
     )
-    laid = onto(before, after.with_voxels(_numbered(after)), alignment, labels=True).voxels
-    pairs = _touching(_numbered(before), laid.astype(np.int32), before)
+    numbered = before.with_voxels(_numbered(before)), after.with_voxels(_numbered(after))
+    back = alignment.inverse
+    laid, laid_back = (
+        onto(*numbered, alignment, labels=True),
+        onto(*numbered[::-1], back, labels=True),
+    )
+    pairs = _touching(numbered[0], laid)
+    pairs |= {(a, b) for b, a in _touching(numbered[1], laid_back)}
+    beyond = _beyond(*numbered, alignment), _beyond(*numbered[::-1], back)
     found = [
-        _lesion_change(of_first, of_second, first, second, alignment)
+        LesionChange(
+            before=of_first,
+            after=of_second,
+            change=Change(
+                sum(first[number - 1].volume_ml for number in of_first),
+                sum(second[number - 1].volume_ml for number in of_second),
+            ),
+            centroid_mm=first[of_first[0] - 1].centroid_mm
+            if of_first
+            else alignment.to_first(second[of_second[0] - 1].centroid_mm),
+            in_both=beyond[0].isdisjoint(of_first) and beyond[1].isdisjoint(of_second),
+        )
         for of_first, of_second in _groups(pairs, len(first), len(second))
     ]
     return tuple(sorted(found, key=lambda each: -max(each.change.before_ml, each.change.after_ml)))
@@ -136,11 +163,12 @@ def _numbered(mask: Volume) -> Numbers:
     return result
 
 
-def _touching(first: Numbers, second: Numbers, grid: Volume) -> set[tuple[int, int]]:
-    """Which pieces of one grid lie on each other, or within the tolerance."""
+def _touching(one: Volume, other: Volume) -> set[tuple[int, int]]:
+    """Which numbered pieces of one grid lie on each other, or within the tolerance."""
+    first, second = (np.asarray(volume.voxels, np.int32) for volume in (one, other))
     if not (first.any() and second.any()):
         return set()
-    margin = [int(np.ceil(TOLERANCE_MM / step)) for step in grid.spacing_mm]
+    margin = [int(np.ceil(TOLERANCE_MM / step)) for step in one.spacing_mm]
     box = nonzero_box([first, second])
     where = tuple(
         slice(max(0, low - more), high + more)
@@ -148,11 +176,21 @@ def _touching(first: Numbers, second: Numbers, grid: Volume) -> set[tuple[int, i
     )
     first, second = first[where], second[where]
     distance, nearest = ndimage.distance_transform_edt(
-        first == 0, sampling=grid.spacing_mm, return_indices=True
+        first == 0, sampling=one.spacing_mm, return_indices=True
     )
     near = (second > 0) & (distance <= TOLERANCE_MM)
     pairs = np.stack([first[tuple(nearest)][near], second[near]])
     return {(int(a), int(b)) for a, b in np.unique(pairs, axis=1).T}
+
+
+def _beyond(numbered: Volume, other: Volume, alignment: Alignment) -> set[int]:
+    """Which numbered pieces, or a tenth of them, lie where the other scan does not reach."""
+    every = other.with_voxels(np.ones(other.voxels.shape, np.uint8))
+    outside = onto(numbered, every, alignment, labels=True).voxels == 0
+    numbers = np.asarray(numbered.voxels, np.int32)
+    sizes = np.bincount(numbers.ravel())
+    lost = np.bincount(numbers[outside], minlength=len(sizes))
+    return {int(n) for n in np.flatnonzero(lost >= _OUTSIDE * sizes) if n > 0 and sizes[n]}
 
 
 def _groups(
@@ -171,21 +209,3 @@ def _groups(
         )
         for number in range(count)
     ]
-
-
-def _lesion_change(
-    before: tuple[int, ...],
-    after: tuple[int, ...],
-    first: Sequence[Lesion],
-    second: Sequence[Lesion],
-    alignment: Alignment,
-) -> LesionChange:
-    change = Change(
-        sum(first[number - 1].volume_ml for number in before),
-        sum(second[number - 1].volume_ml for number in after),
-    )
-    if before:
-        centroid = first[before[0] - 1].centroid_mm
-    else:
-        centroid = alignment.to_first(second[after[0] - 1].centroid_mm)
-    return LesionChange(before, after, change, centroid)

@@ -137,7 +137,7 @@ def test_scans_of_two_heads_are_warned_of(studies, tmp_path):
     given = command(studies, tmp_path / "out")
     given[2] = str(tmp_path / "tuesday.mha")
     assert main(given) == 0
-    (warning,) = json.loads((tmp_path / "out" / compare.FILE).read_text())["warnings"]
+    warning, *_ = json.loads((tmp_path / "out" / compare.FILE).read_text())["warnings"]
     assert "of one patient" in warning
 
 
@@ -152,6 +152,37 @@ def test_a_failed_page_is_a_warning(studies, tmp_path, monkeypatch):
     found = json.loads((tmp_path / compare.FILE).read_text())
     assert found["warnings"] == ["no page (the disk is full)"]
     assert (tmp_path / "after_mask.mha").is_file()
+
+
+@pytest.mark.parametrize("stage", ["masks", "page"])
+def test_nothing_of_an_earlier_pair_stays_where_a_later_one_fails(
+    studies, tmp_path, monkeypatch, stage
+):
+    alignment = register.Alignment(sitk.Euler3DTransform(), 0.0, 0.0, 1.0)
+    monkeypatch.setattr(register, "register", lambda *_: alignment)
+    assert main(command(studies, tmp_path)) == 0
+    (tmp_path / "before_mask.mha").write_bytes(b"of another pair, which had this suffix")
+    earlier = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert {"after_mask.mha", "after_on_before.nii.gz", "follow_up.json"} < earlier
+
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(*(volume, "write") if stage == "masks" else (page, "write"), fail)
+    main(command(studies, tmp_path))
+    assert not (tmp_path / "report" / "index.html").exists()
+    left = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert left == (set() if stage == "masks" else earlier - {"before_mask.mha"})
+
+
+def test_masks_that_an_earlier_comparison_wrote_may_be_given(studies, compared, tmp_path):
+    given = command(studies, compared)
+    masks = [compared / "before_mask.nii.gz", compared / "after_mask.mha"]
+    given[4:6] = map(str, masks)
+    before = [volume.read(path).voxels for path in masks]
+    assert main(given) == 0
+    for path, voxels in zip(masks, before, strict=True):
+        np.testing.assert_array_equal(volume.read(path).voxels, voxels)
 
 
 @pytest.mark.parametrize(

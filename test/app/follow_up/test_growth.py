@@ -97,6 +97,34 @@ def test_the_second_scan_is_brought_onto_the_first():
     np.testing.assert_allclose(new.centroid_mm, (40.0, 70.0, 10.0))
 
 
+def test_a_thin_lesion_between_the_slices_of_a_thick_scan_is_the_same():
+    """One of 5 mm slices and one of 1 mm slices over the same 25 mm; the lesion is 1 mm high."""
+    first = Volume(np.zeros((5, 4, 4), np.uint8), (5.0, 5.0, 5.0), (2.0, 0.0, 0.0))
+    second = Volume(np.zeros((25, 4, 4), np.uint8), (1.0, 5.0, 5.0))
+    first.voxels[3, 1:3, 1:3] = 1  # from 14.5 to 19.5 mm, by the middle of its slice 17 mm
+    second.voxels[15, 1:3, 1:3] = 1
+    scans = tuple(
+        mask.with_voxels(np.full(mask.voxels.shape, 40, np.int16)) for mask in (first, second)
+    )
+    alignment = Alignment(sitk.Euler3DTransform(), 0.0, 0.0, 1.0)
+    for one, two in ((0, 1), (1, 0)):
+        pair = (first, second)[one], (first, second)[two]
+        (change,) = compare_lesions(*pair, (scans[one], scans[two]), alignment)
+        assert (change.before, change.after) == ((1,), (1,))
+
+
+def test_a_lesion_beyond_the_end_of_the_other_scan_is_not_called_gone():
+    mask = masks([], [(0, 2, 2), (3, 5, 5)])[1]
+    half = Volume(np.zeros((2, *SHAPE[1:]), np.uint8), SPACING_MM)  # slices 0 and 1
+    half.voxels[0, 2, 2] = 1
+    alignment = Alignment(sitk.Euler3DTransform(), 0.0, 0.0, 1.0)
+    scans = [each.with_voxels(np.full(each.voxels.shape, 40, np.int16)) for each in (mask, half)]
+    seen = compare_lesions(mask, half, tuple(scans), alignment)
+    assert sorted(change.state for change in seen) == ["not covered", "same"]
+    turned_round = compare_lesions(half, mask, tuple(scans[::-1]), alignment)
+    assert sorted(change.state for change in turned_round) == ["not covered", "same"]
+
+
 @pytest.mark.parametrize(("before", "after"), [([], []), ([(0, 0, 0)], []), ([], [(3, 9, 11)])])
 def test_empty_masks(before, after):
     assert len(compared(before, after)) == len(before) + len(after)

@@ -52,7 +52,11 @@ def taken(folder):
         ({"heights": WHOLE[:28]}, {"heights": WHOLE, "orientation": CORONAL}, "not axial"),
         ({}, {"heights": THIN, "ImageType": ["DERIVED", "PRIMARY"]}, "computed from others"),
         ({"BodyPartExamined": "HEAD"}, {"heights": THIN, "BodyPartExamined": "CHEST"}, "no head"),
-        ({"BodyPartExamined": "IAC EAR"}, {"heights": THIN, "BodyPartExamined": "HEART"}, "no head"),
+        (
+            {"BodyPartExamined": "IAC EAR"},
+            {"heights": THIN, "BodyPartExamined": "HEART"},
+            "no head",
+        ),
         ({"BodyPartExamined": "INNEREAR"}, {"BodyPartExamined": "FOREARM"}, "no head"),
         ({}, {"heights": WHOLE[:15]}, "covering less"),
         ({"heights": WHOLE[:28]}, {"heights": THIN}, "less like 5 mm"),
