@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONFIGURATION
-from helpers.workspaces import QUICK, make_workspace
+from helpers.workspaces import BUSY, QUICK, make_workspace
 
 from ichseg.engine import torch_engine
 from ichseg.errors import TrainingError
@@ -20,6 +20,7 @@ from training.bundle.export import export
 from training.data import splits
 from training.data.workspace import BEST_CHECKPOINT, CONFIG_FILE, LATEST_CHECKPOINT, run_folder
 from training.fit.checkpoint import read_checkpoint
+from training.fit.fold_run import open_run
 from training.jobs.train import run_fold
 from training.scoring import summary
 from training.scoring.scores import CaseScore, score_labels
@@ -63,6 +64,33 @@ def test_what_is_loaded_is_what_was_trained_rounded(workspace, tmp_path):
     assert provenance["recipe"] == "msd2018"
     assert provenance["folds"]["3d_fullres fold 1"]["epochs"] == 1
     assert provenance["folds"]["3d_fullres fold 1"]["config"]["learning_rate"] == 1e-3
+
+
+def test_axes_that_training_did_not_mirror_are_not_mirrored_later(workspace):
+    """Neither by validation nor by inference; a 2D network has no say on the first."""
+    mirrored = open_run(workspace, "3d_fullres", "0", QUICK)
+    plain = dataclasses.replace(QUICK, augmentation=dataclasses.replace(BUSY, mirror_probability=0))
+    never = dataclasses.replace(mirrored, config=plain)
+    architecture = dataclasses.replace(
+        CONFIGURATION.architecture,
+        kernels=tuple(kernel[1:] for kernel in CONFIGURATION.architecture.kernels),
+        strides=tuple(stride[1:] for stride in CONFIGURATION.architecture.strides),
+    )
+    flat = dataclasses.replace(
+        mirrored,
+        configuration=dataclasses.replace(
+            CONFIGURATION, patch=CONFIGURATION.patch[1:], architecture=architecture
+        ),
+    )
+    for runs, axes in (
+        ([mirrored], (0, 1, 2)),
+        ([never], ()),
+        ([flat], (1, 2)),
+        ([mirrored, flat], (0, 1, 2)),
+        ([mirrored, never], ()),
+    ):
+        assert exporter._mirror_axes([exporter.Trained(run, "0", {}) for run in runs]) == axes
+    assert (mirrored.validation_mirror_axes, never.validation_mirror_axes) == ((0, 1, 2), ())
 
 
 def test_checksums_hold(workspace, tmp_path):

@@ -221,6 +221,9 @@ def test_mirror_axes_go_back(tmp_path, axes):
     assert was.mirror_axes == axes
     back = export_folders(tmp_path / "was", tmp_path / "out")
     assert import_folders(back, tmp_path / "now").mirror_axes == axes
+    written = torch.load(next(back[0].rglob("checkpoint_final.pth")), weights_only=False)
+    theirs_says = written["inference_allowed_mirroring_axes"]
+    assert theirs_says == (axes or None)  # nnU-Net takes the largest of a tuple, so of one at least
 
 
 def test_a_folder_that_is_there_stays(tmp_path, ours):

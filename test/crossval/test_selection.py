@@ -11,6 +11,7 @@ from conftest import CONFIGURATION, PLANS
 from helpers.workspaces import make_workspace
 
 from ichseg.errors import TrainingError
+from ichseg.model import strict_json
 from ichseg.model.rules import ComponentRule
 from ichseg.predict.prepare import place
 from ichseg.predict.restore import restore
@@ -228,3 +229,30 @@ def test_each_region_is_decided_by_its_own_mean(workspace):
         probabilities.save(path, scores, regions=True)
     task = unseen.UnseenCase(case, "0", {})
     assert (unseen.found_labels(task, image, workspace, planned, NAMES) == 1).all()
+
+
+def test_cases_of_two_channels_are_judged(workspace):
+    """Both channels say where a case lies in the network's grid: the first one alone has a border
+    of zeros, which would be cut off.
+    """
+    planned = dataclasses.replace(
+        PLANNED, channels=("CT", "MR"), normalisations=PLANS.normalisations * 2
+    )
+    data = dataset.load_dataset(workspace)
+    cases = []
+    for case, image, blood in references(workspace):
+        voxels = image.voxels.copy()
+        voxels[:, :8] = 0
+        volume.write(image.with_voxels(voxels), case.images[0])
+        second = case.images[0].with_name(f"{case.name}_mr.nii.gz")
+        volume.write(image, second)
+        for configuration in (CONFIGURATION, LOW):
+            put(workspace, configuration, case, image, 1.0 * blood)
+        cases.append(dataclasses.replace(case, images=(case.images[0], second)))
+    dataset.save_dataset(
+        dataclasses.replace(data, channels=planned.channels, cases=tuple(cases)), workspace
+    )
+    (workspace / "plans.json").write_text(strict_json.dumps(planned))
+    found = selection.select(workspace, NAMES, workers=1)
+    fine, _, both = (candidate.mean_dice for candidate in found.candidates)
+    assert (fine, both) == (1, 1)

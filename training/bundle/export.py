@@ -203,9 +203,17 @@ def _finished(
 
 
 def _mirror_axes(trained: Sequence[Trained]) -> tuple[int, ...]:
-    """The axes that training mirrored; where all networks are 2D, that is not the first."""
-    dimensions = max(part.run.configuration.architecture.dimensions for part in trained)
-    return tuple(range(3 - dimensions, 3))
+    """The axes that every network's training mirrored; of a 2D network the first is not asked."""
+    runs = [part.run for part in trained]
+    dimensions = [run.configuration.architecture.dimensions for run in runs]
+    return tuple(
+        axis
+        for axis in range(3 - max(dimensions), 3)
+        if all(
+            axis in run.mirror_axes or axis < 3 - count
+            for run, count in zip(runs, dimensions, strict=True)
+        )
+    )
 
 
 def _provenance(

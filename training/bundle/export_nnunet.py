@@ -235,7 +235,8 @@ def write_checkpoint(source: Path, model: Model, member: Member) -> dict[str, An
         "trainer_name": TRAINER,
         "inference_allowed_mirroring_axes": tuple(
             axis - first for axis in model.mirror_axes if axis >= first
-        ),
+        )
+        or None,  # nnU-Net takes None for no mirroring, and fails on an empty tuple
     }
 
 

@@ -16,19 +16,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from scipy import ndimage
-from torch import Tensor
 
 from ichseg.engine.engine import Network
 from ichseg.errors import TrainingError
-from ichseg.predict import sliding_window
-from ichseg.predict.restore import one_hot
 from ichseg.wording import clock, counted
 from training.batches import hard_examples
 from training.batches.hard_examples import HardExample
 from training.batches.sampling import stored_case
-from training.crossval.validate import load_network
+from training.crossval.validate import load_network, predict_scores, with_first_stage
 from training.data import dataset
 from training.data.workspace import LATEST_CHECKPOINT, hard_examples_file
 from training.fit.checkpoint import load_checkpoint
@@ -141,16 +137,8 @@ def _segment(case: StoredCase, run: FoldRun, network: Network) -> list[Mask]:
     """For each foreground label or region where the network finds it, in the stored grid."""
     data = case.data[:]
     if run.spec.previous_labels:
-        assert case.previous is not None  # the fold has trained on them
-        data = np.concatenate((data, one_hot(case.previous[:], run.spec.previous_labels)))
-    scores = sliding_window.predict_tiled(
-        network,
-        torch.from_numpy(data).to(run.device),
-        run.configuration.tile,
-        mirror_axes=(),
-        padding=run.plans.padding,
-    )
-    assert isinstance(scores, Tensor)  # as the data are
+        data = with_first_stage(data, case, run)
+    scores = predict_scores(data, run, network, mirror_axes=())
     if run.plans.regions:
         return list((scores > 0).cpu().numpy())
     likeliest = scores.argmax(0).cpu().numpy()

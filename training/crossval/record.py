@@ -70,7 +70,7 @@ def continued(run: FoldRun, weights: str) -> Validation:
     fresh = Validation(
         SCHEMA_VERSION,
         weights,
-        run.config.validation_mirrors,
+        bool(run.validation_mirror_axes),
         complete=False,
         mean_dice={},
         dice={},

@@ -119,11 +119,11 @@ def compare_case(
 ) -> tuple[tuple[float, ...], ...]:
     """INSTANCE's Dice of each foreground label or region by each combination of configurations."""
     reference = volume.read(unseen.case.reference)
-    image = volume.read(unseen.case.images[0])
+    channels = _channels(unseen)
     return tuple(
         _dice(
             *leave_out(
-                found_labels(unseen, image, workspace, planned, names),
+                found_labels(unseen, channels, workspace, planned, names),
                 reference.voxels,
                 unseen.ignore_label,
             ),
@@ -142,16 +142,16 @@ def try_rules(
 ) -> tuple[tuple[float, ...], ...]:
     """INSTANCE's Dice of each foreground label with each component rule by itself."""
     reference = volume.read(unseen.case.reference)
-    image = volume.read(unseen.case.images[0])
-    labels = found_labels(unseen, image, workspace, planned, names)
+    channels = _channels(unseen)
+    labels = found_labels(unseen, channels, workspace, planned, names)
     foreground = None
     if any(rule.drop_below_probability for rule in tried):
         foreground = np.zeros_like(labels)
-        restore(_parts(unseen, image, workspace, planned, names), planned, foreground=foreground)
+        restore(_parts(unseen, channels, workspace, planned, names), planned, foreground=foreground)
     return tuple(
         _dice(
             *leave_out(
-                components.apply_rules(labels, [rule], image.voxel_ml, foreground),
+                components.apply_rules(labels, [rule], channels[0].voxel_ml, foreground),
                 reference.voxels,
                 unseen.ignore_label,
             ),
@@ -162,22 +162,34 @@ def try_rules(
 
 
 def found_labels(
-    unseen: UnseenCase, image: Volume, workspace: Path, planned: Plans, names: Sequence[str]
+    unseen: UnseenCase,
+    channels: Sequence[Volume],
+    workspace: Path,
+    planned: Plans,
+    names: Sequence[str],
 ) -> Labels:
     """The labels ``(z, y, x)`` that these configurations found together in a case."""
     if len(names) == 1:
         return np.asarray(volume.read(unseen.masks[names[0]]).voxels, np.uint8)
-    return restore(_parts(unseen, image, workspace, planned, names), planned)
+    return restore(_parts(unseen, channels, workspace, planned, names), planned)
+
+
+def _channels(unseen: UnseenCase) -> list[Volume]:
+    return [volume.read(path) for path in unseen.case.images]
 
 
 def _parts(
-    unseen: UnseenCase, image: Volume, workspace: Path, planned: Plans, names: Sequence[str]
+    unseen: UnseenCase,
+    channels: Sequence[Volume],
+    workspace: Path,
+    planned: Plans,
+    names: Sequence[str],
 ) -> list[tuple[Grid, Placement]]:
     """The stored probabilities of each configuration, and where they lie in the case."""
     parts: list[tuple[Grid, Placement]] = []
     for name in names:
         path = probabilities_file(run_folder(workspace, name, unseen.fold), unseen.case.name)
-        placement = place([image], planned, planned.configuration(name))
+        placement = place(channels, planned, planned.configuration(name))
         scores = probabilities.load(path, regions=bool(planned.regions))
         parts.append((scores, placement))
     return parts

@@ -213,7 +213,7 @@ def is_validated(workspace: Path, run: FoldRun, weights: Mapping[str, Tensor]) -
         found = strict_json.load(records.Validation, run.folder / VALIDATION_FILE)
     except PlansError:  # none yet, or of another version
         return False
-    mirrors = run.config.validation_mirrors
+    mirrors = bool(run.validation_mirror_axes)
     if found.made_by != (weights_digest(weights), mirrors, run.plans.padding):
         return False
     second = cascade_labels.following(run.plans, run.configuration.name)
@@ -268,14 +268,22 @@ def read_case(case: dataset.Case, run: FoldRun) -> GridCase:
     prepared = prepare.prepare(channels, run.plans, run.configuration)
     data = prepared.data
     if run.spec.previous_labels:
-        previous = chunks.open_case(run.spec.folder, case.name).previous
-        if previous is None:
-            raise TrainingError(
-                f"{run.spec.folder}: case {case.name} has no labels of the first stage; train that "
-                "first"
-            )
-        data = np.concatenate((data, one_hot(previous[:], run.spec.previous_labels)))
+        data = with_first_stage(data, chunks.open_case(run.spec.folder, case.name), run)
     return GridCase(case.name, channels, data, prepared.placement)
+
+
+def with_first_stage(data: FloatArray, case: chunks.StoredCase, run: FoldRun) -> FloatArray:
+    """The channels of a case, and after them one for each label that the first stage found.
+
+    Raises:
+        TrainingError: The first stage has not segmented the case.
+    """
+    if case.previous is None:
+        raise TrainingError(
+            f"{run.spec.folder}: case {case.name} has no labels of the first stage; train that "
+            "first"
+        )
+    return np.concatenate((data, one_hot(case.previous[:], run.spec.previous_labels)))
 
 
 def predict_case(given: GridCase, run: FoldRun, network: Network) -> Tensor:
@@ -286,12 +294,25 @@ def predict_case(given: GridCase, run: FoldRun, network: Network) -> Tensor:
         run: The fold.
         network: The fold's network, see ``load_network``.
     """
-    dimensions = run.configuration.architecture.dimensions
+    return predict_scores(given.data, run, network, run.validation_mirror_axes)
+
+
+def predict_scores(
+    data: FloatArray, run: FoldRun, network: Network, mirror_axes: Sequence[int]
+) -> Tensor:
+    """Scores ``(K, Z, Y, X)`` of a volume ``(C, Z, Y, X)`` in the configuration's grid.
+
+    Args:
+        data: What the network is given.
+        run: The fold.
+        network: The fold's network, see ``load_network``.
+        mirror_axes: The axes over whose mirrorings scores are averaged.
+    """
     scores = sliding_window.predict_tiled(
         network,
-        torch.from_numpy(given.data).to(run.device),
+        torch.from_numpy(data).to(run.device),
         run.configuration.tile,
-        mirror_axes=tuple(range(3 - dimensions, 3)) if run.config.validation_mirrors else (),
+        mirror_axes=mirror_axes,
         padding=run.plans.padding,
     )
     assert isinstance(scores, Tensor)  # as the data are

@@ -78,6 +78,18 @@ class FoldRun:
         return "logits" if self.plans.regions else "probabilities"
 
     @property
+    def mirror_axes(self) -> tuple[int, ...]:
+        """The axes, 0 to 2, that training mirrors, so that prediction may average over them."""
+        if self.config.augmentation.mirror_probability == 0:
+            return ()
+        return tuple(range(3 - self.configuration.architecture.dimensions, 3))
+
+    @property
+    def validation_mirror_axes(self) -> tuple[int, ...]:
+        """Those of them that validation averages over."""
+        return self.mirror_axes if self.config.validation_mirrors else ()
+
+    @property
     def precision(self) -> str:
         """``fp32``, ``bf16`` or ``fp16``."""
         if self.config.precision != "auto":
