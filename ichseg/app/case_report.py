@@ -32,6 +32,7 @@ def facts(
     return {
         "volume_ml": round(segmentation.volume_ml, 3),
         "case_score": _rounded(segmentation.case_score),
+        "lesion_count": len(lesions),
         "lesions": [_rounded(dataclasses.asdict(lesion)) for lesion in lesions[:MOST_LESIONS]],
         "disagreement": None if disagreement is None else round(disagreement, 4),
         "warnings": said,
@@ -40,19 +41,14 @@ def facts(
     }
 
 
-def summary(report: dict[str, Any], lesions: int) -> str:
-    """What was found, how long it took and what was left out, in one line.
-
-    Args:
-        report: From ``facts``.
-        lesions: How many there are, those among them that the report does not list.
-    """
+def summary(report: dict[str, Any]) -> str:
+    """What was found, how long it took and what was left out, in one line, of ``facts``."""
     ran, took = report["ran"], report["seconds"]
     in_time = ""
     if "units" in ran:
         in_time = f"{ran['units']} of {ran['units_planned']} networks x mirrorings ran in time; "
     return (
-        f"{report['volume_ml']:.2f} mL in {counted(lesions, 'lesion')}, "
+        f"{report['volume_ml']:.2f} mL in {counted(report['lesion_count'], 'lesion')}, "
         f"{took['total']:.1f} s, of it {took['compile']:.1f} s for compiling; "
         f"{in_time}{ran['tiles_skipped']} of {ran['tiles']} tiles skipped as air"
     )

@@ -6,7 +6,6 @@ import argparse
 import atexit
 import contextlib
 import gc
-import importlib.util
 import os
 import sys
 import time
@@ -265,18 +264,21 @@ def segment(
     with loading_libraries():
         from ichseg.app import pipeline
         from ichseg.app.one_case import Options
+        from ichseg.scan.dicom import dicom_seg
 
     budget_s = arguments.time_budget
     alone = not (job.platform or job.challenge)  # where no other file may lie beside the masks
     if arguments.probabilities and not alone:
         say("no probabilities are written: on the platform no other file may lie beside the masks")
+    if alone and any(case.image.is_dir() for case in job.cases) and not dicom_seg.is_possible():
+        say(f"warning: {dicom_seg.NOT_INSTALLED}")
     options = Options(
         output=arguments.output,
         preset=arguments.preset,
         threshold=arguments.threshold,
         probabilities=arguments.probabilities if alone else None,
         pictures=arguments.report and alone,
-        dicom_seg=alone and importlib.util.find_spec("highdicom") is not None,
+        dicom_seg=alone and dicom_seg.is_possible(),
         resume=arguments.resume,
         deadline=None if budget_s is None else began + budget_s,
         made_from={

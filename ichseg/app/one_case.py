@@ -86,10 +86,12 @@ class Task:
     Attributes:
         case: The scan, and where its mask goes.
         name: What the log calls it, such as ``[3/20] scan.mha``.
+        output: The folder of the run's results.
     """
 
     case: InputCase
     name: str
+    output: Path | None = None
 
     @functools.cached_property
     def stamp(self) -> Stamp:
@@ -98,7 +100,9 @@ class Task:
         Raises:
             InputError: The scan cannot be looked at.
         """
-        return results.stamp_of(self.case.image, follow_links=self.case.follow_links)
+        return results.stamp_of(
+            self.case.image, follow_links=self.case.follow_links, output=self.output
+        )
 
     def made_from(self, options: Options) -> dict[str, Any]:
         """What the case's result depends on.
@@ -312,7 +316,7 @@ def write_case(task: Task, done: Done, ensemble: Ensemble, options: Options) -> 
     facts |= {what: str(path.relative_to(options.output)) for what, path in written.items()}
     for warning in facts["warnings"]:
         say(f"{task.name}: warning: {warning}")
-    say(f"{task.name}: {case_report.summary(facts, len(segmentation.lesions))} -> {case.output}")
+    say(f"{task.name}: {case_report.summary(facts)} -> {case.output}")
     return CaseResult(case.name, str(case.output.relative_to(options.output)), "", facts)
 
 

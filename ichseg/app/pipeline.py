@@ -109,7 +109,7 @@ def run(job: Job, means: Means, options: Options) -> Sequence[CaseResult]:
         DeviceError: The device cannot be used.
     """
     options = dataclasses.replace(options, made_from=options.made_from | means.facts.made_from)
-    tasks = _tasks(job)
+    tasks = _tasks(job, options.output)
     _remove_unfinished(job, options)
     record = Record(options.output, job.cases, on_disk=not job.challenge)
     if options.resume:
@@ -145,9 +145,9 @@ def run(job: Job, means: Means, options: Options) -> Sequence[CaseResult]:
     return record.in_order()
 
 
-def _tasks(job: Job) -> list[Task]:
+def _tasks(job: Job, output: Path) -> list[Task]:
     count = len(job.cases)
-    return [Task(case, f"[{i}/{count}] {case.name}") for i, case in enumerate(job.cases, 1)]
+    return [Task(case, f"[{i}/{count}] {case.name}", output) for i, case in enumerate(job.cases, 1)]
 
 
 def _remove_unfinished(job: Job, options: Options) -> None:

@@ -317,11 +317,16 @@ def read_results(output: Path) -> dict[tuple[str, str | None], CaseResult]:
     return {(result.image, result.mask): result for result in found}
 
 
-def stamp_of(image: Path, *, follow_links: bool = False) -> Stamp:
+def stamp_of(image: Path, *, follow_links: bool = False, output: Path | None = None) -> Stamp:
     """Size and date of a scan, and a digest of some pieces of its files.
 
     Not a checksum of it all, so that going on with a folder of a thousand takes no time; a scan
     that has been copied since is segmented again.
+
+    Args:
+        image: A file, or a folder of slices.
+        follow_links: See ``dicom.files.walk``.
+        output: The folder of the results, which may lie among the slices and does not count.
 
     Raises:
         InputError: The scan cannot be looked at.
@@ -330,6 +335,9 @@ def stamp_of(image: Path, *, follow_links: bool = False) -> Stamp:
         files = [image]
         if image.is_dir():
             files = dicom_files.walk(image, follow_links=follow_links).files
+            if output is not None and output.resolve().is_relative_to(image.resolve()):
+                own = image / output.resolve().relative_to(image.resolve())
+                files = [path for path in files if not path.is_relative_to(own)]
         elif suffix_of(image) == ".mhd":
             from ichseg.scan import headers  # loads numpy
 

@@ -49,6 +49,13 @@ class Entry:
         return self.facts.get("lesions") or ()
 
     @property
+    def lesion_count(self) -> int | None:
+        """How many lesions there are, which may be more than are listed; None if not known."""
+        listed = len(self.lesions) if "lesions" in self.facts else None
+        count: int | None = self.facts.get("lesion_count", listed)
+        return count
+
+    @property
     def disagreement(self) -> float | None:
         """How much the networks disagree; None where only one ran."""
         return self.facts.get("disagreement")
@@ -163,10 +170,9 @@ def _summary(entries: Sequence[Entry]) -> Summary:
 
 
 def _row(entry: Entry) -> Row:
-    known = "lesions" in entry.facts
     values = {
         "volume": entry.facts.get("volume_ml"),
-        "lesions": len(entry.lesions) if known else None,
+        "lesions": entry.lesion_count,
         "largest": entry.lesions[0]["volume_ml"] if entry.lesions else None,
         "score": entry.case_score,
         "disagreement": entry.disagreement,

@@ -43,8 +43,8 @@ def test_what_results_json_says(place):
     report = entries(place)[0]["report"]
     assert report == json.loads(json.dumps(first.report))
     assert list(report) == [
-        "volume_ml", "case_score", "lesions", "disagreement", "warnings", "ran", "seconds",
-        "made_from", "mask_sha256",
+        "volume_ml", "case_score", "lesion_count", "lesions", "disagreement", "warnings", "ran",
+        "seconds", "made_from", "mask_sha256",
     ]  # fmt: skip
     assert report["volume_ml"] == 0.01
     assert report["lesions"] == [
@@ -66,7 +66,7 @@ def test_what_results_json_says(place):
 def test_a_long_table_of_lesions_is_cut_and_says_so(place, monkeypatch):
     monkeypatch.setattr(case_report, "MOST_LESIONS", 1)
     report = run(place, Pretended())[0].report
-    assert len(report["lesions"]) == 1
+    assert (len(report["lesions"]), report["lesion_count"]) == (1, 2)
     assert report["warnings"] == ["odd", "2 lesions, the 1 largest are listed"]
 
 

@@ -54,6 +54,12 @@ def entries():
     ]
 
 
+def test_lesions_that_are_not_listed_are_counted():
+    assert inference_page.Entry("noise.mha", "", facts(9.0, lesion_count=3000)).lesion_count == 3000
+    assert inference_page.Entry("older.mha", "", facts(9.0)).lesion_count == 1
+    assert inference_page.Entry("failed.mha", "cannot be read", {}).lesion_count is None
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A page of three cases and a failure."""

@@ -23,6 +23,7 @@ _MUST_BE_THERE = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime",
     "StudyID", "AccessionNumber", "ReferringPhysicianName",
 )  # fmt: skip
+NOT_INSTALLED = "no DICOM-SEG: highdicom is not installed (pip install -r requirements-dicom.txt)"
 _STRAIGHT, _SEG = "_straight.mha", "_seg.dcm"
 
 
@@ -39,6 +40,11 @@ class Algorithm:
     name: str
     version: str
     labels: tuple[str, ...]
+
+
+def is_possible() -> bool:
+    """Whether highdicom is installed."""
+    return importlib.util.find_spec("highdicom") is not None
 
 
 def seg_path(mask: Path) -> Path:
@@ -67,8 +73,8 @@ def write_seg(
         OutputError: The folder cannot be written.
     """
     path.unlink(missing_ok=True)  # an earlier run's would be taken for this one's
-    if importlib.util.find_spec("highdicom") is None:
-        return "no DICOM-SEG: highdicom is not installed (pip install -r requirements-dicom.txt)"
+    if not is_possible():
+        return NOT_INSTALLED
     for library in ("pydicom", "highdicom"):  # which say much about a source's headers
         logging.getLogger(library).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=library)

@@ -12,12 +12,13 @@ from helpers.dicom_files import make_slice, save, write_stack
 
 from ichseg.app import pipeline, results
 from ichseg.app.cases import find_cases
+from ichseg.app.main import main as process
 from ichseg.app.one_case import Options
 from ichseg.predict import components
 from ichseg.predict.components import Segmentation
 from ichseg.predict.ensemble import Ensemble
 from ichseg.scan import volume
-from ichseg.scan.dicom import straighten
+from ichseg.scan.dicom import dicom_seg, straighten
 from ichseg.scan.dicom.dicom_seg import Algorithm, write_seg
 from ichseg.scan.dicom.series import find_series
 
@@ -174,6 +175,17 @@ def test_without_highdicom_a_warning_says_so(bundle, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "a_seg.dcm").exists()
 
 
+def test_without_highdicom_the_command_says_so_once(bundle, tmp_path, monkeypatch, capsys):
+    for name in ("a", "b"):
+        write_head(tmp_path / "in" / name)
+    monkeypatch.setattr(dicom_seg, "is_possible", lambda: False)
+    given = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", bundle]
+    assert process([str(word) for word in (*given, "--device", "cpu")]) == 0
+    assert capsys.readouterr().err.count("highdicom is not installed") == 1
+    process([str(word) for word in (*given, "--device", "cpu", "--resume")])
+    assert "2 of 2 cases are finished already" in capsys.readouterr().err
+
+
 def test_headers_that_highdicom_refuses_cost_only_the_segmentation(bundle, tmp_path):
     write_head(tmp_path / "in" / "a", StudyInstanceUID=None)
     (ended,) = segment(tmp_path / "in", bundle, tmp_path / "out")
@@ -246,3 +258,12 @@ def test_a_folder_has_changed_when_a_slice_has(tmp_path):
     before = results.stamp_of(tmp_path / "a")
     a_slice(tmp_path / "a" / "2.dcm")
     assert results.stamp_of(tmp_path / "a")["bytes"] > before["bytes"]
+
+
+def test_what_is_written_among_the_slices_is_no_change_of_them(tmp_path):
+    study, out = tmp_path / "study", tmp_path / "study" / "made" / "out"
+    a_slice(study / "1.dcm")
+    before = results.stamp_of(study, output=out)
+    a_slice(out / "study_seg.dcm")
+    assert results.stamp_of(study, output=out) == before
+    assert results.stamp_of(study) != before
