@@ -144,7 +144,7 @@ class Model:
     @property
     def expects_hu(self) -> bool:
         """Whether every channel is normalised as CT."""
-        return all(scheme.scheme == "ct" for scheme in self.plans.normalisations)
+        return self.plans.expects_hu
 
     @property
     def averaged(self) -> tuple[str, ...]:

@@ -265,7 +265,7 @@ class Plans:
         self._check_stages()
         if self.crop not in CROPS:
             raise ValueError(f"crop {self.crop!r}, expected one of {CROPS}")
-        if self.crop == "head" and any(n.scheme != "ct" for n in self.normalisations):
+        if self.crop == "head" and not self.expects_hu:
             raise ValueError("crop 'head' is found in HU, but not every channel is CT")
         if self.padding not in PADDINGS:
             raise ValueError(f"padding {self.padding!r}, expected one of {PADDINGS}")
@@ -307,6 +307,11 @@ class Plans:
             first = self.configuration(name).previous_stage
             found += [name] if first is None else [first, name]
         return tuple(dict.fromkeys(found))
+
+    @property
+    def expects_hu(self) -> bool:
+        """Whether every channel is normalised as CT."""
+        return all(scheme.scheme == "ct" for scheme in self.normalisations)
 
     def input_channels(self, configuration: Configuration) -> int:
         """Channels of a network: the image's, and in a second stage one per foreground label."""

@@ -118,11 +118,10 @@ def skip_air(tiles: Tiles, channels: Sequence[Volume], placement: Placement, pla
         placement: Where the case lies in that grid.
         plans: Say how channels are normalised.
     """
-    schemes = plans.normalisations
-    if any(scheme.scheme != "ct" for scheme in schemes):
+    if not plans.expects_hu:
         return tiles
     with_zeros = plans.padding == "zero" and tiles.padded != tiles.shape
-    if with_zeros and max(scheme.mean for scheme in schemes) >= AIR_HU:
+    if with_zeros and max(scheme.mean for scheme in plans.normalisations) >= AIR_HU:
         return tiles
     crops = [placement.axes.apply(channel.voxels)[placement.slices] for channel in channels]
     pad = [where.start for where in tiles.inner]
