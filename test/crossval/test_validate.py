@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONFIGURATION
+from helpers import card
 from helpers.workspaces import QUICK, make_workspace
 
 from ichseg.model import strict_json
@@ -308,3 +309,24 @@ def test_on_the_cpu_the_engine_of_inference_runs_with_the_threads_of_the_fold(
     (found,) = (scores.clone() for scores in network(iter([tile])))
     assert found.shape == expected.shape
     assert torch.allclose(found, expected, atol=1e-4 if engine.precision == "float32" else 0.02)
+
+
+def test_scores_that_a_gpu_does_not_hold_are_added_up_on_the_host(workspace, monkeypatch):
+    run = open_run(workspace, "3d_fullres", "0", QUICK)
+    data = np.random.default_rng(3).normal(size=(1, 6, 24, 24)).astype(np.float32)
+    network = module.load_network(run, save_weights(workspace))
+    expected = module.predict_scores(data, run, network, run.mirror_axes)
+    real, places = module.sliding_window.predict_tiled, []
+
+    def full(network, given, *args, **more):
+        places.append(given.device.type)
+        if given.device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(network, given, *args, **more)
+
+    monkeypatch.setattr(module.sliding_window, "predict_tiled", full)
+    with card.pretended(monkeypatch):
+        on_card = dataclasses.replace(run, device=torch.device("cuda"))
+        found = module.predict_scores(data, on_card, network, run.mirror_axes)
+    assert places == ["cuda", "cpu"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -6,6 +6,7 @@ same weights segment none twice. The first stage of a cascade leaves its labels 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -19,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ichseg.engine import torch_engine
+from ichseg.engine import torch_device, torch_engine
 from ichseg.engine.arrays import FloatArray
 from ichseg.engine.choose import choose_engine
 from ichseg.engine.engine import Network, NetworkSpec
-from ichseg.errors import PlansError, TrainingError
+from ichseg.errors import DeviceFullError, PlansError, TrainingError
 from ichseg.model import strict_json
 from ichseg.model.plans import Configuration, Plans
 from ichseg.predict import prepare, sliding_window
@@ -307,16 +308,26 @@ def predict_scores(
         run: The fold.
         network: The fold's network, see ``load_network``.
         mirror_axes: The axes over whose mirrorings scores are averaged.
+
+    Returns:
+        The scores, on the run's device; on the host where a GPU's memory does not hold them.
     """
-    scores = sliding_window.predict_tiled(
-        network,
-        torch.from_numpy(data).to(run.device),
-        run.configuration.tile,
-        mirror_axes=mirror_axes,
-        padding=run.plans.padding,
-    )
-    assert isinstance(scores, Tensor)  # as the data are
-    return scores
+
+    def added_up_on(device: torch.device) -> Tensor:
+        scores = sliding_window.predict_tiled(
+            network,
+            torch.from_numpy(data).to(device),
+            run.configuration.tile,
+            mirror_axes=mirror_axes,
+            padding=run.plans.padding,
+        )
+        assert isinstance(scores, Tensor)  # as the data are
+        return scores
+
+    if run.device.type == "cuda":
+        with contextlib.suppress(DeviceFullError), torch_device.guard():
+            return added_up_on(run.device)
+    return added_up_on(torch.device("cpu"))
 
 
 def score_labels(
