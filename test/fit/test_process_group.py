@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGURATION
+from conftest import ARCHITECTURE, CONFIGURATION
 from helpers.workspaces import QUICK, planned
 from torch import distributed
 
@@ -42,6 +42,8 @@ def five_steps(workspace, batch_dice, optimiser, group, device="cpu"):
         run, configuration=dataclasses.replace(run.configuration, batch_dice=batch_dice)
     )
     state = begin(run)
+    if group.count > 1:
+        state.sums = GradientSums(state.network.parameters())
     state.network.double()
     for moments in state.optimiser.state.values():  # which a fused one has from the beginning
         moments.update({name: value.double() for name, value in moments.items()})
@@ -191,6 +193,40 @@ def test_gradients_are_sent_while_the_backward_pass_goes_on(monkeypatch):
     assert events[8:] == [
         ("waited", 12), ("waited", 12), ("waited", 6),
     ]  # fmt: skip
+
+
+def test_after_a_trial_no_bucket_waits_for_a_head_that_no_loss_counts(fresh, monkeypatch):
+    """The trial of ``torch.compile`` goes back through all heads, the loss not the coarsest."""
+    architecture = dataclasses.replace(
+        ARCHITECTURE, features=(4, 8, 8), kernels=((1, 3, 3),) * 3,
+        strides=((1, 1, 1), (1, 2, 2), (1, 2, 2)), encoder_convs=(1, 1, 1), decoder_convs=(1, 1),
+        deep_supervision=True,
+    )  # fmt: skip
+    (fresh / "plans.json").unlink()
+    (fresh / "plans.json").write_text(strict_json.dumps(planned(architecture=architecture)))
+    monkeypatch.setattr(torch, "compile", lambda network: lambda data: network(data))
+    monkeypatch.setattr(process_group, "BUCKET_BYTES", 40)
+    monkeypatch.setattr(distributed, "broadcast", lambda *_: None)
+    monkeypatch.setattr(
+        distributed,
+        "all_reduce",
+        lambda value, *_, async_op=False: Sent([], value) if async_op else None,
+    )
+    config = dataclasses.replace(QUICK, compile=True)
+    run = open_run(fresh, "3d_fullres", "0", config, ProcessGroup(0, 2))
+    state = loop._state_of(run, None, None)
+    sums, sent = state.sums, []
+    finish = sums.finish
+    monkeypatch.setattr(
+        GradientSums, "finish", lambda _: (sent.append(len(sums._under_way)), finish())
+    )
+    data = torch.randn(1, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        train_step(run, state, Batch(data, (data[:, 0] > 0).to(torch.int8)))
+    assert len(sums._buckets) > 4
+    assert sent == [0, len(sums._buckets), len(sums._buckets)]
+    *_, unused = state.network.heads
+    assert unused.weight.grad is None
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from training.fit import compiling, step
 from training.fit.compiling import forward_of
 from training.fit.configuration import TRAINING_RECIPES
 from training.fit.fold_run import open_run
+from training.fit.process_group import ProcessGroup
 from training.fit.step import begin, pseudo_dice, train_step, validation_step
 from training.jobs.train import run_fold
 
@@ -232,6 +233,18 @@ def test_a_compiled_network_is_used_and_its_trial_leaves_no_trace(fresh, monkeyp
         train_step(run, state, some_batch())
     assert len(calls) == 3
     assert torch.equal(parameters(plain), parameters(compiled))
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_processes_compile_all_or_none(fresh, monkeypatch, caplog, another):
+    """A compiled network has a gradient of 0 where another one has none."""
+    run = open_run(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, compile=True))
+    run = dataclasses.replace(run, group=ProcessGroup(0, 2))
+    network = begin(run).network
+    monkeypatch.setattr(torch, "compile", lambda network: lambda data: network(data))
+    monkeypatch.setattr(ProcessGroup, "any", lambda _, mine: (mine or another,))
+    assert (forward_of(run, network) is network) == another
+    assert ("torch.compile is NOT used: another process" in caplog.text) == another
 
 
 @pytest.mark.parametrize(("gain", "used"), [(1.5, True), (1.01, False), (0.7, False)])

@@ -16,7 +16,7 @@ from training.data.workspace import LATEST_CHECKPOINT
 from training.fit import process_group
 from training.fit.checkpoint import load_checkpoint
 from training.fit.fold_run import open_run
-from training.fit.process_group import ALONE, ProcessGroup
+from training.fit.process_group import ALONE, GradientSums, ProcessGroup
 from training.fit.step import Reading, begin, train_step, validation_step
 from training.jobs.train import run_fold
 
@@ -154,6 +154,7 @@ def test_two_processes_sum_on_their_cards_and_tell_numbers_on_the_host(fresh, mo
             fresh, "cuda", memory_format="channels_last", group=ProcessGroup(0, 2), **given
         )  # fmt: skip
         state = begin(run)
+        state.sums = GradientSums(state.network.parameters())
         batch = batch_on("cuda")
         found = []
         for _ in range(3):

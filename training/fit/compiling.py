@@ -28,11 +28,22 @@ def forward_of(run: FoldRun, network: nn.Module) -> Forward:
     """The network for this run's patch: compiled if that is wanted, works, and is faster.
 
     With ``--compile`` it need only work. Left to the trial, as it is on a GPU without that flag, it
-    must be faster, too.
+    must be faster, too. Where several processes train together, all of them compile or none does.
     """
     wanted = run.config.compile
     if wanted is False or (wanted is None and run.device.type != "cuda"):
         return network
+    forward = _tried(run, network)
+    # Compiled, a head that no loss counts has a gradient of 0 and else none, and processes that
+    # train together sum the gradients of the same parameters.
+    if any(run.group.any(forward is network)) and forward is not network:
+        _log.warning("torch.compile is NOT used: another process goes on without it")
+        return network
+    return forward
+
+
+def _tried(run: FoldRun, network: nn.Module) -> Forward:
+    """The compiled network if a trial shows that it works and, where that is asked, is faster."""
     try:
         compiled: Any = torch.compile(network)
         data = _zeros(run)
@@ -40,7 +51,7 @@ def forward_of(run: FoldRun, network: nn.Module) -> Forward:
         network.eval()
         with torch.no_grad(), autocast(run):
             compiled(data)
-        if wanted is None and not _is_faster(run, network, compiled, data):
+        if run.config.compile is None and not _is_faster(run, network, compiled, data):
             return network
     except Exception as error:  # whatever a compiler may raise
         if torch_device.is_full(error):

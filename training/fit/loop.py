@@ -37,6 +37,7 @@ from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun
 from training.fit.history import EpochRow
 from training.fit.pretrained import Pretrained, begin_with
+from training.fit.process_group import GradientSums
 from training.fit.progress import Moment, Watch
 from training.fit.step import (
     Reading,
@@ -109,6 +110,8 @@ def _state_of(
     elif pretrained is not None:
         begin_with(state.network, pretrained(), run.configuration.name)
     state.forward = forward_of(run, state.network)
+    if run.group.count > 1:  # after its trial, which has gradients that no step has
+        state.sums = GradientSums(state.network.parameters())
     if run.group.leads:
         files.remove_unfinished(run.folder)  # of a session that was killed
         with files.replacing(run.folder / CONFIG_FILE) as temporary:

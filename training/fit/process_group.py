@@ -129,7 +129,7 @@ class GradientSums:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Have each gradient announced from now on.
+        """Have each gradient announced from now on; the first backward pass is that of a step.
 
         Args:
             parameters: Those of the network, in the same order in all processes.
@@ -174,9 +174,8 @@ class GradientSums:
 
     def _plan(self) -> None:
         """Deal the gradients to buckets in the order in which process 0 got them."""
-        came = list(dict.fromkeys(self._came))  # once each: there may have been a trial before
         order = torch.full((len(self._parameters),), -1)
-        order[: len(came)] = torch.tensor(came)
+        order[: len(self._came)] = torch.tensor(self._came)
         with _together():
             distributed.broadcast(order, 0)
         self._buckets = list(_dealt([n for n in order.tolist() if n >= 0], self._parameters))

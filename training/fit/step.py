@@ -80,7 +80,6 @@ def begin(run: FoldRun) -> TrainingState:
         optimiser=make_optimiser(network, run.config, fused=run.device.type == "cuda"),
         scaler=torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16"),
         schedule=schedule.start(run.config.rules),
-        sums=GradientSums(network.parameters()) if run.group.count > 1 else None,
     )
 
 
