@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CONFIGURATION, PLANS
+from helpers.epochs import ROWS
 from helpers.workspaces import QUICK, leaves, make_workspace
 
 from ichseg.errors import OutputError, TrainingError
@@ -31,7 +32,6 @@ from training.fit.checkpoint import (
     read_checkpoint,
     require_cases,
     resume,
-    save,
     weights_digest,
 )
 from training.fit.fold_run import open_run
@@ -189,7 +189,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_and_says_so_in_one_line(fre
         files_of_at_most(len(before) // 2),
         pytest.raises(OutputError, match=rf"{path}: cannot write \(File too large\); make room"),
     ):
-        save(*resumed(fresh, QUICK), LATEST_CHECKPOINT)
+        save(*resumed(fresh, QUICK))
     assert path.read_bytes() == before
     assert not list(path.parent.glob(".writing-*"))
 
@@ -199,8 +199,14 @@ def test_a_checkpoint_is_on_the_disk_before_it_replaces_another(fresh, monkeypat
     done, sync, replace = [], os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda handle: (done.append("sync"), sync(handle)))
     monkeypatch.setattr(Path, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
-    save(run, state, LATEST_CHECKPOINT)
+    save(run, state)
     assert done == ["sync", "replace", "sync"]  # the file, its name, the folder
+
+
+def save(run, state):
+    """Write the latest checkpoint, and wait for it."""
+    with Saver(run) as saver:
+        saver.save(state)
 
 
 def resumed(workspace, config):
@@ -249,6 +255,7 @@ def test_checkpoints_are_written_every_few_minutes_and_at_the_end(fresh, monkeyp
             now[0] = state.elapsed_s = 70.0 * epoch
             state.average_dice = dice
             state.best_dice = max(dice, state.best_dice or 0.0)
+            state.history.append(dataclasses.replace(ROWS[1], epoch=epoch, pseudo_dice=dice))
             saver.epoch(state, last=epoch == 5)
     assert written == [
         (BEST_CHECKPOINT, 70.0), (LATEST_CHECKPOINT, 70.0),

@@ -39,9 +39,9 @@ def checkpoint(workspace, name=LATEST_CHECKPOINT):
     return read_checkpoint(fold_folder(workspace) / name, CONFIGURATION)
 
 
-def send_at_step(monkeypatch, number, step):
-    """Send this process a signal during the training step of that count."""
-    real, count = loop.train_step, 0
+def send_at_step(monkeypatch, number, step, of="train_step"):
+    """Send this process a signal during the training or validation step of that count."""
+    real, count = getattr(loop, of), 0
 
     def step_and_signal(*args):
         nonlocal count
@@ -50,7 +50,7 @@ def send_at_step(monkeypatch, number, step):
             os.kill(os.getpid(), number)
         return real(*args)
 
-    monkeypatch.setattr(loop, "train_step", step_and_signal)
+    monkeypatch.setattr(loop, of, step_and_signal)
 
 
 @pytest.mark.slow
@@ -276,8 +276,11 @@ def test_a_scale_that_finds_no_end_is_not_saved(fresh):
     run = open_run(fresh, "3d_fullres", "0", QUICK)
     state = step.begin(run)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-17)
-    with pytest.raises(TrainingError, match=r"every step's gradient overflows fp16; .*below 0.001"):
-        files.save(run, state, LATEST_CHECKPOINT)
+    with (
+        files.Saver(run) as saver,
+        pytest.raises(TrainingError, match=r"every step's gradient overflows fp16; .*below 0.001"),
+    ):
+        saver.save(state)
     assert not (run.folder / LATEST_CHECKPOINT).exists()
 
 
@@ -317,11 +320,39 @@ def test_minutes_end_the_training_within_the_epoch(fresh, monkeypatch):
 
 
 def test_an_epoch_that_begins_when_the_time_is_up_takes_one_step(fresh, monkeypatch):
-    monkeypatch.setattr(loop, "_time_is_up", lambda config, state: True)
+    monkeypatch.setattr(loop, "_is_over", lambda config, state: True)
     assert run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=2))
     end = checkpoint(fresh)
     assert all(math.isfinite(row["train_loss"]) for row in end["history"])
     assert math.isfinite(end["schedule"]["train_average"])
+
+
+def test_a_signal_while_the_last_epoch_is_validated_does_not_lose_it(fresh, monkeypatch):
+    """Its time ran out in that epoch, which the same command goes on to validate."""
+    config = dataclasses.replace(QUICK, epochs=1000, batches_per_epoch=100_000, minutes=0.005)
+    with monkeypatch.context() as patch:
+        send_at_step(patch, signal.SIGTERM, 1, of="validation_step")
+        assert not run_fold(fresh, "3d_fullres", "0", config)
+    cut = checkpoint(fresh)
+    assert (cut["finished"], cut["schedule"]["epoch"]) == (None, 0)
+    assert cut["elapsed_s"] >= 0.3
+    monkeypatch.setattr(loop, "train_step", None)  # there is no time for one
+    assert run_fold(fresh, "3d_fullres", "0", config)
+    end = checkpoint(fresh)
+    assert end["finished"] == "0.005 minutes have passed"
+    assert (end["schedule"]["epoch"], end["losses"]) == (1, [])
+    assert end["history"][0]["train_loss"] == pytest.approx(sum(cut["losses"]) / len(cut["losses"]))
+
+
+def test_an_epoch_in_hand_is_validated_where_fewer_are_wanted_now(fresh, monkeypatch):
+    with monkeypatch.context() as patch:
+        send_at_step(patch, signal.SIGTERM, QUICK.batches_per_epoch + 1)
+        assert not run_fold(fresh, "3d_fullres", "0", QUICK)
+    monkeypatch.setattr(loop, "train_step", None)
+    assert run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
+    end = checkpoint(fresh)
+    assert end["finished"] == "all 1 epochs done"
+    assert (end["schedule"]["epoch"], len(end["history"]), end["losses"]) == (2, 2, [])
 
 
 def test_poly_decay_reaches_the_optimiser(fresh):
@@ -343,6 +374,16 @@ def test_best_checkpoint_is_where_the_average_dice_was_highest(fresh, monkeypatc
     assert end["average_dice"] == pytest.approx(0.9 * (0.9 * 0.2 + 0.1 * 0.6) + 0.1 * 0.1)
     assert end["best_dice"] == best["best_dice"]
     assert [row["pseudo_dice"] for row in end["history"]] == [0.2, 0.6, 0.1, None]
+
+
+def test_an_epoch_without_dice_is_not_the_best(fresh, monkeypatch):
+    """As where none of its validation patches has foreground: the average stays what it was."""
+    scores = iter([0.5, None, None])
+    monkeypatch.setattr(loop, "pseudo_dice", lambda _: (next(scores),))
+    monkeypatch.setattr(files, "EVERY_S", 0.0)
+    run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=3))
+    assert checkpoint(fresh)["schedule"]["epoch"] == 3
+    assert checkpoint(fresh, BEST_CHECKPOINT)["schedule"]["epoch"] == 1
 
 
 def test_refuses_a_checkpoint_of_other_plans(fresh):

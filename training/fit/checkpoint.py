@@ -49,7 +49,6 @@ _log = logging.getLogger(__name__)
 
 def checkpoint_of(run: FoldRun, state: TrainingState) -> dict[str, Any]:
     """Tensors and plain values, so that it loads with ``weights_only=True``."""
-    reason = schedule.end_reason(run.config.rules, state.schedule, state.elapsed_s)
     return {
         "schema_version": SCHEMA_VERSION,
         "configuration": strict_json.dumps(run.configuration),
@@ -70,22 +69,15 @@ def checkpoint_of(run: FoldRun, state: TrainingState) -> dict[str, Any]:
         "history": [dataclasses.asdict(row) for row in state.history],
         "average_dice": state.average_dice,
         "best_dice": state.best_dice,
-        "finished": reason,
+        "finished": reason_to_end(run, state),
     }
 
 
-def save(run: FoldRun, state: TrainingState, name: str) -> None:
-    """Write a checkpoint into the run's folder; the old one is replaced whole.
-
-    Where several processes train together, the leading one does it.
-
-    Raises:
-        TrainingError: There is nothing good to save; the old checkpoint stays.
-        OutputError: It cannot be written; the old checkpoint stays.
-    """
-    if run.group.leads:
-        require_sound(run, state)
-        write(run, checkpoint_of(run, state), name)
+def reason_to_end(run: FoldRun, state: TrainingState) -> str | None:
+    """Why training is over, in words; None when it goes on, if only to end the epoch in hand."""
+    if state.losses:
+        return None
+    return schedule.end_reason(run.config.rules, state.schedule, state.elapsed_s)
 
 
 def require_sound(run: FoldRun, state: TrainingState) -> None:
@@ -181,7 +173,8 @@ class Saver:
         """
         if not self._run.group.leads:
             return
-        if state.best_dice is not None and state.best_dice == state.average_dice:
+        has_dice = state.history[-1].pseudo_dice is not None  # else the average is of before it
+        if has_dice and state.best_dice == state.average_dice:
             self._best = _copied_state(self._run, state)
         if last or time.monotonic() - self._began >= EVERY_S:
             self.save(state)

@@ -31,7 +31,7 @@ from training.batches.sampling import BatchKey
 from training.batches.stream import BatchStream, open_batches
 from training.data.workspace import CONFIG_FILE, LATEST_CHECKPOINT
 from training.fit import schedule
-from training.fit.checkpoint import LOWEST_SCALE, Saver, diverged, resume, save
+from training.fit.checkpoint import LOWEST_SCALE, Saver, diverged, reason_to_end, resume
 from training.fit.compiling import forward_of
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun
@@ -121,14 +121,14 @@ def _state_of(
 
 def _train(run: FoldRun, state: TrainingState, interrupted: Interrupted) -> str | None:
     """Train epoch after epoch; why training has ended, or None when it was interrupted."""
-    config, rules = run.config, run.config.rules
-    reason = schedule.end_reason(rules, state.schedule, state.elapsed_s)
+    reason = reason_to_end(run, state)
     if reason is not None:
-        save(run, state, LATEST_CHECKPOINT)  # the length may have been lowered since
+        with Saver(run) as saver:
+            saver.save(state)  # the length may have been lowered since
         return reason
     _log.info("training %s", _describe(run, state))
-    keys = batch_keys(config, state.schedule.epoch, len(state.losses))
-    stream = open_batches(run.spec, keys, config.stream, run.device, run.layout)
+    keys = batch_keys(run.config, state.schedule.epoch, len(state.losses))
+    stream = open_batches(run.spec, keys, run.config.stream, run.device, run.layout)
     with stream, Saver(run) as saver, _watch(run, state) as watch:
         while reason is None:
             try:
@@ -146,7 +146,7 @@ def _train(run: FoldRun, state: TrainingState, interrupted: Interrupted) -> str 
                 saver.save(state)
                 return None
             began = time.perf_counter()
-            reason = schedule.end_reason(rules, state.schedule, state.elapsed_s)
+            reason = reason_to_end(run, state)
             if watch is not None:
                 watch.epoch(state.history, state.elapsed_s, last=reason is not None)
             saver.epoch(state, last=reason is not None)
@@ -161,7 +161,9 @@ def _train_batches(
     interrupted: Interrupted,
     watch: Watch | None,
 ) -> bool:
-    """Train on what is left of this epoch or of the time, one batch at least; False if interrupted.
+    """Train on what is left of this epoch or of the time; False if interrupted.
+
+    An epoch has one step at least.
 
     On a GPU the loss of a step is read while the next one is computed.
     """
@@ -183,7 +185,7 @@ def _train_batches(
         group["lr"] = state.schedule.learning_rate
     stopped = False
     while len(state.losses) + len(under_way) < config.batches_per_epoch:
-        stopped, late = run.group.any(interrupted(), _time_is_up(config, state))
+        stopped, late = run.group.any(interrupted(), _is_over(config, state))
         late = late and bool(state.losses or under_way)  # without a step an epoch has no loss
         if late and not stopped:  # what is left of the epoch is dropped
             stream.restart(batch_keys(config, state.schedule.epoch, config.batches_per_epoch))
@@ -295,8 +297,9 @@ def _timed(state: TrainingState, stream: BatchStream) -> Iterator[None]:
     state.data_wait_s += stream.waited_s - waited
 
 
-def _time_is_up(config: TrainingConfig, state: TrainingState) -> bool:
-    return config.minutes is not None and state.elapsed_s >= 60 * config.minutes
+def _is_over(config: TrainingConfig, state: TrainingState) -> bool:
+    """Whether the training is to end without further steps, such as when its time is up."""
+    return schedule.end_reason(config.rules, state.schedule, state.elapsed_s) is not None
 
 
 @contextlib.contextmanager
