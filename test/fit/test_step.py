@@ -308,6 +308,18 @@ def test_out_of_memory_says_what_to_lower_and_to_what(fresh, monkeypatch, error)
         run_fold(fresh, "3d_fullres", "0", QUICK)
 
 
+def test_no_batch_below_two_is_advised(fresh):
+    """Of one sample, as of three halved: nothing is planned for so few."""
+    run = open_run(fresh, "3d_fullres", "0", QUICK)
+    for batch, advice in ((2, ""), (3, "plan --batch 2, "), (8, "plan --batch 4, ")):
+        planned = dataclasses.replace(run.configuration, batch=batch)
+        with (
+            pytest.raises(TrainingError, match=f"GPUs, {advice}plan --gpu-memory-gb"),
+            step.memory_advice(dataclasses.replace(run, configuration=planned)),
+        ):
+            raise MemoryError
+
+
 def test_refuses_fp16_on_the_cpu(fresh):
     config = dataclasses.replace(QUICK, precision="fp16")
     with pytest.raises(TrainingError, match="precision fp16 on the CPU, expected fp32, bf16"):

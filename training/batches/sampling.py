@@ -135,8 +135,19 @@ def draw_batch(spec: BatchSpec, key: BatchKey) -> list[Draw]:
     ]
 
 
-def is_oversampled(index: int, batch: int, fraction: float) -> bool:
-    """Whether this sample of a batch is centred on foreground: the last ones are, rounded."""
+def is_oversampled(rng: np.random.Generator, index: int, batch: int, fraction: float) -> bool:
+    """Whether this sample of a batch is centred on foreground: the last ones are, rounded.
+
+    A batch of one is so as often as the fraction says; rounded, it would be never or always.
+
+    Args:
+        rng: Source of that draw; for larger batches nothing is drawn.
+        index: Number of the sample.
+        batch: Samples of the batch.
+        fraction: Share of all samples that are to be centred on foreground.
+    """
+    if batch == 1:
+        return rng.random() < fraction
     return index >= round(batch * (1 - fraction))
 
 
@@ -189,7 +200,7 @@ def draw_lower(
 def _draw_sample(spec: BatchSpec, key: BatchKey, index: int, rng: np.random.Generator) -> Draw:
     names = spec.validation if key.validation else spec.train
     name = names[int(rng.integers(len(names)))]
-    on_foreground = is_oversampled(index, spec.batch, spec.foreground_fraction)
+    on_foreground = is_oversampled(rng, index, spec.batch, spec.foreground_fraction)
     error = None
     if spec.hard_fraction and not on_foreground and not key.validation:
         error = _draw_error(spec, rng)

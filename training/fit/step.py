@@ -290,8 +290,8 @@ def memory_advice(run: FoldRun) -> Iterator[None]:
             advice.append("--precision fp16")
         if run.group.count < c.batch:
             advice.append(f"torchrun --nproc-per-node {c.batch} on as many GPUs")
-        if c.batch > 2:
-            advice.append(f"plan --batch {c.batch // 2}")
+        if c.batch > 2:  # fewer than two are not planned either
+            advice.append(f"plan --batch {max(2, c.batch // 2)}")
         planned = recipes.find_recipe(run.plans.recipe, run.plans.architecture).gpu_memory_gb
         chosen = [o.chosen for o in run.plans.overrides if o.name == "gpu-memory-gb"]
         budget = float(chosen[0]) if chosen else planned
