@@ -28,7 +28,7 @@ from training.fit import loop, step
 from training.fit.checkpoint import read_checkpoint
 from training.fit.configuration import TRAINING_RECIPES, TrainingConfig
 from training.fit.fold_run import open_run
-from training.jobs.train import run_fold
+from training.jobs.train import is_finished, run_fold
 
 
 def fold_folder(workspace, fold="0"):
@@ -293,6 +293,29 @@ def test_a_lower_learning_rate_counts_from_the_next_epoch_on(fresh, kind):
     rates = [row["lr"] for row in checkpoint(fresh)["history"]]
     later = [1, 1, 1] if kind == "plateau" else [0.75**0.9, 0.5**0.9, 0.25**0.9]
     assert rates == pytest.approx([1e-3, *(1e-4 * share for share in later)])
+
+
+def test_another_schedule_is_taken_up_where_a_run_goes_on(fresh):
+    config = dataclasses.replace(QUICK, lr_schedule="poly")
+    assert run_fold(fresh, "3d_fullres", "0", config)
+    longer = dataclasses.replace(config, epochs=3, lr_schedule="plateau")
+    assert not is_finished(fresh, open_run(fresh, "3d_fullres", "0", longer))
+    assert run_fold(fresh, "3d_fullres", "0", longer)
+    rates = [row["lr"] for row in checkpoint(fresh)["history"]]
+    assert rates == pytest.approx([1e-3, 1e-3 * 0.5**0.9, 1e-3])
+
+
+def test_a_checkpoint_that_does_not_say_its_schedule_is_read(fresh):
+    """As earlier versions wrote it."""
+    assert run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
+    path = fold_folder(fresh) / LATEST_CHECKPOINT
+    raw = checkpoint(fresh)
+    assert raw["schedule"].pop("kind") == "plateau"
+    torch.save(raw, path)
+    run = open_run(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
+    assert is_finished(fresh, run)
+    assert run_fold(fresh, "3d_fullres", "0", QUICK)
+    assert checkpoint(fresh)["schedule"]["kind"] == "plateau"
 
 
 def test_minutes_end_the_training_within_the_epoch(fresh, monkeypatch):

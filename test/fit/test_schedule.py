@@ -101,6 +101,40 @@ def test_another_rate_keeps_the_drops_so_far():
     assert adopt(PAPER, dropped, old_rate=3e-4, elapsed_s=0) == dropped
 
 
+def test_a_plateau_begins_anew_at_the_end_of_a_poly_decay():
+    """Its rate was 0, and its best epoch long ago: neither ends what the plateau has yet to do."""
+    poly = ScheduleRules(kind="poly", learning_rate=0.01, epochs=100)
+    end = run(poly, [0.5] * 100)[-1]
+    plateau = dataclasses.replace(PAPER, epochs=300)
+    assert end_reason(plateau, end, 0) is None  # before it is adopted, too
+    state = adopt(plateau, end, old_rate=0.01, elapsed_s=0)
+    assert state.learning_rate == plateau.learning_rate
+    assert (state.train_best_epoch, state.validation_best_epoch) == (100, 100)
+    for _ in range(29):
+        state = advance(plateau, state, train_loss=0.5, validation_loss=0.5)
+        assert (end_reason(plateau, state, 0), state.learning_rate) == (None, 3e-4)
+    state = advance(plateau, state, train_loss=0.5, validation_loss=0.5)
+    assert state.learning_rate == pytest.approx(6e-5)
+    assert adopt(plateau, state, old_rate=3e-4, elapsed_s=0) == state
+
+
+def test_a_poly_decay_goes_on_from_a_plateau_and_back():
+    dropped = run(PAPER, [0.5] * 40)[-1]
+    poly = ScheduleRules(kind="poly", learning_rate=0.01, epochs=80)
+    decaying = adopt(poly, dropped, old_rate=3e-4, elapsed_s=0)
+    assert decaying.learning_rate == pytest.approx(0.01 * 0.5**0.9)
+    back = adopt(PAPER, decaying, old_rate=0.01, elapsed_s=0)
+    assert (back.learning_rate, back.train_best_epoch) == (3e-4, 40)
+
+
+def test_a_state_that_does_not_say_its_kind_is_of_the_rules():
+    """As earlier versions left it."""
+    dropped = dataclasses.replace(run(PAPER, [0.5] * 61)[-1], kind=None)
+    adopted = adopt(PAPER, dropped, old_rate=3e-4, elapsed_s=0)
+    assert adopted == dataclasses.replace(dropped, kind="plateau")
+    assert end_reason(PAPER, dropped, 0) == "validation loss has not improved in 60 epochs"
+
+
 def test_poly_does_not_watch_the_losses():
     rules = ScheduleRules(kind="poly", learning_rate=0.01, epochs=1000)
     states = run(rules, [0.5] * 100)

@@ -56,6 +56,7 @@ class ScheduleState:
         validation_average: Moving average of the validation loss; None before any epoch.
         validation_best: The value of that average when it last improved.
         validation_best_epoch: The epoch of that improvement.
+        kind: The kind of schedule that led here; None in checkpoints of earlier versions.
     """
 
     epoch: int
@@ -66,11 +67,12 @@ class ScheduleState:
     validation_average: float | None = None
     validation_best: float | None = None
     validation_best_epoch: int = 0
+    kind: str | None = None
 
 
 def start(rules: ScheduleRules) -> ScheduleState:
     """The state before the first epoch."""
-    return ScheduleState(epoch=0, learning_rate=rules.learning_rate)
+    return ScheduleState(epoch=0, learning_rate=rules.learning_rate, kind=rules.kind)
 
 
 def advance(
@@ -126,7 +128,8 @@ def adopt(
     """The state under these rules, if others may have led to it.
 
     A longer ``poly`` decay is higher from now on. The drops that a ``plateau`` has made so far
-    hold for another rate at the start, too.
+    hold for another rate at the start, too. A ``plateau`` after a ``poly`` decay begins with its
+    own rate, and its patience counts from here.
 
     Args:
         rules: The schedule's numbers from now on.
@@ -134,8 +137,16 @@ def adopt(
         old_rate: Learning rate of the first epoch under the rules so far.
         elapsed_s: Seconds trained so far.
     """
+    changed, state = _is_of_another_kind(rules, state), replace(state, kind=rules.kind)
     if rules.kind == "poly":
         return replace(state, learning_rate=_poly_rate(rules, state.epoch, elapsed_s))
+    if changed:
+        return replace(
+            state,
+            learning_rate=rules.learning_rate,
+            train_best_epoch=state.epoch,
+            validation_best_epoch=state.epoch,
+        )
     return replace(state, learning_rate=state.learning_rate * (rules.learning_rate / old_rate))
 
 
@@ -153,12 +164,17 @@ def end_reason(rules: ScheduleRules, state: ScheduleState, elapsed_s: float) -> 
         return f"all {rules.epochs} epochs done"
     if rules.minutes is not None and elapsed_s >= 60 * rules.minutes:
         return f"{rules.minutes:g} minutes have passed"
-    if rules.kind == "plateau":
+    if rules.kind == "plateau" and not _is_of_another_kind(rules, state):
         if state.learning_rate < rules.lowest_rate:
             return f"learning rate {state.learning_rate:.1e} is below {rules.lowest_rate:.1e}"
         if state.epoch - state.validation_best_epoch >= rules.stop_patience:
             return f"validation loss has not improved in {rules.stop_patience} epochs"
     return None
+
+
+def _is_of_another_kind(rules: ScheduleRules, state: ScheduleState) -> bool:
+    """Whether a schedule of another kind led to the state, whose rate says nothing here."""
+    return state.kind not in (None, rules.kind)
 
 
 def _poly_rate(rules: ScheduleRules, epoch: int, elapsed_s: float) -> float:
