@@ -270,12 +270,32 @@ def test_top_k_takes_the_hardest_voxels():
         assert mean_entropy(entropy, top_k_fraction=fraction).item() == pytest.approx(mean)
 
 
-def test_top_k_of_few_voxels_that_count_is_their_mean():
-    """Eight of ten are to be ignored: of the five hardest two are there, with the mean 1.5."""
+def test_top_k_is_a_share_of_the_voxels_that_count():
+    """Six of ten are to be ignored: half of the others are the two hardest, with the mean 3.5."""
     told = torch.zeros(1, 1, 10)
-    told[..., :2] = 1
+    told[..., :4] = 1
     entropy = torch.arange(1.0, 11).reshape(1, 1, 10) * told
-    assert mean_entropy(entropy, told, top_k_fraction=0.5).item() == pytest.approx(1.5)
+    for fraction, mean in ((0.5, 3.5), (0.8, 3.0), (0.1, 4.0)):
+        assert mean_entropy(entropy, told, top_k_fraction=fraction).item() == pytest.approx(mean)
+    none = torch.zeros(1, 1, 10)
+    assert mean_entropy(none, none, top_k_fraction=0.5).item() == 0
+
+
+@pytest.mark.parametrize("regions", [(), REGIONS])
+def test_top_k_ignores_voxels_as_if_they_were_not_there(regions):
+    torch.manual_seed(3)
+    logits = torch.randn(2, 2, 4, 10, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 2, (2, 4, 10))
+    target[:, :, 4:] = 3
+    common = {"batch_dice": True, "top_k_fraction": 0.3, "regions": regions}
+    loss = dice_cross_entropy(logits, target, ignore_label=3, **common)
+    kept = dice_cross_entropy(logits[..., :4], target[..., :4], **common)
+    torch.testing.assert_close(loss, kept)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    (expected,) = torch.autograd.grad(kept, logits)
+    torch.testing.assert_close(gradient, expected)
+    aware = dice_cross_entropy(logits[..., :4], target[..., :4], ignore_label=3, **common)
+    torch.testing.assert_close(aware, kept)
 
 
 def test_easy_voxels_do_not_pull_under_top_k():

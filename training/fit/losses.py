@@ -39,8 +39,8 @@ def dice_cross_entropy(
         batch_dice: Dice of the batch as one volume (True), or mean Dice of its samples.
         regions: The regions that the logits are of; empty where they are of labels.
         ignore_label: The label of voxels that are left out; None where there is none.
-        top_k_fraction: Share of the voxels, those of the highest cross-entropy, over which that is
-            averaged: 1 takes all, less is a top-k loss.
+        top_k_fraction: Share of the voxels that are not left out, those of the highest
+            cross-entropy, over which that is averaged: 1 takes all, less is a top-k loss.
         group: The processes that have the rest of the batch.
 
     Returns:
@@ -86,8 +86,8 @@ def mean_entropy(
 ) -> Tensor:
     """Mean cross-entropy over all voxels that are not to be ignored; 0 if all are.
 
-    With a fraction it is the mean over the hardest voxels, of which each process takes those of its
-    share of the batch.
+    With a fraction it is the mean over the hardest of those voxels, of which each process takes
+    that fraction of its share of the batch.
 
     Args:
         entropy: It is given for each voxel, ``(B, 1, *patch)``, or each region,
@@ -102,8 +102,14 @@ def mean_entropy(
         count = told.sum() * entropy.shape[1]
     if top_k_fraction < 1:
         k = max(1, int(top_k_fraction * entropy.numel()))
-        entropy = entropy.flatten().topk(k, sorted=False).values
-        count = count.clamp(max=k)
+        entropy = entropy.flatten().topk(k, sorted=told is not None).values
+        if told is None:
+            count = count.clamp(max=k)
+        else:  # those to be ignored have 0, the least there is: they come last, and are cut off
+            hardest = (top_k_fraction * count.double()).floor().clamp(min=1).to(count.dtype)
+            count = torch.minimum(count, hardest)
+            ranks = torch.arange(k, device=entropy.device)
+            entropy = entropy.masked_fill(ranks >= count, 0.0)
     total = group.total(torch.stack([entropy.sum(), count]))
     return total[0] / total[1].clamp(min=1)
 
