@@ -84,6 +84,7 @@ class Fingerprint:
         head_shapes: Voxels ``(z, y, x)`` after cutting to the head, see ``Plans.crop``; empty
             unless every channel is CT.
         beyond_head: Foreground voxels that such a cut would lose; empty like ``head_shapes``.
+        ignore_label: The label whose voxels were no foreground; None if there is none.
     """
 
     schema_version: int
@@ -95,6 +96,7 @@ class Fingerprint:
     sources: str = ""
     head_shapes: tuple[tuple[int, int, int], ...] = strict_json.optional(())
     beyond_head: tuple[int, ...] = strict_json.optional(())
+    ignore_label: int | None = strict_json.optional(None)
 
     def __post_init__(self) -> None:
         strict_json.check_schema("fingerprint", self.schema_version, SCHEMA_VERSION)
@@ -170,6 +172,7 @@ def compute_fingerprint(dataset: Dataset, workers: int | None, sources: str = ""
         sources=sources,
         head_shapes=tuple(fact.head_shape for fact in ordered) if in_hu else (),
         beyond_head=tuple(fact.beyond_head for fact in ordered) if in_hu else (),
+        ignore_label=dataset.ignore_label,
     )
 
 
@@ -225,7 +228,9 @@ def _is_of(fingerprint: Fingerprint, dataset: Dataset, sources: str) -> bool:
     names = tuple(case.name for case in dataset.labelled)
     if (fingerprint.names, len(fingerprint.intensities)) != (names, len(dataset.channels)):
         return False
-    return fingerprint.sources in ("", sources)
+    if not fingerprint.sources:  # made by hand
+        return True
+    return (fingerprint.sources, fingerprint.ignore_label) == (sources, dataset.ignore_label)
 
 
 def count_values(values: npt.NDArray[np.generic]) -> Counts | npt.NDArray[np.float64]:

@@ -105,7 +105,8 @@ def decide(
         case_voxels=float(np.prod(median)),
         cases=len(fingerprint.names),
         channels=len(dataset.channels),
-        classes=1 + (len(dataset.regions) or len(dataset.labels) - 1),  # as nnU-Net counts them
+        # nnU-Net counts a label to ignore, too, for which there is no score
+        classes=1 + (len(dataset.regions) or len(dataset.labels) - 1),
     )
     ordered = overrides
     if overrides.patch is not None:
