@@ -66,11 +66,11 @@ def cross_validate(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cross-validate-") as beside:
         predictions, references = Path(beside) / "predictions", Path(beside) / "references"
-        predictions.mkdir()
-        references.mkdir()
         for name, mask in masks.items():
             for folder, path in ((predictions, mask), (references, cases[name].reference)):
-                link = folder / f"{name}{suffix_of(path)}"
+                # a folder each: beside `x.nii.gz`, `x_probability.nii.gz` would be no case
+                link = folder / name / f"{name}{suffix_of(path)}"
+                link.parent.mkdir(parents=True)
                 link.symlink_to(path.absolute())
         return evaluate.evaluate(
             predictions,
