@@ -62,11 +62,16 @@ def test_auto_keeps_cases_on_a_gpu_only(spec):
     assert fill_cache(spec.folder, spec.train, torch.device("cuda"), "no") is None
 
 
-def test_auto_leaves_the_training_its_memory(spec, monkeypatch, caplog):
-    """8 GiB are reserved, and of the rest 0.4 may be taken: 40 of 100 kB."""
+@pytest.mark.parametrize(
+    ("training_bytes", "reserve"),
+    [(0, 8 * 2**30), (7 * 2**30, 8 * 2**30), (24 * 10**9, 24 * 10**9)],
+)
+def test_auto_leaves_the_training_its_memory(spec, monkeypatch, caplog, training_bytes, reserve):
+    """8 GiB are reserved, or what it takes; of the rest 0.4 may be taken: 40 of 100 kB."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(gpu_cache, "_free_bytes", lambda _: 8 * 2**30 + 100_000)
-    assert fill_cache(spec.folder, spec.train, torch.device("cuda"), "auto") is None
+    monkeypatch.setattr(gpu_cache, "_free_bytes", lambda _: reserve + 100_000)
+    there = (spec.folder, spec.train, torch.device("cuda"), "auto")
+    assert fill_cache(*there, training_bytes) is None
     assert "not kept in GPU memory: the 3 cases need 45.7 kB, 40.0 kB are to spare" in caplog.text
 
 

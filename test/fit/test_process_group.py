@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURE, CONFIGURATION
+from conftest import ARCHITECTURE, CONFIGURATION, PLANS
 from helpers.workspaces import QUICK, planned
 from torch import distributed
 
@@ -24,6 +24,7 @@ from training.fit.checkpoint import read_checkpoint
 from training.fit.fold_run import open_run
 from training.fit.process_group import ALONE, GradientSums, ProcessGroup
 from training.fit.step import begin, train_step, validation_step
+from training.planning.memory import training_bytes
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = [
@@ -256,6 +257,13 @@ def test_sums_by_nccl_wait_for_the_gradients(tmp_path, monkeypatch):
 def test_refuses_a_batch_that_cannot_be_shared(fresh):
     with pytest.raises(TrainingError, match="batch of 2 over 3 processes, expected at most 2"):
         open_run(fresh, "3d_fullres", "0", QUICK, ProcessGroup(0, 3))
+
+
+def test_a_process_needs_memory_for_its_own_samples(fresh):
+    alone = open_run(fresh, "3d_fullres", "0", QUICK).spec.training_bytes
+    assert alone == training_bytes(PLANS, CONFIGURATION) > 0
+    one_of_two = open_run(fresh, "3d_fullres", "0", QUICK, ProcessGroup(1, 2))
+    assert one_of_two.spec.training_bytes == pytest.approx(alone / 2, abs=1)
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from training.fit.configuration import GivenSettings
 from training.jobs import graph
 from training.jobs.choices import Choices, Scope
 from training.jobs.graph import Machines
-from training.planning.recipes import RECIPES
 
 LOW = dataclasses.replace(CONFIGURATION, name="3d_lowres")
 SECOND = dataclasses.replace(CONFIGURATION, name="3d_cascade_fullres", previous_stage="3d_lowres")
@@ -185,18 +184,3 @@ def test_processes_that_train_together_have_a_sample_each():
     assert three == two
     alone = 1_000_000_000  # of each process, whatever it makes
     assert two.memory_bytes - alone == pytest.approx((one.memory_bytes - alone) / 2, abs=1)
-
-
-def test_memory_is_the_planners_estimate_turned_round():
-    """A batch that the planner can just afford takes the memory that the planner plans for."""
-    recipe = RECIPES["msd2018"]["plain"]
-    # by hand: level 0 puts out 4 * 1024 elements, level 1 8 * 256; 5 * 4096 + 2 * 2048 + 3 * 1024
-    elements = 27_648
-    afforded = recipe.limits_3d.budget * recipe.limits_3d.batch / elements
-    share = CONFIGURATION.batch / afforded
-    expected = share * recipe.gpu_memory_gb * 1e9
-    assert graph.training_bytes(PLANS, CONFIGURATION) == pytest.approx(expected, abs=1)
-    double = dataclasses.replace(CONFIGURATION, batch=2 * CONFIGURATION.batch)
-    assert graph.training_bytes(PLANS, double) == pytest.approx(2 * expected, abs=1)
-    imported = dataclasses.replace(PLANS, architecture="resenc_m")  # the recipe has no such one
-    assert graph.training_bytes(imported, CONFIGURATION) == 0

@@ -25,8 +25,8 @@ from training.batches.reading import overlap
 from training.batches.sampling import Shape
 from training.store.chunks import open_case
 
-_RESERVE_BYTES = 8 * 2**30  # for the training itself: about what the reference's plans are made for
-_SHARE = 0.4  # of what is free beyond that; networks of larger presets need the rest
+_RESERVE_BYTES = 8 * 2**30  # for the training itself, at least: what the reference plans for
+_SHARE = 0.4  # of what is free beyond that
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +50,11 @@ GpuCache = dict[str, CachedCase]
 
 
 def fill_cache(
-    folder: Path, names: Sequence[str], device: torch.device, mode: str
+    folder: Path,
+    names: Sequence[str],
+    device: torch.device,
+    mode: str,
+    training_bytes: int = 0,
 ) -> GpuCache | None:
     """Bring all cases to the device if they are to be there; says in the log what was done.
 
@@ -60,6 +64,7 @@ def fill_cache(
         device: The device that trains.
         mode: ``yes``, ``no``, or ``auto``, which keeps them on CUDA only, and only where they leave
             enough memory for the training.
+        training_bytes: What the training is estimated to take; 0 where nobody knows.
 
     Returns:
         The cases by name, or None when they are to be read from the store.
@@ -72,7 +77,8 @@ def fill_cache(
     cases = [open_case(folder, name) for name in sorted(set(names))]
     need = sum(case.data.nbytes + case.target.nbytes for case in cases)
     free = _free_bytes(device)
-    most = free if mode == "yes" else int(_SHARE * max(0, free - _RESERVE_BYTES))
+    reserve = max(_RESERVE_BYTES, training_bytes)
+    most = free if mode == "yes" else int(_SHARE * max(0, free - reserve))
     memory = "GPU memory" if device.type == "cuda" else "memory"
     if need > most:
         if mode == "yes":

@@ -63,6 +63,8 @@ class BatchSpec:
             empty where one of the labels is.
         previous_labels: Foreground classes of a cascade's first stage, which become channels.
         share: Number of this process and how many there are: each makes its part of each batch.
+        training_bytes: What this process takes of its device's memory to train on such batches, by
+            the planner's estimate; 0 where nobody knows.
     """
 
     folder: Path
@@ -83,6 +85,7 @@ class BatchSpec:
     regions: tuple[tuple[int, ...], ...] = ()
     previous_labels: int = 0
     share: tuple[int, int] = (0, 1)
+    training_bytes: int = 0
 
     def __post_init__(self) -> None:
         rank, world = self.share

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from training.data.workspace import (
 )
 from training.fit.configuration import TrainingConfig, differences
 from training.fit.process_group import ALONE, ProcessGroup
+from training.planning.memory import training_bytes
 from training.planning.planned import load_plans
 
 _ALL_FOLD_NUMBER = 1_000_000
@@ -159,6 +161,9 @@ def open_run(
         regions=planned.region_labels,
         previous_labels=0 if chosen.previous_stage is None else len(planned.labels) - 1,
         share=(group.rank, group.count),
+        training_bytes=training_bytes(
+            planned, replace(chosen, batch=math.ceil(chosen.batch / group.count))
+        ),
     )
     return FoldRun(
         folder=folder,

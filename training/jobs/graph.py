@@ -16,8 +16,8 @@ from ichseg.model.plans import Configuration, Plans
 from training.fit.configuration import GivenSettings, TrainingConfig
 from training.jobs.choices import SELECTED, Choices, Scope
 from training.jobs.job import ANY, Job, Need
-from training.planning.recipes import RECIPES, find_recipe
-from training.planning.topology import MEMORIES
+from training.planning.memory import training_bytes
+from training.planning.recipes import RECIPES
 
 # Memory of the host: a process with its libraries, and a batch in the making per voxel and channel:
 # what was read around the patch, its warped copy, the target and the copy in the queue.
@@ -172,26 +172,6 @@ def _planning(choices: Choices) -> list[str]:
         flags = {"yes": f"--{name}", "no": f"--no-{name}"}
         words.append(flags.get(value, f"--{name}={value}"))
     return words
-
-
-def training_bytes(plans: Plans, configuration: Configuration) -> int:
-    """Memory of the device that a training takes, by the planner's estimate.
-
-    The planner holds a count of feature-map elements against a budget that stands for a GPU of so
-    many gigabytes; here the same proportion is turned round. 0 for plans of an unknown recipe.
-    """
-    if plans.architecture not in RECIPES.get(plans.recipe, {}):
-        return 0
-    recipe = find_recipe(plans.recipe, plans.architecture)
-    limits = recipe.limits_2d if len(configuration.patch) == 2 else recipe.limits_3d
-    elements = MEMORIES[recipe.memory](
-        configuration.patch,
-        configuration.architecture,
-        plans.input_channels(configuration),
-        1 + len(plans.foreground),
-    )
-    share = elements * configuration.batch / (limits.budget * limits.batch)
-    return round(share * recipe.gpu_memory_gb * 1e9)
 
 
 def _need_of_training(
