@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import CONFIGURATION, PLANS
 from helpers.epochs import ROWS
-from helpers.workspaces import QUICK, leaves, make_workspace
+from helpers.workspaces import QUICK, leaves, make_workspace, planned
 
 from ichseg.errors import OutputError, TrainingError
 from ichseg.model import strict_json
@@ -26,6 +26,7 @@ from training.data import dataset, splits
 from training.data.splits import Split
 from training.data.workspace import BEST_CHECKPOINT, LATEST_CHECKPOINT, run_folder
 from training.fit import checkpoint as files
+from training.fit import loop
 from training.fit.checkpoint import (
     Saver,
     load_checkpoint,
@@ -297,6 +298,76 @@ def test_other_settings_of_the_optimiser_count_when_a_run_goes_on(fresh):
     (group,) = saved["param_groups"]
     assert (group["amsgrad"], group["weight_decay"]) == (True, 0.125)
     assert all("max_exp_avg_sq" in moments for moments in saved["state"].values())
+
+
+def stored(workspace, name=LATEST_CHECKPOINT):
+    return read_checkpoint(run_folder(workspace, "3d_fullres", "0") / name, CONFIGURATION)
+
+
+def test_a_checkpoint_that_does_not_say_its_schedule_is_read(fresh):
+    """As earlier versions wrote it."""
+    assert run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
+    path = run_folder(fresh, "3d_fullres", "0") / LATEST_CHECKPOINT
+    raw = stored(fresh)
+    assert raw["schedule"].pop("kind") == "plateau"
+    torch.save(raw, path)
+    run = open_run(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
+    assert is_finished(fresh, run)
+    assert run_fold(fresh, "3d_fullres", "0", QUICK)
+    assert stored(fresh)["schedule"]["kind"] == "plateau"
+
+
+def test_best_checkpoint_is_where_the_average_dice_was_highest(fresh, monkeypatch):
+    scores = iter([0.2, 0.6, 0.1, None])
+    monkeypatch.setattr(loop, "pseudo_dice", lambda _: (next(scores),))
+    run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=4))
+    end, best = stored(fresh), stored(fresh, BEST_CHECKPOINT)
+    assert best["schedule"]["epoch"] == 2
+    assert best["best_dice"] == pytest.approx(0.9 * 0.2 + 0.1 * 0.6)
+    assert end["average_dice"] == pytest.approx(0.9 * (0.9 * 0.2 + 0.1 * 0.6) + 0.1 * 0.1)
+    assert end["best_dice"] == best["best_dice"]
+    assert [row["pseudo_dice"] for row in end["history"]] == [0.2, 0.6, 0.1, None]
+
+
+def test_an_epoch_without_dice_is_not_the_best(fresh, monkeypatch):
+    """As where none of its validation patches has foreground: the average stays what it was."""
+    scores = iter([0.5, None, None])
+    monkeypatch.setattr(loop, "pseudo_dice", lambda _: (next(scores),))
+    monkeypatch.setattr(files, "EVERY_S", 0.0)
+    run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=3))
+    assert stored(fresh)["schedule"]["epoch"] == 3
+    assert stored(fresh, BEST_CHECKPOINT)["schedule"]["epoch"] == 1
+
+
+def test_refuses_a_checkpoint_of_other_plans(fresh):
+    run_fold(fresh, "3d_fullres", "0", QUICK)
+    (fresh / "plans.json").unlink()
+    (fresh / "plans.json").write_text(strict_json.dumps(planned(patch=(4, 24, 24))))
+    with pytest.raises(TrainingError, match=r"of other plans .*begin anew with --restart"):
+        run_fold(fresh, "3d_fullres", "0", QUICK)
+
+
+def test_refuses_a_damaged_checkpoint(tmp_path):
+    path = tmp_path / LATEST_CHECKPOINT
+    with pytest.raises(TrainingError, match="no such file; run `train` first"):
+        read_checkpoint(path, CONFIGURATION)
+    path.write_bytes(b"half a file")
+    with pytest.raises(TrainingError, match="damaged or not a checkpoint"):
+        read_checkpoint(path, CONFIGURATION)
+    torch.save({"configuration": "", "schema_version": 99}, path)
+    with pytest.raises(TrainingError, match="checkpoint schema 99, this code reads 3"):
+        read_checkpoint(path, CONFIGURATION)
+
+
+def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "run",))
+
+    torch.save({"configuration": Evil(), "schema_version": 3}, tmp_path / LATEST_CHECKPOINT)
+    with pytest.raises(TrainingError, match="damaged or not a checkpoint"):
+        read_checkpoint(tmp_path / LATEST_CHECKPOINT, CONFIGURATION)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_digest_is_of_names_and_values():

@@ -22,7 +22,7 @@ from training.batches.augmentation import NO_AUGMENTATION
 from training.batches.sampling import BatchKey
 from training.batches.stream import open_batches
 from training.crossval.validate import validate
-from training.data.workspace import BEST_CHECKPOINT, LATEST_CHECKPOINT
+from training.data.workspace import LATEST_CHECKPOINT
 from training.fit import checkpoint as files
 from training.fit import loop, step
 from training.fit.checkpoint import read_checkpoint
@@ -305,19 +305,6 @@ def test_another_schedule_is_taken_up_where_a_run_goes_on(fresh):
     assert rates == pytest.approx([1e-3, 1e-3 * 0.5**0.9, 1e-3])
 
 
-def test_a_checkpoint_that_does_not_say_its_schedule_is_read(fresh):
-    """As earlier versions wrote it."""
-    assert run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
-    path = fold_folder(fresh) / LATEST_CHECKPOINT
-    raw = checkpoint(fresh)
-    assert raw["schedule"].pop("kind") == "plateau"
-    torch.save(raw, path)
-    run = open_run(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
-    assert is_finished(fresh, run)
-    assert run_fold(fresh, "3d_fullres", "0", QUICK)
-    assert checkpoint(fresh)["schedule"]["kind"] == "plateau"
-
-
 def test_minutes_end_the_training_within_the_epoch(fresh, monkeypatch):
     config = dataclasses.replace(
         QUICK, epochs=1000, batches_per_epoch=100_000, minutes=0.005, lr_schedule="poly", workers=1
@@ -385,59 +372,6 @@ def test_poly_decay_reaches_the_optimiser(fresh):
     assert [row["lr"] for row in end["history"]] == pytest.approx([1e-3, 1e-3 * 0.5**0.9])
     assert end["optimiser"]["param_groups"][0]["lr"] == pytest.approx(1e-3 * 0.5**0.9)
     assert end["optimiser"]["param_groups"][0]["amsgrad"] is True
-
-
-def test_best_checkpoint_is_where_the_average_dice_was_highest(fresh, monkeypatch):
-    scores = iter([0.2, 0.6, 0.1, None])
-    monkeypatch.setattr(loop, "pseudo_dice", lambda _: (next(scores),))
-    run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=4))
-    end, best = checkpoint(fresh), checkpoint(fresh, BEST_CHECKPOINT)
-    assert best["schedule"]["epoch"] == 2
-    assert best["best_dice"] == pytest.approx(0.9 * 0.2 + 0.1 * 0.6)
-    assert end["average_dice"] == pytest.approx(0.9 * (0.9 * 0.2 + 0.1 * 0.6) + 0.1 * 0.1)
-    assert end["best_dice"] == best["best_dice"]
-    assert [row["pseudo_dice"] for row in end["history"]] == [0.2, 0.6, 0.1, None]
-
-
-def test_an_epoch_without_dice_is_not_the_best(fresh, monkeypatch):
-    """As where none of its validation patches has foreground: the average stays what it was."""
-    scores = iter([0.5, None, None])
-    monkeypatch.setattr(loop, "pseudo_dice", lambda _: (next(scores),))
-    monkeypatch.setattr(files, "EVERY_S", 0.0)
-    run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=3))
-    assert checkpoint(fresh)["schedule"]["epoch"] == 3
-    assert checkpoint(fresh, BEST_CHECKPOINT)["schedule"]["epoch"] == 1
-
-
-def test_refuses_a_checkpoint_of_other_plans(fresh):
-    run_fold(fresh, "3d_fullres", "0", QUICK)
-    (fresh / "plans.json").unlink()
-    (fresh / "plans.json").write_text(strict_json.dumps(planned(patch=(4, 24, 24))))
-    with pytest.raises(TrainingError, match=r"of other plans .*begin anew with --restart"):
-        run_fold(fresh, "3d_fullres", "0", QUICK)
-
-
-def test_refuses_a_damaged_checkpoint(tmp_path):
-    path = tmp_path / LATEST_CHECKPOINT
-    with pytest.raises(TrainingError, match="no such file; run `train` first"):
-        read_checkpoint(path, CONFIGURATION)
-    path.write_bytes(b"half a file")
-    with pytest.raises(TrainingError, match="damaged or not a checkpoint"):
-        read_checkpoint(path, CONFIGURATION)
-    torch.save({"configuration": "", "schema_version": 99}, path)
-    with pytest.raises(TrainingError, match="checkpoint schema 99, this code reads 3"):
-        read_checkpoint(path, CONFIGURATION)
-
-
-def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "run",))
-
-    torch.save({"configuration": Evil(), "schema_version": 3}, tmp_path / LATEST_CHECKPOINT)
-    with pytest.raises(TrainingError, match="damaged or not a checkpoint"):
-        read_checkpoint(tmp_path / LATEST_CHECKPOINT, CONFIGURATION)
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("fold", ["5", "-1", "first", "01"])
