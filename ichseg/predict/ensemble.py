@@ -123,7 +123,13 @@ class Ensemble:
             DeviceError: CUDA was asked for and is not usable.
         """
         folder = default_weights() if folder is None else Path(folder)
-        return cls(bundle.load_model(folder), folder, choose_engine(device, precision))
+        model = bundle.load_model(folder)
+        if len(model.plans.channels) > 1:
+            raise WeightsError(
+                f"{folder}: networks of {len(model.plans.channels)} channels, "
+                f"{', '.join(model.plans.channels)}; expected one, since a case is one scan"
+            )
+        return cls(model, folder, choose_engine(device, precision))
 
     def segment(
         self,

@@ -77,6 +77,15 @@ def check(volume: Volume, name: Path | str) -> tuple[Volume, tuple[str, ...]]:
     return volume, (*mended, *_about_values(values), *(about_size or about_slices))
 
 
+def is_offset(volume: Volume, name: Path | str) -> bool:
+    """Whether the values are HU + 1024, which ``check`` would mend."""
+    try:
+        checked, _ = check(volume, name)
+    except InputError:
+        return False
+    return checked is not volume
+
+
 def _why_no_ct(low: float, high: float, whole: bool) -> str:
     """Why values in this range are those of no CT; empty if they can be.
 

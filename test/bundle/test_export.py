@@ -17,7 +17,7 @@ from training.__main__ import main as command
 from training.bundle import export as exporter
 from training.bundle import model_card, rounding
 from training.bundle.export import export
-from training.data import splits
+from training.data import dataset, splits
 from training.data.workspace import BEST_CHECKPOINT, CONFIG_FILE, LATEST_CHECKPOINT, run_folder
 from training.fit.checkpoint import read_checkpoint
 from training.fit.fold_run import open_run
@@ -191,9 +191,40 @@ def test_refuses_weights_that_rounding_changes(workspace, tmp_path, monkeypatch)
     monkeypatch.setattr(rounding, "segment_case", segment)
     with pytest.raises(
         TrainingError, match=r"Dice of hemorrhage in \d cases is 0\.0000 as trained, 0\.\d+ in fp"
-    ):
+    ) as refused:
         export(workspace, ("3d_fullres",), ("0",), tmp_path)
+    assert "--check-cases 0" in str(refused.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("voxels", "passes"), [(10, True), (11, False)])
+def test_a_few_voxels_that_rounding_changes_are_let_pass(
+    workspace, tmp_path, monkeypatch, voxels, passes
+):
+    trained = weights(workspace, "0")
+
+    def segment(case, run, state):
+        labels = np.zeros(6 * 24 * 24, np.uint8)
+        if not all(torch.equal(state[name], trained[name]) for name in trained):
+            labels[:voxels] = 1
+        return labels.reshape(6, 24, 24)
+
+    monkeypatch.setattr(rounding, "segment_case", segment)
+    monkeypatch.setattr(rounding, "MAX_DICE_CHANGE", -1.0 if not passes else 1e-3)
+    if passes:
+        export(workspace, ("3d_fullres",), ("0",), tmp_path)
+    else:
+        with pytest.raises(TrainingError, match="expected a change of at most"):
+            export(workspace, ("3d_fullres",), ("0",), tmp_path)
+
+
+def test_several_channels_are_refused(workspace, tmp_path, monkeypatch):
+    """Inference is given one scan a case."""
+    two = dataclasses.replace(dataset.load_dataset(workspace), channels=("CT", "MR"), cases=())
+    monkeypatch.setattr(dataset, "load_dataset", lambda _: two)
+    with pytest.raises(TrainingError, match="2 channels, CT, MR; a bundle has networks of one"):
+        export(workspace, ("3d_fullres",), ("0",), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_each_fold_is_checked_once(workspace, tmp_path, monkeypatch):

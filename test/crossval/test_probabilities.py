@@ -56,10 +56,10 @@ def test_damage_is_said(tmp_path):
 
 
 def test_each_region_has_its_own(tmp_path):
-    """Logits go in; 2p - 1 comes out, which is positive where the region is found."""
-    scores = torch.tensor([[-20.0, 0.1, 3.0, 20.0], [-20.0, -0.1, -3.0, 20.0]]).reshape(2, 1, 1, 4)
+    """Logits go in and come out, within half a step of 1/8, from -16 to 16."""
+    scores = torch.tensor([[-20.0, 0.1, 3.03, 20.0], [-20.0, -0.1, -3, 20.0]]).reshape(2, 1, 1, 4)
     probabilities.save(tmp_path / "case.npz", scores, regions=True)
     found = probabilities.load(tmp_path / "case.npz", regions=True)
-    expected = 2 / (1 + np.exp(-scores.numpy())) - 1
-    assert np.abs(found - expected).max() <= 1 / 255 + 1e-6
+    assert np.abs(found - scores.numpy().clip(-16, 15.875)).max() <= 1 / 16 + 1e-6
+    assert found[0, 0, 0].tolist() == [-16, 0.125, 3, 15.875]
     np.testing.assert_array_equal(found > 0, scores.numpy() > 0)

@@ -112,7 +112,7 @@ def test_a_pair_decides_as_its_unrounded_mean_but_for_ties(workspace):
         ]
         exact = restore([(s.numpy(), p) for s, p in parts], PLANNED)
         task = unseen.UnseenCase(case, "0", {})
-        kept = unseen.found_labels(task, image, workspace, PLANNED, NAMES)
+        kept = unseen.found_labels(task, [image], workspace, PLANNED, NAMES)
         different = kept != exact
         assert 0.2 < exact.mean() < 0.8
         assert different.mean() < 0.01  # as the lead is off by at most 2 / 255 of a range of 2
@@ -228,7 +228,29 @@ def test_each_region_is_decided_by_its_own_mean(workspace):
         path = probabilities_file(run_folder(workspace, configuration.name, "0"), case.name)
         probabilities.save(path, scores, regions=True)
     task = unseen.UnseenCase(case, "0", {})
-    assert (unseen.found_labels(task, image, workspace, planned, NAMES) == 1).all()
+    assert (unseen.found_labels(task, [image], workspace, planned, NAMES) == 1).all()
+
+
+def test_a_pair_of_regions_decides_as_the_ensemble_does(workspace):
+    """Which brings logits to the volume's grid: steep ones, as of a lesion of a few voxels."""
+    planned = dataclasses.replace(
+        PLANNED, labels=("background", "bleed"), regions=(1,), region_labels=((1,),)
+    )
+    rng = np.random.default_rng(6)
+    case, image, _ = next(references(workspace))
+    parts = []
+    for configuration in (CONFIGURATION, LOW):
+        wanted = place([image], planned, configuration)
+        scores = torch.from_numpy(rng.normal(-2, 5, (1, *wanted.grid_shape)).astype(np.float32))
+        path = probabilities_file(run_folder(workspace, configuration.name, "0"), case.name)
+        probabilities.save(path, scores, regions=True)
+        parts.append((scores.numpy(), wanted))
+    exact = restore(parts, planned, average="logits")
+    found = unseen.found_labels(
+        unseen.UnseenCase(case, "0", {}), [image], workspace, planned, NAMES
+    )
+    assert 0.1 < exact.mean() < 0.9
+    assert np.mean(found != exact) < 0.02
 
 
 def test_cases_of_two_channels_are_judged(workspace):

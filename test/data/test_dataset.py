@@ -117,3 +117,12 @@ def test_a_reference_whose_axes_run_otherwise_is_refused(tmp_path, frame):
     volume.write(Volume(label, **(same | frame)), tmp_path / "label.mha")
     with pytest.raises(DatasetError, match="axes or voxel sizes are others than its reference's"):
         read_case(Case("a", case.images, tmp_path / "label.mha"), LABELS)
+
+
+@pytest.mark.parametrize(("count", "ignored"), [(129, None), (128, 128)])
+def test_labels_that_a_stored_case_cannot_hold_are_refused(count, ignored):
+    """Its target is int8: 128 would become -128, and be lost without a word."""
+    labels = tuple(f"label {value}" for value in range(count))
+    with pytest.raises(DatasetError, match="labels up to 128, expected up to 127"):
+        Dataset("many", ("CT",), labels, (), ignored)
+    assert len(Dataset("many", ("CT",), labels[:127], (), 127).labels) == 127

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +12,16 @@ from helpers.datasets import SPACING_MM, contents, make_voxels, write_msd, write
 
 from ichseg.errors import DatasetError
 from ichseg.scan import volume
+from ichseg.scan.volume import Volume
 from training.__main__ import main
 from training.data import examine, verify
 from training.data.convert import convert
 from training.data.dataset import load_dataset, read_case
 from training.data.examine import Grid, compare
 from training.data.verify import fix_headers, verify_dataset
+from training.planning import fingerprint
 
+SAMPLE = Path(__file__).parents[1] / "sample" / "input" / "ge_negative.mha"
 IMAGE, LABEL = "raw/images/a_0000.mha", "raw/labels/a.mha"
 
 
@@ -409,3 +413,23 @@ def test_a_label_to_ignore_is_no_error_and_no_label(work):
     change(work / LABEL, voxels=np.where(LABELS, 1, 3).astype(np.uint8))
     text = f"{(~LABELS).sum()} voxels have values 3, expected whole labels 0..2"
     assert found_in(work) == [("error", "a", LABEL, text, False)]
+
+
+def test_hu_with_an_offset_is_an_error_and_is_not_planned_for(work):
+    """Inference takes the offset off; networks that learned on it would see another scan."""
+    sample = volume.read(SAMPLE)
+    z_mm, y_mm, x_mm = sample.spacing_mm
+    voxels = sample.voxels[:, ::3, ::3].astype(np.int16)
+    scan = Volume(voxels, (z_mm, 3 * y_mm, 3 * x_mm))
+    label = scan.with_voxels(np.full(voxels.shape, 1, np.uint8))
+    for path, found in ((IMAGE, scan), (LABEL, label)):
+        (work / path).unlink()
+        volume.write(found, work / path)
+    said = "1024 is added to HU, which inference would take off"
+    assert not any(said in text for _, _, _, text, _ in found_in(work))
+    assert fingerprint.compute_fingerprint(load_dataset(work), 1).names == tuple("abcde")
+    (work / IMAGE).unlink()
+    volume.write(scan.with_voxels(voxels + 1024), work / IMAGE)
+    assert ("error", "a", IMAGE, f"{said}; expected HU", False) in found_in(work)
+    with pytest.raises(DatasetError):
+        fingerprint.compute_fingerprint(load_dataset(work), 1)

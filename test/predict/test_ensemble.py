@@ -434,3 +434,13 @@ def test_what_is_no_head_ct_in_hu_is_mended_or_refused_from_python_too(tmp_path,
     assert "stored with 1024 added to HU, which was taken off" in found.warnings
     with pytest.raises(InputError, match=r"the scan: .*expected a head CT in HU"):
         ensemble.segment(scan.with_voxels(-scan.voxels), "fast")
+
+
+def test_networks_of_several_channels_are_refused(tmp_path):
+    """A case is one scan: every one of them would fail, and only after it has been read."""
+    plans = dataclasses.replace(
+        PLANS, channels=("CT", "MR"), normalisations=PLANS.normalisations * 2
+    )
+    make_bundle(tmp_path, plans=plans)
+    with pytest.raises(WeightsError, match="networks of 2 channels, CT, MR; expected one"):
+        Ensemble.load(tmp_path, "cpu")

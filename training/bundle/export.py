@@ -103,6 +103,11 @@ def export(
         for part in _finished(workspace, configuration, folds, checkpoint)
     ]
     data = dataset.load_dataset(workspace)
+    if len(data.channels) > 1:
+        raise TrainingError(
+            f"{workspace}: {len(data.channels)} channels, {', '.join(data.channels)}; a bundle has "
+            "networks of one channel, since inference is given one scan a case"
+        )
     known = _checked_cases(out)
     checked: list[int] = []
     make_folder(out)
@@ -139,8 +144,8 @@ def export(
         rules=tuple(rules),
         averages=tuple(configurations) if stages & set(configurations) else (),
     )
-    bundle.save_model(out, model)
     model_card.write(model, workspace, out, card_notes)
+    bundle.save_model(out, model)  # last, as a folder that has it counts as a bundle
     _remove_others(out, members)
     return model
 

@@ -4,13 +4,15 @@ One ``.npz`` a case, tensors only: uint8 steps of 1/255, without the background,
 left to 1, and cropped to where any of them is more than 0. They lie in the configuration's own
 grid, as an ensemble averages them. A label's lead over the background is off by at most
 (K + 1) / 510 of K foreground labels, so only near-ties are decided otherwise. Of regions, which may
-overlap, each has its own probability, and there is no background.
+overlap, there is no background, and the logits are stored, in steps of 1/8 from -16 to 16: an
+ensemble brings these to the volume's grid, and probabilities would cross a half elsewhere.
 """
 
 from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,7 @@ from ichseg.files import replacing
 from training.scoring.surface import bounding_box
 
 _STEPS = 255
+_LOGIT_STEPS, _MIDDLE = 8, 128  # of a logit of 1; the step of a logit of 0
 
 
 def save(path: Path, scores: Tensor, *, regions: bool) -> None:
@@ -32,21 +35,24 @@ def save(path: Path, scores: Tensor, *, regions: bool) -> None:
         scores: Probabilities ``(K, Z, Y, X)``, the background first, or logits of K regions.
         regions: Whether they are of regions.
     """
-    found = np.stack([_quantised(p) for p in (scores.sigmoid() if regions else scores[1:])])
+    if regions:
+        steps = [(logit * _LOGIT_STEPS + _MIDDLE).clamp_(0, 255) for logit in scores]
+    else:
+        steps = [label * _STEPS for label in scores[1:]]
+    found = np.stack([each.round_().to(torch.uint8).cpu().numpy() for each in steps])
     where = bounding_box(np.asarray(found.any(axis=0), np.bool_))
     with replacing(path, suffix=".npz") as temporary:
-        np.savez_compressed(
-            temporary,
-            steps=found[(slice(None), *where)],
-            start=np.array([part.start for part in where]),
-            shape=np.array(found.shape),
-        )
+        arrays: dict[str, Any] = {
+            _key(regions): found[(slice(None), *where)],
+            "start": np.array([part.start for part in where]),
+            "shape": np.array(found.shape),
+        }
+        np.savez_compressed(temporary, **arrays)
 
 
 def load(path: Path, *, regions: bool) -> npt.NDArray[np.float32]:
-    """Read probabilities of shape ``(K, Z, Y, X)``, the background first.
+    """Read probabilities of shape ``(K, Z, Y, X)``, the background first, or logits of K regions.
 
-    Those of regions come as ``restore`` takes them: 2p - 1, by how much each exceeds its absence.
     They are in the grid of the configuration that made them.
 
     Raises:
@@ -54,12 +60,12 @@ def load(path: Path, *, regions: bool) -> npt.NDArray[np.float32]:
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
-            steps, start, shape = stored["steps"], stored["start"], stored["shape"]
+            steps, start, shape = stored[_key(regions)], stored["start"], stored["shape"]
         labels, *size = (int(n) for n in shape)
         first = 0 if regions else 1
         scores = np.zeros((labels + first, *size), np.float32)
         where = tuple(slice(a, a + n) for a, n in zip(start, steps.shape[1:], strict=True))
-        scores[(slice(first, None), *where)] = steps / np.float32(_STEPS)
+        scores[(slice(first, None), *where)] = steps
     except FileNotFoundError as error:
         raise TrainingError(f"{path}: no such file") from error
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -67,10 +73,13 @@ def load(path: Path, *, regions: bool) -> npt.NDArray[np.float32]:
             f"{path}: damaged ({error}); delete it, and it is made again"
         ) from error
     if regions:
-        return 2 * scores - 1
+        scores -= _MIDDLE
+        scores /= _LOGIT_STEPS
+        return scores
+    scores /= _STEPS
     scores[0] = np.maximum(1 - scores[1:].sum(axis=0), 0)
     return scores
 
 
-def _quantised(label: Tensor) -> npt.NDArray[np.uint8]:
-    return (label * _STEPS).round_().to(torch.uint8).cpu().numpy()
+def _key(regions: bool) -> str:
+    return "logits" if regions else "steps"

@@ -147,7 +147,8 @@ def try_rules(
     foreground = None
     if any(rule.drop_below_probability for rule in tried):
         foreground = np.zeros_like(labels)
-        restore(_parts(unseen, channels, workspace, planned, names), planned, foreground=foreground)
+        parts = _parts(unseen, channels, workspace, planned, names)
+        restore(parts, planned, average=_average(planned), foreground=foreground)
     return tuple(
         _dice(
             *leave_out(
@@ -171,7 +172,13 @@ def found_labels(
     """The labels ``(z, y, x)`` that these configurations found together in a case."""
     if len(names) == 1:
         return np.asarray(volume.read(unseen.masks[names[0]]).voxels, np.uint8)
-    return restore(_parts(unseen, channels, workspace, planned, names), planned)
+    parts = _parts(unseen, channels, workspace, planned, names)
+    return restore(parts, planned, average=_average(planned))
+
+
+def _average(planned: Plans) -> str:
+    """What the stored scores are, see ``probabilities``."""
+    return "logits" if planned.regions else "probabilities"
 
 
 def _channels(unseen: UnseenCase) -> list[Volume]:

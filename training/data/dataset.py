@@ -21,6 +21,7 @@ from ichseg.scan.volume import Volume
 from training.data.workspace import dataset_file
 
 SCHEMA_VERSION = 1
+HIGHEST_LABEL = 127  # of a stored target, int8; -1 is beyond the image
 _SAME_AXES, _SAME_STEPS = 0.1, 0.05  # of cosines, and a share: headers are rounded
 
 
@@ -84,6 +85,12 @@ class Dataset:
             raise DatasetError(
                 f"dataset {self.name}: the label to ignore is {self.ignore_label}, expected the "
                 f"highest, {len(self.labels)}"
+            )
+        highest = self.ignore_label or len(self.labels) - 1
+        if highest > HIGHEST_LABEL:
+            raise DatasetError(
+                f"dataset {self.name}: labels up to {highest}, expected up to {HIGHEST_LABEL}, "
+                "which is what preprocessed cases can hold"
             )
         if len(self.region_labels) != len(self.regions):
             raise DatasetError(

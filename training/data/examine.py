@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ichseg.errors import InputError
-from ichseg.scan import volume
+from ichseg.scan import plausibility, volume
 from ichseg.scan.volume import Volume
 from ichseg.wording import times
 from training.data.dataset import Case
@@ -115,7 +115,11 @@ class CaseFacts:
 
 
 def examine_case(
-    case: Case, workspace: Path, labels: Sequence[str], ignore_label: int | None = None
+    case: Case,
+    workspace: Path,
+    labels: Sequence[str],
+    ignore_label: int | None = None,
+    in_hu: bool = False,
 ) -> CaseFacts:
     """Read each file of a case once, one at a time, and check all that a case alone can show.
 
@@ -124,12 +128,13 @@ def examine_case(
         workspace: Where file names are relative to.
         labels: Names by voxel value.
         ignore_label: A further value that references may have, see ``Dataset``.
+        in_hu: Whether every channel is CT, so that inference holds scans against what HU look like.
     """
     findings: list[Finding] = []
     images: list[FileFacts] = []
     first: FileFacts | None = None
     for path in case.images:
-        found, facts = _examine_image(path, case.name, workspace, first)
+        found, facts = _examine_image(path, case.name, workspace, first, in_hu=in_hu)
         findings += found
         if facts is not None:
             first = first or facts
@@ -197,7 +202,7 @@ def shown(path: Path, workspace: Path) -> str:
 
 
 def _examine_image(
-    path: Path, case: str, workspace: Path, first: FileFacts | None
+    path: Path, case: str, workspace: Path, first: FileFacts | None, *, in_hu: bool
 ) -> tuple[list[Finding], FileFacts | None]:
     file = shown(path, workspace)
     try:
@@ -211,6 +216,9 @@ def _examine_image(
         findings.append(Finding(ERROR, case, file, not_finite))
     elif digest is None:
         findings.append(Finding(WARNING, case, file, f"all voxels are {low:g}"))
+    elif in_hu and plausibility.is_offset(read, path):
+        text = f"{plausibility.OFFSET_HU} is added to HU, which inference would take off"
+        findings.append(Finding(ERROR, case, file, f"{text}; expected HU"))
     return findings, facts
 
 

@@ -25,6 +25,7 @@ from training.data.dataset import (
     Dataset,
     add_workspace_argument,
     describe_failure,
+    is_ct,
     load_dataset,
     save_dataset,
 )
@@ -73,6 +74,7 @@ def verify_dataset(workspace: Path, dataset: Dataset, workers: int) -> list[Find
         workspace,
         dataset.labels,
         dataset.ignore_label,
+        all(map(is_ct, dataset.channels)),
         workers=workers,
     )
     for case, found in parallel.with_progress(results, len(dataset.cases), "verify"):

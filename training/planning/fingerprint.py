@@ -22,6 +22,7 @@ from ichseg.errors import DatasetError, PlansError
 from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.predict.crop import crop_box
+from ichseg.scan import plausibility
 from ichseg.scan.orientation import Box, orient_axes
 from ichseg.wording import times
 from training.data.dataset import (
@@ -330,6 +331,12 @@ def _examine(
 ) -> _CaseFacts:
     """Read one case, bring it to LPS, crop it, take its foreground; find the head in HU."""
     images, reference = read_case(case, labels, ignore_label)
+    for image, path in zip(images, case.images, strict=True):
+        if in_hu and plausibility.is_offset(image, path):
+            raise DatasetError(
+                f"{path}: {plausibility.OFFSET_HU} is added to HU, which inference would take off; "
+                "take it off all images before training"
+            )
     axes = orient_axes(images[0])
     stack = [axes.apply(image.voxels) for image in images]
     label = axes.apply(reference.voxels)

@@ -171,15 +171,11 @@ def summarise(label: str, scored: Sequence[tuple[str, LabelScore]]) -> LabelSumm
 
 
 def save(evaluation: Evaluation, folder: Path) -> None:
-    """Write ``evaluation.json`` and ``cases.csv``.
+    """Write ``cases.csv`` and last, as whoever finds it takes all for done, ``evaluation.json``.
 
     Raises:
         OutputError: The folder cannot be written.
     """
-    with replacing(folder / EVALUATION_FILE) as temporary:
-        temporary.write_text(
-            strict_json.dumps(strict(strict_json.to_json(evaluation))), encoding="utf-8"
-        )
     with (
         replacing(folder / CASES_FILE) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as stream,
@@ -188,6 +184,10 @@ def save(evaluation: Evaluation, folder: Path) -> None:
         table.writerow(["case", "label", *MEASURES, *_VOLUMES, *_LESIONS, "missed"])
         for case in evaluation.cases:
             table.writerows(_row(case.name, score) for score in case.labels)
+    with replacing(folder / EVALUATION_FILE) as temporary:
+        temporary.write_text(
+            strict_json.dumps(strict(strict_json.to_json(evaluation))), encoding="utf-8"
+        )
 
 
 def load(folder: Path) -> Evaluation:
