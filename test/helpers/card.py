@@ -50,7 +50,15 @@ _to, _generator, _autocast, _load = torch.Tensor.to, torch.Generator, torch.auto
 
 
 class Card(Streams):
-    """The card, and what it does with its tensors."""
+    """The card, and what it does with its tensors.
+
+    Attributes:
+        ran: The operations on its tensors, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[str] = []
 
     def to_host(self, tensor: CardTensor, *, background: bool) -> torch.Tensor:
         """A copy on the host, at once or in the background."""
@@ -73,6 +81,7 @@ class Card(Streams):
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operation on tensors of the card."""
         name = str(func).rpartition(".")[0]
+        self.ran.append(name)
         flat, spec = tree_flatten((args, kwargs))
         cards = [x for x in flat if isinstance(x, CardTensor)]
         host = [x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, CardTensor)]

@@ -74,6 +74,11 @@ def _back(
 KERNELS: dict[str, Any] = {
     "aten.convolution": _like_cudnn(torch.ops.aten.convolution.default, 2),
     "aten.convolution_backward": _like_cudnn(torch.ops.aten.convolution_backward.default, 3),
+    # the same as they come where no gradient is asked for
+    "aten.conv2d": _like_cudnn(torch.ops.aten.conv2d.default, 2),
+    "aten.conv3d": _like_cudnn(torch.ops.aten.conv3d.default, 2),
+    "aten.conv_transpose2d": _like_cudnn(torch.ops.aten.conv_transpose2d.input, 2),
+    "aten.conv_transpose3d": _like_cudnn(torch.ops.aten.conv_transpose3d.input, 2),
     "aten.batch_norm_stats": _stats,
     "aten.batch_norm_elemt": _elemt,
     "aten.batch_norm_backward_reduce": _reduce,

@@ -10,7 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from ichseg.model.architecture import Architecture
-from ichseg.model.instance_norm import InstanceNorm2d, InstanceNorm3d, RunningNorm
+from ichseg.model.instance_norm import (
+    InstanceNorm2d,
+    InstanceNorm3d,
+    RunningNorm,
+    normalise_at_once,
+)
 from ichseg.model.network import build_network
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -248,6 +253,69 @@ def test_what_normalises_on_cuda_puts_torchs_bricks_together_rightly(size, monke
     assert leaves[0][0].is_contiguous(memory_format=layout)
     for mine, other in zip(*leaves, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+def air(dtype, size):
+    """Three samples in channels-last, apart in all: noise, air but for some voxels, air alone."""
+    torch.manual_seed(2)
+    x = torch.randn(3, 8, *size)
+    x[0] = 3 + 2 * x[0]
+    x[1, ..., : size[-1] * 4 // 5] = -70.3
+    x[2] = torch.linspace(-70.3, 70.3, 8).reshape(-1, *(1 for _ in size))
+    layout = torch.channels_last if len(size) == 2 else torch.channels_last_3d
+    return x.to(dtype).contiguous(memory_format=layout)
+
+
+def normalised_exactly(x, weight, bias, eps):
+    exact, axes = x.double(), tuple(range(2, x.ndim))
+    centred = exact - exact.mean(axes, keepdim=True)
+    normal = centred / (centred.square().mean(axes, keepdim=True) + eps).sqrt()
+    shape = (-1, *(1 for _ in axes))
+    return normal * weight.double().view(shape) + bias.double().view(shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [(191, 193), (15, 96, 97)])
+def test_samples_that_are_normalised_at_once_are_each_normalised_exactly(size, dtype):
+    """To 2e-3, beside what the type itself rounds; each by its own mean, in its own layout."""
+    weight, bias = (1 + torch.rand(2, 8)).unbind()
+    x = air(dtype, size)
+    found = normalise_at_once(x, weight, bias, 1e-5)
+    assert (found.dtype, found.stride()) == (x.dtype, x.stride())
+    expected = normalised_exactly(x, weight, bias, 1e-5)
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=2e-3)
+    torch.testing.assert_close(found[2], expected[2].to(dtype), rtol=0, atol=0)
+    alone = normalise_at_once(x[1:2], weight, bias, 1e-5)
+    torch.testing.assert_close(found[1:2], alone, rtol=rounding, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [(320, 320), (16, 320, 320)])
+def test_samples_that_are_normalised_at_once_on_cuda_are_exact(size, dtype):
+    """As on the CPU, and under the autocast that inference runs in."""
+    norm = (InstanceNorm2d if len(size) == 2 else InstanceNorm3d)(8, affine=True).cuda()
+    x = air(dtype, size).cuda()
+    half = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+    with torch.inference_mode(), torch.autocast("cuda", half, enabled=dtype != torch.float32):
+        found = norm(x)
+    assert (found.dtype, found.stride()) == (x.dtype, x.stride())
+    expected = normalised_exactly(x, norm.weight, norm.bias, norm.eps)
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=2e-3)
+    assert not found[2].any()  # of one number nothing is left, and the bias is 0
+
+
+def test_a_sample_with_infinity_in_it_has_no_number_and_its_neighbour_has():
+    """It has to be seen that it was not finite, which redoes it in float32."""
+    x = air(torch.float16, (15, 16))
+    expected = normalise_at_once(x, torch.ones(8), torch.zeros(8), 1e-5)
+    x[0, 3, 2, 2] = torch.inf
+    found = normalise_at_once(x, torch.ones(8), torch.zeros(8), 1e-5)
+    assert found[0, 3].isnan().all()
+    torch.testing.assert_close(found[1:], expected[1:], rtol=0, atol=0)
 
 
 @pytest.mark.gpu

@@ -9,19 +9,22 @@ from conftest import ARCHITECTURE, CONFIGURATION, PLANS, make_bundle
 from helpers import card
 
 from ichseg.engine import torch_engine
+from ichseg.engine.engine import NetworkSpec
 from ichseg.model import bundle
+from ichseg.model.network import build_network
 from ichseg.model.plans import Resampling
 from ichseg.predict.ensemble import Ensemble
 from ichseg.predict.many import segment_many
+
+FLAT = dataclasses.replace(ARCHITECTURE, kernels=((3, 3),) * 2, strides=((1, 1), (2, 2)))
 
 
 def made(folder, kind):
     """A bundle whose scores are of this kind."""
     configuration, plans = CONFIGURATION, PLANS
     if kind == "2D":
-        flat = dataclasses.replace(ARCHITECTURE, kernels=((3, 3),) * 2, strides=((1, 1), (2, 2)))
         configuration = dataclasses.replace(
-            CONFIGURATION, name="2d", patch=(16, 16), architecture=flat
+            CONFIGURATION, name="2d", patch=(16, 16), architecture=FLAT
         )
     if kind == "cubic":
         plans = dataclasses.replace(PLANS, resampling=Resampling(score_order=3))
@@ -60,6 +63,27 @@ def test_masks_of_the_card_are_those_of_the_cpu(tmp_path, scan, monkeypatch, kin
         )
         if found.probabilities is not None:
             np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=0.01)
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "2D"])
+def test_a_large_batch_takes_no_more_kernels_than_one_tile(monkeypatch, kind):
+    """Else the card waits for the host where tiles are small and many."""
+    architecture = FLAT
+    if kind != "2D":
+        architecture = dataclasses.replace(ARCHITECTURE, block=kind)
+    spec = NetworkSpec(architecture, 1, 2, (1 if kind == "2D" else 4, 16, 16), "logits")
+    state = {k: v.numpy() for k, v in build_network(architecture, 1, 2).state_dict().items()}
+    counts = []
+    with card.pretended(monkeypatch) as there:
+        engine = torch_engine.engine_on(torch.device("cuda"))
+        network = engine.load(spec, state)
+        for count in (1, 7):
+            before = len(there.ran)
+            tiles = engine.place(np.ones((count, 1, *spec.tile), np.float32))
+            (scores,) = network(iter(tiles))
+            assert len(scores) == count
+            counts.append(len(there.ran) - before)
+    assert counts[1] == counts[0]
 
 
 def test_tiles_from_the_host_give_the_same_mask(tmp_path, scan, monkeypatch):
