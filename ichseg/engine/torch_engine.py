@@ -7,7 +7,8 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -32,9 +33,15 @@ class BatchSize:
 
     Attributes:
         tiles: The number; halved for good where the memory does not hold that.
+        most: The number at first, and again once not even one tile is held: the case then goes on
+            with its scores on the host, which leaves the card room.
     """
 
     tiles: int
+    most: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.most = self.tiles
 
 
 def engine_on(device: torch.device, precision: str = "auto", threads: int = 0) -> Engine:
@@ -186,7 +193,8 @@ def looking_ahead(
         if batch.finite is not None:
             for index in (~batch.finite).nonzero().flatten().tolist():
                 assert exact is not None
-                again = scores(exact(batch.tiles[index : index + 1]))[0]
+                with _without_search():
+                    again = scores(exact(batch.tiles[index : index + 1]))[0]
                 batch.scores[index] = again.to(batch.scores.device)
         return batch.scores
 
@@ -239,6 +247,7 @@ def _in_working_batches(
             if not torch_device.is_full(error):
                 raise
             if len(given) == 1:
+                size.tiles = size.most
                 raise DeviceFullError(
                     f"the GPU's memory does not hold one tile of {tuple(given[0].shape[1:])} "
                     f"voxels ({str(error).strip().partition(chr(10))[0]}); use --device cpu"
@@ -266,13 +275,48 @@ def _true_float32(device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         yield
         return
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    switches = _tf32_switches()
+    before = [getattr(owner, name) for owner, name, _ in switches]
+    for owner, name, off in switches:
+        setattr(owner, name, off)
     try:
         yield
     finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
+
+
+def _tf32_switches() -> list[tuple[Any, str, object]]:
+    """What decides whether CUDA takes TF32, and the value with which it does not.
+
+    From torch 2.9 on there are old and new switches. An old one cannot be read where a new one says
+    otherwise, as in a process that has used the new ones; the new ones decide. The old ones are
+    turned as well where that goes, since parts of torch still read them.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    found: list[tuple[Any, str, object]] = []
+    for owner in (cudnn, matmul):
+        with contextlib.suppress(RuntimeError):
+            owner.allow_tf32  # noqa: B018 (whether it can be read)
+            found.append((owner, "allow_tf32", False))
+    convolution = getattr(cudnn, "conv", None)
+    if hasattr(convolution, "fp32_precision"):
+        found += [(convolution, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
+    return found
+
+
+@contextlib.contextmanager
+def _without_search() -> Iterator[None]:
+    """Have cuDNN take the algorithm that it expects to be the fastest: for a shape that is rare.
+
+    To measure all of them, layer by layer, takes longer than one tile.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _load(

@@ -1,5 +1,10 @@
 """Batches on a GPU, on the CPU in its place: how many tiles at once, and in which precision."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +58,23 @@ def test_only_tiles_that_are_not_finite_are_redone_in_full():
         np.testing.assert_array_equal(found[1:2], network.conv(tiles[1:2]))
     assert found.shape == (3, 2, 2, 4, 4)
     assert found.dtype == np.float32
+
+
+def test_a_tile_is_redone_without_a_search_for_algorithms(monkeypatch):
+    """cuDNN would measure them for a shape and a precision that may not come again."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    searched = []
+
+    def noted(tiles):
+        searched.append(torch.backends.cudnn.benchmark)
+        return torch.full_like(tiles, torch.inf)
+
+    network = torch_engine.looking_ahead(
+        noted, noted, lambda x: x, BatchSize(2), torch.device("cpu")
+    )
+    scored(network, torch.zeros(2, 1, 1, 1, 1))
+    assert searched == [True, False, False]
+    assert torch.backends.cudnn.benchmark
 
 
 def test_infinite_logits_are_noticed_though_their_probabilities_are_finite():
@@ -132,6 +154,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_size_remembered(error):
     network = torch_engine.looking_ahead(full, None, lambda x: x, size, torch.device("cpu"))
     with pytest.raises(DeviceFullError, match=r"does not hold one tile of \(1, 1, 1\) voxels \("):
         scored(network, tiles)
+    assert size.tiles == 5  # for the scores are on the host from now on
 
 
 def test_what_is_no_full_memory_is_not_tried_again():
@@ -161,6 +184,73 @@ def test_true_float32_is_asked_for_where_no_half_is():
         torch_engine.forward(module, torch.zeros(1), torch.device("cuda"), half)
     assert seen[0] == (False, False)
     assert seen[1][0] == torch.backends.cudnn.allow_tf32 == before
+
+
+# ways in which a process may have chosen how float32 is multiplied, before we do
+CHOSEN = (
+    "__version__",  # none
+    "backends.cuda.matmul.allow_tf32 = True",
+    "backends.cudnn.allow_tf32 = False",
+    "set_float32_matmul_precision('high')",
+    "backends.fp32_precision = 'tf32'",
+    "backends.cuda.matmul.fp32_precision = 'tf32'",
+    "backends.cudnn.conv.fp32_precision = 'tf32'",
+    "backends.cudnn.fp32_precision = 'tf32'",
+)
+ASKED = """
+import os, sys, torch
+from ichseg.engine.torch_engine import _true_float32
+
+cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+
+
+def said():
+    found = []
+    for owner, name in (
+        (torch.backends, "fp32_precision"), (matmul, "fp32_precision"), (cudnn, "fp32_precision"),
+        (cudnn.conv, "fp32_precision"), (cudnn.rnn, "fp32_precision"), (matmul, "allow_tf32"),
+        (cudnn, "allow_tf32"),
+    ):
+        try:
+            found.append(getattr(owner, name))
+        except RuntimeError:
+            found.append("cannot be read")
+    return found
+
+
+def ask(chosen):
+    exec("torch." + chosen)
+    before = said()
+    with _true_float32(torch.device("cuda")):
+        assert cudnn.conv.fp32_precision == matmul.fp32_precision == "ieee"
+        assert matmul.allow_tf32 is False
+        torch.nn.functional.conv3d(torch.ones(2, 2, 4, 4, 4), torch.ones(2, 2, 3, 3, 3))
+        torch.ones(3, 3) @ torch.ones(3, 3)
+    assert said() == before, (before, said())
+    if "'high'" in chosen:  # the compiler reads the switches, too
+        product = torch.compile(lambda x: torch.relu(x @ x) + 1)
+        assert product(torch.ones(4, 4)).sum() == 80
+
+
+for chosen in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        ask(chosen)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, chosen
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="needs torch 2.9")
+def test_true_float32_however_tf32_was_chosen_before():
+    """Each in a process of its own: torch does not forget which of its ways were taken."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED, *CHOSEN],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2],
+        env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_batch_is_known_by_the_tile_and_not_by_what_memory_is_free():
