@@ -9,7 +9,7 @@ from helpers import card
 from helpers.batches import KEYS, made, spec_of
 
 from training.batches.augmentation import NNUNETV2
-from training.batches.stream import StreamOptions, open_batches
+from training.batches.stream import Batch, BatchStream, StreamOptions, open_batches
 from training.store.chunks import open_case, write_previous
 
 ALL = {f.name: 1 for f in dataclasses.fields(NNUNETV2) if f.name.endswith("_probability")}
@@ -61,3 +61,21 @@ def test_the_card_makes_the_batches_of_the_cpu_and_is_waited_for_once_each(
     for ours, theirs in zip(found, expected, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", 2), ("cuda:1", 1)])
+def test_the_thread_that_brings_batches_is_on_the_gpu_of_its_process(monkeypatch, device, expected):
+    """Else each process of several takes half a GB of the first GPU."""
+    seen = []
+
+    def finish(_):
+        seen.append(torch.cuda.current_device())
+        return Batch(torch.zeros(1, device="cuda"), torch.zeros(1, device="cuda"))
+
+    with card.pretended(monkeypatch):
+        torch.cuda.set_device(2)  # as in the third process
+        with BatchStream(
+            abs, finish, iter([1, 2]), torch.device(device), workers=1, prefetch=1
+        ) as stream:
+            list(stream)
+    assert seen == [expected] * 2

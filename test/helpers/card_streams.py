@@ -134,6 +134,14 @@ class Streams:
         found: Stream = getattr(self._local, "stream", self.default)
         return found
 
+    def number(self) -> int:
+        """The current device's number, which each thread has for itself, at first the first."""
+        return getattr(self._local, "number", 0)
+
+    def choose(self, device: Any) -> None:
+        """Make another device the current one."""
+        self._local.number = device if isinstance(device, int) else torch.device(device).index or 0
+
     @contextlib.contextmanager
     def on(self, stream: Stream | None) -> Iterator[None]:
         """Give a stream what comes in the block; a context like ``torch.cuda.stream``."""

@@ -155,9 +155,11 @@ class BatchStream:
             self._pool = ProcessPoolExecutor(
                 workers, mp_context=multiprocessing.get_context("spawn"), initializer=begin_worker
             )
-            # torch counts threads for each thread that uses it
+            gpu: int | None = None
+            if device.type == "cuda":
+                gpu = torch.cuda.current_device() if device.index is None else device.index
             self._thread = ThreadPoolExecutor(
-                1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+                1, initializer=_begin_thread, initargs=(torch.get_num_threads(), gpu)
             )
 
     def __enter__(self) -> BatchStream:
@@ -225,6 +227,16 @@ class BatchStream:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_thread(threads: int, gpu: int | None) -> None:
+    """Give a thread what torch keeps for each: its number of threads, and the current GPU.
+
+    The latter begins as the first one, on which each of several processes would open a context.
+    """
+    torch.set_num_threads(threads)
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
 
 
 def _place_patches(
