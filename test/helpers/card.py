@@ -236,7 +236,8 @@ def pretended(monkeypatch: Any) -> Iterator[Card]:
             patch.setattr(module, "_group_tensors_by_device_and_dtype", _grouping(grouped))
         for name, value in {
             "is_available": lambda: True, "device_count": lambda: 1,
-            "current_device": card.number, "set_device": card.choose, "get_device_name": lambda *_: "a pretended card",
+            "current_device": card.number, "set_device": card.choose,
+            "get_device_name": lambda *_: "a pretended card",
             "get_device_capability": lambda *_: (9, 0), "get_arch_list": lambda: ["sm_90"],
             "is_bf16_supported": lambda **_: True, "empty_cache": lambda: None,
             "mem_get_info": lambda *_: (70 * 10**9, 80 * 10**9), "is_initialized": lambda: True,
