@@ -24,5 +24,6 @@ if [[ ${#wheels[@]} -gt 0 ]] && ! "$python" -c 'import sys; sys.exit(sys.version
 fi
 for wheel in "${wheels[@]}"; do "$python" -m zipfile -e "$wheel" "$work/site"; done
 export PYTHONPATH="$PWD:$work/site${PYTHONPATH:+:$PYTHONPATH}"
-if command -v nvidia-smi > /dev/null; then nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader; fi
+# for the log alone: without it, or where it fails, the rest is measured all the same
+nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || echo "gpu.sh: no answer from nvidia-smi"
 "$python" benchmarks/gpu.py --work "$work/work" "$@"

@@ -14,7 +14,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -50,18 +50,32 @@ class _MeasuredError(Exception):
 class TimedStream:
     """A stream of batches that takes the time of blocks of iterations, then ends the training.
 
+    Before each block some iterations pass that are not timed: by then what was told of the last one
+    holds nothing up, and no more batches lie ready than usual.
+
     Attributes:
         seconds: The seconds of one iteration, of each block.
         waits: The share of them that was spent waiting for a batch, in percent.
+        first: When the first block began; None before.
     """
 
-    def __init__(self, stream: BatchStream, warm_up: int, blocks: int, iterations: int) -> None:
-        self._stream, self._iterations = stream, iterations
-        self._ends = [warm_up + block * iterations for block in range(blocks + 1)]
+    def __init__(
+        self, stream: BatchStream, lengths: tuple[int, int, int], tell: Callable[[], None]
+    ) -> None:
+        """Prepare to take the time.
+
+        Args:
+            stream: The stream.
+            lengths: Iterations before a block, blocks, iterations of a block.
+            tell: Called after each block.
+        """
+        self._stream, self._tell = stream, tell
+        self._warm_up, self._blocks, self._iterations = lengths
         self._count = 0
         self._began = (0.0, 0.0)
         self.seconds: list[float] = []
         self.waits: list[float] = []
+        self.first: float | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -74,31 +88,44 @@ class TimedStream:
         self._stream.__exit__(*error)
 
     def __next__(self) -> Any:
-        if self._count in self._ends:
-            self._take_time()
+        place = self._count % (self._warm_up + self._iterations)
+        if place == self._warm_up:
+            self._began = self._now()
+            self.first = self.first or self._began[0]
+        elif place == 0 and self._count:
+            self._end_block()
         self._count += 1
         return next(self._stream)
 
-    def _take_time(self) -> None:
+    def _now(self) -> tuple[float, float]:
         settle()
-        now = time.perf_counter(), self._stream.waited_s
-        if self._count > self._ends[0]:
-            took = now[0] - self._began[0]
-            self.seconds.append(took / self._iterations)
-            self.waits.append(100 * (now[1] - self._began[1]) / took)
-        if self._count == self._ends[-1]:
+        return time.perf_counter(), self._stream.waited_s
+
+    def _end_block(self) -> None:
+        now = self._now()
+        took = now[0] - self._began[0]
+        self.seconds.append(took / self._iterations)
+        self.waits.append(100 * (now[1] - self._began[1]) / took)
+        self._tell()
+        if len(self.seconds) == self._blocks:
             raise _MeasuredError
-        self._began = now
 
 
 def measure_ours(
-    place: Place, rate_tflops: float | None, *, layout: str, precision: str, compiled: bool
-) -> Iterator[Row]:
+    place: Place,
+    rate_tflops: float | None,
+    tell: Callable[[Row], None],
+    *,
+    layout: str,
+    precision: str,
+    compiled: bool,
+) -> None:
     """Time our training.
 
     Args:
         place: Where, and on what.
         rate_tflops: The card's measured rate of bf16 matrix products; None on the CPU.
+        tell: Takes all figures after each block anew, of the blocks so far.
         layout: ``contiguous`` or ``channels_last``.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         compiled: Whether the network is compiled.
@@ -109,25 +136,32 @@ def measure_ours(
     # fold 1: the fold that is scored elsewhere is 0
     run = open_run(gpu_cases.workspace(place), CONFIGURATION, "1", config)
     shutil.rmtree(run.folder, ignore_errors=True)
+    tflop = _tflop(run.plans, rate_tflops)
+    complaints = _Complaints()
+    logging.getLogger("training.fit.compiling").addHandler(complaints)
     streams: list[TimedStream] = []
 
     def opened(*arguments: Any, **more: Any) -> TimedStream:
-        streams.append(TimedStream(open_batches(*arguments, **more), *_lengths(place)))
+        stream = open_batches(*arguments, **more)
+        streams.append(TimedStream(stream, _lengths(place), after_block))
         return streams[-1]
 
+    def after_block() -> None:
+        (stream,) = streams
+        name = f"training, ours, {layout} {precision}{' compiled' if compiled else ''}"
+        if complaints.said:
+            name += " (NOT COMPILED, it failed)"
+        for row in _rows(name, stream.seconds, rate_tflops, tflop, place):
+            tell(row)
+        tell(informs(f"{name}, data wait", statistics.median(stream.waits), "%"))
+        assert stream.first is not None
+        tell(informs(f"{name}, until the first timed iteration", stream.first - began, "s"))
+
     loop.open_batches = opened  # type: ignore[assignment]
-    name = f"training, ours, {layout} {precision}{' compiled' if compiled else ''}"
-    complaints = _Complaints()
-    logging.getLogger("training.fit.compiling").addHandler(complaints)
     forget_peak(place.device)
     began = time.perf_counter()
     with contextlib.suppress(_MeasuredError):
         loop.train_fold(run)
-    if complaints.said:
-        name += " (NOT COMPILED, it failed)"
-    yield from _rows(name, streams[0].seconds, rate_tflops, run.plans, place)
-    yield informs(f"{name}, data wait", statistics.median(streams[0].waits), "%")
-    yield informs(f"{name}, until the first timed iteration", _until(began, streams[0]), "s")
 
 
 def measure_plain(place: Place, rate_tflops: float | None, *, compiled: bool) -> Iterator[Row]:
@@ -137,9 +171,13 @@ def measure_plain(place: Place, rate_tflops: float | None, *, compiled: bool) ->
         place: Where, and on what.
         rate_tflops: See ``measure_ours``.
         compiled: Whether the network is compiled.
+
+    Yields:
+        All figures after each block anew, of the blocks so far.
     """
     torch.backends.cudnn.benchmark = True  # as nnunetv2 sets it
     plan = gpu_cases.planned(place)
+    tflop = _tflop(plan, rate_tflops)
     forget_peak(place.device)
     trainer = gpu_plain.Trainer(
         gpu_cases.as_json(plan), torch.device(place.device), compiled=compiled
@@ -152,9 +190,11 @@ def measure_plain(place: Place, rate_tflops: float | None, *, compiled: bool) ->
         for _ in range(iterations):
             trainer.step()
 
-    seconds = [timed(block)[0] / iterations for _ in range(blocks)]
     name = f"training, plain torch, fp16{' compiled' if compiled else ''}"
-    yield from _rows(name, seconds, rate_tflops, plan, place)
+    seconds: list[float] = []
+    for _ in range(blocks):
+        seconds.append(timed(block)[0] / iterations)
+        yield from _rows(name, seconds, rate_tflops, tflop, place)
 
 
 def train_hippocampus(place: Place, seconds: float) -> Iterator[Row]:
@@ -210,20 +250,21 @@ def operations(plan: plans.Plans) -> float:
 
 
 def _rows(
-    name: str,
-    seconds: list[float],
-    rate_tflops: float | None,
-    plan: plans.Plans,
-    place: Place,
+    name: str, seconds: list[float], rate_tflops: float | None, tflop: float, place: Place
 ) -> Iterator[Row]:
     middle = statistics.median(seconds)
     yield informs(f"{name}, one iteration", 1000 * middle, "ms")
-    spread = 100 * (max(seconds) - min(seconds)) / middle
-    yield informs(f"{name}, blocks differ by", spread, "%")
+    if len(seconds) > 1:
+        spread = 100 * (max(seconds) - min(seconds)) / middle
+        yield informs(f"{name}, blocks differ by", spread, "%")
     if rate_tflops:
-        share = 100 * operations(plan) / 1e12 / middle / rate_tflops
-        yield informs(f"{name}, share of the bf16 rate", share, "%")
+        yield informs(f"{name}, share of the bf16 rate", 100 * tflop / middle / rate_tflops, "%")
     yield from peak(name, place.device)
+
+
+def _tflop(plan: plans.Plans, rate_tflops: float | None) -> float:
+    """What an iteration computes; 0 where there is no rate to hold it against."""
+    return operations(plan) / 1e12 if rate_tflops else 0.0
 
 
 def _config(place: Place) -> TrainingConfig:
@@ -263,11 +304,6 @@ def _held_out_dice(run: FoldRun, weights: Any) -> np.ndarray[Any, Any]:
         labels = range(1, len(run.plans.labels))
         found.append([dice_of_masks(mask == label, reference == label) for label in labels])
     return np.array(found)
-
-
-def _until(began: float, stream: TimedStream) -> float:
-    """Seconds from the beginning to the first timed iteration: compiling, trials, warm-up."""
-    return time.perf_counter() - began - sum(stream.seconds) * stream._iterations
 
 
 class _Complaints(logging.Handler):
