@@ -99,7 +99,7 @@ def open_batches(
         finish = functools.partial(_place_patches, spec, device, layout)
     else:
         names = spec.train + spec.validation
-        cases = fill_cache(spec.folder, names, device, options.gpu_cache)
+        cases = fill_cache(spec.folder, names, device, options.gpu_cache, spec.training_bytes)
         make = functools.partial(read_regions, spec, cached=cases is not None)
         finish = functools.partial(_augment_regions, spec, device, layout, cases)
     return BatchStream(
