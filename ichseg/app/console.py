@@ -67,14 +67,16 @@ class Progress:
         self.began = self.said = time.monotonic()
         self.until = None if budget_s is None else self.began + budget_s
         self.first = 0  # passes done when the clock began: the first ones also warm up
+        self.last = 0  # passes done when last told
         self.share = 0.0  # of the passes, when it was last said
 
     def __call__(self, done: int, total: int) -> None:
         """Say how long it will take as soon as that is known, then how far it is."""
         now = time.monotonic()
-        if self.first == 0 or done <= self.first:  # at first, or begun anew on another device
-            self.began, self.first, self.share = now, done, 0.0
+        if self.first == 0 or done < self.last:  # at first, or begun anew on another device
+            self.began, self.first, self.last, self.share = now, done, done, 0.0
             return
+        self.last = done
         left_s = (now - self.began) / (done - self.first) * (total - done)
         planned = ""
         if self.until is not None and now + left_s > self.until:

@@ -335,7 +335,7 @@ def stamp_of(image: Path, *, follow_links: bool = False, output: Path | None = N
         files = [image]
         if image.is_dir():
             files = dicom_files.walk(image, follow_links=follow_links).files
-            if output is not None and output.resolve().is_relative_to(image.resolve()):
+            if output is not None and image.resolve() in output.resolve().parents:
                 own = image / output.resolve().relative_to(image.resolve())
                 files = [path for path in files if not path.is_relative_to(own)]
         elif suffix_of(image) == ".mhd":

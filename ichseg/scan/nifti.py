@@ -49,12 +49,12 @@ def parse_header(pieces: Iterator[bytes]) -> Header:
     start = int(offset) if math.isfinite(offset) else VOXELS_AT
     if not 0 <= start <= _MOST_EXTENSIONS:
         raise DamagedError(f"voxels from byte {start}, expected {VOXELS_AT}")
-    size, dtype = _size(raw, end), _dtype(raw, end)
+    shape, dtype = checked_shape(_size(raw, end)), _dtype(raw, end)
     _check_place(raw, end)
     scaled = math.isfinite(slope) and slope != 0  # 0 is the standard's word for "not scaled"
     inter = inter if math.isfinite(inter) else 0.0
     return Header(
-        shape=checked_shape(size),
+        shape=shape,
         dtype=dtype,
         start=max(start, HEADER_BYTES),
         raw=raw,
@@ -94,7 +94,8 @@ def _check_place(raw: bytes, end: str) -> None:
     if scode > 0:
         used += struct.unpack_from(end + "12f", raw, 280)
     used_mm = [value * mm_per_unit(raw) for value in used]
-    if 0 in used[:3]:  # which ITK takes for 1 mm
+    lengths = struct.unpack_from(end + "3h", raw, 42)
+    if any(mm == 0 and n > 1 for mm, n in zip(used[:3], lengths, strict=True)):  # 1 mm for ITK
         raise DamagedError(f"voxels of {times(used_mm[2::-1], 4)} mm, expected more than 0")
     odd = [value for value in used_mm if not abs(value) <= FARTHEST_MM]  # NaN is not, either
     if odd:

@@ -218,13 +218,15 @@ def test_a_few_voxels_that_rounding_changes_are_let_pass(
             export(workspace, ("3d_fullres",), ("0",), tmp_path)
 
 
-def test_several_channels_are_refused(workspace, tmp_path, monkeypatch):
-    """Inference is given one scan a case."""
-    two = dataclasses.replace(dataset.load_dataset(workspace), channels=("CT", "MR"), cases=())
+def test_of_several_channels_it_is_said_who_takes_the_bundle(
+    workspace, tmp_path, monkeypatch, caplog
+):
+    found = dataset.load_dataset(workspace)
+    cases = tuple(dataclasses.replace(case, images=case.images * 2) for case in found.cases)
+    two = dataclasses.replace(found, channels=("CT", "MR"), cases=cases)
     monkeypatch.setattr(dataset, "load_dataset", lambda _: two)
-    with pytest.raises(TrainingError, match="2 channels, CT, MR; a bundle has networks of one"):
-        export(workspace, ("3d_fullres",), ("0",), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    export(workspace, ("3d_fullres",), ("0",), tmp_path / "out", check_cases=0)
+    assert "2 channels, CT, MR: this bundle is for `export-nnunet`" in caplog.text
 
 
 def test_each_fold_is_checked_once(workspace, tmp_path, monkeypatch):

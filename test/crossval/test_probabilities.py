@@ -63,3 +63,19 @@ def test_each_region_has_its_own(tmp_path):
     assert np.abs(found - scores.numpy().clip(-16, 15.875)).max() <= 1 / 16 + 1e-6
     assert found[0, 0, 0].tolist() == [-16, 0.125, 3, 15.875]
     np.testing.assert_array_equal(found > 0, scores.numpy() > 0)
+
+
+def test_regions_are_stored_where_they_may_be_and_told_from_those_of_earlier_versions(tmp_path):
+    """A lesion of four voxels in a background of -9: all beyond its surroundings is -16."""
+    scores = torch.full((1, 4, 20, 20), -9.0)
+    scores[0, 1:3, 8:10, 8:10] = 3
+    path = tmp_path / "case.npz"
+    probabilities.save(path, scores, regions=True)
+    found = probabilities.load(path, regions=True)
+    assert (found[0, :, 6:12, 6:12] == scores[0, :, 6:12, 6:12].numpy()).all()
+    assert (found[0, :, :5] == -16).all()
+    with np.load(path) as stored:
+        assert stored["logits"].shape == (1, 4, 6, 6)
+    assert probabilities.are_stored(path, regions=True)
+    assert not probabilities.are_stored(path, regions=False)  # as earlier ones of regions were
+    assert not probabilities.are_stored(tmp_path / "none.npz", regions=True)

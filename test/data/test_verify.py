@@ -431,5 +431,5 @@ def test_hu_with_an_offset_is_an_error_and_is_not_planned_for(work):
     (work / IMAGE).unlink()
     volume.write(scan.with_voxels(voxels + 1024), work / IMAGE)
     assert ("error", "a", IMAGE, f"{said}; expected HU", False) in found_in(work)
-    with pytest.raises(DatasetError):
+    with pytest.raises(DatasetError, match=r"case a: .* 1024 is added to HU"):
         fingerprint.compute_fingerprint(load_dataset(work), 1)

@@ -104,9 +104,11 @@ def export(
     ]
     data = dataset.load_dataset(workspace)
     if len(data.channels) > 1:
-        raise TrainingError(
-            f"{workspace}: {len(data.channels)} channels, {', '.join(data.channels)}; a bundle has "
-            "networks of one channel, since inference is given one scan a case"
+        _log.warning(
+            "networks of %d channels, %s: this bundle is for `export-nnunet` and --pretrained; "
+            "process.py refuses it, as it is given one scan a case",
+            len(data.channels),
+            ", ".join(data.channels),
         )
     known = _checked_cases(out)
     checked: list[int] = []

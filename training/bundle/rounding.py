@@ -17,7 +17,7 @@ from training.fit.fold_run import FoldRun
 
 MAX_DICE_CHANGE = 1e-3  # of a label's mean Dice over the checked cases, up or down
 FEW_VOXELS = 10  # whose change counts for nothing: the Dice of a small lesion hangs on one of them
-_REGARDLESS = "`export --check-cases 0` does not ask"
+_REGARDLESS = "`export --check-cases 0` skips this check"
 
 _log = logging.getLogger(__name__)
 

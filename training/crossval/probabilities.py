@@ -17,14 +17,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from ichseg.errors import TrainingError
 from ichseg.files import replacing
+from training.data.workspace import VALIDATION_FILE
 from training.scoring.surface import bounding_box
 
 _STEPS = 255
 _LOGIT_STEPS, _MIDDLE = 8, 128  # of a logit of 1; the step of a logit of 0
+_SURE, _NEAR_VOXELS = 64, 5  # the step of a logit of -8; the width of a voxel's surroundings
 
 
 def save(path: Path, scores: Tensor, *, regions: bool) -> None:
@@ -40,6 +43,9 @@ def save(path: Path, scores: Tensor, *, regions: bool) -> None:
     else:
         steps = [label * _STEPS for label in scores[1:]]
     found = np.stack([each.round_().to(torch.uint8).cpu().numpy() for each in steps])
+    if regions:  # far from every voxel that is near a half, how sure it is decides nothing
+        for each in found:
+            each[ndimage.maximum_filter(each, _NEAR_VOXELS) < _SURE] = 0
     where = bounding_box(np.asarray(found.any(axis=0), np.bool_))
     with replacing(path, suffix=".npz") as temporary:
         arrays: dict[str, Any] = {
@@ -70,7 +76,8 @@ def load(path: Path, *, regions: bool) -> npt.NDArray[np.float32]:
         raise TrainingError(f"{path}: no such file") from error
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise TrainingError(
-            f"{path}: damaged ({error}); delete it, and it is made again"
+            f"{path}: damaged ({error}); delete {path.parent.parent / VALIDATION_FILE} and `train` "
+            "this fold, which then only validates"
         ) from error
     if regions:
         scores -= _MIDDLE
@@ -79,6 +86,15 @@ def load(path: Path, *, regions: bool) -> npt.NDArray[np.float32]:
     scores /= _STEPS
     scores[0] = np.maximum(1 - scores[1:].sum(axis=0), 0)
     return scores
+
+
+def are_stored(path: Path, *, regions: bool) -> bool:
+    """Whether there is a file of such scores; those of regions were others in earlier versions."""
+    try:
+        with zipfile.ZipFile(path) as stored:
+            return f"{_key(regions)}.npy" in stored.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _key(regions: bool) -> str:

@@ -120,7 +120,9 @@ def select(
     cases = unseen.unseen_cases(workspace, configurations)
     combinations = _combinations(configurations)
     if len(configurations) > 1:
-        unseen.require_probabilities(workspace, cases, configurations)
+        unseen.require_probabilities(
+            workspace, cases, configurations, regions=bool(planned.regions)
+        )
     if workers is None:
         images = [task.case.images[0] for task in cases]
         workers = parallel.workers_for(images, _BYTES_PER_VOXEL, _BYTES_BESIDE)
@@ -229,7 +231,7 @@ def _try_rules(
     """Try each component rule on what the chosen candidate found; ``plain`` is its Dice without."""
     if planned.regions:
         return ()
-    known = not unseen.without_probabilities(workspace, cases, chosen.configurations)
+    known = not unseen.without_probabilities(workspace, cases, chosen.configurations, regions=False)
     tried = rules.to_try(len(planned.labels) - 1, probabilities=known, most_ml=most_ml)
     if not tried:
         return ()

@@ -79,7 +79,11 @@ def unseen_cases(workspace: Path, configurations: Sequence[str]) -> list[UnseenC
 
 
 def without_probabilities(
-    workspace: Path, cases: Sequence[UnseenCase], configurations: Sequence[str]
+    workspace: Path,
+    cases: Sequence[UnseenCase],
+    configurations: Sequence[str],
+    *,
+    regions: bool,
 ) -> dict[str, str]:
     """The configurations of which some probabilities are missing, each with one such fold."""
     missing: dict[str, str] = {}
@@ -87,9 +91,10 @@ def without_probabilities(
         folds = {
             unseen.fold
             for unseen in cases
-            if not probabilities_file(
-                run_folder(workspace, name, unseen.fold), unseen.case.name
-            ).is_file()
+            if not probabilities.are_stored(
+                probabilities_file(run_folder(workspace, name, unseen.fold), unseen.case.name),
+                regions=regions,
+            )
         }
         if folds:
             missing[name] = min(folds)
@@ -97,14 +102,20 @@ def without_probabilities(
 
 
 def require_probabilities(
-    workspace: Path, cases: Sequence[UnseenCase], configurations: Sequence[str]
+    workspace: Path,
+    cases: Sequence[UnseenCase],
+    configurations: Sequence[str],
+    *,
+    regions: bool,
 ) -> None:
     """See that the probabilities of all cases are there.
 
     Raises:
         TrainingError: Some are missing; names a fold that has to make them again, and how.
     """
-    for name, fold in without_probabilities(workspace, cases, configurations).items():
+    for name, fold in without_probabilities(
+        workspace, cases, configurations, regions=regions
+    ).items():
         folder = run_folder(workspace, name, fold)
         raise TrainingError(
             f"{probabilities_folder(folder)}: no probabilities of all its cases, which pairs "

@@ -213,7 +213,8 @@ def load_or_compute(
             _log.warning("%s; computed again", error)
         else:
             if not _is_of(fingerprint, dataset, sources):
-                _log.warning("%s: the cases have changed since; computed again", path)
+                what = "cases" if fingerprint.ignore_label == dataset.ignore_label else "labels"
+                _log.warning("%s: the %s have changed since; computed again", path, what)
             elif heads and not fingerprint.head_shapes:
                 _log.warning("%s: does not say where heads are; computed again", path)
             else:

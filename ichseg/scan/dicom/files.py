@@ -20,12 +20,13 @@ class Listing:
 
     Attributes:
         files: The files, folder by folder, by name.
-        passed_over: What is neither a file nor a folder that was looked into, such as links that
-            lead out, with the reason in words.
+        passed_over: Links that lead out and folders too deep, with the reason in words.
+        no_files: What else is neither a file nor a folder that was looked into, likewise.
     """
 
     files: list[Path] = field(default_factory=list)
     passed_over: list[tuple[Path, str]] = field(default_factory=list)
+    no_files: list[tuple[Path, str]] = field(default_factory=list)
 
 
 def is_dicom(path: Path) -> bool:
@@ -40,7 +41,7 @@ def has_mark(path: Path) -> bool:
     """Whether a file has DICOM's mark. Those without the preamble are not looked for.
 
     Raises:
-        InputError: It cannot be read, or has the name of a slice and is too short to be anything.
+        InputError: It cannot be read, or is the beginning of a slice, or empty under such a name.
     """
     try:
         with path.open("rb", buffering=0) as stream:
@@ -48,7 +49,7 @@ def has_mark(path: Path) -> bool:
     except OSError as error:
         raise InputError(f"{path}: cannot read ({error.strerror or error})") from error
     named_as_slice = not path.suffix or path.suffix[1:].isdecimal()  # IM0001, or a UID
-    if named_as_slice and len(start) < MARK_AT + 4:
+    if named_as_slice and len(start) < MARK_AT + 4 and not start.strip(b"\0"):
         raise InputError(f"{path}: cut off, {counted(len(start), 'byte')}")
     return start[MARK_AT:] == MARK
 
@@ -98,9 +99,9 @@ def walk(folder: Path, *, follow_links: bool = False) -> Listing:
                 else:
                     found.files.append(path)
             elif entry.is_dir():
-                found.passed_over.append((path, "a link to a folder"))
+                found.no_files.append((path, "a link to a folder"))
             else:
                 link = entry.is_symlink()
                 what = "a link to nothing" if link else "neither a file nor a folder"
-                found.passed_over.append((path, what))
+                found.no_files.append((path, what))
     return found

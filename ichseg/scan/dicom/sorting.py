@@ -28,7 +28,8 @@ class Sorted:
     Attributes:
         slices: The slices of CT series, localisers not among them.
         others: Files of what else is known, by what they are in words.
-        faults: Files that cannot be read or are no slice, with the reason.
+        faults: Files that cannot be read or are no slice, and links that are no file, with the
+            reason.
     """
 
     slices: list[DicomFile] = field(default_factory=list)
@@ -41,8 +42,9 @@ class Sorted:
         if self.faults:
             named = ", ".join(f"{path.name} ({why})" for path, why in self.faults[:_MOST_NAMED])
             more = len(self.faults) - _MOST_NAMED
+            entries = counted(len(self.faults), "entry", "entries")
             known.append(
-                f"{counted(len(self.faults), 'file')} that cannot be read as a slice: {named}"
+                f"{entries} that cannot be read as a slice: {named}"
                 + (f" and {more} more" if more > 0 else "")
             )
         return ", ".join(known)
@@ -61,7 +63,7 @@ def sort_folder(folder: Path, study: str = "", *, follow_links: bool = False) ->
     """
     listing = files.walk(folder, follow_links=follow_links)
     found = sort_files(listing.files, study)
-    found.faults += listing.passed_over
+    found.faults += listing.passed_over + listing.no_files
     return found
 
 

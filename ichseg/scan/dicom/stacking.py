@@ -22,6 +22,7 @@ from ichseg.scan.stored import MOST_VOXELS
 from ichseg.wording import counted, times
 
 _SAME_PLACE_MM = 0.01  # two slices this near lie at the same place
+_ROUNDED_MM = 0.1  # by which positions of copies differ within the plane: some are rounded
 _WIDEST_GAP_MM = 15.0  # a lesion of more than 1 mL could lie in a wider one
 _GAP = 1.5  # a step is one if it is so many times what it should be
 _PARALLEL = 5e-3  # of direction cosines, some of which are written with two decimals
@@ -192,7 +193,7 @@ def _is_copy(first: DicomFile, second: DicomFile, apart_mm: npt.NDArray[np.float
         keys = ("RescaleSlope", "RescaleIntercept")
         return (*(file.numbers(key, 1) for key in keys), file.integer("PixelRepresentation"))
 
-    same_place = bool(np.all(apart_mm <= _SAME_PLACE_MM))
+    same_place = bool(np.all(apart_mm <= _ROUNDED_MM))
     same_pixels = pixels.pixel_bytes(first) == pixels.pixel_bytes(second)
     return same_place and scale(first) == scale(second) and same_pixels
 

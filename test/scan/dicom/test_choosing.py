@@ -145,11 +145,11 @@ def test_odd_objects_are_left_out_one_by_one_and_together(tmp_path):
         scan = read_scan(folder)
         assert len(scan.voxels) == len(WHOLE)
         (warning,) = scan.warnings
-        assert re.match(rf"left out: 1 file.*{path.name} \(.+\)", warning)
+        assert re.match(rf"left out: 1 (file|entry).*{path.name} \(.+\)", warning)
     series(tmp_path / "all", 2)
     odd_objects(tmp_path / "all")
     (warning,) = read_scan(tmp_path / "all").warnings
-    assert "left out: 7 files that cannot be read as a slice" in warning
+    assert "left out: 7 entries that cannot be read as a slice" in warning
     assert warning.endswith("and 4 more")
 
 

@@ -267,3 +267,4 @@ def test_what_is_written_among_the_slices_is_no_change_of_them(tmp_path):
     a_slice(out / "study_seg.dcm")
     assert results.stamp_of(study, output=out) == before
     assert results.stamp_of(study) != before
+    assert results.stamp_of(study, output=study) == results.stamp_of(study)

@@ -42,6 +42,7 @@ def test_the_largest_axial_series_is_taken_and_the_others_named(tmp_path):
     save(localiser, tmp_path / "top")
     save(make_slice(np.zeros((9, 9)), (0, 0, 0), Modality="MR"), tmp_path / "mr")
     (tmp_path / "thin" / "notes.txt").write_text("not DICOM")
+    (tmp_path / "thin" / "VERSION").write_text("1.0")
     (tmp_path / "thin" / ".hidden.dcm").write_bytes(b"nor this")
     series = find_series(tmp_path)
     assert series.words.startswith("taken was series 2 of 8 slices, kernel H31s; others were left")
@@ -49,6 +50,7 @@ def test_the_largest_axial_series_is_taken_and_the_others_named(tmp_path):
     said = " ".join(series.warnings)
     assert "1 file of a localiser, 1 file of modality MR" in said
     assert "3 other series or parts of one" in said
+    assert "VERSION" not in said
     for part in ("series 7 of 4 slices", "series 8 of 50 slices", "series 9 of 60 slices"):
         assert part in said
 
@@ -151,7 +153,7 @@ def test_slices_that_cannot_be_opened_are_missed_in_words(tmp_path, monkeypatch,
         assert len(series.slices) == 12
         return
     assert len(series.slices) == 8
-    count = "1 file" if fault == "folder" else "4 files"
+    count = "1 entry" if fault == "folder" else "4 entries"
     assert series.warnings[0].startswith(f"left out: {count} that cannot be read as a slice: ")
     assert words in series.warnings[0]
 
@@ -236,7 +238,7 @@ def test_a_damaged_file_is_left_out_by_name(tmp_path):
         (tmp_path / "000.dcm").write_bytes(content)
         series = find_series(tmp_path)
         assert len(series.slices) == 4
-        text = rf"left out: 1 file that cannot be read as a slice: 000\.dcm \(.*({words})"
+        text = rf"left out: 1 entry that cannot be read as a slice: 000\.dcm \(.*({words})"
         assert re.match(text, series.warnings[0])
     for other in tmp_path.glob("*.dcm"):
         other.write_bytes(whole[:400])
