@@ -76,7 +76,7 @@ for fold in 0 2 4; do
 done
 step cross-validate --workspace "$work"
 step select --workspace "$work" --drop-at-most-ml 0.05
-step export --workspace "$work" --out "$out" --threads 2 --name ich-compact --model-version 10 \
+step export --workspace "$work" --out "$out" --threads 2 --name ich-compact --model-version 11 \
     --licence CC-BY-NC-SA-4.0 \
     --description "$description"
 echo "the bundle is in $out" >&2
