@@ -37,7 +37,8 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (scan, mask), other in zip(("before", "after"), studies, studies[::-1], strict=True):
         case_files.write_case(out, name, scan, {"prediction": mask}, beside=other)
     change = Change(6.0, 54.0)
-    lesion = LesionChange((1,), (1,), change, (129.0, 109.0, 25.0))  # x, y, z: slice 6
+    place = (129.0, 109.0, 25.0)  # x, y, z: slice 6
+    lesion = LesionChange((1,), (1,), change, place, in_both=True)
     alignment = Alignment(sitk.Euler3DTransform(), 3.0, 4.0, 0.95)
     found = page.FollowUp(("a.mha", "b.mha"), change, (lesion,), alignment, ())
     return page.write(out, found)
