@@ -223,8 +223,8 @@ def _facts(found: FollowUp) -> dict[str, Any]:
         "after": found.scans[1],
         **_numbers(found.change),
         "expansion": {
-            "is_expansion": bool(found.change.expansion),
-            "limits_passed": list(found.change.expansion),
+            "is_expansion": None if found.expansion is None else bool(found.expansion),
+            "limits_passed": list(found.expansion or ()),
             "definition": growth.DEFINITION,
         },
         "registration": {
@@ -259,10 +259,12 @@ def _say(found: FollowUp) -> None:
     for warning in found.warnings:
         say(f"warning: {warning}")
     percent = "" if change.growth_percent is None else f", {change.growth_percent:+.0f} %"
-    expansion = "; ".join(change.expansion)
+    expansion = "no haematoma expansion"
+    if found.expansion is None:
+        expansion = "haematoma expansion cannot be told"
+    elif found.expansion:
+        expansion = f"haematoma expansion: {'; '.join(found.expansion)}"
     say(
         f"{change.before_ml:.2f} mL before, {change.after_ml:.2f} mL after: "
-        f"{change.growth_ml:+.2f} mL{percent}; "
-        + (f"haematoma expansion: {expansion}" if expansion else "no haematoma expansion")
-        + f" ({growth.SOURCE})"
+        f"{change.growth_ml:+.2f} mL{percent}; {expansion} ({growth.SOURCE})"
     )

@@ -37,6 +37,11 @@ class FollowUp:
     alignment: Alignment
     warnings: Sequence[str]
 
+    @property
+    def expansion(self) -> tuple[str, ...] | None:
+        """See ``Change.expansion``; None where one scan ends at a lesion, and nobody can tell."""
+        return self.change.expansion if all(each.in_both for each in self.lesions) else None
+
 
 def write(folder: Path, found: FollowUp) -> Path:
     """Write the page.

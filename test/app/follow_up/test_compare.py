@@ -175,6 +175,25 @@ def test_nothing_of_an_earlier_pair_stays_where_a_later_one_fails(
     assert left == (set() if stage == "masks" else earlier - {"before_mask.mha"})
 
 
+def test_expansion_is_not_judged_where_a_scan_ends_at_a_lesion(tmp_path, monkeypatch, capsys):
+    alignment = register.Alignment(sitk.Euler3DTransform(), 0.0, 0.0, 1.0)
+    monkeypatch.setattr(register, "register", lambda *_: alignment)
+    scan, mask = with_bleed(head(), np.s_[20:24, 60:70, 60:70])
+    for name, given in (("monday", scan), ("monday_mask", mask)):
+        volume.write(given, tmp_path / f"{name}.nii.gz")
+    for name, given in (("tuesday", scan), ("tuesday_mask", mask)):
+        cut = Volume(given.voxels[:18], given.spacing_mm, given.origin_mm, given.direction)
+        volume.write(cut, tmp_path / f"{name}.mha")
+    assert main(command(tmp_path, tmp_path / "out")) == 0
+    found = json.loads((tmp_path / "out" / compare.FILE).read_text())
+    assert found["expansion"]["is_expansion"] is None
+    assert [each["state"] for each in found["lesions"]] == ["not covered"]
+    assert "haematoma expansion cannot be told" in capsys.readouterr().err
+    page_text = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert "a lesion is not covered by both scans" in page_text
+    assert "neither limit is passed" not in page_text
+
+
 def test_masks_that_an_earlier_comparison_wrote_may_be_given(studies, compared, tmp_path):
     given = command(studies, compared)
     masks = [compared / "before_mask.nii.gz", compared / "after_mask.mha"]
