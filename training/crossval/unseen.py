@@ -34,6 +34,7 @@ from training.data.workspace import (
     probabilities_folder,
     run_folder,
 )
+from training.planning.planned import what_is_averaged
 from training.scoring.ignored import leave_out
 from training.scoring.measures import SMOOTHING
 
@@ -159,7 +160,7 @@ def try_rules(
     if any(rule.drop_below_probability for rule in tried):
         foreground = np.zeros_like(labels)
         parts = _parts(unseen, channels, workspace, planned, names)
-        restore(parts, planned, average=_average(planned), foreground=foreground)
+        restore(parts, planned, average=what_is_averaged(planned), foreground=foreground)
     return tuple(
         _dice(
             *leave_out(
@@ -184,12 +185,7 @@ def found_labels(
     if len(names) == 1:
         return np.asarray(volume.read(unseen.masks[names[0]]).voxels, np.uint8)
     parts = _parts(unseen, channels, workspace, planned, names)
-    return restore(parts, planned, average=_average(planned))
-
-
-def _average(planned: Plans) -> str:
-    """What the stored scores are, see ``probabilities``."""
-    return "logits" if planned.regions else "probabilities"
+    return restore(parts, planned, average=what_is_averaged(planned))
 
 
 def _channels(unseen: UnseenCase) -> list[Volume]:

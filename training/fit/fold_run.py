@@ -28,7 +28,7 @@ from training.data.workspace import (
 from training.fit.configuration import TrainingConfig, differences
 from training.fit.process_group import ALONE, ProcessGroup
 from training.planning.memory import training_bytes
-from training.planning.planned import load_plans
+from training.planning.planned import load_plans, what_is_averaged
 
 _ALL_FOLD_NUMBER = 1_000_000
 
@@ -73,11 +73,8 @@ class FoldRun:
 
     @property
     def average(self) -> str:
-        """What is averaged over tiles and mirrorings: ``probabilities``, or ``logits`` of regions.
-
-        Of regions the reference's way alone is known, see ``docs/decisions/0024-regions.md``.
-        """
-        return "logits" if self.plans.regions else "probabilities"
+        """What is averaged over tiles and mirrorings: ``probabilities`` or ``logits``."""
+        return what_is_averaged(self.plans)
 
     @property
     def mirror_axes(self) -> tuple[int, ...]:

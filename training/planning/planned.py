@@ -20,3 +20,11 @@ def load_plans(workspace: Path) -> Plans:
     if not path.exists():
         raise PlansError(f"{path}: no such file; make it with `plan --workspace {workspace}`")
     return plans.load(path)
+
+
+def what_is_averaged(planned: Plans) -> str:
+    """What is averaged over tiles, mirrorings and networks: ``probabilities`` or ``logits``.
+
+    Of regions the reference's way alone is known, see ``docs/decisions/0024-regions.md``.
+    """
+    return "logits" if planned.regions else "probabilities"
