@@ -42,8 +42,7 @@ class Need:
         predicting: What it takes while the networks run on it.
         writing: What it takes while it is restored, measured and written.
         network: What the networks take that stay from the first case on: the largest, or all.
-        device: What it takes of a GPU's memory; more is taken where there is more, for larger
-            batches.
+        device: What it takes of a GPU's memory with one tile at a time; batches take more.
         keeps_networks: Whether all networks stay, so that the next case need not load them.
     """
 
@@ -159,7 +158,7 @@ def network_bytes(
     """Bytes on the host and on the GPU of one network with its activations.
 
     Measured for U-Nets with 8 to 32 first features, of two and three dimensions; on CUDA not, and
-    there for one tile, since a batch takes what is free.
+    there for one tile, since batches that do not fit are halved.
     """
     architecture, tile = configuration.architecture, configuration.tile
     if kind == "openvino":
@@ -240,7 +239,7 @@ def of_networks(model: Model, folder: Path, engine: Engine, members: Sequence[Me
 
 
 def at_once(engine: Engine, model: Model, configuration: Configuration) -> int:
-    """Tiles that go through a network at once on the CPU; a GPU's batch takes what is free."""
+    """Tiles that go through a network at once on the CPU; 1 on a GPU, where batches may shrink."""
     return 1 if engine.kind == "cuda" else engine.batch_of(spec_of(model, configuration))
 
 
