@@ -56,7 +56,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="how thoroughly they are segmented (default full)",
     )
     parser.add_argument(
-        "--weights", type=Path, help="folder of a weights bundle (default: as without a command)"
+        "--weights",
+        type=Path,
+        help="folder of a weights bundle (default /opt/ml/model if it holds one, else the weights "
+        "that come with this program)",
     )
     parser.add_argument(
         "--device",
