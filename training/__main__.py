@@ -86,7 +86,7 @@ COMMANDS = {
     "export": (
         "training.bundle.export",
         "write what was selected, or one configuration, as a weights bundle",
-        "export --workspace work --out weights",
+        "export --workspace work --out bundle",
     ),
     "evaluate": (
         "training.scoring.evaluate",
@@ -107,7 +107,7 @@ COMMANDS = {
         "training.bundle.import_nnunet",
         "turn a trained nnU-Net v2 into a weights bundle",
         "import-nnunet nnUNet_results/Dataset001_Bleeds/nnUNetTrainer__nnUNetPlans__3d_fullres "
-        "--out weights",
+        "--out bundle",
     ),
     "export-nnunet": (
         "training.bundle.export_nnunet",
