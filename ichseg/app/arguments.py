@@ -146,7 +146,7 @@ def _add_places(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="go on with an earlier run: leave scans alone whose mask is unaltered, and was made "
         "of a scan of this size, date and content (of which pieces are looked at) by this version, "
-        "with these weights, engine, preset, threshold and time budget",
+        "with these weights, engine, precision, preset, threshold and time budget",
     )
 
 
