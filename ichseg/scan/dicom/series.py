@@ -1,9 +1,9 @@
 """A folder of DICOM slices as a case: which series it is, where its slices lie, and their HU.
 
 Headers are read first, all of them; pixels only of the slices that are used, and of three in each
-series where there are several to choose from. Geometry is that of
-each slice's own position and orientation, never of the file's name, its number, or the thickness
-or tilt that its header mentions.
+series where there are several to choose from. Geometry is that of each slice's own position and
+orientation, never of the file's name, its number, or the thickness or tilt that its header
+mentions.
 """
 
 from __future__ import annotations
