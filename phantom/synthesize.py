@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="dataset folder to make, which does not exist or is empty; needed but with --check",
+        help="dataset folder to make, which does not exist or is empty; with --check the picture "
+        "to write [synthesize-check.png]",
     )
     parser.add_argument(
         "--cases",
@@ -68,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--findings",
         action="store_true",
         help="phantoms also show what makes heads hard to read: hydrocephalus, fresh blood in old "
-        "subdural collections, layers along the tentorium, calcified dura, scalp haematomas, "
-        "fractures, surgical material, contrast medium",
+        "subdural collections, layers along the tentorium, calcified dura, dense veins, scalp "
+        "haematomas, fractures, surgical material, contrast medium, mouth and neck",
     )
     parser.add_argument(
         "--background",
@@ -79,7 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "their own labels are kept",
     )
     parser.add_argument(
-        "--check", type=Path, metavar="CT", help="compare the phantoms with this scan, and stop"
+        "--check",
+        type=Path,
+        metavar="CT",
+        help="compare six phantoms with this scan, in a table and a picture, and make no dataset",
     )
 
 
