@@ -1,4 +1,4 @@
-# Every habit of the project, by name; CI runs exactly these. Needs only make and Python 3.11+ with venv and pip.
+# Every habit of the project, by name; CI runs lint, types, test and browser. Needs make and Python 3.11+ with venv and pip.
 #   make demo                       segment the sample cases into out/
 #   make PYTHON=python3.12 test     with another Python
 #   make clean                      remove all that these made, .venv included
