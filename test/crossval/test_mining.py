@@ -4,12 +4,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PLANS
-from helpers.workspaces import QUICK, make_workspace
+from conftest import ARCHITECTURE, PLANS
+from helpers.workspaces import QUICK, make_workspace, planned
 
-from ichseg.errors import TrainingError
+from ichseg.errors import DatasetError, TrainingError
 from ichseg.model import strict_json
 from ichseg.model.network import build_network
+from ichseg.scan import volume
 from training.__main__ import main
 from training.batches import hard_examples
 from training.batches.hard_examples import HardExample
@@ -61,11 +62,8 @@ def test_the_voxel_lies_in_the_lesion_though_its_middle_does_not():
     assert ring[example.voxel]
 
 
-@pytest.fixture
-def workspace(tmp_path):
-    """Fold 0 has weights, and validates two of seven cases."""
-    folder = make_workspace(tmp_path / "work", cases=7)
-    run = open_run(folder, "3d_fullres", "0", QUICK)
+def write_weights(run):
+    """A checkpoint of a network that has not learned anything."""
     run.folder.mkdir(parents=True)
     torch.save(
         {
@@ -76,6 +74,13 @@ def workspace(tmp_path):
         },
         run.folder / LATEST_CHECKPOINT,
     )
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    """Fold 0 has weights, and validates two of seven cases."""
+    folder = make_workspace(tmp_path / "work", cases=7)
+    write_weights(open_run(folder, "3d_fullres", "0", QUICK))
     return folder
 
 
@@ -108,10 +113,33 @@ def test_the_training_cases_are_looked_at_and_no_others(workspace, blind, caplog
 def test_only_cases_of_the_names_given(workspace, blind):
     run = open_run(workspace, "3d_fullres", "0", QUICK)
     wanted = run.spec.train[1]
-    found = mining.find_hard_examples(run, patterns=(wanted, "other_*"))
+    found = mining.find_hard_examples(workspace, run, patterns=(wanted, "other_*"))
     assert {example.case for example in found} == {wanted}
     with pytest.raises(TrainingError, match=r"no training case of fold 0 is named other_\*"):
-        mining.find_hard_examples(run, patterns=("other_*",))
+        mining.find_hard_examples(workspace, run, patterns=("other_*",))
+
+
+def test_slices_of_a_2d_configuration_are_as_thick_as_the_case_s(tmp_path, blind):
+    """They stay as they are, whatever the plans say of the third axis."""
+    network = dataclasses.replace(ARCHITECTURE, kernels=((3, 3), (3, 3)), strides=((1, 1), (2, 2)))
+    flat = planned(name="2d", patch=(16, 16), dummy_2d=False, architecture=network)
+    folder = make_workspace(tmp_path / "work", plans=flat)  # of slices of 5 mm
+    thin = dataclasses.replace(flat.configurations[0], spacing_mm=(1.0, 1.0, 1.0))
+    thin = dataclasses.replace(flat, configurations=(thin,))
+    (folder / "plans.json").write_text(strict_json.dumps(thin))
+    run = open_run(folder, "2d", "0", QUICK)
+    write_weights(run)
+    found = mining.find_hard_examples(folder, run, smallest_ml=0.5)
+    assert [example.volume_ml for example in found] == [pytest.approx(0.96)] * len(run.spec.train)
+
+
+def test_a_case_that_was_corrected_has_to_be_preprocessed_first(workspace):
+    run = open_run(workspace, "3d_fullres", "0", QUICK)
+    label = workspace / "raw" / f"{run.spec.train[0]}_l.nii.gz"
+    corrected = volume.read(label)
+    volume.write(corrected.with_voxels(np.zeros_like(corrected.voxels)), label)
+    with pytest.raises(DatasetError, match="has changed since it was stored; run `preprocess"):
+        mining.find_hard_examples(workspace, run)
 
 
 def test_what_was_found_is_trained_on(workspace, blind, capsys):

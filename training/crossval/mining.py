@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import logging
-import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,18 +20,22 @@ from scipy import ndimage
 
 from ichseg.engine.engine import Network
 from ichseg.errors import TrainingError
+from ichseg.predict.prepare import plan_axes
+from ichseg.scan import volume
 from ichseg.wording import clock, counted
 from training.batches import hard_examples
 from training.batches.hard_examples import HardExample
 from training.batches.sampling import stored_case
 from training.crossval.validate import load_network, predict_scores, with_first_stage
 from training.data import dataset
+from training.data.dataset import Case
 from training.data.workspace import LATEST_CHECKPOINT, hard_examples_file
 from training.fit.checkpoint import load_checkpoint
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun, open_run
 from training.scoring.lesions import number_lesions
 from training.store.chunks import StoredCase
+from training.store.preprocess import require_current
 
 SMALLEST_ML = 0.05
 _TELL_EVERY_S = 30.0
@@ -42,11 +46,15 @@ _log = logging.getLogger(__name__)
 
 
 def find_hard_examples(
-    run: FoldRun, smallest_ml: float = SMALLEST_ML, patterns: Sequence[str] = ("*",)
+    workspace: Path,
+    run: FoldRun,
+    smallest_ml: float = SMALLEST_ML,
+    patterns: Sequence[str] = ("*",),
 ) -> tuple[HardExample, ...]:
     """Segment a fold's training cases by its latest weights and list the lesions that are wrong.
 
     Args:
+        workspace: The folder that lists the cases.
         run: A fold that has been trained.
         smallest_ml: Smaller lesions are passed over.
         patterns: Names of the cases to look at, in which ``*`` stands for anything.
@@ -54,7 +62,8 @@ def find_hard_examples(
     Raises:
         TrainingError: No training case has such a name, or the fold has no weights, or they are of
             other plans or cases.
-        DatasetError: A stored case is missing or damaged.
+        DatasetError: A stored case is missing or damaged, or not as its files are now.
+        InputError: An image of a 2D configuration's case cannot be read.
     """
     names = [name for name in run.spec.train if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
     if not names:
@@ -62,14 +71,17 @@ def find_hard_examples(
             f"no training case of fold {run.fold} is named {' or '.join(patterns)}; they are "
             f"{run.spec.train[0]} and others"
         )
+    data = dataset.load_dataset(workspace)
+    require_current(workspace, data, run.plans, run.configuration.name, names)
+    cases = {case.name: case for case in data.labelled}
     path = run.folder / LATEST_CHECKPOINT
     weights = load_checkpoint(path, run.plans, run.configuration, run.cases)["network"]
     network = load_network(run, weights)
-    voxel_ml = math.prod(run.configuration.spacing_mm) / 1000
     found: list[HardExample] = []
     began = told = time.monotonic()
     for number, name in enumerate(names, start=1):
         case = stored_case(run.spec.folder, name)
+        voxel_ml = _voxel_ml(cases[name], run)
         found += errors_of(case, _segment(case, run, network), run, voxel_ml, smallest_ml)
         now = time.monotonic()
         if now - told >= _TELL_EVERY_S or number == len(names):
@@ -114,6 +126,15 @@ def errors_of(
                 for voxel, voxels in _untouched(lesions, other, smallest_ml / voxel_ml)
             ]
     return examples
+
+
+def _voxel_ml(case: Case, run: FoldRun) -> float:
+    """The volume of a stored voxel; for a 2D configuration each case keeps its own slices."""
+    z, y, x = run.configuration.spacing_mm
+    if run.configuration.architecture.dimensions == 2:
+        image = volume.read(case.images[0])
+        z = image.spacing_mm[plan_axes(image, run.plans).permutation[0]]
+    return z * y * x / 1000
 
 
 def _untouched(
@@ -174,7 +195,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the ``hard-examples`` command."""
     config = TrainingConfig(device=args.device, threads=args.threads)
     run = open_run(args.workspace, args.configuration, args.fold, config)
-    found = find_hard_examples(run, args.smallest_ml, args.cases)
+    found = find_hard_examples(args.workspace, run, args.smallest_ml, args.cases)
     path = hard_examples_file(run.folder)
     hard_examples.write(path, found)
     for kind in hard_examples.KINDS:
