@@ -333,6 +333,23 @@ def test_refuses_a_workspace_whose_labels_have_other_names(tmp_path):
         what_is_left(source, workspace, "--labels", "background,ich")
 
 
+def test_refuses_groups_that_the_workspace_was_not_made_with(tmp_path):
+    """They were passed over, and scans of a patient trained and validated one fold."""
+    source, workspace = write_instance(tmp_path / "pairs"), tmp_path / "ws"
+    table, kept = tmp_path / "patients.csv", workspace / "groups.csv"
+    table.write_text("case,group\n001,p1\n002,p1\n")
+    convert.convert(source, workspace)
+    with pytest.raises(DatasetError, match=r"groups.csv: missing.*, but --groups is .*patients"):
+        what_is_left(source, workspace, "--groups", str(table))
+    kept.write_text("case,group\n001,p1\n002,p2\n")
+    with pytest.raises(DatasetError, match=r"groups.csv: has other groups, but --groups is"):
+        what_is_left(source, workspace, "--groups", str(table))
+    kept.write_text("case,group\n002,p1\n001,p1\n")
+    assert "convert" not in what_is_left(source, workspace, "--groups", str(table))
+    table.unlink()
+    assert "convert" not in what_is_left(source, workspace, "--groups", str(table))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

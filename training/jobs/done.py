@@ -19,12 +19,14 @@ from training.crossval import merge, selection
 from training.data import convert, layouts, verify
 from training.data.dataset import load_dataset
 from training.data.sources import corrected_since, digest_cases
+from training.data.splits import read_groups
 from training.data.workspace import (
     LATEST_CHECKPOINT,
     VALIDATION_FILE,
     dataset_file,
     evaluation_folder,
     evaluation_root,
+    groups_file,
     plans_file,
     preprocessed_folder,
     report_folder,
@@ -66,6 +68,7 @@ def _converted(choices: Choices) -> str:
     path = dataset_file(choices.workspace)
     if not path.exists():
         return ""
+    _require_groups(choices)
     if choices.dataset.exists():
         source = layouts.read_source(choices.dataset, choices.labels)
         kept = load_dataset(choices.workspace)
@@ -91,6 +94,30 @@ def _converted(choices: Choices) -> str:
                 corrected[0],
             )
     return f"{path} is there"
+
+
+def _require_groups(choices: Choices) -> None:
+    """Refuse a table of groups that the workspace was not made with: folds would go without it.
+
+    The table may be gone from where it was.
+
+    Raises:
+        DatasetError: The workspace has none, or another; says what to do.
+    """
+    given, kept = choices.groups, groups_file(choices.workspace)
+    if given is None:
+        return
+    names = [case.name for case in load_dataset(choices.workspace).labelled]
+    if not kept.exists():
+        what = "missing, so that the folds go without groups"
+    elif given.exists() and read_groups(given, names) != read_groups(kept, names):
+        what = "has other groups"
+    else:
+        return
+    raise DatasetError(
+        f"{kept}: {what}, but --groups is {given}; copy it there before a fold is trained, or take "
+        "another workspace"
+    )
 
 
 def _verified(choices: Choices) -> str:
