@@ -104,6 +104,21 @@ def test_another_number_of_cases_than_declared_is_told(tmp_path, caplog):
     assert "dataset.json: numTraining is 260, found 2 cases" in caplog.text
 
 
+def test_files_that_no_case_has_are_told(tmp_path, caplog):
+    """Added to a folder and not to its list, they would be missed by nobody."""
+    source = write_msd(tmp_path / "source")
+    read_source(source)
+    read_source(write_v1(tmp_path / "first"))
+    read_source(write_v2(tmp_path / "second"))
+    assert "left out" not in caplog.text
+    write_msd(tmp_path / "more", names=("a", "b", "c"))
+    for part in ("imagesTr", "labelsTr"):
+        (tmp_path / "more" / part / "c.nii.gz").rename(source / part / "c.nii.gz")
+    assert len(read_source(source).cases) == 2
+    assert "dataset.json: 2 files beside those of the cases are not among them" in caplog.text
+    assert "imagesTr/c.nii.gz; they are left out" in caplog.text
+
+
 CASE = {"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}
 
 

@@ -121,6 +121,14 @@ def read_source(folder: Path, labels: tuple[str, ...] = ()) -> Source:
         declared = raw.get("numTraining")
         if declared is not None and str(declared) != str(len(source.cases)):
             _log.warning("%s: numTraining is %s, found %d cases", path, declared, len(source.cases))
+        if "dataset" not in raw and (others := _left_over(source.cases)):
+            _log.warning(
+                "%s: %d files beside those of the cases are not among them, such as %s; they are "
+                "left out",
+                path,
+                len(others),
+                others[0],
+            )
     elif len(pairs) == 1:
         source = _read_pairs(folder, pairs[0], labels)
     elif pairs:
@@ -272,6 +280,13 @@ def _files(folder: Path, ending: str = "") -> Iterator[Path]:
     for file in sorted(folder.iterdir()):
         if is_named_as_scan(file) and file.name.endswith(ending):
             yield file
+
+
+def _left_over(cases: Sequence[Case]) -> list[Path]:
+    """The volumes that lie beside the images and labels of the cases and are of none of them."""
+    known = {path for c in cases for path in (*c.images, *([c.label] if c.label else []))}
+    folders = sorted({path.parent for path in known if path.parent.is_dir()})
+    return [file for folder in folders for file in _files(folder) if file not in known]
 
 
 def _unpaired(
