@@ -67,6 +67,15 @@ def test_what_is_loaded_is_what_was_trained_rounded(workspace, tmp_path):
     assert provenance["folds"]["3d_fullres fold 1"]["config"]["learning_rate"] == 1e-3
 
 
+def test_the_card_counts_the_cases_that_trained(workspace, tmp_path):
+    """One fold leaves out what it validates; together the folds have seen all."""
+    model = export(workspace, ("3d_fullres",), ("0",), tmp_path, check_cases=0)
+    assert model.provenance["cases"] == len(
+        open_run(workspace, "3d_fullres", "0", QUICK).cases.train
+    )
+    assert "| trained on | tiny, 4 cases |" in (tmp_path / model_card.FILE).read_text()
+
+
 def test_axes_that_training_did_not_mirror_are_not_mirrored_later(workspace):
     """Neither by validation nor by inference; a 2D network has no say on the first."""
     mirrored = open_run(workspace, "3d_fullres", "0", QUICK)

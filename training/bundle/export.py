@@ -240,7 +240,7 @@ def _provenance(
     }
     return {
         "dataset": data.name,
-        "cases": len(data.labelled),
+        "cases": len({name for part in trained for name in part.run.cases.train}),
         "recipe": trained[0].run.config.recipe,
         "checkpoint": checkpoint,
         "folds": folds,
