@@ -146,6 +146,10 @@ def test_what_has_changed_is_done_again(copy, dataset):
     assert what_is_left(dataset, copy) == ["export"]
 
 
+def test_a_bundle_of_more_folds_than_asked_for_is_made_anew(copy, dataset):
+    assert "export" in what_is_left(dataset, copy, "--folds", "0")
+
+
 def test_a_corrected_label_goes_all_the_way(copy, dataset, capsys):
     path = copy / "raw" / "labels" / "case_2.nii.gz"
     os.utime(path, (1, 1))  # the content decides

@@ -209,7 +209,7 @@ def _selected(scope: Scope, _: Job) -> str:
 
 
 def _exported(scope: Scope, job: Job) -> str:
-    """Whether the bundle holds all folds, and none has been trained further or chosen since."""
+    """Whether the bundle holds these folds alone, and none was trained further or chosen since."""
     workspace, out, chosen_ns = scope.choices.workspace, scope.choices.bundle_folder(job.target), 0
     names: tuple[str, ...] = (job.target,)
     if job.target == SELECTED:
@@ -222,11 +222,13 @@ def _exported(scope: Scope, job: Job) -> str:
     made_ns = (out / MODEL_FILE).stat().st_mtime_ns
     if made_ns < chosen_ns:
         return ""
-    for name in names:
-        for fold in scope.chosen_folds:
-            latest = run_folder(workspace, name, fold) / LATEST_CHECKPOINT
-            if (name, fold) not in members or latest.stat().st_mtime_ns > made_ns:
-                return ""
+    stages, folds = scope.plans.with_first_stages(names), scope.chosen_folds
+    if members != {(name, fold) for name in stages for fold in folds}:
+        return ""
+    for name, fold in members:
+        latest = run_folder(workspace, name, fold) / LATEST_CHECKPOINT
+        if latest.stat().st_mtime_ns > made_ns:
+            return ""
     return f"{out} holds {'what was selected' if job.target == SELECTED else 'these folds'}"
 
 
