@@ -261,6 +261,18 @@ def test_normalisation_of_other_modalities(relative_size, masked):
     assert [n.masked for n in plans.normalisations] == [False, masked, False]
 
 
+def test_a_normalisation_of_nnunet_that_there_is_not_is_refused():
+    """It would be taken for a modality's name, and z-scored without a word."""
+    fingerprint = fingerprint_of([(1.0, 1.0, 1.0)] * 5, [(32, 32, 32)] * 5)
+    with pytest.raises(DatasetError, match="channel rescale_to_0_1: no such normalisation"):
+        plan(
+            fingerprint,
+            dataset_of(5, ("rescale_to_0_1",)),
+            recipe="msd2018",
+            overrides=Overrides(),
+        )
+
+
 def test_a_flat_ct_foreground_is_refused():
     flat = replace(HEAD, deviation=0.0, percentile_00_5=1.0, percentile_99_5=1.0, median=1.0)
     fingerprint = fingerprint_of([(1.0, 1.0, 1.0)] * 5, [(32, 32, 32)] * 5, intensities=(flat,))

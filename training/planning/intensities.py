@@ -8,6 +8,7 @@ from ichseg.wording import times
 from training.data.dataset import Dataset, is_ct
 from training.planning.fingerprint import Fingerprint
 
+_RESCALED = ("rescale_to_0_1", "rgb_to_0_1")  # nnU-Net's names of normalisations not done here
 _MASKED_BELOW = 0.75  # relative size after the crop below which z-scores keep to the nonzero region
 
 
@@ -23,7 +24,8 @@ def plan_normalisations(
 
     Raises:
         PlansError: The limits fit no channel, or leave out its foreground.
-        DatasetError: The foreground of a CT channel has no spread to normalise by.
+        DatasetError: The foreground of a CT channel has no spread to normalise by, or a channel
+            names a normalisation that there is not.
     """
     if ct_clip is not None and not any(is_ct(channel) for channel in dataset.channels):
         raise PlansError(
@@ -33,6 +35,11 @@ def plan_normalisations(
     masked = fingerprint.relative_size < _MASKED_BELOW
     for channel, foreground in zip(dataset.channels, fingerprint.intensities, strict=True):
         low, high = ct_clip or (foreground.percentile_00_5, foreground.percentile_99_5)
+        if channel.strip().casefold() in _RESCALED:
+            raise DatasetError(
+                f"channel {channel}: no such normalisation, expected CT, noNorm (which leaves "
+                "intensities as they are), or another name, which means z-scores of each image"
+            )
         if channel.strip().casefold() == "nonorm":
             found.append(Normalisation("none"))
         elif not is_ct(channel):
