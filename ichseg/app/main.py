@@ -257,7 +257,7 @@ def segment(
     """
     if all(case.refusal for case in job.cases):
         record = Record(arguments.output, job.cases, on_disk=not job.challenge)
-        record.begin()
+        record.begin(keep_others=not job.platform)
         refuse_cases(job, record)
         record.save()
         return _status(record.in_order())

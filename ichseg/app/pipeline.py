@@ -118,7 +118,7 @@ def run(job: Job, means: Means, options: Options) -> Sequence[CaseResult]:
         say(f"{len(record.ended)} of {counted(len(tasks), 'case')} {verb} finished already")
     waiting = [task for task in tasks if task.case not in record.ended]
     _remove_earlier(waiting, options)
-    record.begin()
+    record.begin(keep_others=not job.platform)
     refuse_cases(job, record)
 
     def finish(task: Task, result: CaseResult) -> None:

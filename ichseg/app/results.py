@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import stat
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, overload
@@ -25,6 +26,7 @@ from ichseg.app.console import say
 from ichseg.errors import InputError, OutputError
 from ichseg.files import lock, remove_if_there, replacing, sha256, suffix_of
 from ichseg.scan.dicom import files as dicom_files
+from ichseg.wording import counted
 
 FILE = "results.json"
 JOURNAL = "results.jsonl"
@@ -143,6 +145,7 @@ class Record:
         ended: The results so far.
         saved_s: When ``results.json`` was last written, by ``time.monotonic()``.
         took_s: The seconds that this took.
+        others: What earlier runs found in other scans, which stays in the file.
     """
 
     output: Path
@@ -151,15 +154,43 @@ class Record:
     ended: MutableMapping[InputCase, CaseResult] = field(default_factory=Spool)
     saved_s: float = field(default_factory=time.monotonic)
     took_s: float = 0.0
+    others: Sequence[CaseResult] = ()
 
-    def begin(self) -> None:
-        """Take back the results of an earlier run: this one will replace its masks.
+    def begin(self, *, keep_others: bool = True) -> None:
+        """Take back earlier results of these cases: this run will replace their masks.
+
+        Args:
+            keep_others: Whether those of other scans stay whose masks are there, unaltered.
 
         Raises:
             OutputError: The folder cannot be written.
         """
-        if any((self.output / name).exists() for name in FILES):
-            self.save()
+        if not any((self.output / name).exists() for name in FILES):
+            return
+        if self.on_disk and keep_others:
+            self.others = self._earlier_of_others()
+        if self.others:
+            others = counted(len(self.others), "other scan")
+            say(f"{self.output / FILE} keeps what earlier runs found in {others}")
+        self.save()
+
+    def _earlier_of_others(self) -> list[CaseResult]:
+        """Earlier results of scans that are no case of this run, and whose masks are unaltered."""
+        try:
+            earlier = read_results(self.output)
+        except OutputError:  # the results of something else, which are replaced
+            return []
+        names = {case.name for case in self.cases}
+        masks = {str(case.output.relative_to(self.output)) for case in self.cases}
+        return [
+            result
+            for result in earlier.values()
+            if result.mask is not None
+            and result.image not in names
+            and result.mask not in masks
+            and "mask_sha256" in result.report
+            and digest_of(self.output / result.mask) == result.report["mask_sha256"]
+        ]
 
     def add(self, case: InputCase, result: CaseResult) -> None:
         """Keep a case's result, from which an interrupted run can go on.
@@ -182,7 +213,7 @@ class Record:
         """
         if self.on_disk:
             began = time.monotonic()
-            write_results(self.in_order(), self.output / FILE)
+            write_results(itertools.chain(self.in_order(), self.others), self.output / FILE)
             (self.output / JOURNAL).unlink(missing_ok=True)
             self.saved_s = time.monotonic()
             self.took_s = self.saved_s - began
@@ -254,7 +285,7 @@ def refuse_cases(job: Job, record: Record) -> None:
             record.add(case, CaseResult(case.name, None, reason, {}))
 
 
-def write_results(results: Sequence[CaseResult], path: Path) -> None:
+def write_results(results: Iterable[CaseResult], path: Path) -> None:
     """Write strict JSON, whole or not at all.
 
     Raises:
@@ -264,12 +295,12 @@ def write_results(results: Sequence[CaseResult], path: Path) -> None:
         replacing(path, suffix=".json") as temporary,
         temporary.open("w", encoding="utf-8") as stream,
     ):
-        between = "[\n "
+        first = between = "[\n "
         for result in results:  # one by one: there may be a million
             text = json.dumps(_entry(result), indent=1, allow_nan=False)
             stream.write(between + text.replace("\n", "\n "))  # what is text has no line breaks
             between = ",\n "
-        stream.write("\n]\n" if results else "[]\n")
+        stream.write("[]\n" if between == first else "\n]\n")
 
 
 def append_result(result: CaseResult, journal: Path) -> None:
@@ -298,7 +329,8 @@ def read_results(output: Path) -> dict[tuple[str, str | None], CaseResult]:
     path = output / FILE
     found = []
     try:
-        found = [_result(entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+        text = path.read_text(encoding="utf-8")
+        found = [_result(entry) for entry in json.loads(text, parse_constant=_refuse_constant)]
     except FileNotFoundError:
         pass
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
@@ -311,10 +343,15 @@ def read_results(output: Path) -> dict[tuple[str, str | None], CaseResult]:
         lines = []
     for line in lines:
         try:
-            found.append(_result(json.loads(line)))
+            found.append(_result(json.loads(line, parse_constant=_refuse_constant)))
         except (ValueError, LookupError, TypeError, RecursionError):
             continue  # its case is done again
     return {(result.image, result.mask): result for result in found}
+
+
+def _refuse_constant(name: str) -> None:
+    """Refuse NaN and infinity, which Python reads and strict JSON does not have."""
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def stamp_of(image: Path, *, follow_links: bool = False, output: Path | None = None) -> Stamp:
@@ -394,7 +431,7 @@ def digest_of(mask: Path) -> str | None:
     """The mask file's SHA-256; None if it cannot be read, since somebody may have removed it."""
     try:
         return sha256(mask)
-    except OSError:
+    except (OSError, ValueError):  # a name that cannot be one
         return None
 
 

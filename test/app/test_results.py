@@ -142,6 +142,7 @@ def test_results_json_is_not_written_for_each_case(place, monkeypatch):
     written, write_results = [], results.write_results
 
     def counted(ended, path):
+        ended = list(ended)
         written.append(len(ended))
         write_results(ended, path)
 
@@ -233,6 +234,30 @@ def test_what_an_earlier_run_made_of_a_scan_does_not_stay_beside_a_new_mask(plac
     assert not list((output / "report" / "cases").iterdir())
     assert not (output / "report" / "index.html").exists()
     assert sorted(path.name for path in output.glob("*.mha")) == [f"10{i}.mha" for i in range(1, 5)]
+
+
+def test_what_was_found_in_other_scans_stays_while_their_masks_are_unaltered(place, capsys):
+    """As where scans are given one by one, or in parts, with one output folder."""
+    run(place, Pretended())
+    before = {entry["inputs"][0]["filename"]: entry for entry in entries(place)}
+    for path in (place / "input").iterdir():
+        path.unlink()
+    (place / "output" / "101.mha").unlink()
+    (place / "output" / "102.mha").write_bytes(b"altered")
+    add(place, 200)
+    ended = run(place, Pretended(), resume=True)
+    assert [result.image for result in ended] == ["200.mha"]
+    named = [entry["inputs"][0]["filename"] for entry in entries(place)]
+    assert named == ["200.mha", "103.mha", "104.mha", "105.mha"]
+    assert entries(place)[1:] == [before[name] for name in named[1:]]
+    said = f"{place / 'output'}/results.json keeps what earlier runs found in 3 other scans"
+    assert said in capsys.readouterr().err
+    (place / "input" / "200.mha").unlink()
+    add(place, 103)
+    os.utime(place / "input" / "103.mha", (1, 1))  # it is done again, and listed once
+    run(place, Pretended())
+    named = [entry["inputs"][0]["filename"] for entry in entries(place)]
+    assert named == ["103.mha", "200.mha", "104.mha", "105.mha"]
 
 
 def test_an_mhd_whose_voxels_changed_under_another_name_is_not_finished(tmp_path):
