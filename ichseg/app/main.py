@@ -268,8 +268,12 @@ def segment(
 
     budget_s = arguments.time_budget
     alone = not (job.platform or job.challenge)  # where no other file may lie beside the masks
-    if arguments.probabilities and not alone:
-        say("no probabilities are written: on the platform no other file may lie beside the masks")
+    for asked, what in (
+        (arguments.probabilities, "no probabilities are written"),
+        (arguments.report, "no pictures and no page are made"),
+    ):
+        if asked and not alone:
+            say(f"{what}: on the platform no other file may lie beside the masks")
     if alone and any(case.image.is_dir() for case in job.cases) and not dicom_seg.is_possible():
         say(f"warning: {dicom_seg.NOT_INSTALLED}")
     options = Options(

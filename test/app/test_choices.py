@@ -106,11 +106,13 @@ def test_of_a_scan_that_fails_no_earlier_probabilities_stay(place):
     assert files(place / "output") == ["results.json"]
 
 
-def test_on_the_platform_no_probabilities_are_written_and_that_is_said(place, capsys):
+def test_on_the_platform_nothing_lies_beside_the_masks_and_that_is_said(place, capsys):
     (place / "input" / "images" / "ct").mkdir(parents=True)
     (place / "input" / "scan.mha").rename(place / "input" / "images" / "ct" / "scan.mha")
-    assert run(place, "--probabilities") == 0
-    assert "no probabilities are written" in capsys.readouterr().err
+    assert run(place, "--probabilities", "--report") == 0
+    said = capsys.readouterr().err
+    assert "no probabilities are written: on the platform" in said
+    assert "no pictures and no page are made: on the platform" in said
     assert files(place / "output") == ["images/bleed/scan.mha", "results.json"]
 
 
