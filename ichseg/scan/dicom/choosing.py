@@ -25,6 +25,7 @@ Look = Callable[[], Planes]
 _AXIAL = math.cos(math.radians(45))
 _HEAD = re.compile(
     r"HEAD|BRAIN|SKULL|CRANI|NEURO|SINUS|ORBIT|FACE|SCHAEDEL"
+    r"|SCH[AÄ]DEL|\bKOPF|\bT[EÊ]TE\b|CR[AÂÁ]NE|CABEZA|\bTESTA\b|CEREB"  # as some scanners write
     r"|(?<![A-Z])(INNER|INTERNAL|MIDDLE)?EARS?(?![A-Z])"  # and neither heart nor forearm
 )
 _HEAD_MM2 = (8_000, 45_000)  # the cross-section of a head; a chest has 60,000 and more

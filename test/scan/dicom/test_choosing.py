@@ -58,6 +58,8 @@ def taken(folder):
             "no head",
         ),
         ({"BodyPartExamined": "INNEREAR"}, {"BodyPartExamined": "FOREARM"}, "no head"),
+        ({"heights": THIN, "BodyPartExamined": "KOPF"}, {"BodyPartExamined": "HALS"}, "no head"),
+        ({"heights": THIN, "BodyPartExamined": "CRANEO"}, {"BodyPartExamined": "TORAX"}, "no head"),
         ({}, {"heights": WHOLE[:15]}, "covering less"),
         ({"heights": WHOLE[:28]}, {"heights": THIN}, "less like 5 mm"),
         ({"heights": WHOLE}, {"heights": tuple(np.arange(0, 300, 3.0))}, "less like 5 mm"),
