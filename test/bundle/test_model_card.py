@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,6 +65,20 @@ def test_nothing_is_said_without_an_end(model, tmp_path):
 def test_notes_end_the_card_in_place_of_the_general_word(model, tmp_path):
     lines = write(model, tmp_path, "\n## Sources\n\n{{ model.name }} & <b>\n\n")
     assert lines[-5:] == ["None.", "", "## Sources", "", "{{ model.name }} & <b>"]
+
+
+@pytest.mark.parametrize(
+    ("trials", "said"),
+    [((), "None."), (("a rule",), "None. No rule that was tried gained anything.")],
+)
+def test_rules_are_said_to_gain_nothing_where_some_were_tried(
+    model, tmp_path, monkeypatch, trials, said
+):
+    """Of regions none is."""
+    chosen = SimpleNamespace(cases=7, mean_dice=0.5, trials=trials)
+    monkeypatch.setattr(model_card, "_selection", lambda workspace, model: chosen)
+    lines = write(model, tmp_path)
+    assert lines[lines.index("## Post-processing") + 2] == said
 
 
 def test_a_licence_is_told_where_there_is_one(model, tmp_path):
