@@ -55,18 +55,26 @@ def orient_axes(volume: Volume) -> AxisOrder:
 def nonzero_box(stack: Sequence[Array]) -> Box:
     """Bounding box of the voxels nonzero in any channel; the whole volume if there are none.
 
-    Looks from each face inwards as far as it is zero, so a CT costs six slices.
+    A CT costs its six faces, which are not zero. Where one is, slices are looked at from the first
+    and the last inwards, and what lies between them is looked at once, from above.
     """
-    shape = stack[0].shape
-    bounds = []
-    for axis in range(3):
-        slices = [np.moveaxis(channel, axis, 0) for channel in stack]
-        start, stop = 0, shape[axis]
-        while start < stop and not any(channel[start].any() for channel in slices):
-            start += 1
-        if start == stop:  # nothing but zeros
-            return (0, shape[0]), (0, shape[1]), (0, shape[2])
-        while not any(channel[stop - 1].any() for channel in slices):
-            stop -= 1
-        bounds.append((start, stop))
-    return bounds[0], bounds[1], bounds[2]
+    z, y, x = stack[0].shape
+    start, stop = 0, z
+    while start < stop and not any(channel[start].any() for channel in stack):
+        start += 1
+    if start == stop:  # nothing but zeros
+        return (0, z), (0, y), (0, x)
+    while not any(channel[stop - 1].any() for channel in stack):
+        stop -= 1
+    faces = [
+        [channel[:, 0], channel[:, -1], channel[..., 0], channel[..., -1]] for channel in stack
+    ]
+    if all(any(face.any() for face in same) for same in zip(*faces, strict=True)):
+        return (start, stop), (0, y), (0, x)
+    shadow = np.logical_or.reduce([channel[start:stop].any(axis=0) for channel in stack])
+    rows, columns = (np.flatnonzero(shadow.any(axis)) for axis in (1, 0))
+    return (
+        (start, stop),
+        (int(rows[0]), int(rows[-1]) + 1),
+        (int(columns[0]), int(columns[-1]) + 1),
+    )

@@ -124,6 +124,18 @@ def test_crop_is_the_box_of_nonzero_in_any_channel():
     assert nonzero_box([np.zeros((2, 3, 4))]) == ((0, 2), (0, 3), (0, 4))
 
 
+@given(st.integers(0, 100_000), st.integers(1, 3), st.sampled_from([0.02, 0.1, 0.5]))
+@settings(deadline=None)
+def test_nonzero_box_is_that_of_all_places(seed, channels, filled):
+    rng = np.random.default_rng(seed)
+    stack = (rng.random((channels, *rng.integers(1, 8, 3))) < filled).astype(np.int16)
+    places = np.argwhere(stack.any(axis=0))
+    if len(places) == 0:
+        places = np.argwhere(np.ones(stack.shape[1:]))
+    expected = zip(places.min(axis=0), places.max(axis=0) + 1, strict=True)
+    assert nonzero_box(list(stack)) == tuple((int(a), int(b)) for a, b in expected)
+
+
 def test_background_outside_the_filled_nonzero_region_becomes_minus_one():
     image = np.zeros((3, 7, 7), np.int16)
     image[:, 1:6, 1:6] = 9
@@ -335,7 +347,18 @@ def test_a_masked_zscore_measures_before_or_after_resampling_as_planned():
 @settings(deadline=None)
 def test_outside_is_what_a_flood_from_the_border_reaches(seed, filled):
     rng = np.random.default_rng(seed)
-    full = rng.random(rng.integers(1, 7, 3)) < filled
+    same_as_a_flood(rng.random(rng.integers(1, 7, 3)) < filled)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 30, 49, 50, 51, 90])
+def test_outside_is_found_however_deep_it_goes(depth):
+    """Noise that touches the border ends soon, a canal does not."""
+    full = np.random.default_rng(depth).random((12, 40, 100)) < 0.95
+    full[6, 20, :depth] = False
+    same_as_a_flood(full)
+
+
+def same_as_a_flood(full):
     image = np.where(full, 7, 0).astype(np.int16)
     volume = Volume(image, (5.0, 1.0, 1.0))
     placement = place([volume], PLANS, CONFIGURATION)
