@@ -90,6 +90,14 @@ def copy_into(target: Grid, values: Grid) -> None:
     target[...] = values  # type: ignore[assignment]  # both are of one kind
 
 
+def multiply_into(target: Grid, left: Grid, right: Grid) -> None:
+    """Overwrite an array, or a view of it, with the product of two matrices, or stacks of such."""
+    if isinstance(target, np.ndarray):
+        np.matmul(left, right, out=target)
+    else:
+        target[...] = left @ right  # type: ignore[assignment]  # as above
+
+
 def on_host(data: Grid) -> FloatArray:
     """The data as a numpy array; numpy's are given back as they are."""
     return data if isinstance(data, np.ndarray) else data.cpu().numpy()

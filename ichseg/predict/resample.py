@@ -26,8 +26,8 @@ from ichseg.engine.arrays import (
     Grid,
     as_float,
     as_kind_of,
-    copy_into,
     empty_like,
+    multiply_into,
     on_host,
     slabs,
     take,
@@ -155,10 +155,11 @@ def resize(
                 separate_axis=separate_axis,
             )
         )[0]
-        if limits is not None:
+        if limits is None:
+            out[rows] = slab
+        else:
             low, high = (limit[rows] if separate_axis == 0 else limit for limit in limits)
-            slab = slab.clip(low, high)
-        out[rows] = slab
+            np.clip(slab, low, high, out=out[rows])
 
 
 def resize_labels(
@@ -272,9 +273,9 @@ def resize_axis(
     for block in _blocks(size_in, size_out, order, rows.start, rows.stop, first):
         weights, columns = as_kind_of(data, block.weights), block.columns
         if after == 1:
-            copy_into(result[:, block.rows, 0], flat[:, columns, 0] @ weights.T)
+            multiply_into(result[:, block.rows, 0], flat[:, columns, 0], weights.T)
         else:
-            copy_into(result[:, block.rows], weights @ flat[:, columns])
+            multiply_into(result[:, block.rows], weights, flat[:, columns])
     return result.reshape(*data.shape[:axis], count, *data.shape[axis + 1 :])
 
 
