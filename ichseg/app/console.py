@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from ichseg.wording import duration
 
@@ -19,6 +21,7 @@ _CLEAR = "\r\x1b[K"  # a progress line that stands there
 _MOST_LINES = 20  # of progress, for each case, where lines stay
 _EVERY_S = 60.0
 _sink: Callable[[str], object] | None = None
+_writing = threading.Lock()
 
 
 def divert(sink: Callable[[str], object] | None) -> None:
@@ -33,11 +36,12 @@ def say(text: str) -> None:
     Whatever would not print is escaped: a file name may hold a line break, with which it could
     forge a line, or bytes that are no text.
     """
-    plain = "".join(c if c.isprintable() else _escaped(c) for c in text)
+    plain = _plain(text)
     if _sink is not None:
         _sink(plain)
         return
-    _write((_CLEAR if _is_terminal() else "") + plain + "\n")
+    with _writing:
+        _write_line(plain)
 
 
 def fail(reason: str) -> int:
@@ -48,6 +52,13 @@ def fail(reason: str) -> int:
     """
     say(f"error: {reason.strip()}")
     return 1
+
+
+def end_with(reason: str, status: int) -> NoReturn:
+    """Say why the process ends, as its last line, and end it, whatever its threads are at."""
+    _writing.acquire(timeout=1.0)  # and never released: what they would say comes too late
+    _write_line(_plain(f"error: {reason.strip()}"))
+    os._exit(status)
 
 
 def say_traceback() -> None:
@@ -94,12 +105,20 @@ class Progress:
             say(text)
 
 
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
 def _is_terminal() -> bool:
     return _sink is None and sys.stderr is not None and sys.stderr.isatty()
+
+
+def _write_line(plain: str) -> None:
+    _write((_CLEAR if _is_terminal() else "") + plain + "\n")
 
 
 def _write(text: str) -> None:

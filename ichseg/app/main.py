@@ -6,7 +6,6 @@ import argparse
 import atexit
 import contextlib
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from ichseg.app.cases import (
     find_challenge_cases,
     say_passed_over,
 )
-from ichseg.app.console import fail, say, say_traceback
+from ichseg.app.console import end_with, fail, say, say_traceback
 from ichseg.app.follow_up import arguments as follow_up_arguments
 from ichseg.app.results import CaseResult, Record, refuse_cases
 from ichseg.app.start import (
@@ -77,11 +76,11 @@ def main(argv: list[str] | None = None) -> int:
                 return serve(arguments)
             return run_job(arguments, lambda: load(arguments), BEGAN)
     except Stopped as stop:
-        fail(
+        end_with(
             f"stopped by {stop} before all cases were done; --resume does those that are left, "
-            "--time-budget keeps within a limit"
+            "--time-budget keeps within a limit",
+            128 + stop.number,
         )
-        os._exit(128 + stop.number)  # threads may be at work that nobody needs any more
 
 
 def _parser_to_complete_by(words: Sequence[str]) -> tuple[argparse.ArgumentParser, int]:
@@ -108,8 +107,7 @@ def compare_scans(arguments: argparse.Namespace) -> int:
         with stopped_by_signals():
             return _in_words(str(arguments.output), work)
     except Stopped as stop:
-        fail(f"stopped by {stop} before the scans were compared")
-        os._exit(128 + stop.number)
+        end_with(f"stopped by {stop} before the scans were compared", 128 + stop.number)
 
 
 def serve(arguments: argparse.Namespace) -> int:

@@ -28,6 +28,22 @@ def test_a_line_stays_one_line(capsys, text, line):
     assert capsys.readouterr().err == f"error: {line}\n"
 
 
+def test_no_thread_says_anything_after_the_reason_of_the_end():
+    """The platform shows the last line."""
+    code = (
+        "import os, threading, time; from ichseg.app import console; end = os._exit;"
+        "os._exit = lambda status: (time.sleep(0.1), end(status));"  # as on a busy machine
+        "talk = lambda: [console.say('a line') for _ in iter(int, 1)];"
+        "[threading.Thread(target=talk, daemon=True).start() for _ in range(4)];"
+        "time.sleep(0.1); console.end_with('stopped', 7)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 7
+    assert done.stderr.endswith("a line\nerror: stopped\n")
+
+
 def test_a_traceback_can_forge_no_last_line(capsys):
     try:
         raise ValueError("a\nerror: forged")
