@@ -1,15 +1,21 @@
 """What lies in an input folder: scans, what only looks like one, and the rest with the reason.
 
+Also by what a scan is known again, so that ``--resume`` leaves it alone.
+
 Imports nothing heavy: a wrong input folder is refused before an engine is loaded.
 """
 
 from __future__ import annotations
 
+import hashlib
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
-from ichseg.files import SCAN_SUFFIXES
+from ichseg.errors import InputError
+from ichseg.files import SCAN_SUFFIXES, suffix_of
 from ichseg.scan.dicom import files
 from ichseg.wording import counted
 
@@ -19,6 +25,20 @@ if TYPE_CHECKING:
 # Volumes in formats that are not read; each is a scan that somebody expects a mask of.
 OTHER_SUFFIXES = (".nhdr", ".hdr", ".mgz", ".mgh", ".mnc", ".tif", ".tiff")
 _DEEPEST = 16  # folders in folders that are looked into
+_PIECE, _PIECES = 4096, 16  # bytes of a scan's file that are looked at, and how many such pieces
+_GOLDEN = 0.6180339887498949  # its multiples lie between each other: no piece after piece of air
+
+
+class Stamp(TypedDict):
+    """By what a scan is known again: bytes on disk, latest date of its files in ns, and content.
+
+    Two scans that were unpacked from an archive may have one date, and all of one grid one size:
+    the digest of some pieces of their files tells them apart.
+    """
+
+    bytes: int
+    modified_ns: int
+    pieces: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,3 +214,53 @@ def leads_out(path: Path, search: Search) -> str:
 def _name(path: Path, search: Search) -> str:
     """The path in the input folder."""
     return path.relative_to(search.root).as_posix()
+
+
+def stamp_of(image: Path, *, follow_links: bool = False, output: Path | None = None) -> Stamp:
+    """Size and date of a scan, and a digest of some pieces of its files.
+
+    Not a checksum of it all, so that going on with a folder of a thousand takes no time; a scan
+    that has been copied since is segmented again.
+
+    Args:
+        image: A file, or a folder of slices.
+        follow_links: See ``files.walk``.
+        output: The folder of the results, which may lie among the slices and does not count.
+
+    Raises:
+        InputError: The scan cannot be looked at.
+    """
+    try:
+        paths = [image]
+        if image.is_dir():
+            paths = files.walk(image, follow_links=follow_links).files
+            if output is not None and image.resolve() in output.resolve().parents:
+                own = image / output.resolve().relative_to(image.resolve())
+                paths = [path for path in paths if not path.is_relative_to(own)]
+        elif suffix_of(image) == ".mhd":
+            from ichseg.scan import headers  # loads numpy
+
+            voxels = headers.voxels_beside(image)
+            paths += [voxels] if voxels is not None else []
+        paths.sort()
+        stats = [path.stat() for path in paths]
+        digest = hashlib.sha256()
+        for path, found in zip(paths, stats, strict=True):
+            if stat.S_ISREG(found.st_mode):  # whoever opens a pipe waits
+                for piece in _pieces_of(path, found.st_size, max(2, _PIECES // len(paths))):
+                    digest.update(piece)
+    except OSError as error:
+        raise InputError(f"{image}: cannot read ({error.strerror})") from error
+    return Stamp(
+        bytes=sum(found.st_size for found in stats),
+        modified_ns=max((found.st_mtime_ns for found in stats), default=0),
+        pieces=digest.hexdigest(),
+    )
+
+
+def _pieces_of(path: Path, size: int, count: int) -> Iterator[bytes]:
+    """The beginning of a file, and pieces all over it."""
+    with path.open("rb") as stream:
+        for number in range(count):
+            stream.seek(int(number * _GOLDEN % 1 * max(size - _PIECE, 0)))
+            yield stream.read(_PIECE)

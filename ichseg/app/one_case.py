@@ -18,10 +18,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ichseg.app import case_report, results
+from ichseg.app import case_report, contents, results
 from ichseg.app.cases import InputCase, probability_paths
 from ichseg.app.console import Progress, say, say_traceback
-from ichseg.app.results import CaseResult, Stamp
+from ichseg.app.contents import Stamp
+from ichseg.app.results import CaseResult
 from ichseg.engine import machine
 from ichseg.errors import BudgetError, DeviceError, IchsegError, WeightsError
 from ichseg.predict import memory
@@ -100,7 +101,7 @@ class Task:
         Raises:
             InputError: The scan cannot be looked at.
         """
-        return results.stamp_of(
+        return contents.stamp_of(
             self.case.image, follow_links=self.case.follow_links, output=self.output
         )
 

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
-import stat
 import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, overload
+from typing import Any, overload
 
 from ichseg.app.cases import InputCase, Job
 from ichseg.app.console import say
-from ichseg.errors import InputError, OutputError
-from ichseg.files import lock, remove_if_there, replacing, sha256, suffix_of
-from ichseg.scan.dicom import files as dicom_files
+from ichseg.errors import OutputError
+from ichseg.files import lock, remove_if_there, replacing, sha256
 from ichseg.wording import counted
 
 FILE = "results.json"
@@ -34,20 +31,6 @@ FILES = (FILE, JOURNAL)
 _EVERY_S = 30.0  # the file is written anew, for those who look at it while the run goes on
 _SHARE = 0.05  # of the time of a run that this may take: a file of many cases takes longer
 _IN_MEMORY = 8 << 20  # bytes of results that are kept in memory
-_PIECE, _PIECES = 4096, 16  # bytes of a scan's file that are looked at, and how many such pieces
-_GOLDEN = 0.6180339887498949  # its multiples lie between each other: no piece after piece of air
-
-
-class Stamp(TypedDict):
-    """By what a scan is known again: bytes on disk, latest date of its files in ns, and content.
-
-    Two scans that were unpacked from an archive may have one date, and all of one grid one size:
-    the digest of some pieces of their files tells them apart.
-    """
-
-    bytes: int
-    modified_ns: int
-    pieces: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,56 +335,6 @@ def read_results(output: Path) -> dict[tuple[str, str | None], CaseResult]:
 def _refuse_constant(name: str) -> None:
     """Refuse NaN and infinity, which Python reads and strict JSON does not have."""
     raise ValueError(f"{name} is no number of JSON")
-
-
-def stamp_of(image: Path, *, follow_links: bool = False, output: Path | None = None) -> Stamp:
-    """Size and date of a scan, and a digest of some pieces of its files.
-
-    Not a checksum of it all, so that going on with a folder of a thousand takes no time; a scan
-    that has been copied since is segmented again.
-
-    Args:
-        image: A file, or a folder of slices.
-        follow_links: See ``dicom.files.walk``.
-        output: The folder of the results, which may lie among the slices and does not count.
-
-    Raises:
-        InputError: The scan cannot be looked at.
-    """
-    try:
-        files = [image]
-        if image.is_dir():
-            files = dicom_files.walk(image, follow_links=follow_links).files
-            if output is not None and image.resolve() in output.resolve().parents:
-                own = image / output.resolve().relative_to(image.resolve())
-                files = [path for path in files if not path.is_relative_to(own)]
-        elif suffix_of(image) == ".mhd":
-            from ichseg.scan import headers  # loads numpy
-
-            voxels = headers.voxels_beside(image)
-            files += [voxels] if voxels is not None else []
-        files.sort()
-        stats = [path.stat() for path in files]
-        digest = hashlib.sha256()
-        for path, found in zip(files, stats, strict=True):
-            if stat.S_ISREG(found.st_mode):  # whoever opens a pipe waits
-                for piece in _pieces_of(path, found.st_size, max(2, _PIECES // len(files))):
-                    digest.update(piece)
-    except OSError as error:
-        raise InputError(f"{image}: cannot read ({error.strerror})") from error
-    return Stamp(
-        bytes=sum(found.st_size for found in stats),
-        modified_ns=max((found.st_mtime_ns for found in stats), default=0),
-        pieces=digest.hexdigest(),
-    )
-
-
-def _pieces_of(path: Path, size: int, count: int) -> Iterator[bytes]:
-    """The beginning of a file, and pieces all over it."""
-    with path.open("rb") as stream:
-        for number in range(count):
-            stream.seek(int(number * _GOLDEN % 1 * max(size - _PIECE, 0)))
-            yield stream.read(_PIECE)
 
 
 def is_finished(result: CaseResult, mask: Path, made_from: dict[str, Any]) -> bool:

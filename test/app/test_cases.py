@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers.dicom_files import make_slice, save
 
-from ichseg.app import results
+from ichseg.app import contents
 from ichseg.app.cases import (
     InputCase,
     find_cases,
@@ -346,7 +346,7 @@ def test_slices_that_are_links_are_followed_where_that_is_asked_for(tmp_path):
     (case,) = search(tmp_path / "in", tmp_path / "out", follow_links=True).cases
     assert (case.name, case.refusal, case.follow_links) == ("scan", "", True)
     assert len(files.walk(case.image, follow_links=True).files) == 2
-    assert results.stamp_of(case.image, follow_links=True)["bytes"] > 0
+    assert contents.stamp_of(case.image, follow_links=True)["bytes"] > 0
 
 
 def test_where_nothing_is_a_scan_the_error_says_what_is_there(tmp_path):

@@ -17,7 +17,7 @@ from helpers.pretended import (
     with_pictures,
 )
 
-from ichseg.app import case_report, main, results
+from ichseg.app import case_report, contents, main, results
 from ichseg.app.arguments import parse_arguments
 from ichseg.app.cases import find_cases
 from ichseg.app.results import Record
@@ -73,13 +73,13 @@ def test_a_long_table_of_lesions_is_cut_and_says_so(place, monkeypatch):
 def test_each_scan_is_looked_up_once(place, monkeypatch, allowed):
     """A folder of DICOM slices may have thousands of files."""
     allowed[0] = machine.MemoryLimit(10_000, "someone")
-    looked_up, stamp_of = [], results.stamp_of
+    looked_up, stamp_of = [], contents.stamp_of
 
     def noted(image, **given):
         looked_up.append(image.name)
         return stamp_of(image, **given)
 
-    monkeypatch.setattr(results, "stamp_of", noted)
+    monkeypatch.setattr(contents, "stamp_of", noted)
     run(place, Pretended(), resume=True)
     assert sorted(looked_up) == [f"{name}.mha" for name in range(101, 106)]
 
@@ -122,7 +122,7 @@ def test_pieces_of_a_scan_are_not_all_of_air(tmp_path, count):
         content[:, 16:48] = value
         scan.write_bytes(content)
         os.utime(scan, ns=date)
-        found.append(results.stamp_of(scan))
+        found.append(contents.stamp_of(scan))
     assert found[0]["bytes"] == found[1]["bytes"]
     assert found[0]["modified_ns"] == found[1]["modified_ns"]
     assert found[0]["pieces"] != found[1]["pieces"]
@@ -266,9 +266,9 @@ def test_an_mhd_whose_voxels_changed_under_another_name_is_not_finished(tmp_path
         "ElementDataFile = voxels.raw\n"
     )
     (tmp_path / "voxels.raw").write_bytes(bytes(16))
-    before = results.stamp_of(tmp_path / "a.mhd")
+    before = contents.stamp_of(tmp_path / "a.mhd")
     (tmp_path / "voxels.raw").write_bytes(b"1" * 16)
-    assert results.stamp_of(tmp_path / "a.mhd")["pieces"] != before["pieces"]
+    assert contents.stamp_of(tmp_path / "a.mhd")["pieces"] != before["pieces"]
 
 
 def test_a_refused_case_is_in_the_results_and_takes_nothing(place):

@@ -10,7 +10,7 @@ import pytest
 from conftest import make_bundle
 from helpers.dicom_files import make_slice, save, write_stack
 
-from ichseg.app import pipeline, results
+from ichseg.app import contents, pipeline
 from ichseg.app.cases import find_cases
 from ichseg.app.main import main as process
 from ichseg.app.one_case import Options
@@ -255,16 +255,16 @@ def test_masks_that_would_be_one_are_refused(tmp_path):
 
 def test_a_folder_has_changed_when_a_slice_has(tmp_path):
     a_slice(tmp_path / "a" / "1.dcm")
-    before = results.stamp_of(tmp_path / "a")
+    before = contents.stamp_of(tmp_path / "a")
     a_slice(tmp_path / "a" / "2.dcm")
-    assert results.stamp_of(tmp_path / "a")["bytes"] > before["bytes"]
+    assert contents.stamp_of(tmp_path / "a")["bytes"] > before["bytes"]
 
 
 def test_what_is_written_among_the_slices_is_no_change_of_them(tmp_path):
     study, out = tmp_path / "study", tmp_path / "study" / "made" / "out"
     a_slice(study / "1.dcm")
-    before = results.stamp_of(study, output=out)
+    before = contents.stamp_of(study, output=out)
     a_slice(out / "study_seg.dcm")
-    assert results.stamp_of(study, output=out) == before
-    assert results.stamp_of(study) != before
-    assert results.stamp_of(study, output=study) == results.stamp_of(study)
+    assert contents.stamp_of(study, output=out) == before
+    assert contents.stamp_of(study) != before
+    assert contents.stamp_of(study, output=study) == contents.stamp_of(study)
