@@ -262,6 +262,8 @@ def _say(found: FollowUp) -> None:
     expansion = "no haematoma expansion"
     if found.expansion is None:
         expansion = "haematoma expansion cannot be told"
+    elif found.change.is_new:
+        expansion = "a new bleed, not judged as haematoma expansion"
     elif found.expansion:
         expansion = f"haematoma expansion: {'; '.join(found.expansion)}"
     say(

@@ -52,6 +52,11 @@ class Change:
         return 100 * self.growth_ml / self.before_ml if self.before_ml > 0 else None
 
     @property
+    def is_new(self) -> bool:
+        """Whether there is a bleed where none was."""
+        return self.before_ml == 0 < self.after_ml
+
+    @property
     def expansion(self) -> tuple[str, ...]:
         """Which limits of haematoma expansion are passed, in words; none if there is none.
 

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from helpers.dicom_files import write_stack
 
-from ichseg.app.follow_up import arguments, compare, page
+from ichseg.app.follow_up import arguments, compare, growth, page
 from ichseg.app.main import main
 from ichseg.errors import InputError
 from ichseg.scan import reader, register, volume
@@ -173,6 +174,19 @@ def test_nothing_of_an_earlier_pair_stays_where_a_later_one_fails(
     assert not (tmp_path / "report" / "index.html").exists()
     left = {path.name for path in tmp_path.iterdir() if path.is_file()}
     assert left == (set() if stage == "masks" else earlier - {"before_mask.mha"})
+
+
+def test_a_new_bleed_is_not_called_no_expansion(tmp_path, monkeypatch, capsys):
+    """22 mL where nothing was pass the limits, of which the page said that neither is passed."""
+    change = growth.Change(0.0, 22.0)
+    assert change.is_new
+    assert not growth.Change(0.0, 0.0).is_new
+    assert not growth.Change(1.0, 22.0).is_new
+    found = SimpleNamespace(change=change, expansion=(), lesions=(), warnings=())
+    compare._say(found)
+    said = capsys.readouterr().err
+    assert "a new bleed, not judged as haematoma expansion" in said
+    assert "no haematoma expansion" not in said
 
 
 def test_expansion_is_not_judged_where_a_scan_ends_at_a_lesion(tmp_path, monkeypatch, capsys):
