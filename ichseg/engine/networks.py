@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +30,20 @@ class Networks:
     folder: Path
     engine: Engine
     _alive: dict[str, Network] = field(default_factory=dict, repr=False)  # by file, or none
+
+    def load_all(self, members: Sequence[Member], threads: int) -> None:
+        """Load several, so many at the same time, and keep them ready.
+
+        Raises:
+            WeightsError: As ``load``, for one of those that it is true of.
+        """
+        with ThreadPoolExecutor(threads, "loader") as loader:
+            configuration = self.model.plans.configuration
+            for loaded in [
+                loader.submit(self.load, member, configuration(member.configuration), keep=True)
+                for member in members
+            ]:
+                loaded.result()
 
     def load(self, member: Member, configuration: Configuration, *, keep: bool) -> Network:
         """A member's network, ready to run.

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ichseg import ndimage
 from ichseg.engine import machine
 from ichseg.engine.arrays import FloatArray, Grid, on_host
 from ichseg.engine.choose import choose_engine
@@ -188,9 +189,8 @@ class Ensemble:
         members = preset_members(self.model, preset)
         with contextlib.suppress(WeightsError, MemoryError):
             needed = memory.of_networks(self.model, self.folder, self.engine, members)
-            for member in members if _AHEAD * needed <= free else ():
-                configuration = self.model.plans.configuration(member.configuration)
-                self._networks.load(member, configuration, keep=True)
+            if _AHEAD * needed <= free:
+                self._networks.load_all(members, machine.cpu_threads())
 
     def need(
         self,
@@ -234,6 +234,7 @@ class Ensemble:
         data = tuple(
             prepare.to_grid([plan.volume], self.model.plans, part.placement) for part in plan.parts
         )
+        ndimage.load()  # for ``finish``; the first scan's networks are still being compiled
         return Prepared(plan, data, plan.seconds + time.perf_counter() - began)
 
     def predict(

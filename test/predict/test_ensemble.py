@@ -1,4 +1,5 @@
 import dataclasses
+import threading
 import weakref
 
 import numpy as np
@@ -105,6 +106,22 @@ def test_networks_that_are_loaded_ahead_are_those_that_run(tmp_path, scan, monke
     monkeypatch.setattr(machine, "free_memory_bytes", lambda: 100_000_000)  # not 16 times as much
     ensemble.load_ahead("balanced")
     assert not loads
+
+
+def test_two_networks_are_loaded_at_the_same_time(tmp_path, monkeypatch):
+    make_bundle(tmp_path, folds=2)
+    ensemble, both = Ensemble.load(tmp_path, "cpu"), threading.Barrier(2, timeout=20)
+    monkeypatch.setattr(machine, "cpu_threads", lambda: 2)
+
+    def load(spec, state):
+        both.wait()  # until the other is being loaded, too
+        return state
+
+    engine = dataclasses.replace(ensemble.engine, load=load)
+    ensemble = dataclasses.replace(ensemble, engine=engine)
+    ensemble.load_ahead("balanced")
+    found = ensemble._networks._alive
+    assert found.keys() == {member.file for member in ensemble.model.members}
 
 
 def test_what_was_loaded_ahead_goes_where_networks_may_not_stay(tmp_path, scan):
