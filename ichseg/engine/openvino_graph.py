@@ -5,6 +5,7 @@ The same network as ``network.UNet``, whose names the tensors have; a test compa
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,9 @@ from ichseg.engine.engine import NetworkSpec
 
 LEAKY_SLOPE, EPSILON = 0.01, 1e-5
 POOLED_VOXELS = 64
+# A layer with so many values is normalised by slabs, in bfloat16. For fewer, which fit the
+# processor's caches, it would not be worth the time to compile that.
+MANY, SLABS = 2**20, 4
 # Imported with the package, brings its telemetry along, and is not needed: without it, OpenVINO
 # neither loads nor sends anything, and starts faster.
 _CONVERTER = "openvino.tools.ovc"
@@ -103,6 +107,12 @@ def pooling_window(size: Sequence[int]) -> list[int]:
     return window if math.prod(window) > 1 else list(size)
 
 
+def slab_axis(size: Sequence[int]) -> tuple[int, int]:
+    """The axis that can be cut into the most equal slabs, the first of several, and how many."""
+    counts = [max(n for n in range(1, SLABS + 1) if voxels % n == 0) for voxels in size]
+    return counts.index(max(counts)), max(counts)
+
+
 class _Graph:
     """Layers, which take their tensors out of ``state``."""
 
@@ -142,6 +152,11 @@ class _Graph:
         """What comes out of a convolution, in float32."""
         return self.op.convert(x, "f32") if self.half else x
 
+    def wide_anew(self, x: Any) -> Any:
+        """As ``wide``, for a second use: OpenVINO makes one of two conversions, and stores it."""
+        like = self.op.constant(np.zeros(1, np.float32))
+        return self.op.convert_like(x, like) if self.half else x
+
     def convolution(
         self,
         x: Any,
@@ -151,7 +166,7 @@ class _Graph:
         kernel: tuple[int, ...],
         stride: tuple[int, ...],
     ) -> Any:
-        """A convolution of one input, or of two side by side.
+        """A convolution of one input, or of two side by side; the result is in its precision.
 
         Of two it is the sum of each one's, which saves putting them together.
         """
@@ -163,9 +178,9 @@ class _Graph:
             own = self.narrow(self.op.constant(np.ascontiguousarray(weight[:, first:last])))
             part = self.narrow(part)
             part = self.op.convolution(part, own, list(stride), padding, padding, dilations)
-            parts.append(self.wide(part))
+            parts.append(part)
             first = last
-        return parts[0] if len(parts) == 1 else self.op.add(*parts)
+        return parts[0] if len(parts) == 1 else self.op.add(*parts)  # in the second's registers
 
     def add_bias(self, x: Any, name: str, features: int) -> Any:
         return self.op.add(x, self.channels(self.take(name, features)))
@@ -186,18 +201,36 @@ class _Graph:
         the same way, and probabilities come out wrong by up to 0.16 (docs/decisions/0009).
         """
         weight = self.channels(self.take(f"{name}.weight", features))
-        mean = self.mean(x)
-        variance = self.mean(self.op.squared_difference(x, mean))
+        slabs = self.slabs(x)
+        mean = self.mean([self.wide(slab) for slab in slabs])
+        slabs = [self.wide_anew(slab) for slab in slabs]
+        variance = self.mean([self.op.squared_difference(slab, mean) for slab in slabs])
         deviation = self.op.sqrt(self.op.add(variance, self.op.constant(np.float32(EPSILON))))
-        x = self.op.multiply(self.op.subtract(x, mean), self.op.divide(weight, deviation))
+        x = self.op.subtract(self.wide(x), mean)
+        x = self.op.multiply(x, self.op.divide(weight, deviation))
         return self.add_bias(x, f"{name}.bias", features)
 
-    def mean(self, x: Any) -> Any:
+    def slabs(self, x: Any) -> list[Any]:
+        """A large tile in bfloat16 as equal slabs, any other as it is.
+
+        What has to be added up is then widened and added slab to slab in one pass. Of a whole
+        tile, float32 would be written, twice as many bytes as were read, and read again.
+        """
+        shape = list(x.get_output_shape(0))
+        axis, count = slab_axis(shape[2:])
+        if not self.half or math.prod(shape) < MANY or count == 1:
+            return [x]
+        return list(self.op.split(x, 2 + axis, count).outputs())
+
+    def mean(self, slabs: Sequence[Any]) -> Any:
         """The mean of each channel: that of few voxels, then of few such means, and so on."""
+        x = functools.reduce(self.op.add, slabs)
         while max(size := list(x.get_output_shape(0))[2:]) > 1:
             window = pooling_window(size)
             x = self.op.avg_pool(x, window, self.zeros, self.zeros, window, True)
-        return x
+        if len(slabs) == 1:
+            return x
+        return self.op.multiply(x, self.op.constant(np.float32(1 / len(slabs))))
 
     def activate(self, x: Any) -> Any:
         return self.op.prelu(x, self.op.constant(np.array([LEAKY_SLOPE], np.float32)))

@@ -101,8 +101,10 @@ def in_bfloat16(spec, state):
     return network
 
 
-def test_in_bfloat16_only_convolutions_are(spec):
+@pytest.mark.parametrize("many", [1, openvino_graph.MANY], ids=["by slabs", "whole"])
+def test_in_bfloat16_only_convolutions_are(spec, many, monkeypatch):
     """Mean difference 0.4 % of the range: numbers round differently after other orders of sums."""
+    monkeypatch.setattr(openvino_graph, "MANY", many)
     spec = dataclasses.replace(spec, average="logits")
     state, tiles = state_of(spec), tiles_of(spec)
     with torch.inference_mode():
@@ -144,6 +146,37 @@ def test_normalisation_is_exact_where_most_of_a_tile_is_air(device):
     chosen = choose_engine(device, "float32")
     found = scored(chosen.load(spec, state), chosen.place(tiles))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("many", [1, 2**30], ids=["by slabs", "whole"])
+@pytest.mark.parametrize("size", [(16, 48, 96), (7, 66, 33), (5, 7, 11), (240, 320)])
+def test_what_is_in_bfloat16_is_normalised_in_float32(size, many, monkeypatch):
+    """Against float64, from what the convolution gave: four fifths of it are alike, as air is."""
+    monkeypatch.setattr(openvino_graph, "MANY", many)
+    random = np.random.default_rng(3)
+    given = random.normal(1, 3, (1, 4, *size)).astype(np.float32)
+    given[..., : size[-1] * 4 // 5] = -7.3
+    weight, bias = random.normal(size=(2, 4)).astype(np.float32)
+    openvino = openvino_graph.import_openvino()
+    state = {"norm.weight": weight, "norm.bias": bias}
+    graph = openvino_graph._Graph(openvino, state, len(size), half=True)
+    entry = graph.op.parameter(list(given.shape), np.float32)
+    result = graph.normalise(graph.narrow(entry), "norm", 4)
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    model = openvino.Model([result], [entry], "norm")
+    found = openvino_engine._core().compile_model(model, "CPU", settings)([given])[0]
+    x = torch.from_numpy(given).bfloat16().double().numpy()
+    axes, shape = tuple(range(2, x.ndim)), (1, 4, *(1,) * len(size))
+    deviation = np.sqrt(x.var(axes, keepdims=True) + openvino_graph.EPSILON)
+    expected = (x - x.mean(axes, keepdims=True)) / deviation * weight.reshape(shape)
+    np.testing.assert_allclose(found, expected + bias.reshape(shape), rtol=0, atol=2e-6)
+
+
+def test_slabs_by_hand():
+    assert openvino_graph.slab_axis([16, 192, 192]) == (0, 4)
+    assert openvino_graph.slab_axis([6, 10, 9]) == (0, 3)
+    assert openvino_graph.slab_axis([11, 30, 28]) == (2, 4)
+    assert openvino_graph.slab_axis([13, 7]) == (0, 1)  # nothing divides it
 
 
 def test_pooling_windows_by_hand():

@@ -37,7 +37,7 @@ def test_full_is_the_mean_softmax_over_folds_and_mirrors(tmp_path, scan):
                 mirror_axes=(0, 1, 2),
             )
     expected = restore([(total / 2, case.placement)], PLANS)
-    result = Ensemble.load(tmp_path, "cpu").segment(scan, "full")
+    result = Ensemble.load(tmp_path, "cpu", "float32").segment(scan, "full")
     assert 0.05 < expected.mean() < 0.99  # or nothing would be compared
     assert np.mean(result.mask.voxels != expected) < 1e-3
     assert result.mask.direction == scan.direction
@@ -202,7 +202,7 @@ def test_a_gpu_that_is_not_there_is_said(tmp_path):
 
 def test_the_reference_gives_the_same_mask(tmp_path, scan):
     make_bundle(tmp_path)
-    ensembles = [Ensemble.load(tmp_path, device) for device in ("cpu", "torch-cpu")]
+    ensembles = [Ensemble.load(tmp_path, device, "float32") for device in ("cpu", "torch-cpu")]
     assert [ensemble.engine.name.split()[0] for ensemble in ensembles] == ["OpenVINO", "torch"]
     masks = [ensemble.segment(scan, "fast").mask.voxels for ensemble in ensembles]
     assert 0.05 < masks[0].mean() < 0.99
