@@ -94,8 +94,7 @@ def _check_place(raw: bytes, end: str) -> None:
     if scode > 0:
         used += struct.unpack_from(end + "12f", raw, 280)
     used_mm = [value * mm_per_unit(raw) for value in used]
-    lengths = struct.unpack_from(end + "3h", raw, 42)
-    if any(mm == 0 and n > 1 for mm, n in zip(used[:3], lengths, strict=True)):  # 1 mm for ITK
+    if 0 in used[: min(3, len(_size(raw, end)))]:  # 1 mm for ITK, of a single slice too
         raise DamagedError(f"voxels of {times(used_mm[2::-1], 4)} mm, expected more than 0")
     odd = [value for value in used_mm if not abs(value) <= FARTHEST_MM]  # NaN is not, either
     if odd:

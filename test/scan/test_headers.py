@@ -19,6 +19,7 @@ from hypothesis.extra import numpy as arrays
 from ichseg.errors import InputError
 from ichseg.scan import metaimage, reader, volume
 from ichseg.scan.nifti import frames_differ
+from ichseg.scan.volume import Volume
 
 VOXELS = np.random.default_rng(1).integers(-1000, 2000, (3, 4, 5)).astype(np.int16)
 MHA = """ObjectType = Image
@@ -242,6 +243,18 @@ def test_a_voxel_without_a_size_is_refused(tmp_path, codes):
     """ITK takes 0 for 1 mm, which makes each volume in mL a fifth."""
     with pytest.raises(InputError, match=r"voxels of 0x0\.6x0\.5 mm, expected more than 0"):
         volume.read(framed(tmp_path, codes=codes, pixdim=(0.5, 0.6, 0)))
+
+
+def test_a_single_slice_without_a_thickness_is_refused(tmp_path):
+    """Of a single slice, too, its volume in mL is what it says of a voxel's size."""
+    path = tmp_path / "slice.nii"
+    volume.write(Volume(np.zeros((1, 20, 30), np.int16), (5.0, 0.6, 0.5)), path)
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<f", content, 88, 0.0)
+    struct.pack_into("<h", content, 254, 0)  # no sform, which would tell another size
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"slice\.nii: .*voxels of 0x0\.6x0\.5 mm, expected more"):
+        volume.read(path)
 
 
 def test_lengths_that_are_rounded_or_not_in_use_are_let_through(tmp_path):
