@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from ichseg.app.follow_up import growth, page
 from ichseg.app.follow_up.growth import Change, compare_lesions
 from ichseg.app.follow_up.page import FIRST, SECOND, FollowUp
 from ichseg.app.one_case import optional
-from ichseg.errors import InputError
+from ichseg.errors import InputError, OutputError
 from ichseg.files import WRITTEN_SUFFIXES, remove_if_there, replacing, suffix_of
 from ichseg.model import strict_json
 from ichseg.report import PAGE_FILE, REPORT_FOLDER, case_files
@@ -51,6 +52,11 @@ class Study:
     warnings: tuple[str, ...]
 
     @property
+    def name(self) -> str:
+        """The name of its file or folder, of ``.`` and ``..`` too."""
+        return self.path.name if self.path.name.strip(".") else self.path.resolve().name
+
+    @property
     def volume_ml(self) -> float:
         """The volume of all that is in the mask."""
         return int(np.count_nonzero(self.mask.voxels)) * self.mask.voxel_ml
@@ -68,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     for path in paths:  # before anything that takes long
         if not path.exists():
             raise InputError(f"{path}: no such file or folder, expected a scan")
+    _check_output(arguments.output)
     if arguments.masks:
         studies = [
             _with_mask(path, mask) for path, mask in zip(paths, arguments.masks, strict=True)
@@ -84,6 +91,20 @@ def run(arguments: argparse.Namespace) -> int:
         found = _write(arguments.output, before, after, found)
     _say(found)
     return 0
+
+
+def _check_output(output: Path) -> None:
+    """Refuse a folder that could not be written in the end, or that others' results are in."""
+    folder = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: not a folder, expected one to write to")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder}: cannot be written (permission denied)")
+    if (output / results.FILE).exists():
+        raise OutputError(
+            f"{output / results.FILE}: what was found in other scans, whose page this one would "
+            "replace; expected another --output"
+        )
 
 
 def _load(arguments: argparse.Namespace) -> Ensemble:
@@ -137,7 +158,7 @@ def _with_mask(path: Path, mask_path: Path) -> Study:
 
 def _compare(before: Study, after: Study, alignment: register.Alignment) -> FollowUp:
     warnings = [
-        f"{study.path.name}: {warning}" for study in (before, after) for warning in study.warnings
+        f"{study.name}: {warning}" for study in (before, after) for warning in study.warnings
     ]
     if alignment.agreement < _LEAST_AGREEMENT:
         warnings.append(
@@ -153,7 +174,7 @@ def _compare(before: Study, after: Study, alignment: register.Alignment) -> Foll
             "volumes of all lesions together say nothing of growth"
         )
     change = Change(before.volume_ml, after.volume_ml)
-    names = (before.path.name, after.path.name)
+    names = (before.name, after.name)
     return FollowUp(names, change, changes, alignment, warnings)
 
 
@@ -216,6 +237,7 @@ def _write(output: Path, before: Study, after: Study, found: FollowUp) -> Follow
 
 def _facts(found: FollowUp) -> dict[str, Any]:
     """What ``follow_up.json`` holds."""
+    judged = found.expansion is not None and not found.change.is_new
     return {
         "schema_version": 1,
         "version": __version__,
@@ -223,7 +245,7 @@ def _facts(found: FollowUp) -> dict[str, Any]:
         "after": found.scans[1],
         **_numbers(found.change),
         "expansion": {
-            "is_expansion": None if found.expansion is None else bool(found.expansion),
+            "is_expansion": bool(found.expansion) if judged else None,
             "limits_passed": list(found.expansion or ()),
             "definition": growth.DEFINITION,
         },

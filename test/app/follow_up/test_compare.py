@@ -1,8 +1,8 @@
 """``compare-scans`` run as a user runs it, with masks given, so that no network is needed."""
 
 import json
+import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from helpers.dicom_files import write_stack
 
 from ichseg.app.follow_up import arguments, compare, growth, page
 from ichseg.app.main import main
-from ichseg.errors import InputError
+from ichseg.errors import InputError, OutputError
 from ichseg.scan import reader, register, volume
 from ichseg.scan.volume import Volume, to_itk
 
@@ -182,7 +182,9 @@ def test_a_new_bleed_is_not_called_no_expansion(tmp_path, monkeypatch, capsys):
     assert change.is_new
     assert not growth.Change(0.0, 0.0).is_new
     assert not growth.Change(1.0, 22.0).is_new
-    found = SimpleNamespace(change=change, expansion=(), lesions=(), warnings=())
+    alignment = register.Alignment(sitk.Euler3DTransform(), 0.0, 0.0, 1.0)
+    found = page.FollowUp(("monday", "tuesday"), change, (), alignment, ())
+    assert compare._facts(found)["expansion"]["is_expansion"] is None
     compare._say(found)
     said = capsys.readouterr().err
     assert "a new bleed, not judged as haematoma expansion" in said
@@ -236,6 +238,32 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(studies, tmp_path, posi
         compare.run(arguments.parse(given[1:]))
     assert not (tmp_path / "out").exists()
     assert main(given) == 1
+
+
+def test_an_output_that_cannot_be_used_is_refused_before_the_work(studies, tmp_path, monkeypatch):
+    monkeypatch.setattr(register, "register", lambda *_: pytest.fail("the scans were compared"))
+    taken, locked, others = (tmp_path / name for name in ("taken", "locked", "others"))
+    taken.write_bytes(b"a file")
+    locked.mkdir(mode=0o555)
+    monkeypatch.setattr(os, "access", lambda path, *_: path != locked)  # root may write anywhere
+    others.mkdir()
+    (others / "results.json").write_text("[]")
+    for output, said in (
+        (taken, r"taken: not a folder, expected one"),
+        (taken / "deeper", r"taken: not a folder, expected one"),
+        (locked / "deeper", r"locked: cannot be written \(permission denied\)"),
+        (others, r"results\.json: what was found in other scans, .* expected another --output"),
+    ):
+        with pytest.raises(OutputError, match=said):
+            compare.run(arguments.parse(command(studies, output)[1:]))
+    left = {path.name for path in tmp_path.rglob("*")}
+    assert left == {"taken", "locked", "others", "results.json"}
+
+
+def test_a_scan_in_the_folder_at_hand_has_that_folders_name(studies, monkeypatch):
+    monkeypatch.chdir(studies)
+    named = [compare.Study(Path(p), None, None, ()).name for p in (".", "..", "monday.nii.gz")]
+    assert named == [studies.name, studies.parent.name, "monday.nii.gz"]
 
 
 @pytest.mark.parametrize(
