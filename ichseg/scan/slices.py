@@ -48,7 +48,8 @@ def check(volume: Volume, name: Path | str) -> list[str]:
     some = planes[:, :: steps[0], :: steps[1]].astype(np.float32)
     pixel_mm2 = mm[1] * mm[2] * steps[0] * steps[1]
     sides_mm = [size * step for size, step in zip(planes.shape, mm, strict=True)]
-    return _about_order(some, name) + _about_size(some, pixel_mm2, mm[0], min(sides_mm))
+    about = _about_order(some, name) + _about_copies(some)
+    return about + _about_size(some, pixel_mm2, mm[0], min(sides_mm))
 
 
 def _about_order(planes: npt.NDArray[np.float32], name: Path | str) -> list[str]:
@@ -60,9 +61,7 @@ def _about_order(planes: npt.NDArray[np.float32], name: Path | str) -> list[str]
     if not _LEAST_SLICES <= len(planes) <= _MOST_SLICES:
         return []
     likeness, most_like = _likeness(planes)
-    contrast = np.clip(planes, _LOW_HU, _HIGH_HU).var((1, 2))
-    shown = contrast >= _LEAST_SHOWN * float(np.median(contrast))  # nearly empty ones are all alike
-    stray = np.flatnonzero((likeness < _MUCH_NEARER) & shown)
+    stray = np.flatnonzero((likeness < _MUCH_NEARER) & _shown(planes))
     if len(stray) > _MOST_STRAY * len(planes):
         stray = stray[~_are_mirrored(stray, most_like[stray])]
     if len(stray) < _LEAST_STRAY:
@@ -74,6 +73,26 @@ def _about_order(planes: npt.NDArray[np.float32], name: Path | str) -> list[str]
     if len(stray) > _MOST_STRAY * len(planes):
         raise InputError(f"{name}: {found}; expected slices in their order, of one scan")
     return [f"{found}: are they in their order, and of one scan?"]
+
+
+def _shown(planes: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Which slices show enough to be compared: nearly empty ones are all alike."""
+    contrast = np.clip(planes, _LOW_HU, _HIGH_HU).var((1, 2))
+    enough = contrast >= _LEAST_SHOWN * float(np.median(contrast))
+    shown: npt.NDArray[np.bool_] = enough & (contrast > 0)
+    return shown
+
+
+def _about_copies(planes: npt.NDArray[np.float32]) -> list[str]:
+    """Words for slices that are the one below again: noise alone makes two scanned ones differ."""
+    same = (planes[1:] == planes[:-1]).all((1, 2)) & _shown(planes)[1:]
+    if not same.any():
+        return []
+    return [
+        f"{counted(int(same.sum()), 'slice')} of {len(planes)} show the same as the one below, "
+        f"voxel by voxel, such as number {int(same.argmax()) + 2} from below: copies lie where "
+        "others should, or the scan was brought to thinner slices"
+    ]
 
 
 def _are_mirrored(

@@ -91,8 +91,23 @@ def test_a_ball_is_in_order():
         slices.check(in_order(ball, shuffled), PATH)
 
 
-def test_a_slice_that_is_there_twice_is_no_disorder(head):
-    assert slices.check(in_order(head, [*range(8), 7, 7, *range(8, 29)]), PATH) == []
+def test_a_slice_that_is_there_twice_is_no_disorder_but_is_told(head):
+    (warning,) = slices.check(in_order(head, [*range(8), 7, 7, *range(8, 29)]), PATH)
+    assert warning.startswith("2 slices of 31 show the same as the one below, voxel by voxel, such "
+                              "as number 9 from below")  # fmt: skip
+
+
+def test_copies_in_the_place_of_other_slices_are_told(head):
+    """Ten slices of an export were the pixels of the first of them, and the mask said nothing."""
+    (warning,) = slices.check(in_order(head, [*range(10), *[10] * 10, *range(20, 29)]), PATH)
+    assert warning.startswith("9 slices of 29 show the same")
+
+
+def test_slices_of_air_or_of_one_value_are_no_copies(head):
+    voxels = head.voxels.copy()
+    voxels[:5] = -1000
+    voxels[-3:] = -900
+    assert slices.check(Volume(voxels, head.spacing_mm, direction=head.direction), PATH) == []
 
 
 @pytest.mark.parametrize(

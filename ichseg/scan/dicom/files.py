@@ -11,6 +11,7 @@ from ichseg.wording import counted
 
 MOST_FILES = 20_000  # in one case
 MARK_AT, MARK = 128, b"DICM"
+_FIRST_GROUPS = (b"\2\0", b"\x08\0")  # which a DICOM file without the preamble begins with
 _DEEPEST = 8  # folders in folders
 
 
@@ -38,10 +39,11 @@ def is_dicom(path: Path) -> bool:
 
 
 def has_mark(path: Path) -> bool:
-    """Whether a file has DICOM's mark. Those without the preamble are not looked for.
+    """Whether a file has DICOM's mark.
 
     Raises:
-        InputError: It cannot be read, or is the beginning of a slice, or empty under such a name.
+        InputError: It cannot be read, or is the beginning of a slice, or empty under such a name,
+            or begins as a DICOM file does after the preamble: it is not read, but could be a slice.
     """
     try:
         with path.open("rb", buffering=0) as stream:
@@ -51,7 +53,10 @@ def has_mark(path: Path) -> bool:
     named_as_slice = not path.suffix or path.suffix[1:].isdecimal()  # IM0001, or a UID
     if named_as_slice and len(start) < MARK_AT + 4 and not start.strip(b"\0"):
         raise InputError(f"{path}: cut off, {counted(len(start), 'byte')}")
-    return start[MARK_AT:] == MARK
+    has_it = start[MARK_AT:] == MARK
+    if named_as_slice and not has_it and start[:2] in _FIRST_GROUPS:
+        raise InputError(f"{path}: DICOM without a preamble, expected DICM at byte 128")
+    return has_it
 
 
 def walk(folder: Path, *, follow_links: bool = False) -> Listing:

@@ -18,6 +18,7 @@ from ichseg.scan.dicom.stacking import refuse_without_frame
 from ichseg.wording import counted
 
 ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
+_LEGACY_ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.2"  # slices that were put into one file later
 _MOST_NAMED = 3  # of the files that are unreadable
 
 
@@ -92,7 +93,7 @@ def _sort(path: Path, found: Sorted, study: str) -> None:
     if study and file.text("StudyInstanceUID") != study:
         return
     kind, modality = file.text("SOPClassUID"), file.text("Modality")
-    if kind == ENHANCED_CT:
+    if kind in (ENHANCED_CT, _LEGACY_ENHANCED_CT):
         raise file.fault("an Enhanced CT image, many slices in one file; expected a file a slice")
     if not kind and not file.pixels_at:  # a medium's directory
         return
@@ -101,6 +102,8 @@ def _sort(path: Path, found: Sorted, study: str) -> None:
         found.others[what].append(file)
     elif "LOCALIZER" in file.text("ImageType").upper():
         found.others["of a localiser"].append(file)
+    elif file.integer("NumberOfFrames") not in (None, 1):
+        raise file.fault("many slices in one file; expected a file a slice")
     else:
         refuse_without_frame(file)
         found.slices.append(file)

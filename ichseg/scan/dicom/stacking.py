@@ -22,12 +22,15 @@ from ichseg.scan.stored import MOST_VOXELS
 from ichseg.wording import counted, times
 
 _SAME_PLACE_MM = 0.01  # two slices this near lie at the same place
-_ROUNDED_MM = 0.1  # by which positions of copies differ within the plane: some are rounded
+_ROUNDED_MM = 0.1  # by which positions of copies differ: some are rounded
 _WIDEST_GAP_MM = 15.0  # a lesion of more than 1 mL could lie in a wider one
 _GAP = 1.5  # a step is one if it is so many times what it should be
 _PARALLEL = 5e-3  # of direction cosines, some of which are written with two decimals
 _LARGEST = 4096  # rows, columns
-_LEAST_ACQUISITION = 3  # slices; of fewer, taken in turn, a scan may be made
+_LEAST_PART = 3  # slices of an acquisition or kernel; of fewer, in turn, a scan may be made
+# What slices of one scan share, or else have one after the other along the patient. Series differ
+# in the first two even where whoever took the names away gave all of them one UID.
+_OF_ONE_SCAN = ("SeriesNumber", "ConvolutionKernel", "AcquisitionNumber")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,8 @@ def group_by_frame(slices: Iterable[DicomFile]) -> list[list[DicomFile]]:
     """Slices of one series, frame of reference, size and orientation together.
 
     Their numbers may be rounded in whatever way. Positions in two frames of reference have nothing
-    to do with each other. Acquisitions that lie within each other are told apart, too.
+    to do with each other. Parts of other numbers or kernels that lie within each other are told
+    apart, too.
     """
     groups: list[tuple[tuple[object, ...], npt.NDArray[np.float64], list[DicomFile]]] = []
     for file in slices:
@@ -80,26 +84,29 @@ def group_by_frame(slices: Iterable[DicomFile]) -> list[list[DicomFile]]:
                 break
         else:
             groups.append((same, frame, [file]))
-    return [scan for _, _, group in groups for scan in _by_acquisition(group)]
+    scans = [group for _, _, group in groups]
+    for keyword in _OF_ONE_SCAN:
+        scans = [scan for group in scans for scan in _told_apart(group, keyword)]
+    return scans
 
 
-def _by_acquisition(group: list[DicomFile]) -> list[list[DicomFile]]:
-    """Slices of one frame, without those of an acquisition that was made again.
+def _told_apart(group: list[DicomFile], keyword: str) -> list[list[DicomFile]]:
+    """Slices of one frame, without those of a part that was made again.
 
     A scan may be taken in many acquisitions, one after the other along the patient. One that lies
     for the most part within another is a second scan: the head may have moved in between, and their
-    slices in turn would be a head that there never was.
+    slices in turn would be a head that there never was. So would those of two kernels.
     """
-    numbers: dict[str, list[DicomFile]] = {}
+    parts: dict[str, list[DicomFile]] = {}
     for file in group:
-        numbers.setdefault(file.text("AcquisitionNumber"), []).append(file)
-    if len(numbers) < 2:
+        parts.setdefault(file.text(keyword), []).append(file)
+    if len(parts) < 2:
         return [group]
     orientation = np.array(group[0].numbers("ImageOrientationPatient", 6))
     normal = np.cross(orientation[:3], orientation[3:])
     scans: list[list[tuple[float, float, list[DicomFile]]]] = []
-    for number in sorted(numbers, key=lambda text: (len(text), text)):
-        files = numbers[number]
+    for value in sorted(parts, key=lambda text: (len(text), text)):
+        files = parts[value]
         places = [
             float(normal @ (f.numbers("ImagePositionPatient", 3) or (0, 0, 0))) for f in files
         ]
@@ -118,8 +125,8 @@ def _by_acquisition(group: list[DicomFile]) -> list[list[DicomFile]]:
 def _lies_within(
     one: tuple[float, float, list[DicomFile]], other: tuple[float, float, list[DicomFile]]
 ) -> bool:
-    """Whether half or more of the shorter of two acquisitions, from, to and slices, is in both."""
-    if min(len(one[2]), len(other[2])) < _LEAST_ACQUISITION:
+    """Whether half or more of the shorter of two parts, from, to and slices, is in both."""
+    if min(len(one[2]), len(other[2])) < _LEAST_PART:
         return False
     shared = min(one[1], other[1]) - max(one[0], other[0])
     return shared > 0 and shared >= 0.5 * min(one[1] - one[0], other[1] - other[0])
@@ -174,9 +181,14 @@ def _one_at_each_place(
     """
     kept: list[int] = []
     for i, file in enumerate(files):
-        if not kept or places[i, 0] - places[kept[-1], 0] > _SAME_PLACE_MM:
+        apart_mm = abs(places[i] - places[kept[-1]]) if kept else np.full(3, np.inf)
+        if apart_mm[0] > _ROUNDED_MM:
             kept.append(i)
-        elif not _is_copy(files[kept[-1]], file, abs(places[i] - places[kept[-1]])):
+        elif _is_copy(files[kept[-1]], file, apart_mm):
+            continue
+        elif apart_mm[0] > _SAME_PLACE_MM:
+            kept.append(i)
+        else:
             raise InputError(
                 f"{folder}: {files[kept[-1]].path.name} and {file.path.name} lie at the same "
                 "place and differ, expected one slice at each place: the slices of one acquisition"
@@ -222,6 +234,13 @@ def _about_steps(folder: Path, files: Sequence[DicomFile], stack: Stack) -> list
                     f"{following.path.name}, expected about {expected:.3g}: slices are missing"
                 )
     words = []
+    thicknesses = [v[0] for file in files if (v := file.numbers("SliceThickness", 1)) and v[0] > 0]
+    thick = float(np.median(thicknesses)) if thicknesses else usual
+    if usual > _GAP * thick + 0.05:
+        words.append(
+            f"slices {thick:.3g} mm thick lie {usual:.3g} mm apart: what lies between was not "
+            "scanned, or every other slice is missing"
+        )
     if gaps:
         words.append(
             f"slices are missing in {counted(gaps, 'place')}: up to {widest:.3g} mm from "

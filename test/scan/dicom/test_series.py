@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ichseg.errors import InputError
+from ichseg.scan.dicom.elements import CT_IMAGE
 from ichseg.scan.dicom.series import find_series, read_series
 from ichseg.scan.dicom.sorting import ENHANCED_CT
 from ichseg.scan.reader import read_scan
@@ -102,6 +103,23 @@ def test_copies_are_taken_once_and_differing_ones_refused(tmp_path):
         find_series(tmp_path)
 
 
+def test_copies_whose_positions_are_rounded_are_copies(tmp_path):
+    """Counted as slices they made the usual step, and the grid a hundred times as fine."""
+    write(tmp_path)
+    for path in sorted(tmp_path.glob("*.dcm")):
+        made = pydicom.dcmread(path)
+        made.ImagePositionPatient[2] += 0.04
+        made.save_as(path.with_name(f"rounded_{path.name}"))
+    series = find_series(tmp_path)
+    assert [file.path.name for file in series.slices] == [
+        "000.dcm",
+        "007.dcm",
+        "014.dcm",
+        "021.dcm",
+    ]
+    assert series.warnings == ("4 slices are there twice, one of each was taken",)
+
+
 @pytest.mark.parametrize("change", ["RescaleIntercept", "RescaleSlope", "ImagePositionPatient"])
 def test_the_same_pixels_of_another_scale_or_beside_it_are_no_copy(tmp_path, change):
     write(tmp_path)
@@ -172,6 +190,15 @@ def test_a_missing_slice_is_mended_in_words_and_a_wide_gap_refused(tmp_path):
     assert thick.warnings == ()
 
 
+def test_every_second_slice_missing_is_said(tmp_path):
+    """The steps are even, so only the slices' thickness tells."""
+    heights = (0, 10, 20, 30)
+    (warning,) = find_series(write(tmp_path / "half", heights, SliceThickness=5)).warnings
+    assert warning.startswith("slices 5 mm thick lie 10 mm apart")
+    for mm in (10, 7, 20, 0):
+        assert find_series(write(tmp_path / str(mm), heights, SliceThickness=mm)).warnings == ()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -205,8 +232,14 @@ def test_what_is_no_series_is_refused(tmp_path):
     one(tmp_path)
     with pytest.raises(InputError, match="of 1 slice at one place, expected a volume"):
         find_series(tmp_path)
-    one(tmp_path, SOPClassUID=ENHANCED_CT)
-    with pytest.raises(InputError, match="an Enhanced CT image, many slices in one file"):
+    for enhanced in (ENHANCED_CT, f"{CT_IMAGE}.2"):
+        one(tmp_path, SOPClassUID=enhanced)
+        with pytest.raises(InputError, match="an Enhanced CT image, many slices in one file"):
+            find_series(tmp_path)
+    one(tmp_path, NumberOfFrames=2, PixelData=bytes(2 * 960))
+    with pytest.raises(
+        InputError, match=r"x\.dcm: many slices in one file; expected a file a slice"
+    ):
         find_series(tmp_path)
 
 
@@ -244,6 +277,20 @@ def test_a_damaged_file_is_left_out_by_name(tmp_path):
         other.write_bytes(whole[:400])
     with pytest.raises(InputError, match=r"000\.dcm: cut off.* \(and 4 more files\)"):
         find_series(tmp_path)
+
+
+def test_slices_without_a_preamble_are_missed_in_words(tmp_path):
+    """Without a suffix nothing else told them from any other file."""
+    write(tmp_path, heights=(*HEIGHTS, 20.0))
+    for path in sorted(tmp_path.glob("*.dcm")):
+        path.rename(path.with_suffix(""))
+    (tmp_path / "000").write_bytes((tmp_path / "000").read_bytes()[132:])
+    (tmp_path / "README").write_text("the slices of a head" * 20)
+    series = find_series(tmp_path)
+    assert len(series.slices) == 4
+    assert series.warnings[0].endswith(
+        "as a slice: 000 (DICOM without a preamble, expected DICM at byte 128)"
+    )
 
 
 def test_links_that_lead_out_and_folders_too_deep_are_left_out(tmp_path):
@@ -308,6 +355,32 @@ def test_a_second_acquisition_between_the_slices_of_the_first_is_left_out(tmp_pa
         "left out: 1 other series or parts of one, series 2 of 4 slices, acquisition 2"
         in (series.warnings[0])
     )
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        ({"ConvolutionKernel": "H31s"}, {"ConvolutionKernel": "H60s"}),
+        ({"SeriesNumber": "2"}, {"SeriesNumber": "3"}),
+    ],
+)
+@pytest.mark.parametrize("shift", [0.0, 2.5])
+def test_series_that_were_given_one_uid_are_told_apart(tmp_path, own, other, shift):
+    """Slices of a soft and a bone kernel in turn were one scan of half the step, without a word."""
+    write(tmp_path, **own)
+    write(tmp_path / "other", heights=[h + shift for h in HEIGHTS], **other)
+    series = find_series(tmp_path)
+    ((keyword, value),) = own.items()
+    assert {file.text(keyword) for file in series.slices} == {value}
+    assert len(series.slices) == 4
+    assert series.warnings[0].startswith("left out: 1 other series or parts of one")
+
+
+def test_kernels_one_after_the_other_are_one_scan(tmp_path):
+    """Such as the skull base and what lies above."""
+    write(tmp_path, ConvolutionKernel="H31s")
+    write(tmp_path / "above", heights=(20.0, 25.0, 30.0), ConvolutionKernel="H40s")
+    assert len(find_series(tmp_path).slices) == 7
 
 
 def test_a_part_that_was_taken_again_is_left_out(tmp_path):
