@@ -38,7 +38,7 @@ from training.data.workspace import (
     run_folder,
     selection_file,
 )
-from training.fit.checkpoint import load_checkpoint
+from training.fit.checkpoint import load_checkpoint, weights_digest
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun, open_run
 from training.planning.planned import load_plans
@@ -153,6 +153,19 @@ def export(
     return model
 
 
+def is_of_checkpoint(model: Model, run: FoldRun) -> bool:
+    """Whether a bundle holds the weights that a fold has now, whatever the times of the files say.
+
+    Bundles of earlier versions do not tell, and count as holding others.
+    """
+    file = CHECKPOINTS[model.provenance.get("checkpoint", "latest")]
+    now = load_checkpoint(run.folder / file, run.plans, run.configuration, run.cases)["network"]
+    held = model.provenance.get("folds", {}).get(
+        splits.fold_key(run.configuration.name, run.fold), {}
+    )
+    return bool(held.get("weights") == weights_digest(now))
+
+
 def describe_plans(planned: Plans) -> str:
     """Say what a bundle is for and what not, by its plans."""
     names = ", ".join(region.name for region in planned.foreground)
@@ -235,6 +248,7 @@ def _provenance(
             "ended": part.checkpoint["finished"] or "best checkpoint",
             "checked_cases": count,
             "trained_on": splits.digest_names(part.run.cases.train),
+            "weights": weights_digest(part.checkpoint["network"]),
             "config": strict_json.to_json(part.run.config),
         }
         for part, count in zip(trained, checked, strict=True)
