@@ -253,6 +253,17 @@ def test_fold_all_is_taken_if_wanted_or_alone(tmp_path):
         found("d", folds=["0", "1"])
 
 
+def test_a_fold_without_the_checkpoint_is_left_out_with_a_word(tmp_path, caplog):
+    theirs.write(tmp_path, SMALL, "2d", folds=("1", "4"), file="checkpoint_best.pth")
+    folder = theirs.write(tmp_path, SMALL, "2d", folds=("0", "2"))
+    model = import_folders([folder], tmp_path / "bundle")
+    assert [member.fold for member in model.members] == ["0", "2"]
+    assert f"{folder}: no checkpoint_final.pth in fold_1, fold_4; left out" in caplog.messages
+    caplog.clear()
+    import_folders([folder], tmp_path / "named", folds=["0"])
+    assert "left out" not in caplog.text
+
+
 def test_the_best_checkpoint_is_taken_only_if_wanted(tmp_path):
     folder = theirs.write(tmp_path, SMALL, "2d", file="checkpoint_best.pth")
     message = r"no fold_0, fold_1, \.\.\./checkpoint_final.pth; there is a checkpoint_best.pth"

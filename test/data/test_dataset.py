@@ -119,6 +119,15 @@ def test_a_reference_whose_axes_run_otherwise_is_refused(tmp_path, frame):
         read_case(Case("a", case.images, tmp_path / "label.mha"), LABELS)
 
 
+def test_labels_of_one_name_are_refused(tmp_path):
+    """Scores go by name: those of the second were taken for those of both."""
+    labels = {"0": "background", "1": "bleed", "2": "oedema", "3": "bleed"}
+    source = write_msd(tmp_path / "source", labels=labels)
+    with pytest.raises(DatasetError, match="several labels are called bleed, expected a name"):
+        convert(source, tmp_path / "work")
+    assert not (tmp_path / "work" / "dataset.json").exists()
+
+
 @pytest.mark.parametrize(("count", "ignored"), [(129, None), (128, 128)])
 def test_labels_that_a_stored_case_cannot_hold_are_refused(count, ignored):
     """Its target is int8: 128 would become -128, and be lost without a word."""

@@ -237,7 +237,7 @@ def test_all_problems_are_logged(tmp_path, caplog):
 def test_instance_refuses_a_case_in_two_files(tmp_path):
     source = write_instance(tmp_path / "source")
     volume.write(Volume(make_voxels(5), SPACING_MM), source / "train/data/001.nii")
-    with pytest.raises(DatasetError, match=r"train/data: two files of one case"):
+    with pytest.raises(DatasetError, match=r"train/data: two files of one case, 001\.nii and 001"):
         convert(source, tmp_path / "work")
 
 

@@ -146,6 +146,16 @@ def test_what_has_changed_is_done_again(copy, dataset):
     assert what_is_left(dataset, copy) == ["export"]
 
 
+def test_a_bundle_of_former_weights_is_made_anew_whatever_the_times_of_files_say(copy, dataset):
+    """A copy of a workspace may have lost them, and a checkpoint that was put back has older."""
+    again = ["train", "3d_fullres", "--workspace", str(copy), "--fold", "0", "--restart"]
+    settings = TINY[TINY.index("--epochs") : TINY.index("--folds")]
+    assert command([*again, *settings, "--seed", "9"]) == 0
+    for path in copy.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    assert "export" in what_is_left(dataset, copy)
+
+
 def test_a_bundle_of_more_folds_than_asked_for_is_made_anew(copy, dataset):
     assert "export" in what_is_left(dataset, copy, "--folds", "0")
 

@@ -13,6 +13,7 @@ from helpers.tiny_runs import ALL_FOLDS, NAMES, arguments, run_here, stages, wri
 
 from ichseg.errors import TrainingError
 from ichseg.model import bundle
+from ichseg.model.rules import ComponentRule
 from ichseg.predict.ensemble import Ensemble
 from ichseg.scan import volume
 from training.__main__ import main as command
@@ -83,6 +84,17 @@ def test_the_selected_bundle_segments(whole, dataset, tmp_path):
     found = ensemble.segment(image, "fast")
     assert set(np.unique(found.mask.voxels)) <= {0, 1}
     assert len(found.ran["networks"]) == len(ensemble.model.averaged)
+
+
+def test_a_bundle_of_other_rules_than_were_selected_is_made_anew(whole, dataset, tmp_path):
+    workspace = shutil.copytree(whole[0], tmp_path / "copy")
+    folder = workspace / "bundles" / "selected"
+    model = bundle.load_model(folder)
+    more = (*model.rules, ComponentRule(label=1, drop_below_ml=0.123))
+    bundle.save_model(folder, dataclasses.replace(model, rules=more))
+    done = []
+    run_here(whole_arguments(dataset, workspace), lambda words: done.append(words) or 0)
+    assert stages(done) == ["export"]
 
 
 def test_what_was_selected_is_not_selected_again_until_a_fold_changes(whole, dataset, caplog):

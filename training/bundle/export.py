@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import datetime
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from ichseg.model.plans import Plans
 from ichseg.model.rules import ComponentRule
 from training.bundle import model_card
 from training.bundle.identity import BY_DEFAULT, Identity, add_identity_arguments, identity_from
-from training.bundle.rounding import check_rounding
+from training.bundle.rounding import RoundingError, check_rounding
 from training.crossval import cascade_labels, selection
 from training.data import dataset, splits
 from training.data.dataset import Dataset
@@ -37,7 +38,7 @@ from training.data.workspace import (
     run_folder,
     selection_file,
 )
-from training.fit.checkpoint import load_checkpoint
+from training.fit.checkpoint import load_checkpoint, weights_digest
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun, open_run
 from training.planning.planned import load_plans
@@ -93,8 +94,8 @@ def export(
         What was written to ``model.json``.
 
     Raises:
-        TrainingError: No fold of a configuration has finished, or rounding changes a mean Dice by
-            more than 0.001.
+        TrainingError: No fold of a configuration has finished.
+        RoundingError: Rounding changes a mean Dice by more than 0.001.
     """
     planned = load_plans(workspace)
     trained = [
@@ -150,6 +151,19 @@ def export(
     bundle.save_model(out, model)  # last, as a folder that has it counts as a bundle
     _remove_others(out, members)
     return model
+
+
+def is_of_checkpoint(model: Model, run: FoldRun) -> bool:
+    """Whether a bundle holds the weights that a fold has now, whatever the times of the files say.
+
+    Bundles of earlier versions do not tell, and count as holding others.
+    """
+    file = CHECKPOINTS[model.provenance.get("checkpoint", "latest")]
+    now = load_checkpoint(run.folder / file, run.plans, run.configuration, run.cases)["network"]
+    held = model.provenance.get("folds", {}).get(
+        splits.fold_key(run.configuration.name, run.fold), {}
+    )
+    return bool(held.get("weights") == weights_digest(now))
 
 
 def describe_plans(planned: Plans) -> str:
@@ -234,6 +248,7 @@ def _provenance(
             "ended": part.checkpoint["finished"] or "best checkpoint",
             "checked_cases": count,
             "trained_on": splits.digest_names(part.run.cases.train),
+            "weights": weights_digest(part.checkpoint["network"]),
             "config": strict_json.to_json(part.run.config),
         }
         for part, count in zip(trained, checked, strict=True)
@@ -277,6 +292,17 @@ def _remove_others(out: Path, members: Sequence[Member]) -> None:
     for path in out.glob("*.safetensors"):
         if path.name not in {member.file for member in members}:
             path.unlink()
+
+
+def _unchecked(args: argparse.Namespace) -> str:
+    """The command that exports the same networks unchecked; `run` has no flag that would say so."""
+    words = ["export", "--workspace", str(args.workspace)]
+    if args.configuration is not None:
+        words += ["--configuration", args.configuration]
+    words += ["--out", str(args.out)]
+    if args.folds is not None:
+        words += ["--folds", args.folds]
+    return shlex.join([*words, "--checkpoint", args.checkpoint, "--check-cases", "0"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -335,17 +361,23 @@ def main(args: argparse.Namespace) -> int:
         selected = selection.load(args.workspace)
         selection.require_current(args.workspace, selected)
         configurations, rules = selected.configurations, selected.rules
-    model = export(
-        args.workspace,
-        configurations,
-        _wanted_folds(args.workspace, args.folds),
-        args.out,
-        rules=rules,
-        checkpoint=args.checkpoint,
-        check_cases=args.check_cases,
-        identity=identity_from(args),
-        card_notes=card_notes,
-    )
+    try:
+        model = export(
+            args.workspace,
+            configurations,
+            _wanted_folds(args.workspace, args.folds),
+            args.out,
+            rules=rules,
+            checkpoint=args.checkpoint,
+            check_cases=args.check_cases,
+            identity=identity_from(args),
+            card_notes=card_notes,
+        )
+    except RoundingError as error:
+        raise TrainingError(
+            f"{error}. A network that has hardly learned is often undecided, and rounding decides: "
+            f"train it longer, or write the bundle regardless with `{_unchecked(args)}`"
+        ) from error
     names = ", ".join(f"{member.configuration} fold {member.fold}" for member in model.members)
     _log.info("%s: %s", args.out, names)
     return 0

@@ -159,6 +159,12 @@ def find_folds(folder: Path, wanted: Sequence[str] | None, checkpoint: str) -> d
     return chosen
 
 
+def _folds_without(folder: Path, checkpoint: str) -> list[str]:
+    """The numbered folds that were begun and have no such checkpoint."""
+    begun = sorted(path for path in folder.glob("fold_*") if path.is_dir())
+    return [p.name for p in begun if p.name != "fold_all" and not (p / checkpoint).exists()]
+
+
 def _elsewhere(folder: Path) -> str:
     """What to give in place of a folder without folds, if anything around it tells."""
     if not folder.is_dir():
@@ -194,6 +200,8 @@ def _import_folder(folder: Path, folds: Sequence[str] | None, checkpoint: str, o
         members.append(bundle.save_member(out, found.configuration, fold, state, dtype=np.float32))
         _log.info("%s fold %s: %d tensors", found.configuration, fold, len(state))
     assert common is not None
+    if folds is None and (without := _folds_without(folder, checkpoint)):
+        _log.warning("%s: no %s in %s; left out", folder, checkpoint, ", ".join(without))
     plans, axes, trainer = common
     if trainer != "nnUNetTrainer":
         _log.warning(

@@ -17,9 +17,12 @@ from training.fit.fold_run import FoldRun
 
 MAX_DICE_CHANGE = 1e-3  # of a label's mean Dice over the checked cases, up or down
 FEW_VOXELS = 10  # whose change counts for nothing: the Dice of a small lesion hangs on one of them
-_REGARDLESS = "`export --check-cases 0` skips this check"
 
 _log = logging.getLogger(__name__)
+
+
+class RoundingError(TrainingError):
+    """A network that segments otherwise in fp16 than as it was trained."""
 
 
 def check_rounding(
@@ -43,7 +46,7 @@ def check_rounding(
         How many cases were scored.
 
     Raises:
-        TrainingError: The mean Dice of a label changes by more than 0.001, or is defined only
+        RoundingError: The mean Dice of a label changes by more than 0.001, or is defined only
             before or only after rounding.
     """
     cases = {case.name: case for case in data.labelled}
@@ -77,9 +80,9 @@ def check_rounding(
         for label, old in before.items():
             new = after[label]
             if (old is None) != (new is None):
-                raise TrainingError(
+                raise RoundingError(
                     f"{run.folder}: Dice of {label} in case {name} is {old} as trained, {new} in "
-                    f"fp16; expected a number from both or none from both ({_REGARDLESS})"
+                    f"fp16; expected a number from both or none from both"
                 )
             if old is not None and new is not None:
                 pairs.setdefault(label, []).append((old, new))
@@ -97,7 +100,7 @@ def _text(scores: Mapping[str, float | None]) -> str:
 def _require_same_mean(run: FoldRun, label: str, scores: list[tuple[float, float]]) -> None:
     old, new = (sum(values) / len(scores) for values in zip(*scores, strict=True))
     if abs(old - new) > MAX_DICE_CHANGE:
-        raise TrainingError(
-            f"{run.folder}: mean Dice of {label} in {len(scores)} cases is {old:.4f} as trained, "
-            f"{new:.4f} in fp16; expected a change of at most {MAX_DICE_CHANGE} ({_REGARDLESS})"
+        raise RoundingError(
+            f"{run.folder}: mean Dice of {label} in {counted(len(scores), 'case')} is {old:.4f} as "
+            f"trained, {new:.4f} in fp16; expected a change of at most {MAX_DICE_CHANGE}"
         )

@@ -81,6 +81,12 @@ class Dataset:
             raise DatasetError(
                 f"dataset {self.name}: labels {self.labels}, expected a background and one more"
             )
+        alike = sorted({label for label in self.labels if self.labels.count(label) > 1})
+        if alike:  # scores go by the names, so that one would replace the other
+            raise DatasetError(
+                f"dataset {self.name}: several labels are called {', '.join(alike)}, expected a "
+                f"name of its own for each of {', '.join(self.labels)}"
+            )
         if self.ignore_label not in (None, len(self.labels)):
             raise DatasetError(
                 f"dataset {self.name}: the label to ignore is {self.ignore_label}, expected the "

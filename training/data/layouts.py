@@ -257,10 +257,14 @@ def _read_pairs(folder: Path, pairs: Pairs, labels: tuple[str, ...]) -> Source:
     """A folder of images beside one of labels, of equal names."""
     found: dict[str, dict[str, Path]] = {}
     for part in (pairs.images, pairs.labels):
-        files = list(_files(folder / part))
-        found[part] = {stem_of(file): file for file in files}
-        if len(found[part]) < len(files):
-            raise DatasetError(f"{folder / part}: two files of one case, as .nii and .nii.gz")
+        found[part] = {}
+        for file in _files(folder / part):
+            other = found[part].setdefault(stem_of(file), file)
+            if other != file:
+                raise DatasetError(
+                    f"{folder / part}: two files of one case, {other.name} and {file.name}; "
+                    "expected one"
+                )
     images, references = found[pairs.images], found[pairs.labels]
     _refuse(folder, _unpaired(images, references, folder / pairs.images, folder / pairs.labels))
     return Source(

@@ -15,6 +15,7 @@ from ichseg.model import bundle, plans
 from ichseg.model.folder import MODEL_FILE
 from ichseg.report import PAGE_FILE
 from ichseg.wording import counted
+from training.bundle import export
 from training.crossval import merge, selection
 from training.data import convert, layouts, verify
 from training.data.dataset import load_dataset
@@ -34,7 +35,7 @@ from training.data.workspace import (
     selection_file,
 )
 from training.fit.checkpoint import load_checkpoint
-from training.fit.fold_run import changed_settings, open_run
+from training.fit.fold_run import FoldRun, changed_settings, open_run
 from training.jobs import train
 from training.jobs.choices import SELECTED, Choices, Scope
 from training.jobs.job import Job
@@ -164,9 +165,7 @@ def _trained(scope: Scope, job: Job) -> str:
     folder = run_folder(workspace, job.target, job.part)
     if not (folder / LATEST_CHECKPOINT).exists():
         return ""
-    # this process only looks: it need not have the GPU that the fold was trained on
-    config = dataclasses.replace(scope.config, device="cpu", precision="auto")
-    run = open_run(workspace, job.target, job.part, config)
+    run = _opened(scope, job.target, job.part)
     if not train.is_finished(workspace, run):
         return ""
     others = changed_settings(dataclasses.replace(run, config=scope.config))
@@ -181,6 +180,12 @@ def _trained(scope: Scope, job: Job) -> str:
             f"`train {job.target} --fold {job.part} --restart`"
         )
     return ", ".join([f"{folder} is finished", *words])
+
+
+def _opened(scope: Scope, name: str, fold: str) -> FoldRun:
+    """A fold's run, to look at: this process need not have the GPU that it was trained on."""
+    config = dataclasses.replace(scope.config, device="cpu", precision="auto")
+    return open_run(scope.choices.workspace, name, fold, config)
 
 
 def _cross_validated(scope: Scope, _: Job) -> str:
@@ -211,14 +216,18 @@ def _selected(scope: Scope, _: Job) -> str:
 def _exported(scope: Scope, job: Job) -> str:
     """Whether the bundle holds these folds alone, and none was trained further or chosen since."""
     workspace, out, chosen_ns = scope.choices.workspace, scope.choices.bundle_folder(job.target), 0
-    names: tuple[str, ...] = (job.target,)
-    if job.target == SELECTED:
-        names = selection.load(workspace).configurations
-        chosen_ns = selection_file(workspace).stat().st_mtime_ns
     try:
-        members = {(member.configuration, member.fold) for member in bundle.load_model(out).members}
+        model = bundle.load_model(out)
     except WeightsError:
         return ""
+    members = {(member.configuration, member.fold) for member in model.members}
+    names: tuple[str, ...] = (job.target,)
+    if job.target == SELECTED:
+        found = selection.load(workspace)
+        if (model.averaged, model.rules) != (found.configurations, found.rules):
+            return ""
+        names = found.configurations
+        chosen_ns = selection_file(workspace).stat().st_mtime_ns
     made_ns = (out / MODEL_FILE).stat().st_mtime_ns
     if made_ns < chosen_ns:
         return ""
@@ -228,6 +237,9 @@ def _exported(scope: Scope, job: Job) -> str:
     for name, fold in members:
         latest = run_folder(workspace, name, fold) / LATEST_CHECKPOINT
         if latest.stat().st_mtime_ns > made_ns:
+            return ""
+        # a copy of the workspace, or a checkpoint that was put back, has other times
+        if not export.is_of_checkpoint(model, _opened(scope, name, fold)):
             return ""
     return f"{out} holds {'what was selected' if job.target == SELECTED else 'these folds'}"
 
