@@ -20,7 +20,8 @@ import SimpleITK as sitk
 import torch
 
 from ichseg.engine import machine
-from ichseg.errors import DatasetError, InputError
+from ichseg.errors import DatasetError, InputError, OutputError
+from ichseg.files import make_folder
 from ichseg.scan.volume import Volume
 from ichseg.workers import end_with_parent
 from phantom import check
@@ -126,8 +127,11 @@ def write_dataset(config: SynthesisConfig, out: Path, *, workers: int = 1) -> No
             f"cases {config.cases}, negatives {config.negatives}, workers {workers}: "
             "expected at least 1, a fraction from 0 to 1, at least 1"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    make_folder(out.parent)
+    try:
+        building = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be made ({error.strerror})") from error
     try:
         for name in ("imagesTr", "labelsTr"):
             (building / name).mkdir()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ichseg.errors import DatasetError
+from ichseg.errors import DatasetError, OutputError
 from ichseg.scan.volume import read
 from phantom import synthesize
 from phantom.cases import SynthesisConfig, make_case
@@ -79,6 +79,19 @@ def test_existing_folder_is_refused(tmp_path):
     with pytest.raises(DatasetError, match="exists already"):
         write_dataset(SynthesisConfig(1, 0), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_place_that_cannot_be_written_is_an_error_in_words(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OutputError, match=r"file: no folder to write in \(File exists\)"):
+        write_dataset(SynthesisConfig(1, 0), tmp_path / "file" / "out")
+
+    def denied(**_: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(synthesize.tempfile, "mkdtemp", denied)  # root may write anywhere
+    with pytest.raises(OutputError, match=r"out: cannot be made \(Permission denied\)"):
+        write_dataset(SynthesisConfig(1, 0), tmp_path / "out")
 
 
 def test_settings_out_of_range_are_refused(tmp_path):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ichseg.errors import PlansError, TrainingError
-from ichseg.files import suffix_of
+from ichseg.files import make_folder, suffix_of
 from ichseg.model import strict_json
 from training.crossval import cascade_labels, record
 from training.data import dataset, splits
@@ -63,7 +63,7 @@ def cross_validate(
     cases = {case.name: case for case in data.labelled}
     foreground = load_plans(workspace).foreground
     out = evaluation_folder(workspace, configuration)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with tempfile.TemporaryDirectory(prefix="cross-validate-") as beside:
         predictions, references = Path(beside) / "predictions", Path(beside) / "references"
         for name, mask in masks.items():

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ichseg.errors import DatasetError
-from ichseg.files import remove_unfinished, replacing, sha256, suffix_of
+from ichseg.files import make_folder, remove_unfinished, replacing, sha256, suffix_of
 from ichseg.scan import volume
 from ichseg.wording import duration
 from training.data import parallel, regions, splits
@@ -202,7 +202,7 @@ def bring(source: Path, target: Path) -> None:
     """
     if not source.is_file():
         raise DatasetError(f"{source}: no such file")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     # a conversion that was cut off may have left this name, perhaps as a hard link: it is replaced
     # and never written into, which would alter the source
     target.unlink(missing_ok=True)

@@ -32,6 +32,7 @@ import SimpleITK as sitk
 from PIL import Image
 
 from ichseg.errors import DatasetError
+from ichseg.files import make_folder
 from ichseg.scan import volume
 from ichseg.wording import times
 from training.data import windowed
@@ -152,7 +153,7 @@ def write_dataset(
         folders = sorted({str(s.files[0].parent) for s in scans if twice[0].startswith(s.name)})
         raise DatasetError(f"{', '.join(folders)}: two cases would be called {twice[0]}")
     for name in ("imagesTr", "labelsTr"):
-        (out / name).mkdir(parents=True, exist_ok=True)
+        make_folder(out / name)
     rows: list[dict[str, str]] = []
     made = each_case(_make, scans, out, seed, most, workers=workers)
     for scan, found in with_progress(made, len(scans), "scans"):

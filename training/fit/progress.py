@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from ichseg.errors import TrainingError
+from ichseg.files import make_folder
 from ichseg.model import strict_json
 from ichseg.wording import clock
 from training.batches.stream import choose_engine
@@ -322,7 +323,7 @@ def open_mlflow(folder: Path, title: str, config: TrainingConfig) -> MlflowBoard
                 "--mlflow: this MLflow has no database; `pip install mlflow` in place of "
                 "mlflow-skinny, or set MLFLOW_TRACKING_URI to a server"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         where, files = f"sqlite:///{folder.absolute()}/mlflow.db", folder.absolute().as_uri()
     try:
         client = mlflow.MlflowClient(where)
