@@ -104,6 +104,23 @@ def make_folder(folder: Path) -> None:
         raise OutputError(f"{folder}: no folder to write in ({error.strerror or error})") from error
 
 
+def require_writable(folder: Path) -> None:
+    """Make a folder where it is missing, and try whether a file can be written to it.
+
+    Raises:
+        OutputError: None can.
+    """
+    probe = folder / f"{UNFINISHED}probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.touch()
+        finally:  # also when a signal comes in between
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot write results there ({error.strerror})") from error
+
+
 @contextlib.contextmanager
 def unfinished_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder inside a folder, for several files that belong together.

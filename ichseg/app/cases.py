@@ -20,7 +20,7 @@ from ichseg.app import grand_challenge
 from ichseg.app.console import say
 from ichseg.app.contents import OTHER_SUFFIXES, Contents, Search, is_named, leads_out, look_into
 from ichseg.errors import InputError, OutputError
-from ichseg.files import SCAN_SUFFIXES, UNFINISHED, stem_of, suffix_of
+from ichseg.files import SCAN_SUFFIXES, require_writable, stem_of, suffix_of
 from ichseg.scan.dicom import files
 
 if TYPE_CHECKING:
@@ -286,15 +286,7 @@ def check_output(job: Job, output: Path) -> None:
         with contextlib.suppress(OSError):
             if case.output.samefile(case.image):
                 raise OutputError(f"{case.image}: its mask would replace it; name another --output")
-    probe = output / f"{UNFINISHED}probe"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        try:
-            probe.touch()
-        finally:  # also when a signal comes in between
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot write results there ({error.strerror})") from error
+    require_writable(output)
 
 
 def say_passed_over(job: Job) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,13 @@ from ichseg.app.follow_up.growth import Change, compare_lesions
 from ichseg.app.follow_up.page import FIRST, SECOND, FollowUp
 from ichseg.app.one_case import optional
 from ichseg.errors import InputError, OutputError
-from ichseg.files import WRITTEN_SUFFIXES, remove_if_there, replacing, suffix_of
+from ichseg.files import (
+    WRITTEN_SUFFIXES,
+    remove_if_there,
+    replacing,
+    require_writable,
+    suffix_of,
+)
 from ichseg.model import strict_json
 from ichseg.report import PAGE_FILE, REPORT_FOLDER, case_files
 from ichseg.scan import reader, register, volume
@@ -95,11 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_output(output: Path) -> None:
     """Refuse a folder that could not be written in the end, or that others' results are in."""
-    folder = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not folder.is_dir():
-        raise OutputError(f"{folder}: not a folder, expected one to write to")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"{folder}: cannot be written (permission denied)")
+    require_writable(output)
     if (output / results.FILE).exists():
         raise OutputError(
             f"{output / results.FILE}: what was found in other scans, whose page this one would "

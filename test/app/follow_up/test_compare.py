@@ -1,7 +1,6 @@
 """``compare-scans`` run as a user runs it, with masks given, so that no network is needed."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -236,28 +235,25 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(studies, tmp_path, posi
     given[position] = str(folder / name)
     with pytest.raises(InputError, match=said):
         compare.run(arguments.parse(given[1:]))
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("*"))
     assert main(given) == 1
 
 
 def test_an_output_that_cannot_be_used_is_refused_before_the_work(studies, tmp_path, monkeypatch):
     monkeypatch.setattr(register, "register", lambda *_: pytest.fail("the scans were compared"))
-    taken, locked, others = (tmp_path / name for name in ("taken", "locked", "others"))
+    taken, others = tmp_path / "taken", tmp_path / "others"
     taken.write_bytes(b"a file")
-    locked.mkdir(mode=0o555)
-    monkeypatch.setattr(os, "access", lambda path, *_: path != locked)  # root may write anywhere
     others.mkdir()
     (others / "results.json").write_text("[]")
     for output, said in (
-        (taken, r"taken: not a folder, expected one"),
-        (taken / "deeper", r"taken: not a folder, expected one"),
-        (locked / "deeper", r"locked: cannot be written \(permission denied\)"),
+        (taken, r"taken: cannot write results there \(File exists\)"),
+        (taken / "deeper", r"deeper: cannot write results there \(Not a directory\)"),
         (others, r"results\.json: what was found in other scans, .* expected another --output"),
     ):
         with pytest.raises(OutputError, match=said):
             compare.run(arguments.parse(command(studies, output)[1:]))
     left = {path.name for path in tmp_path.rglob("*")}
-    assert left == {"taken", "locked", "others", "results.json"}
+    assert left == {"taken", "others", "results.json"}
 
 
 def test_a_scan_in_the_folder_at_hand_has_that_folders_name(studies, monkeypatch):
