@@ -41,7 +41,7 @@ def overlapping(
     three seconds, and half-written files are removed.
 
     Args:
-        items: What is worked on; at most two are taken that have no result yet.
+        items: What is worked on; at most three are taken that have no result yet, one a stage.
         open_one: The first stage, in a thread of its own.
         run: The second, in the caller's thread.
         finish: The third, in a thread of its own.

@@ -70,6 +70,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         ):
             if chosen is not None and given:
                 parser.error(f"{flag} and {word} exclude each other")
+    if arguments.ray_cpus is not None and arguments.ray is None:
+        parser.error("--ray-cpus is of no use without --ray")
     if arguments.output is None:
         if arguments.predict_dir is None and MOUNTED_PREDICT.is_dir():
             arguments.predict_dir = MOUNTED_PREDICT
@@ -108,7 +110,7 @@ def _add_places(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--input",
         "--input_dir",
-        type=_path,
+        type=path_of,
         default=MOUNTED_INPUT,
         help="folder with the scans, or one scan (default /input)",
     )
@@ -124,7 +126,7 @@ def _add_places(group: argparse._ArgumentGroup) -> None:
         help="also take scans to which links lead out of the input folder; without this they fail",
     )
     group.add_argument(
-        "--output", type=_path, help="folder for masks and results.json (default /output)"
+        "--output", type=path_of, help="folder for masks and results.json (default /output)"
     )
     group.add_argument(
         "--report",
@@ -160,7 +162,7 @@ def _add_choices(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--weights",
-        type=_path,
+        type=path_of,
         help="folder of a weights bundle (default /opt/ml/model if it holds one, else the weights "
         "that come with this program)",
     )
@@ -235,13 +237,13 @@ def _add_platform(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--predict_dir",
-        type=_path,
+        type=path_of,
         help="INSTANCE 2022's batch: each .nii.gz of the input folder gets a mask of the same name "
         "here, and there is no results.json (default /predict if there is one and no --output)",
     )
 
 
-def _path(text: str) -> Path:
+def path_of(text: str) -> Path:
     """A path; an empty one, such as of a variable that is not set, would be this folder."""
     if not text:
         raise argparse.ArgumentTypeError("an empty name, expected a path; . is this folder")

@@ -280,12 +280,12 @@ def check_output(job: Job, output: Path) -> None:
     Raises:
         OutputError: It is such a folder.
     """
+    scans = {case.image.resolve(): case for case in job.cases}
     for case in job.cases:
-        # a scan that has gone since it was listed is its case's fault, and said there, and so is
-        # a name that is too long for a mask
-        with contextlib.suppress(OSError):
-            if case.output.samefile(case.image):
-                raise OutputError(f"{case.image}: its mask would replace it; name another --output")
+        lost = scans.get(case.output.resolve())
+        if lost is not None:
+            whose = "its mask" if lost is case else f"the mask of {case.name}"
+            raise OutputError(f"{lost.image}: {whose} would replace it; name another --output")
     require_writable(output)
 
 

@@ -24,7 +24,7 @@ from ichseg.app.cases import (
 )
 from ichseg.app.console import end_with, fail, say, say_traceback
 from ichseg.app.follow_up import arguments as follow_up_arguments
-from ichseg.app.results import CaseResult, Record, refuse_cases
+from ichseg.app.results import CaseResult
 from ichseg.app.start import (
     Stopped,
     ensure_streams,
@@ -39,7 +39,7 @@ from ichseg.model.folder import MODEL_FILE
 from ichseg.report import PAGE_FILE, REPORT_FOLDER
 from ichseg.wording import counted
 
-if TYPE_CHECKING:  # engines take long to import: --help and refusals of input do without
+if TYPE_CHECKING:  # engines take long to import: --help and an input without scans do without
     from ichseg.app.one_case import Options
     from ichseg.app.pipeline import Means
     from ichseg.predict.ensemble import Ensemble
@@ -253,12 +253,6 @@ def segment(
     Returns:
         The exit status; unless it is 0, the last line on stderr says why.
     """
-    if all(case.refusal for case in job.cases):
-        record = Record(arguments.output, job.cases, on_disk=not job.challenge)
-        record.begin(keep_others=not job.platform)
-        refuse_cases(job, record)
-        record.save()
-        return _status(record.in_order())
     with loading_libraries():
         from ichseg.app import pipeline
         from ichseg.app.one_case import Options
@@ -290,6 +284,8 @@ def segment(
             "time_budget_s": budget_s,
         },
     )
+    if all(case.refusal for case in job.cases):
+        return _status(pipeline.refuse_all(job, options))
     with _means(arguments, job, loaded, options) as means:
         model = means.model
         labels = model.plans.labels

@@ -117,9 +117,7 @@ def run(job: Job, means: Means, options: Options) -> Sequence[CaseResult]:
         verb = "is" if len(tasks) == 1 else "are"
         say(f"{len(record.ended)} of {counted(len(tasks), 'case')} {verb} finished already")
     waiting = [task for task in tasks if task.case not in record.ended]
-    _remove_earlier(waiting, options)
-    record.begin(keep_others=not job.platform)
-    refuse_cases(job, record)
+    _begin(record, job, waiting, options)
 
     def finish(task: Task, result: CaseResult) -> None:
         if result.error:
@@ -143,6 +141,25 @@ def run(job: Job, means: Means, options: Options) -> Sequence[CaseResult]:
         _write_page(record, means, options)
     record.save()
     return record.in_order()
+
+
+def refuse_all(job: Job, options: Options) -> Sequence[CaseResult]:
+    """Do what ``run`` does for a job whose cases are all refused, without a network.
+
+    Raises:
+        OutputError: ``results.json`` cannot be written.
+    """
+    record = Record(options.output, job.cases, on_disk=not job.challenge)
+    _begin(record, job, _tasks(job, options.output), options)
+    record.save()
+    return record.in_order()
+
+
+def _begin(record: Record, job: Job, waiting: Sequence[Task], options: Options) -> None:
+    """Remove what would be taken for this run's, and record the cases that are refused."""
+    _remove_earlier(waiting, options)
+    record.begin(keep_others=not job.platform)
+    refuse_cases(job, record)
 
 
 def _tasks(job: Job, output: Path) -> list[Task]:

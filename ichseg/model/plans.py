@@ -26,6 +26,7 @@ ORIENTATIONS = ("LPS", "RAS", "as_stored")
 CROPS = ("nonzero", "head")
 PADDINGS = ("zero", "nearest")
 MOST_LABELS = 256  # masks are uint8
+MOST_LABELS_OF_A_CASCADE = 128  # a second stage is given the first one's as int8
 _MOST_PATCH_VOXELS = 1 << 31
 _SPACINGS_MM = (1e-4, 1e4)
 
@@ -272,12 +273,17 @@ class Plans:
         check_regions(len(self.labels) - 1, self.regions, self.region_labels)
 
     def _check_stages(self) -> None:
-        """Refuse configurations of one name, and stages that no first stage comes before."""
+        """Refuse configurations of one name, and stages that cannot follow one another."""
         by_name = {configuration.name: configuration for configuration in self.configurations}
         if len(by_name) != len(self.configurations):
             raise ValueError(f"configurations of one name, found {[*by_name]} more than once")
         for configuration in self.configurations:
             check_name(configuration.name)
+            if configuration.previous_stage and len(self.labels) > MOST_LABELS_OF_A_CASCADE:
+                raise ValueError(
+                    f"{len(self.labels)} labels, expected at most {MOST_LABELS_OF_A_CASCADE} for a "
+                    f"cascade such as {configuration.name}"
+                )
             first = by_name.get(configuration.previous_stage or "")
             if first is not None and first.previous_stage is not None:
                 raise ValueError(

@@ -160,7 +160,7 @@ def speck_warning(
         A warning; None if there are fewer specks, or no skull.
     """
     perhaps_ml = sum(each.volume_ml for each in found if _may_be_speck(each))
-    if perhaps_ml < sum(each.volume_ml for each in found) / 2:
+    if not found or perhaps_ml < sum(each.volume_ml for each in found) / 2:
         return None  # as nearly always, and without the memory of what follows
     bone_hu = min(_BONE_HU, float(scan.voxels.max()) - 1)
     if np.greater_equal(scan.voxels, bone_hu).sum() * scan.voxel_ml < _LEAST_BONE_ML:

@@ -169,10 +169,11 @@ class Ensemble:
             PredictionError: A network gives scores that are not finite.
             DeviceError: A GPU's memory does not even hold one tile, or the GPU is lost.
         """
+        began = time.perf_counter()
         scan = images.as_scan(image, spacing_mm=spacing_mm, axes=axes)
         scan = self.in_hu(scan, images.name_of(image))
         prepared = self.prepare(self.plan(scan, preset))
-        left_s = None if budget_s is None else budget_s - prepared.seconds
+        left_s = None if budget_s is None else budget_s - (time.perf_counter() - began)
         predicted = self.predict(prepared, progress, left_s)
         kept: Kept | None = "float16" if probabilities else None
         return of_scan(self.finish(predicted, probabilities=kept, threshold=threshold), scan)

@@ -69,7 +69,7 @@ def segment_many(
     Args:
         ensemble: The networks.
         scans: What ``segment`` takes, of any kinds: paths, volumes, images of nibabel and
-            SimpleITK, arrays. Of an iterator at most two are taken that have no result yet.
+            SimpleITK, arrays. Of an iterator at most three are taken that have no result yet.
         preset: ``full``, ``balanced`` or ``fast``.
         progress: Called with (number of the scan from 0, forward passes done, all of its
             forward passes) after each.

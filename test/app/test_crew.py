@@ -126,6 +126,7 @@ def test_a_gpu_that_is_not_there_ends_the_run(place):
         (["--gpus", "0", "--device", "cpu"], "--gpus and --device cpu exclude each other"),
         (["--gpus", "0", "--api", "invoke"], "--gpus and --api invoke exclude each other"),
         (["--gpus", "0", "--time-budget", "5m"], "--gpus and --time-budget exclude each other"),
+        (["--ray-cpus", "4"], "--ray-cpus is of no use without --ray"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(capsys, flags, message):

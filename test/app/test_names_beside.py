@@ -1,8 +1,11 @@
 """Files beside a mask have names of their own, and an odd name concerns its own scan alone."""
 
+import re
+
 import pytest
 
 from ichseg.app.cases import InputCase, Job, check_output, find_cases, probability_paths
+from ichseg.errors import OutputError
 
 
 def touch(path):
@@ -50,3 +53,17 @@ def test_a_mask_whose_name_is_too_long_stops_no_other(tmp_path):
     image = touch(tmp_path / "a.mha")
     long = InputCase("long", image, tmp_path / "out" / ("x" * 300 + ".mha"))
     check_output(Job((long,), platform=False), tmp_path / "out")
+
+
+def test_no_mask_replaces_the_scan_of_another_case(tmp_path):
+    """Where folders in folders have the same names as the input."""
+    scans = tmp_path / "x"
+    (scans / "x").mkdir(parents=True)
+    first, second = touch(scans / "a.mha"), touch(scans / "x" / "a.mha")
+    job = find_cases(scans, tmp_path, input_slug="ct", output_slug="bleed", recursive=True)
+    assert [case.output for case in job.cases] == [tmp_path / "a.mha", first]
+    said = f"{first}: the mask of x/a.mha would replace it; name another --output"
+    with pytest.raises(OutputError, match=re.escape(said)):
+        check_output(job, tmp_path)
+    second.unlink()
+    check_output(find(scans, tmp_path), tmp_path)

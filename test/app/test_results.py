@@ -17,9 +17,10 @@ from helpers.pretended import (
     with_pictures,
 )
 
-from ichseg.app import case_report, contents, main, results
+from ichseg.app import case_report, contents, main, pipeline, results
 from ichseg.app.arguments import parse_arguments
 from ichseg.app.cases import find_cases
+from ichseg.app.one_case import Options
 from ichseg.app.results import Record
 from ichseg.engine import machine
 from ichseg.errors import OutputError
@@ -281,6 +282,21 @@ def test_a_refused_case_is_in_the_results_and_takes_nothing(place):
     assert entries(place)[0]["error_messages"] == [
         f"{place / 'input'}/100.mha: a link to nothing, expected a scan"
     ]
+
+
+def test_where_every_case_is_refused_nothing_of_an_earlier_run_stays(place):
+    """Neither its masks nor its pictures and its page, which show scans that now fail."""
+    with_pictures(place)
+    for scan in list((place / "input").iterdir()):
+        scan.unlink()
+        scan.symlink_to("nowhere")
+    output = place / "output"
+    job = find_cases(place / "input", output, input_slug="a", output_slug="b")
+    ended = pipeline.refuse_all(job, Options(output, "fast", made_from={"preset": "fast"}))
+    assert [bool(result.error) for result in ended] == [True] * 5
+    left = [path for path in output.rglob("*") if path.is_file() and "assets" not in path.parts]
+    assert left == [output / "results.json"]
+    assert len(entries(place)) == 5
 
 
 def test_a_refused_case_in_the_output_folder_itself_stays(place):

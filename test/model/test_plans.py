@@ -130,6 +130,17 @@ def test_a_2d_patch_is_a_tile_of_one_slice():
         dataclasses.replace(CONFIGURATION, patch=(16, 8))
 
 
+def test_a_cascade_has_no_label_that_its_first_stage_cannot_hand_on():
+    """Between the stages labels are int8; a mask alone can have more of them."""
+    many = ("background", *(f"l{i}" for i in range(1, 129)))
+    low = dataclasses.replace(CONFIGURATION, name="low")
+    second = dataclasses.replace(CONFIGURATION, name="second", previous_stage="low")
+    dataclasses.replace(PLANS, labels=many)
+    dataclasses.replace(PLANS, labels=many[:128], configurations=(low, second))
+    with pytest.raises(ValueError, match="129 labels, expected at most 128 for a cascade such as"):
+        dataclasses.replace(PLANS, labels=many, configurations=(low, second))
+
+
 def test_first_stages_come_before_their_second_and_once():
     low = dataclasses.replace(CONFIGURATION, name="low")
     second = dataclasses.replace(CONFIGURATION, name="second", previous_stage="low")

@@ -60,6 +60,15 @@ def test_lesions_that_are_not_listed_are_counted():
     assert inference_page.Entry("failed.mha", "cannot be read", {}).lesion_count is None
 
 
+def test_a_card_counts_the_lesions_that_are_not_listed(tmp_path):
+    listed = facts(9.0)["lesions"] * 100
+    entry = inference_page.Entry("noise.mha", "", facts(9.0, lesions=listed, lesion_count=3000))
+    inference_page.write(tmp_path, [entry], title="t", subtitle="s")
+    text = page_in(tmp_path).words
+    assert "Lesions3000 Case score" in text
+    assert "and 2988 smaller ones" in text
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A page of three cases and a failure."""

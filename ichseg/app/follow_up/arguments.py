@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ichseg.app.arguments import path_of
+
 NAME = "compare-scans"
 DESCRIPTION = """\
 Compare two head CT scans of one patient.
@@ -34,17 +36,17 @@ def make_parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("before", type=Path, help="the first scan: a file or a folder of slices")
-    parser.add_argument("after", type=Path, help="the second scan of the same patient")
+    parser.add_argument("before", type=path_of, help="the first scan: a file or a folder of slices")
+    parser.add_argument("after", type=path_of, help="the second scan of the same patient")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path_of,
         default=Path("follow_up"),
         help="folder for what is found (default follow_up)",
     )
     parser.add_argument(
         "--masks",
-        type=Path,
+        type=path_of,
         nargs=2,
         metavar=("BEFORE", "AFTER"),
         help="masks of both scans, in their grids (default: both scans are segmented)",
@@ -57,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--weights",
-        type=Path,
+        type=path_of,
         help="folder of a weights bundle (default /opt/ml/model if it holds one, else the weights "
         "that come with this program)",
     )

@@ -20,8 +20,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ichseg.errors import InputError
+
 Pixels = npt.NDArray[np.uint16]
 Decoder = Callable[[bytes], Pixels | None]
+_READY = b"!"  # the other process's first word
 _SLOWEST_S = 60.0  # for one slice
 _MEMORY = 4 << 30  # of address space; libraries map one
 _ROOT = Path(__file__).resolve().parents[3]  # where this package can be imported from
@@ -32,6 +35,9 @@ def decoder() -> Iterator[Decoder]:
     """Give a function from the bytes of a DICOM file to its pixels, ``(y, x)`` as stored.
 
     The function returns None where the pixels are damaged.
+
+    Raises:
+        InputError: By the function: no decoder can be started, whatever the pixels are.
     """
     running: list[subprocess.Popen[bytes]] = []
 
@@ -53,7 +59,26 @@ def decoder() -> Iterator[Decoder]:
 
 
 def _begin() -> subprocess.Popen[bytes]:
-    """Start the other process."""
+    """Start the other process, and wait until it can decode.
+
+    Raises:
+        InputError: It cannot, such as where there is no folder for temporary files.
+    """
+    try:
+        process = _start()
+    except OSError as error:
+        raise InputError(f"no decoder can be started ({error.strerror or error})") from error
+    assert process.stdout is not None
+    if process.stdout.read(len(_READY)) != _READY:
+        _end(process)
+        raise InputError(
+            "no decoder can be started; it needs memory, and a folder for temporary files, which "
+            "TMPDIR names"
+        )
+    return process
+
+
+def _start() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "ichseg.scan.dicom.decompress"],
         cwd=_ROOT,
@@ -109,6 +134,8 @@ def _serve() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # decoders write there, too
     with tempfile.TemporaryDirectory() as folder:
+        out.write(_READY)
+        out.flush()
         shown = Path(folder) / "slice.dcm"
         while size := sys.stdin.buffer.read(8):
             shown.write_bytes(sys.stdin.buffer.read(struct.unpack("<Q", size)[0]))

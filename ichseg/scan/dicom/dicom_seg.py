@@ -5,6 +5,7 @@ By highdicom, which is optional (requirements-dicom.txt); without it a warning s
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import warnings
@@ -116,7 +117,8 @@ def _segmentation(labels: npt.NDArray[np.uint8], series: Series, by: Algorithm) 
         )
         for number, name in enumerate(by.labels, 1)
     ]
-    made_of = [sources[0].SeriesInstanceUID, by.name, by.version, labels.tobytes().hex()]
+    digest = hashlib.sha256(np.ascontiguousarray(labels).data).hexdigest()
+    made_of = [sources[0].SeriesInstanceUID, by.name, by.version, digest]
     return hd.seg.Segmentation(
         source_images=sources,
         pixel_array=labels,

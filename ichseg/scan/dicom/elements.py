@@ -161,6 +161,20 @@ class DicomFile:
             raise self.fault(f"{text[:60]!r} in {keyword}, expected {count} numbers")
         return found
 
+    def pixel_bytes(self, most: int | None = None) -> bytes:
+        """The pixels as they lie in the file; of so many bytes the first, if that is given.
+
+        Raises:
+            InputError: The file cannot be read.
+        """
+        size = self.pixels_size if most is None else min(self.pixels_size, most)
+        try:
+            with self.path.open("rb") as stream:
+                stream.seek(self.pixels_at)
+                return stream.read(size) if self.pixels_at else b""
+        except OSError as error:
+            raise self.fault(f"cannot read ({error.strerror or error})") from error
+
     def fault(self, reason: str) -> InputError:
         """An error that names the file."""
         return InputError(f"{self.path}: {reason}")
@@ -320,11 +334,10 @@ def fragments(file: DicomFile, most: int) -> bytes:
         most: The number of bytes that they may have.
 
     Raises:
-        InputError: They have more, their lengths do not fit the file, or they have no end.
+        InputError: The file cannot be read, they have more, their lengths do not fit the file, or
+            they have no end.
     """
-    with file.path.open("rb") as stream:
-        stream.seek(file.pixels_at)
-        data = stream.read(min(file.pixels_size, most))
+    data = file.pixel_bytes(most)
     joined: list[bytes] = []
     at = 0
     while True:

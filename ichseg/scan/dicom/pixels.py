@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import numpy.typing as npt
 
+from ichseg.errors import InputError
 from ichseg.scan.dicom import elements
 from ichseg.scan.dicom.decompress import Decoder
 from ichseg.scan.dicom.elements import COMPRESSED, CT_IMAGE, EXPLICIT_BIG, DicomFile
@@ -97,21 +98,11 @@ def _stored(file: DicomFile, decode: Decoder) -> npt.NDArray[np.int32]:
                 f"{file.pixels_size} bytes of pixels, expected {wanted} for {rows} x {columns}"
             )
         order = ">u2" if file.syntax == EXPLICIT_BIG else "<u2"
-        raw = np.frombuffer(pixel_bytes(file)[:wanted], order).reshape(rows, columns)
+        raw = np.frombuffer(file.pixel_bytes()[:wanted], order).reshape(rows, columns)
     values = raw.astype(np.int32) & ((1 << bits) - 1)  # above them old files keep overlays
     if file.integer("PixelRepresentation"):
         values -= (values >> (bits - 1)) << bits
     return values
-
-
-def pixel_bytes(file: DicomFile) -> bytes:
-    """The pixels as they lie in the file."""
-    try:
-        with file.path.open("rb") as stream:
-            stream.seek(file.pixels_at)
-            return stream.read(file.pixels_size) if file.pixels_at else b""
-    except OSError as error:
-        raise file.fault(f"cannot read ({error.strerror or error})") from error
 
 
 def _decompressed(
@@ -123,7 +114,10 @@ def _decompressed(
     patient's file reaches it.
     """
     pixels = elements.fragments(file, 4 * rows * columns + 65_536)
-    found = decode(_plain_slice(file, pixels, rows, columns))
+    try:
+        found = decode(_plain_slice(file, pixels, rows, columns))
+    except InputError as error:
+        raise file.fault(f"compressed as {COMPRESSED[file.syntax]}, and {error}") from error
     if found is None:
         raise file.fault(f"its pixels, compressed as {COMPRESSED[file.syntax]}, are damaged")
     if found.shape != (rows, columns):

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ichseg.errors import InputError
-from ichseg.scan.dicom import pixels
 from ichseg.scan.dicom.elements import DicomFile
 from ichseg.scan.dicom.straighten import Stack, grid_of
 from ichseg.scan.stored import MOST_VOXELS
@@ -206,7 +205,7 @@ def _is_copy(first: DicomFile, second: DicomFile, apart_mm: npt.NDArray[np.float
         return (*(file.numbers(key, 1) for key in keys), file.integer("PixelRepresentation"))
 
     same_place = bool(np.all(apart_mm <= _ROUNDED_MM))
-    same_pixels = pixels.pixel_bytes(first) == pixels.pixel_bytes(second)
+    same_pixels = first.pixel_bytes() == second.pixel_bytes()
     return same_place and scale(first) == scale(second) and same_pixels
 
 

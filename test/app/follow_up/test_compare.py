@@ -299,3 +299,11 @@ def test_a_second_scan_whose_sides_are_exchanged_is_told(studies, tmp_path):
     found = json.loads((tmp_path / "out" / compare.FILE).read_text())
     assert 0.7 < found["registration"]["agreement"] < 0.87
     assert any("left and right are the same in both" in each for each in found["warnings"])
+
+
+@pytest.mark.parametrize("flags", [["--output", ""], ["--weights", ""], ["--masks", "a.mha", ""]])
+def test_an_empty_path_is_refused_and_is_not_the_current_folder(capsys, flags):
+    with pytest.raises(SystemExit) as caught:
+        arguments.parse(["a.mha", "b.mha", *flags])
+    assert caught.value.code == 2
+    assert f"argument {flags[0]}: an empty name, expected a path" in capsys.readouterr().err

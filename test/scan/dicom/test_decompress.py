@@ -87,3 +87,29 @@ def test_a_decoder_that_dies_or_hangs_costs_one_slice(tmp_path, pixels, monkeypa
         monkeypatch.setattr(decompress, "_begin", begin)
         with pytest.raises(InputError, match=r"compressed as JPEG Lossless.*are damaged"):
             in_hu(path)
+
+
+def test_where_no_decoder_can_be_started_the_pixels_are_not_called_damaged(
+    tmp_path, pixels, monkeypatch
+):
+    path = compressed(tmp_path, pixels, "JPEG")
+    words = [sys.executable, "-c", "raise SystemExit(1)"]
+    start = lambda: subprocess.Popen(words, stdin=-1, stdout=-1)  # noqa: E731
+    monkeypatch.setattr(decompress, "_start", start)
+    with pytest.raises(InputError, match=r"JPEG\.dcm: .*no decoder can be started.*TMPDIR"):
+        in_hu(path)
+
+    def cannot_start():
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(decompress, "_start", cannot_start)
+    with pytest.raises(InputError, match=r"no decoder can be started \(Cannot allocate memory\)"):
+        in_hu(path)
+
+
+def test_a_compressed_slice_that_cannot_be_read_any_more_is_named(tmp_path, pixels):
+    path = compressed(tmp_path, pixels, "JPEG")
+    file = read_elements(path)
+    path.unlink()
+    with decompress.decoder() as decode, pytest.raises(InputError, match=r"cannot read \(No such"):
+        hounsfield(file, decode)
