@@ -7,6 +7,7 @@ Imports nothing heavy: a wrong input folder is refused before an engine is loade
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import stat
 from collections.abc import Iterator
@@ -111,15 +112,19 @@ def _look_into(folder: Path, search: Search, found: Contents, above: tuple[Path,
             may_be_dicom.append(path)
         elif path not in voxels:
             found.passed_over.append((_name(path, search), "no scan by its name or content"))
-    studies = []
-    if may_be_dicom:
-        from ichseg.scan.dicom.studies import find_studies  # loads numpy and ITK
+    if not may_be_dicom:
+        return
+    from ichseg.scan.dicom.studies import find_studies  # loads numpy and ITK
 
-        studies = find_studies(folder, may_be_dicom, follow_links=search.follow_links)
-        found.studies += [(folder, study) for study in studies]
+    dicom = find_studies(folder, may_be_dicom, follow_links=search.follow_links)
+    found.studies += [(folder, study) for study in dicom.studies]
+    found.refused += dicom.faults
+    found.passed_over += [(_name(path, search), what) for path, what in dicom.others]
     for path in may_be_dicom:
-        if path.is_dir() and not any(s.folder.is_relative_to(path) for s in studies):
-            _look_into_other(path, search, found)
+        if path.is_dir():
+            is_case = any(study.folder.is_relative_to(path) for study in dicom.studies)
+            with contextlib.suppress(InputError):  # which will be said when its case is read
+                _look_into_other(path, search, found, is_case=is_case)
 
 
 def _voxel_files(folder: Path) -> set[Path]:
@@ -165,14 +170,16 @@ def _is_looked_into(folder: Path, search: Search) -> bool:
     return not any(path.is_file() and files.is_dicom(path) for path in entries)
 
 
-def _look_into_other(path: Path, search: Search, found: Contents) -> None:
-    """Say why a folder in the input is no case of its own."""
+def _look_into_other(path: Path, search: Search, found: Contents, *, is_case: bool) -> None:
+    """Say why a folder in the input is no case of its own, or what a case has beside its slices."""
     listing = files.walk(path, follow_links=search.follow_links)
     scans = sum(is_named(file, *SCAN_SUFFIXES, *OTHER_SUFFIXES) for file in listing.files)
     name = _name(path, search)
-    if any(files.is_dicom(file) for file in listing.files):
-        return  # of a study whose slices lie in several folders
-    if is_named(path, *SCAN_SUFFIXES, *OTHER_SUFFIXES):
+    if is_case or any(files.is_dicom(file) for file in listing.files):
+        if scans:
+            reason = f"holds {counted(scans, 'scan')} beside slices, expected directly in the input"
+            found.passed_over.append((f"{name}/", reason))
+    elif is_named(path, *SCAN_SUFFIXES, *OTHER_SUFFIXES):
         found.refused.append((path, "a folder, expected a file"))
     elif listing.passed_over and not listing.files:
         found.refused.append((path, f"holds {listing.passed_over[0][1]}, and no file"))

@@ -337,6 +337,18 @@ def test_dicom_is_found_in_folders_and_mirrored(tmp_path):
     ]  # fmt: skip
 
 
+def test_what_a_folder_has_beside_slices_is_named(tmp_path):
+    """As where a converter has written a volume beside them."""
+    folder = tmp_path / "in" / "p1"
+    folder.mkdir(parents=True)
+    save(make_slice(np.zeros((4, 4)), (0, 0, 0)), folder / "1.dcm")
+    touch(folder / "converted.nii.gz")
+    job = find(tmp_path / "in", tmp_path / "out")
+    assert [case.name for case in job.cases] == ["p1"]
+    why = "holds 1 scan beside slices, expected directly in the input"
+    assert job.passed_over == (("p1/", why),)
+
+
 def test_slices_that_are_links_are_followed_where_that_is_asked_for(tmp_path):
     write_study(tmp_path / "store", "1.5")
     (tmp_path / "in" / "scan").mkdir(parents=True)

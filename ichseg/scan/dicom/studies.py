@@ -32,9 +32,22 @@ class Study:
     uid: str = ""
 
 
-def find_studies(
-    folder: Path, entries: Sequence[Path], *, follow_links: bool = False
-) -> list[Study]:
+@dataclass(frozen=True, slots=True)
+class Studies:
+    """The cases of an input folder, and the DICOM files that are in no case's folder.
+
+    Attributes:
+        studies: The cases.
+        faults: Files that cannot be read or are no slice, with the reason.
+        others: Files that are something else, with what.
+    """
+
+    studies: list[Study]
+    faults: list[tuple[Path, str]]
+    others: list[tuple[Path, str]]
+
+
+def find_studies(folder: Path, entries: Sequence[Path], *, follow_links: bool = False) -> Studies:
     """The studies of an input folder.
 
     A study is named after the entry that holds it, or after the input folder where its slices lie
@@ -48,6 +61,7 @@ def find_studies(
         follow_links: See ``files.walk``.
     """
     by_entry: dict[Path, list[DicomFile]] = {}
+    every: list[sorting.Sorted] = []
     others: dict[Path, set[str]] = {}  # entries without slices: the studies of what they hold
     for entry in [path for path in entries if path.is_dir()]:
         try:
@@ -57,12 +71,14 @@ def find_studies(
             others[entry] = set()
             continue
         found = sorting.sort_files(marked)
+        every.append(found)
         if found.slices:
             by_entry[entry] = found.slices
         elif marked:
             others[entry] = {_uid(file) for group in found.others.values() for file in group}
     loose = [path for path in entries if path.is_file() and files.is_dicom(path)]
-    by_entry[folder] = sorting.sort_files(loose).slices
+    every.append(sorting.sort_files(loose))
+    by_entry[folder] = every[-1].slices
     slices = _by_study(folder, by_entry)
     beside = [
         [entry for entry, uids in others.items() if _uid(study[0]) in uids - {""}]
@@ -73,7 +89,18 @@ def find_studies(
     studies += [Study(entry.name, entry) for entry in others if entry not in taken]
     if loose and not studies:
         studies.append(Study(_name_of(folder), folder))
-    return studies
+    homes = {study.folder for study in studies}
+    return Studies(
+        studies,
+        [fault for of in every for fault in of.faults if homes.isdisjoint(fault[0].parents)],
+        [
+            (file.path, f"DICOM {what}")
+            for of in every
+            for what, files_of in of.others.items()
+            for file in files_of
+            if homes.isdisjoint(file.path.parents)
+        ],
+    )
 
 
 def _by_study(folder: Path, by_entry: dict[Path, list[DicomFile]]) -> list[list[DicomFile]]:

@@ -21,7 +21,7 @@ def put(folder, study="1.2.3", heights=(0.0, 5.0), **changes):
 
 
 def found(folder):
-    return find_studies(folder, sorted(folder.iterdir()))
+    return find_studies(folder, sorted(folder.iterdir())).studies
 
 
 def screenshot(path, study):
@@ -122,3 +122,22 @@ def test_patients_without_numbers_are_told_apart_by_name(tmp_path, one, other, i
             read_scan(tmp_path / "a")
     else:
         assert read_scan(tmp_path / "a").voxels.shape[0] == 4
+
+
+def test_files_that_are_in_no_case_are_named(tmp_path):
+    """A whole scan in one file is one of them; a medium's directory says nothing."""
+    put(tmp_path / "p1", "1.1")
+    put(tmp_path / "p2" / "first", "1.2")
+    put(tmp_path / "p2" / "later", "1.3")
+    enhanced = make_slice(np.zeros((4, 4)), (0, 0, 0), SOPClassUID="1.2.840.10008.5.1.4.1.1.2.1")
+    loose = save(enhanced, tmp_path / "enhanced.dcm")
+    above = save(enhanced, tmp_path / "p2" / "enhanced.dcm")
+    capture = screenshot(tmp_path / "capture.dcm", "1.1")
+    there = find_studies(tmp_path, sorted(tmp_path.iterdir()))
+    assert [study.name for study in there.studies] == ["p1", "p2_first", "p2_later"]
+    assert sorted(path for path, _ in there.faults) == [loose, above]
+    assert {why[:21] for _, why in there.faults} == {"an Enhanced CT image,"}
+    assert there.others == [(capture, "DICOM of modality OT")]
+    put(tmp_path, "1.4")  # whoever reads this study names them
+    there = find_studies(tmp_path, sorted(tmp_path.iterdir()))
+    assert (there.faults, there.others) == ([], [])
