@@ -33,9 +33,9 @@ class Pieces:
         first: The index of its first voxel, as if the mask had one axis.
         low: The box around each: its first voxels along z, y, x, ``(3, n)``.
         end: One more than its last ones, ``(3, n)``.
-        sums: The sums over its voxels of z, y, x, of the values and of the steps that were given,
-            ``(5, n)``; 0 for what was not given.
-        most: The highest of the steps in it.
+        sums: The sums over its voxels, ``(5, n)``: of their indices z, y and x, their HU, and their
+            probabilities in steps of 1/255; 0 for what was not given.
+        most: The highest of these probabilities, in the same steps.
         numbered: The piece of each number that the slabs have given, one slab after another.
     """
 
@@ -49,6 +49,24 @@ class Pieces:
 
     def __len__(self) -> int:
         return len(self.voxels)
+
+    @property
+    def mean_index(self) -> npt.NDArray[np.float64]:
+        """The centre of mass of each piece, in voxels, ``(3, n)``."""
+        centre: npt.NDArray[np.float64] = self.sums[:3] / self.voxels
+        return centre
+
+    @property
+    def mean_hu(self) -> npt.NDArray[np.float64]:
+        """The mean of each piece's HU."""
+        mean: npt.NDArray[np.float64] = self.sums[3] / self.voxels
+        return mean
+
+    @property
+    def mean_probability(self) -> npt.NDArray[np.float64]:
+        """The mean of each piece's probabilities, 0 to 1."""
+        mean: npt.NDArray[np.float64] = self.sums[4] / self.voxels / 255
+        return mean
 
 
 class _Slab(NamedTuple):
@@ -66,21 +84,21 @@ class _Slab(NamedTuple):
 def measure(
     labels: Labels,
     label: int,
-    values: npt.NDArray[np.generic] | None = None,
-    steps: Labels | None = None,
+    hu: npt.NDArray[np.generic] | None = None,
+    foreground: Labels | None = None,
 ) -> Pieces:
     """Find and measure the pieces of a label.
 
     Args:
         labels: ``(z, y, x)``.
         label: The label; 0 for all that is not background.
-        values: Numbers in the same shape, to be summed.
-        steps: Others, of which the highest are wanted, too.
+        hu: The scan, of the same shape, if mean HU are wanted.
+        foreground: The probability of anything but background in steps of 1/255, likewise.
     """
     same, parts = [], []
     for slab in _slabs(labels, label):
         same.append(slab.same)
-        parts.append(_measured(slab, values, steps))
+        parts.append(_measured(slab, hu, foreground))
     numbered = _joined(np.concatenate(same, axis=1), sum(map(len, parts)))
     found = replace(_unseen(int(numbered.max(initial=-1)) + 1), numbered=numbered)
     start = 0
@@ -176,7 +194,7 @@ def _unseen(count: int) -> Pieces:
     )
 
 
-def _measured(slab: _Slab, values: npt.NDArray[Any] | None, steps: Labels | None) -> Pieces:
+def _measured(slab: _Slab, hu: npt.NDArray[Any] | None, foreground: Labels | None) -> Pieces:
     """Measure a slab, some slices at a time: beside the numbers that takes little memory."""
     depth, height, width = slab.numbers.shape
     found = _unseen(slab.given)
@@ -189,8 +207,8 @@ def _measured(slab: _Slab, values: npt.NDArray[Any] | None, steps: Labels | None
             found,
             numbers,
             start,
-            None if values is None else values[rows],
-            None if steps is None else steps[rows],
+            None if hu is None else hu[rows],
+            None if foreground is None else foreground[rows],
         )
     return found
 
@@ -199,8 +217,8 @@ def _add_runs(
     found: Pieces,
     numbers: npt.NDArray[np.int32],
     start: int,
-    values: npt.NDArray[Any] | None,
-    steps: Labels | None,
+    hu: npt.NDArray[Any] | None,
+    foreground: Labels | None,
 ) -> None:
     """Add slices from ``start`` on by their runs: what follows in a row is of one piece."""
     _, height, width = numbers.shape
@@ -219,13 +237,13 @@ def _add_runs(
 
     count = len(found)
     weights = [z * lengths, y * lengths, (x + (lengths - 1) / 2) * lengths]
-    weights += [] if values is None else [over_runs(values, np.add, np.float64)]
+    weights += [] if hu is None else [over_runs(hu, np.add, np.float64)]
     found.voxels[:] += np.bincount(of, lengths, count).astype(np.int64)
     for total, weight in zip(found.sums, weights, strict=False):
         total += np.bincount(of, weight, count)
-    if steps is not None:
-        found.sums[4] += np.bincount(of, over_runs(steps, np.add, np.float64), count)
-        np.maximum.at(found.most, of, over_runs(steps, np.maximum, np.uint8))
+    if foreground is not None:
+        found.sums[4] += np.bincount(of, over_runs(foreground, np.add, np.float64), count)
+        np.maximum.at(found.most, of, over_runs(foreground, np.maximum, np.uint8))
     np.minimum.at(found.first, of, at)
     for axis, (lowest, last) in enumerate(((z, z + 1), (y, y + 1), (x, x + lengths))):
         np.minimum.at(found.low[axis], of, lowest)

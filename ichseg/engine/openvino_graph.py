@@ -16,8 +16,8 @@ import numpy as np
 
 from ichseg.engine.arrays import FloatArray
 from ichseg.engine.engine import NetworkSpec
+from ichseg.model.architecture import LEAKY_SLOPE, NORM_EPSILON
 
-LEAKY_SLOPE, EPSILON = 0.01, 1e-5
 POOLED_VOXELS = 64
 # A layer with so many values is normalised by slabs, in bfloat16. For fewer, which fit the
 # processor's caches, it would not be worth the time to compile that.
@@ -205,7 +205,7 @@ class _Graph:
         mean = self.mean([self.wide(slab) for slab in slabs])
         slabs = [self.wide_anew(slab) for slab in slabs]
         variance = self.mean([self.op.squared_difference(slab, mean) for slab in slabs])
-        deviation = self.op.sqrt(self.op.add(variance, self.op.constant(np.float32(EPSILON))))
+        deviation = self.op.sqrt(self.op.add(variance, self.op.constant(np.float32(NORM_EPSILON))))
         x = self.op.subtract(self.wide(x), mean)
         x = self.op.multiply(x, self.op.divide(weight, deviation))
         return self.add_bias(x, f"{name}.bias", features)

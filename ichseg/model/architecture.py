@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from ichseg.model import strict_json
 
 BLOCKS = ("plain", "residual")
+# of every network: the activation's slope below 0, and what keeps its normalisation from 1 / 0
+LEAKY_SLOPE, NORM_EPSILON = 0.01, 1e-5
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ichseg.model.architecture import Architecture
+from ichseg.model.architecture import LEAKY_SLOPE, NORM_EPSILON, Architecture
 from ichseg.model.instance_norm import InstanceNorm2d, InstanceNorm3d
 
 _CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED: dict[int, Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _POOL: dict[int, Any] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
-LEAKY_SLOPE = 0.01
 
 
 _NORM: dict[int, Any] = {2: InstanceNorm2d, 3: InstanceNorm3d}
@@ -112,7 +111,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         ones = (1,) * dimensions
         self.first = _block(dimensions, inputs, features, kernel, stride, 1)
-        norm = _NORM[dimensions](features, eps=1e-5, affine=True)
+        norm = _NORM[dimensions](features, eps=NORM_EPSILON, affine=True)
         nn.init.zeros_(norm.weight)  # with its bias, 0 as well: begins as the shortcut alone
         self.second = nn.Sequential(
             _convolution(dimensions, features, features, kernel, ones), norm
@@ -122,7 +121,7 @@ class ResidualBlock(nn.Module):
             shortcut.append(_POOL[dimensions](stride, stride))
         if inputs != features:
             shortcut.append(_CONV[dimensions](inputs, features, kernel_size=1, bias=False))
-            shortcut.append(_NORM[dimensions](features, eps=1e-5, affine=True))
+            shortcut.append(_NORM[dimensions](features, eps=NORM_EPSILON, affine=True))
         self.shortcut = nn.Sequential(*shortcut)
         self.activation = nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
 
@@ -161,7 +160,7 @@ def _block(
                 kernel,
                 stride if index == 0 else (1,) * dimensions,
             ),
-            _NORM[dimensions](features, eps=1e-5, affine=True),
+            _NORM[dimensions](features, eps=NORM_EPSILON, affine=True),
             nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
         ]
     return nn.Sequential(*layers)

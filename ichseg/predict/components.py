@@ -168,12 +168,13 @@ def speck_warning(
     where = _box(labels)
     if where is None:
         return None
-    every = pieces.measure(labels[where], 0, steps=foreground[where])
+    every = pieces.measure(labels[where], 0, foreground=foreground[where])
+    probabilities = every.mean_probability
     around = [int(np.ceil(BESIDE_BONE_MM / mm)) for mm in scan.spacing_mm]
     specks_ml, surest = 0.0, 0.0
     for index in np.argsort(-every.voxels, kind="stable")[:_MOST_SPECKS]:
         speck_ml = float(every.voxels[index]) * scan.voxel_ml
-        sure = float(every.sums[4, index] / every.voxels[index]) / 255
+        sure = float(probabilities[index])
         if speck_ml >= SPECK_ML or sure >= SPECK_PROBABILITY:
             continue
         inside = pieces.one(labels[where], 0, every, index)
@@ -250,16 +251,14 @@ def apply_rules(
             continue
         if rule.drop_below_probability and foreground is None:
             raise ValueError("a rule about probabilities needs them")
-        chance = (
-            foreground[where] if rule.drop_below_probability and foreground is not None else None
-        )
-        found = pieces.measure(result[where], rule.label, steps=chance)
+        probability = None if foreground is None else foreground[where]
+        found = pieces.measure(result[where], rule.label, foreground=probability)
         # a component of exactly the limit stays, though the product may err in its last digit
         kept = found.voxels * voxel_ml >= rule.drop_below_ml * (1 - 1e-9)
         if rule.keep_largest:
             kept &= np.arange(len(found)) == found.voxels.argmax()
         if rule.drop_below_probability:
-            kept &= found.sums[4] / found.voxels >= 255 * rule.drop_below_probability
+            kept &= found.mean_probability >= rule.drop_below_probability
         pieces.keep(result[where], rule.label, found, kept)
     return result
 
@@ -280,9 +279,9 @@ def lesions(labels: Labels, scan: Volume, foreground: Labels | None = None) -> t
     found = []
     for label, where in enumerate(ndimage.find_objects(labels), start=1):
         if where is not None:
-            chance = None if foreground is None else foreground[where]
-            every = pieces.measure(labels[where], label, scan.voxels[where], chance)
-            found += _listed(label, every, where, scan, has_chance=chance is not None)
+            probability = None if foreground is None else foreground[where]
+            every = pieces.measure(labels[where], label, scan.voxels[where], probability)
+            found += _listed(label, every, where, scan, is_sure_known=probability is not None)
     return tuple(sorted(found, key=lambda lesion: -lesion.volume_ml))
 
 
@@ -292,16 +291,15 @@ def _listed(
     where: tuple[slice, slice, slice],
     scan: Volume,
     *,
-    has_chance: bool,
+    is_sure_known: bool,
 ) -> list[Lesion]:
     """The pieces of one label, from its box in the scan."""
-    means = every.sums / every.voxels
-    likely: list[tuple[float, ...]] = [()] * len(every)
-    if has_chance:
-        likely = list(zip((means[4] / 255).tolist(), (every.most / 255).tolist(), strict=True))
+    sure: list[tuple[float, ...]] = [()] * len(every)
+    if is_sure_known:
+        sure = list(zip(every.mean_probability.tolist(), (every.most / 255).tolist(), strict=True))
     corner = np.array([[part.start] for part in where])
     low, end = every.low, every.end
-    centroids = _positions(means[:3] + corner, scan)
+    centroids = _positions(every.mean_index + corner, scan)
     middles = _positions((low + end - 1) / 2 + corner, scan)
     reach = abs(_steps(scan)) @ (end - low) / 2
     return [
@@ -311,8 +309,8 @@ def _listed(
             centroids.T.tolist(),
             (middles - reach).T.tolist(),
             (middles + reach).T.tolist(),
-            means[3].tolist(),
-            likely,
+            every.mean_hu.tolist(),
+            sure,
             strict=True,
         )
     ]

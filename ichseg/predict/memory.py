@@ -26,7 +26,6 @@ from ichseg.predict.prepare import Placement
 from ichseg.predict.presets import Plan
 from ichseg.wording import byte_size
 
-GB = 1e9
 _MB = 2**20
 _FLOAT = 4  # bytes
 _RUNTIME = 55 * _MB  # of OpenVINO, with whatever number of networks

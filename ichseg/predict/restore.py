@@ -205,11 +205,11 @@ def _decide(
     if wanted.foreground is None and not wanted.probabilities and threshold is None:
         return _likeliest(total, regions)
     mean: Any = total / count
-    chance = _chance(mean, regions=bool(regions), logits=logits)
+    probability = _foreground_probability(mean, regions=bool(regions), logits=logits)
     if wanted.foreground is not None:
-        wanted.foreground[rows] = on_host(_in_steps(chance))
+        wanted.foreground[rows] = on_host(_in_steps(probability))
     if wanted.probabilities or (regions and threshold is not None):
-        each = _chances(mean, regions=bool(regions), logits=logits)
+        each = _label_probabilities(mean, regions=bool(regions), logits=logits)
     for label, kept in enumerate(wanted.probabilities):
         own = _in_steps(each[label]) if kept.dtype == np.uint8 else each[label].clip(0, 1)
         kept[rows] = on_host(own)
@@ -218,7 +218,7 @@ def _decide(
     if regions:
         return _last_region(each - threshold, regions)
     xp = module_of(total)
-    return xp.asarray(total.argmax(0) + 1, dtype=xp.uint8) * (chance > threshold)
+    return xp.asarray(total.argmax(0) + 1, dtype=xp.uint8) * (probability > threshold)
 
 
 def _likeliest(margins: Grid, regions: Sequence[int]) -> Any:
@@ -323,33 +323,37 @@ def _of_probabilities(margins: Grid, regions: bool) -> Grid:
     if regions:
         halves: Grid = xp.tanh(margins / 2)
         return halves
-    shift = xp.clip(xp.amax(margins, 0), 0, None)
-    shares = xp.exp(margins - shift)
-    background = xp.exp(-shift)
+    shares, background = _shares(margins)
     probabilities: Grid = (shares - background) / (shares.sum(0) + background)
     return probabilities
 
 
-def _in_steps(chance: Grid) -> Any:
+def _shares(margins: Grid) -> tuple[Any, Any]:
+    """What softmax divides by its sum, of margins of logits: of each label, and of label 0."""
+    xp = module_of(margins)
+    shift = xp.clip(xp.amax(margins, 0), 0, None)
+    return xp.exp(margins - shift), xp.exp(-shift)
+
+
+def _in_steps(probability: Grid) -> Any:
     """Probabilities in steps of 1/255."""
-    xp = module_of(chance)
-    return xp.asarray(xp.clip(xp.round(chance * 255), 0, 255), dtype=xp.uint8)
+    xp = module_of(probability)
+    return xp.asarray(xp.clip(xp.round(probability * 255), 0, 255), dtype=xp.uint8)
 
 
-def _chances(margins: Grid, *, regions: bool, logits: bool) -> Any:
+def _label_probabilities(margins: Grid, *, regions: bool, logits: bool) -> Any:
     """The probability of each label but the background, or of each region, ``(K, ...)``."""
     xp = module_of(margins)
     if regions:
         return (xp.tanh(margins / 2) if logits else margins) * 0.5 + 0.5
     if logits:
-        shift = xp.clip(xp.amax(margins, 0), 0, None)
-        shares = xp.exp(margins - shift)
-        return shares / (shares.sum(0) + xp.exp(-shift))
+        shares, background = _shares(margins)
+        return shares / (shares.sum(0) + background)
     # what each exceeds the background's by, and that all sum to 1
     return margins + (1 - margins.sum(0)) / (len(margins) + 1)
 
 
-def _chance(margins: Grid, *, regions: bool, logits: bool) -> Any:
+def _foreground_probability(margins: Grid, *, regions: bool, logits: bool) -> Any:
     """The probability of anything but background, from margins ``(K, ...)``.
 
     With several labels the margins of probabilities over that of the background, and the sum of 1,
@@ -360,9 +364,9 @@ def _chance(margins: Grid, *, regions: bool, logits: bool) -> Any:
         best = xp.amax(margins, 0)
         return (xp.tanh(best / 2) if logits else best) * 0.5 + 0.5
     if logits:
-        shift = xp.clip(xp.amax(margins, 0), 0, None)
-        others = xp.exp(margins - shift).sum(0)
-        return others / (others + xp.exp(-shift))
+        shares, background = _shares(margins)
+        others = shares.sum(0)
+        return others / (others + background)
     return (margins.sum(0) + len(margins)) / (len(margins) + 1)
 
 

@@ -13,7 +13,7 @@ from ichseg.engine import choose, openvino_engine, openvino_graph, torch_engine
 from ichseg.engine.choose import choose_engine
 from ichseg.engine.engine import NetworkSpec
 from ichseg.errors import DeviceError
-from ichseg.model.architecture import Architecture
+from ichseg.model.architecture import NORM_EPSILON, Architecture
 from ichseg.model.network import build_network
 
 FLAT = Architecture(
@@ -167,7 +167,7 @@ def test_what_is_in_bfloat16_is_normalised_in_float32(size, many, monkeypatch):
     found = openvino_engine._core().compile_model(model, "CPU", settings)([given])[0]
     x = torch.from_numpy(given).bfloat16().double().numpy()
     axes, shape = tuple(range(2, x.ndim)), (1, 4, *(1,) * len(size))
-    deviation = np.sqrt(x.var(axes, keepdims=True) + openvino_graph.EPSILON)
+    deviation = np.sqrt(x.var(axes, keepdims=True) + NORM_EPSILON)
     expected = (x - x.mean(axes, keepdims=True)) / deviation * weight.reshape(shape)
     np.testing.assert_allclose(found, expected + bias.reshape(shape), rtol=0, atol=2e-6)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ichseg.errors import OutputError, PlansError, WeightsError
 from ichseg.files import make_folder, remove_unfinished, unfinished_folder
 from ichseg.model import bundle
-from ichseg.model.architecture import Architecture
+from ichseg.model.architecture import NORM_EPSILON, Architecture
 from ichseg.model.bundle import Member, Model
 from ichseg.model.network import build_network
 from ichseg.model.plans import Configuration, Normalisation, Plans
@@ -337,7 +337,7 @@ def _architecture(own: Architecture) -> dict[str, Any]:
             "n_conv_per_stage_decoder": list(reversed(own.decoder_convs)),
             "conv_bias": True,
             "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{axes}d",
-            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+            "norm_op_kwargs": {"eps": NORM_EPSILON, "affine": True},
             "dropout_op": None,
             "dropout_op_kwargs": None,
             "nonlin": "torch.nn.LeakyReLU",

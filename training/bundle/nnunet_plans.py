@@ -14,8 +14,7 @@ from typing import Any
 
 from ichseg.errors import PlansError
 from ichseg.model import strict_json
-from ichseg.model.architecture import Architecture
-from ichseg.model.network import LEAKY_SLOPE
+from ichseg.model.architecture import LEAKY_SLOPE, NORM_EPSILON, Architecture
 from ichseg.model.plans import (
     SCHEMA_VERSION,
     Configuration,
@@ -165,7 +164,7 @@ def _architecture(raw: Json, dimensions: int) -> Architecture:
     _expect("conv_op", arguments["conv_op"].rpartition(".")[2], [f"Conv{dimensions}d"])
     _expect("conv_bias", arguments["conv_bias"], [True])
     _expect("norm_op", arguments["norm_op"].rpartition(".")[2], [f"InstanceNorm{dimensions}d"])
-    _expect("norm_op_kwargs", arguments["norm_op_kwargs"], [{"eps": 1e-5, "affine": True}])
+    _expect("norm_op_kwargs", arguments["norm_op_kwargs"], [{"eps": NORM_EPSILON, "affine": True}])
     _expect("nonlin", arguments["nonlin"].rpartition(".")[2], ["LeakyReLU"])
     slope = (arguments.get("nonlin_kwargs") or {}).get("negative_slope", LEAKY_SLOPE)
     _expect("negative_slope", slope, [LEAKY_SLOPE])
