@@ -67,7 +67,7 @@ bench: $(VENV)/.dev-installed ## measure against nnunetv2 (the first time instal
 		echo "== $$name"; PYTHONPATH=. $(PY) benchmarks/$$name.py --rival-env $(RIVAL_ENV) || failed=1; \
 	done; exit $$failed
 
-clean: ## remove what these made: .venv, out/, export/, caches
+clean: ## remove .venv, out/ with all that is in it, export/, caches
 	rm -rf $(VENV) $(LOWEST) out export dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 

@@ -66,9 +66,7 @@ def joined(address: str) -> Iterator[Any]:
         DeviceError: Ray is not installed, or there is no such cluster.
     """
     if importlib.util.find_spec("ray") is None:
-        raise DeviceError(
-            "--ray needs the package ray, which is not installed: pip install 'ichseg[cluster]'"
-        )
+        raise DeviceError("--ray needs the package ray, which is not installed: pip install ray")
     _require_reachable(address)
     import ray
 

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fraction of scans without a bleed [%(default)s]",
     )
     parser.add_argument(
-        "--balanced", action="store_true", help="the five kinds in turn, one a case"
+        "--balanced", action="store_true", help="the five kinds of bleeds in turn, one kind a case"
     )
     parser.add_argument(
         "--findings",

@@ -45,6 +45,12 @@ def links(text):
     return [link.partition("#")[0] for link in found if not re.match(r"[a-z]+:|#", link)]
 
 
+def anchors(text):
+    """What a link names to lead to each heading: its words in small letters, joined by hyphens."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def named_paths(text):
     """What looks like a path of the clone in backticks, ``test/x.py::test`` without its test."""
     found = []
@@ -100,6 +106,15 @@ def flags_in(words):
 @pytest.mark.parametrize("page", PAGES, ids=BY_NAME)
 def test_links_lead_somewhere(page):
     missing = [link for link in links(text_of(page)) if not (page.parent / link).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=BY_NAME)
+def test_headings_that_are_linked_exist(page):
+    missing = []
+    for link, anchor in re.findall(r"\]\(([^)\s#:]*)#([^)\s]+)\)", text_of(page)):
+        if anchor not in anchors(text_of(page.parent / link if link else page)):
+            missing.append(f"{link}#{anchor}")
     assert missing == []
 
 
@@ -164,6 +179,7 @@ def test_both_programs_say_their_version(program, capsys):
 def test_what_is_wrong_would_be_seen():
     text = "[a](docs/none.md) `ichseg/none.py` `training/none.py::test_x` `weights/*.json`"
     assert links(text) == ["docs/none.md"]
+    assert anchors("# A\n\n## `ws`, by hand\n") == {"a", "ws-by-hand"}
     assert named_paths(text) == ["ichseg/none.py", "training/none.py"]
     block = "Run\n\n    python -m training plan --workspace ws \\\n        --nonsense 1  # so\n"
     (line,) = [line for line in command_lines(block) if "-m training" in line]

@@ -177,8 +177,9 @@ def _add_choices(group: argparse._ArgumentGroup) -> None:
         "--precision",
         choices=["auto", "float32", "bfloat16"],
         default="auto",
-        help="of convolutions; auto takes float16 on a GPU, and on a CPU bfloat16 if the processor "
-        "computes it itself, which is about twice as fast, else float32 (default auto)",
+        help="in which convolutions are computed; auto takes float16 on a GPU, and on a CPU "
+        "bfloat16 if the processor computes it itself, which is about twice as fast, else float32 "
+        "(default auto)",
     )
     group.add_argument(
         "--gpus",

@@ -117,7 +117,7 @@ def serve(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         return fail(
             f"--api invoke needs the package {error.name}, which is not installed: "
-            "pip install 'ichseg[server]'"
+            "pip install fastapi uvicorn"
         )
 
     written: set[Path] = set()

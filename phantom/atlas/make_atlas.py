@@ -30,7 +30,7 @@ def main() -> None:
         "--mricron", type=Path, required=True, help="templates folder of mricron-data"
     )
     parser.add_argument("--nilearn", type=Path, required=True, help="nilearn/datasets/data")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where to write")
     args = parser.parse_args()
     t1 = _read(args.mricron / "ch2.nii.gz")
     brain = _fill(ndimage.binary_opening(_read(args.mricron / "ch2bet.nii.gz") > 0))

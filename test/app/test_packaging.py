@@ -71,6 +71,15 @@ def test_ranges_are_open_and_pins_are_not():
     assert all(">=" in str(found.specifier) for found in ranges)
 
 
+def test_what_errors_say_to_install_is_on_an_index_and_in_no_file_of_the_clone():
+    asking = [
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "ichseg").rglob("*.py")
+        if re.search(r"pip install .*(ichseg\[|requirements)", path.read_text(encoding="utf-8"))
+    ]
+    assert asking == []
+
+
 def test_everything_that_is_imported_is_declared():
     packages = importlib.metadata.packages_distributions()
     needed = {

@@ -150,7 +150,7 @@ def test_a_cluster_that_is_not_there_is_refused_in_a_line(
 def test_without_ray_a_line_names_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert refused(tmp_path, capsys, "auto") == (
-        "error: --ray needs the package ray, which is not installed: pip install 'ichseg[cluster]'"
+        "error: --ray needs the package ray, which is not installed: pip install ray"
     )
 
 

@@ -314,7 +314,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="this one, without post-processing [what `select` has selected, with its rules]",
     )
     parser.add_argument(
-        "--folds", metavar="K,K,...", help="the finished of these [all folds of the workspace]"
+        "--folds",
+        metavar="K,K,...",
+        help="those of these that are finished [all folds of the workspace]",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the bundle's folder"

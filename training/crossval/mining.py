@@ -187,7 +187,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [%(default)s]")
     parser.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="on the CPU; 0 takes all [%(default)s]"
+        "--threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="threads on the CPU; 0 takes all [%(default)s]",
     )
 
 

@@ -96,14 +96,14 @@ class TrainingConfig:
     device: str = _option("auto", "auto, cpu or cuda")
     precision: str = _option(
         "fp32",
-        "of convolutions, loss and weights stay in fp32: fp32, bf16, fp16 (CUDA only; the loss is "
-        "scaled), or auto (bf16 where card or processor computes it, else fp16 on CUDA and fp32 on "
-        "the CPU)",
+        "of convolutions; loss and weights stay in fp32. One of fp32, bf16, fp16 (CUDA only; the "
+        "loss is scaled), or auto (bf16 where card or processor computes it, else fp16 on CUDA and "
+        "fp32 on the CPU)",
     )
     compile: bool | None = _option(
         None,
-        "compile the network with torch.compile (a minute, once); left out, on a GPU alone, and "
-        "where a trial shows that it is faster",
+        "compile the network with torch.compile, which takes a minute once; without either flag a "
+        "trial decides on a GPU, and on a CPU it is not compiled",
     )
     deterministic: bool = _option(
         False, "the same sums in the same order on CUDA, too, where torch can; slower"

@@ -74,7 +74,7 @@ def _say_bundles(scope: Scope) -> None:
         folder = scope.choices.bundle_folder(name)
         if name == SELECTED:
             names = " + ".join(selection.load(scope.choices.workspace).configurations)
-            _log.info("selected were %s, their weights are in %s", names, folder)
+            _log.info("selected: %s; the weights are in %s", names, folder)
         else:
             _log.info("the weights of %s are in %s", name, folder)
 

@@ -24,7 +24,7 @@ _MUST_BE_THERE = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime",
     "StudyID", "AccessionNumber", "ReferringPhysicianName",
 )  # fmt: skip
-NOT_INSTALLED = "no DICOM-SEG: highdicom is not installed (pip install -r requirements-dicom.txt)"
+NOT_INSTALLED = "no DICOM-SEG: highdicom is not installed (pip install highdicom)"
 _STRAIGHT, _SEG = "_straight.mha", "_seg.dcm"
 
 
