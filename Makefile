@@ -1,5 +1,5 @@
 # Every habit of the project, by name; CI runs lint, types, test and browser. Needs make and Python 3.11+ with venv and pip.
-#   make demo                       segment the sample cases into out/
+#   make demo                       segment the sample cases into demo/
 #   make PYTHON=python3.12 test     with another Python
 #   make clean                      remove all that these made, .venv included
 
@@ -20,8 +20,8 @@ RIVAL_ENV  := benchmarks/.rival-env
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
-demo: $(VENV)/.demo-installed ## segment the sample cases, with pictures, into out/ (minutes, no GPU needed)
-	@$(PY) process.py --input test/sample/input --output out --preset fast --report
+demo: $(VENV)/.demo-installed ## segment the sample cases, with pictures, into demo/ (minutes, no GPU needed)
+	@$(PY) process.py --input test/sample/input --output demo --preset fast --report
 
 # A file of tests to each process, with a thread each: threads beside processes would wait for each other.
 test: $(VENV)/.dev-installed ## pytest, all but what needs a GPU or a browser, on up to four cores
@@ -67,8 +67,8 @@ bench: $(VENV)/.dev-installed ## measure against nnunetv2 (the first time instal
 		echo "== $$name"; PYTHONPATH=. $(PY) benchmarks/$$name.py --rival-env $(RIVAL_ENV) || failed=1; \
 	done; exit $$failed
 
-clean: ## remove .venv, out/ with all that is in it, export/, caches
-	rm -rf $(VENV) $(LOWEST) out export dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## remove .venv, demo/, export/, caches
+	rm -rf $(VENV) $(LOWEST) demo export dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # pip is looked for too: a Python without ensurepip leaves half an environment behind.
