@@ -15,6 +15,7 @@ from ichseg.predict import memory
 from ichseg.predict.components import Segmentation
 from ichseg.predict.ensemble import Ensemble, Kept, Predicted, Prepared, of_scan
 from ichseg.predict.memory import Need
+from ichseg.predict.restore import check_threshold
 from ichseg.scan import images
 from ichseg.scan.reader import Scan
 
@@ -82,12 +83,13 @@ def segment_many(
         threshold: See ``finish``.
 
     Raises:
-        InputError: ``scans`` is a single scan.
+        InputError: ``scans`` is a single scan, or the threshold is none.
         WeightsError: A network's file is not finite or does not fit its plan.
         DeviceError: A GPU's memory does not even hold one tile, or the GPU is lost.
     """
     if images.is_one(scans):
         raise InputError(f"one {type(scans).__name__}, expected several scans, such as a list")
+    check_threshold(threshold)
     base = memory.program_bytes()
     kept: Kept | None = "float16" if probabilities else None
 
