@@ -125,14 +125,12 @@ class Opened:
         scan: What was read.
         read_s: The seconds that reading took.
         need: The memory that the case takes.
-        on_host: Whether its scores are added up on the host though a GPU runs the networks.
         prepared: The volume in the grids of the networks.
     """
 
     scan: Scan
     read_s: float
     need: memory.Need
-    on_host: bool
     prepared: Prepared
 
 
@@ -209,7 +207,7 @@ def open_case(task: Task, _: Task, ensemble: Ensemble, options: Options, base: i
         scan = reader.in_hu(scan, image)
     read_s = time.perf_counter() - began
     plan = ensemble.plan(scan, options.preset)
-    need, on_host = ensemble.need(
+    need = ensemble.need(
         plan,
         file_bytes=stamp["bytes"],
         singly=options.deadline is not None,
@@ -220,10 +218,10 @@ def open_case(task: Task, _: Task, ensemble: Ensemble, options: Options, base: i
         f"{task.name}: {scan.grid}, about {byte_size(base + need.alone)} of memory"
         + (f", {byte_size(allowed.total)} allowed by {allowed.by}" if allowed else "")
         + (f"; {byte_size(need.device)} of the GPU's" if need.device else "")
-        + (", which does not hold the scores: they stay on the host" if on_host else "")
+        + (", which does not hold the scores: they stay on the host" if need.on_host else "")
     )
     prepared = ensemble.prepare(plan)
-    return Opened(scan, read_s, need, on_host, prepared)
+    return Opened(scan, read_s, need, prepared)
 
 
 @stage
@@ -250,13 +248,7 @@ def predict_case(
                 f"{counted(cases_left, 'case')}, of which measuring and writing "
                 f"alone take {duration(reserve_s)} each"
             )
-    predicted = ensemble.predict(
-        opened.prepared,
-        Progress(budget_s),
-        budget_s,
-        on_host=opened.on_host,
-        keep_networks=opened.need.keeps_networks,
-    )
+    predicted = ensemble.predict(opened.prepared, Progress(budget_s), budget_s, opened.need)
     return Done(opened.scan, opened.read_s, predicted)
 
 

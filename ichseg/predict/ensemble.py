@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from ichseg.engine.arrays import FloatArray, Grid, on_host
 from ichseg.engine.choose import choose_engine
 from ichseg.engine.engine import Engine
 from ichseg.engine.networks import Networks, spec_of
-from ichseg.errors import DeviceFullError, InputError, WeightsError
+from ichseg.errors import DeviceFullError, WeightsError
 from ichseg.model import bundle
 from ichseg.model.bundle import Model
 from ichseg.model.default_weights import default_weights
@@ -42,7 +43,7 @@ from ichseg.predict.presets import (
     preset_members,
     ran_record,
 )
-from ichseg.predict.restore import previous_channels, restore
+from ichseg.predict.restore import check_threshold, previous_channels, restore
 from ichseg.scan import images, reader
 from ichseg.scan.dicom import straighten
 from ichseg.scan.reader import Scan
@@ -103,6 +104,7 @@ class Ensemble:
     folder: Path
     engine: Engine
     _networks: Networks = field(init=False, repr=False)
+    _running: threading.Lock = field(init=False, repr=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_networks", Networks(self.model, self.folder, self.engine))
@@ -163,12 +165,14 @@ class Ensemble:
             threshold: See ``finish``.
 
         Raises:
-            InputError: It cannot be read, does not fit the model, or is no head CT in HU.
+            InputError: It cannot be read, does not fit the model or is no head CT in HU, or the
+                threshold is none.
             WeightsError: A network's file is not finite or does not fit its plan.
             BudgetError: The time does not suffice for one network without mirroring.
             PredictionError: A network gives scores that are not finite.
             DeviceError: A GPU's memory does not even hold one tile, or the GPU is lost.
         """
+        check_threshold(threshold)
         began = time.perf_counter()
         scan = images.as_scan(image, spacing_mm=spacing_mm, axes=axes)
         scan = self.in_hu(scan, images.name_of(image))
@@ -200,8 +204,8 @@ class Ensemble:
         file_bytes: int,
         singly: bool,
         probabilities: Kept | None = None,
-    ) -> tuple[Need, bool]:
-        """The memory that a scan takes, and whether its scores are added up on the host.
+    ) -> Need:
+        """The memory that a scan takes, and how the networks run in it.
 
         Args:
             plan: What will be done for it.
@@ -243,11 +247,9 @@ class Ensemble:
         prepared: Prepared,
         progress: Count | None = None,
         budget_s: float | None = None,
-        *,
-        on_host: bool = False,
-        keep_networks: bool | None = None,
+        need: Need | None = None,
     ) -> Predicted:
-        """Run the networks; in one thread at a time.
+        """Run the networks; may be called in any thread, and waits while another one runs them.
 
         Args:
             prepared: From ``prepare``; it can be used again.
@@ -257,10 +259,9 @@ class Ensemble:
                 so on, as many as fit. Finished passes of a configuration weigh equally, one that
                 is late is dropped. Each configuration, a cascade's first stage too, gets its share
                 of the time by its work, and at least one pass.
-            on_host: Add up the scores there, for volumes that a GPU's memory does not hold. Where
-                it turns out to be full, all begins again so.
-            keep_networks: Whether every network stays ready for the next volume; by default as
-                ``need`` says: where that leaves half of the memory free.
+            need: Whether networks stay ready for the next volume, and scores are added up on the
+                host, for volumes that a GPU's memory does not hold; by default as ``self.need``
+                finds. Where a GPU turns out to be full, all begins again with scores on the host.
 
         Raises:
             WeightsError: A network's file is not finite or does not fit its plan.
@@ -273,17 +274,14 @@ class Ensemble:
         if budget_s is not None:
             deadline = time.perf_counter() + budget_s - self._restoring_s(plan.volume)
         efforts = [part.passes.effort for part in plan.parts]
-        keep = keep_networks
-        if keep is None:
-            need, _ = self.need(plan, file_bytes=0, singly=budget_s is not None)
-            keep = need.keeps_networks
+        need = need or self.need(plan, file_bytes=0, singly=budget_s is not None)
+        keep = need.keeps_networks
         clock = Clock(progress, sum(e.forward_passes for e in efforts), deadline, efforts)
-        if not on_host:
-            with contextlib.suppress(DeviceFullError), self.engine.guard():
-                return self._predict(
-                    prepared, dataclasses.replace(clock), budget_s, on_host=False, keep=keep
-                )
-        with self.engine.guard():
+        if not need.on_host:
+            with contextlib.suppress(DeviceFullError), self._running, self.engine.guard():
+                counted = dataclasses.replace(clock)
+                return self._predict(prepared, counted, budget_s, on_host=False, keep=keep)
+        with self._running, self.engine.guard():
             return self._predict(prepared, clock, budget_s, on_host=True, keep=keep)
 
     def finish(
@@ -307,10 +305,7 @@ class Ensemble:
             DeviceError: The GPU that holds the scores is lost.
         """
         began = time.perf_counter()
-        if threshold is not None and not (
-            isinstance(threshold, int | float) and 0.01 <= threshold <= 0.99
-        ):
-            raise InputError(f"threshold {threshold!r}, expected 0.01 to 0.99")
+        check_threshold(threshold)
         volume = predicted.volume
         labels, foreground, each = self._restore(predicted.parts, probabilities, threshold)
         labels = components.apply_rules(labels, self.model.rules, volume.voxel_ml, foreground)
@@ -320,7 +315,7 @@ class Ensemble:
             doubtful = components.doubts(labels, volume, foreground, lesions)
         seconds = predicted.seconds | {"restore": time.perf_counter() - began}
         seconds["total"] = sum(seconds.values())
-        decided = {} if threshold is None else {"threshold": threshold}
+        decided = {} if threshold is None else {"threshold": float(threshold)}
         return Segmentation(
             mask=volume.with_voxels(labels),
             volume_ml=float(np.count_nonzero(labels) * volume.voxel_ml),

@@ -15,6 +15,7 @@ from ichseg.predict import memory
 from ichseg.predict.components import Segmentation
 from ichseg.predict.ensemble import Ensemble, Kept, Predicted, Prepared, of_scan
 from ichseg.predict.memory import Need
+from ichseg.predict.restore import check_threshold
 from ichseg.scan import images
 from ichseg.scan.reader import Scan
 
@@ -45,7 +46,6 @@ class _Opened:
 
     scan: Scan
     need: Need
-    on_host: bool
     prepared: Prepared
 
 
@@ -82,12 +82,13 @@ def segment_many(
         threshold: See ``finish``.
 
     Raises:
-        InputError: ``scans`` is a single scan.
+        InputError: ``scans`` is a single scan, or the threshold is none.
         WeightsError: A network's file is not finite or does not fit its plan.
         DeviceError: A GPU's memory does not even hold one tile, or the GPU is lost.
     """
     if images.is_one(scans):
         raise InputError(f"one {type(scans).__name__}, expected several scans, such as a list")
+    check_threshold(threshold)
     base = memory.program_bytes()
     kept: Kept | None = "float16" if probabilities else None
 
@@ -104,22 +105,16 @@ def segment_many(
         )
         scan = ensemble.in_hu(scan, name)
         plan = ensemble.plan(scan, preset)
-        need, on_host = ensemble.need(
+        need = ensemble.need(
             plan, file_bytes=images.bytes_of(image), probabilities=kept, singly=False
         )
         memory.refuse_beyond_memory(name, base + need.alone, scan.grid)
-        return _Opened(scan, need, on_host, ensemble.prepare(plan))
+        return _Opened(scan, need, ensemble.prepare(plan))
 
     @_or_error
     def run(numbered: tuple[int, Any], opened: _Opened) -> tuple[Scan, Predicted]:
         count = functools.partial(progress, numbered[0]) if progress else None
-        predicted = ensemble.predict(
-            opened.prepared,
-            count,
-            on_host=opened.on_host,
-            keep_networks=opened.need.keeps_networks,
-        )
-        return opened.scan, predicted
+        return opened.scan, ensemble.predict(opened.prepared, count, need=opened.need)
 
     @_or_error
     def finish(numbered: tuple[int, Any], done: tuple[Scan, Predicted]) -> Segmentation:

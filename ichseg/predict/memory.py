@@ -43,6 +43,7 @@ class Need:
         network: What the networks take that stay from the first case on: the largest, or all.
         device: What it takes of a GPU's memory with one tile at a time; batches take more.
         keeps_networks: Whether all networks stay, so that the next case need not load them.
+        on_host: Whether the scores are added up on the host though the networks run on a GPU.
     """
 
     opening: int
@@ -51,6 +52,7 @@ class Need:
     network: int
     device: int = 0
     keeps_networks: bool = False
+    on_host: bool = False
 
     @property
     def alone(self) -> int:
@@ -143,6 +145,7 @@ def estimate(
         network=together + _RUNTIME if keeps_networks and kind == "openvino" else largest,
         device=device,
         keeps_networks=keeps_networks,
+        on_host=on_host,
     )
 
 
@@ -180,8 +183,8 @@ def of_scan(
     file_bytes: int,
     singly: bool,
     bytes_kept: int = 0,
-) -> tuple[Need, bool]:
-    """Bytes that a scan takes with an ensemble.
+) -> Need:
+    """What a scan takes with an ensemble; of a GPU that does not hold its scores less.
 
     Args:
         plan: What the ensemble will do for the scan.
@@ -191,10 +194,6 @@ def of_scan(
         file_bytes: The size of the scan on disk.
         singly: Whether passes run one by one, as under a time budget.
         bytes_kept: Bytes of each label's probability in a voxel, where those are kept.
-
-    Returns:
-        The bytes, and whether the scores are added up on the host, since the GPU's memory does not
-        hold them.
     """
     parts = []
     for part in plan.parts:
@@ -220,8 +219,8 @@ def of_scan(
     )
     need, free = _with_networks(wanted, engine), engine.device_bytes()
     if free is None or need.device <= free:
-        return need, False
-    return wanted(on_host=True), True
+        return need
+    return wanted(on_host=True)
 
 
 def of_networks(model: Model, folder: Path, engine: Engine, members: Sequence[Member]) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ichseg.engine.arrays import FloatArray, Grid, as_float, module_of, on_host, slabs
+from ichseg.errors import InputError
 from ichseg.model.bundle import Model
 from ichseg.model.plans import Plans
 from ichseg.predict import resample
@@ -82,6 +83,18 @@ def restore(
         found = _decide(total, len(parts), rows, plans.regions, wanted, logits=logits)
         own[rows] = on_host(found)
     return labels
+
+
+def check_threshold(threshold: float | None) -> None:
+    """Refuse what is no threshold of probabilities; to be asked before the networks run.
+
+    Raises:
+        InputError: It is neither None nor a number from 0.01 to 0.99.
+    """
+    if threshold is not None and not (
+        isinstance(threshold, int | float | np.floating) and 0.01 <= threshold <= 0.99
+    ):
+        raise InputError(f"threshold {threshold!r}, expected a number from 0.01 to 0.99")
 
 
 def regrid(

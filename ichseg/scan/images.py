@@ -265,7 +265,7 @@ def _check_place(image: Volume, name: str) -> None:
     if len(origin) != 3 or not np.isfinite(origin).all():
         raise InputError(f"{name}: origin_mm {origin}, expected a place in mm")
     if direction.shape != (9,):
-        raise InputError(f"{name}: a direction of {direction.size} numbers, expected 9")
+        raise InputError(f"{name}: a direction of shape {direction.shape}, expected 9 numbers")
     _checked_directions(direction.reshape(3, 3), name)
 
 

@@ -21,7 +21,7 @@ from ichseg.scan.volume import Volume, to_itk
 AIR_HU = -1000
 _LOW_HU, _HIGH_HU = -100, 1000  # what is compared; below and above all is alike
 _GRID_MM = 3.0  # finer changes the shift by less than a tenth of a voxel of 0.5 mm
-_PITCHES_DEG = (-30, -15, 0, 15, 30)  # nodding, by which scans of one patient differ most
+_ANGLES_DEG = (0, -15, 15, -30, 30)  # of nodding, bending to a side and turning to a side
 _STEPS_MM = (2.0, 0.005)  # the first and the last
 _SHORTER = 0.6  # a step after one that turned back
 _MOST_STEPS = 200
@@ -110,6 +110,13 @@ def _one_thread() -> Iterator[None]:
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
 
 
+def mirrored(volume: Volume) -> Volume:
+    """The scan with its left and right exchanged, about the middle of the frame."""
+    z_mm, y_mm, x_mm = volume.origin_mm
+    direction = (*volume.direction[:6], *(-cosine for cosine in volume.direction[6:]))
+    return Volume(volume.voxels, volume.spacing_mm, (z_mm, y_mm, -x_mm), direction)
+
+
 def onto(first: Volume, second: Volume, alignment: Alignment, *, labels: bool = False) -> Volume:
     """The second scan, or what was found in it, in the grid of the first.
 
@@ -154,21 +161,30 @@ def _prepared(volume: Volume) -> sitk.Image:
 def _best_start(
     method: sitk.ImageRegistrationMethod, fixed: sitk.Image, moving: sitk.Image
 ) -> sitk.Euler3DTransform:
-    """Middle on middle, and the nodding by which the scans agree best."""
-    found: list[tuple[float, int, sitk.Euler3DTransform]] = []
-    for pitch in _PITCHES_DEG:
-        start = sitk.Euler3DTransform(
-            sitk.CenteredTransformInitializer(
-                fixed,
-                moving,
-                sitk.Euler3DTransform(),
-                sitk.CenteredTransformInitializerFilter.MOMENTS,
-            )
+    """Middle on middle, and the angles at which the scans agree best, one after another."""
+    start = sitk.Euler3DTransform(
+        sitk.CenteredTransformInitializer(
+            fixed,
+            moving,
+            sitk.Euler3DTransform(),
+            sitk.CenteredTransformInitializerFilter.MOMENTS,
         )
-        start.SetRotation(math.radians(pitch), 0.0, 0.0)
+    )
+    angles = [0.0, 0.0, 0.0]
+
+    def disagreement() -> float:
+        start.SetRotation(*angles)
         method.SetInitialTransform(start, inPlace=False)
-        found.append((method.MetricEvaluate(fixed, moving), abs(pitch), start))
-    return min(found, key=lambda each: each[:2])[2]
+        return float(method.MetricEvaluate(fixed, moving))
+
+    for axis in range(3):
+        tried = []
+        for degrees in _ANGLES_DEG:
+            angles[axis] = math.radians(degrees)
+            tried.append((disagreement(), abs(degrees), angles[axis]))
+        angles[axis] = min(tried)[2]
+    start.SetRotation(*angles)
+    return start
 
 
 def _alignment(

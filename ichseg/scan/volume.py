@@ -171,8 +171,8 @@ def to_itk(volume: Volume) -> sitk.Image:
     import SimpleITK as sitk
 
     image = sitk.GetImageFromArray(volume.voxels)
-    image.SetSpacing(volume.spacing_mm[::-1])
-    image.SetOrigin(volume.origin_mm[::-1])
+    image.SetSpacing(triple(volume.spacing_mm[::-1]))  # which may be numbers of numpy
+    image.SetOrigin(triple(volume.origin_mm[::-1]))
     image.SetDirection(
         [float(v) for v in np.array(volume.direction).reshape(3, 3)[::-1, ::-1].ravel()]
     )

@@ -45,7 +45,7 @@ class Pretended:
         return scan
 
     def need(self, plan, **_):
-        return memory.Need(opening=10, predicting=20, writing=30, network=5), False
+        return memory.Need(opening=10, predicting=20, writing=30, network=5)
 
     def prepare(self, scan):
         name = int(scan.voxels.max())
@@ -58,7 +58,7 @@ class Pretended:
             raise ZeroDivisionError("our fault")
         return SimpleNamespace(scan=scan, name=name, parts=[])
 
-    def predict(self, prepared, progress, budget_s, *, on_host, keep_networks):
+    def predict(self, prepared, progress, budget_s, need):
         self.note("predict", prepared.name)
         self.budgets.append(budget_s)
         self.during_predict(prepared.name)

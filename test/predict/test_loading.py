@@ -11,6 +11,7 @@ from conftest import make_bundle
 from ichseg.engine import machine
 from ichseg.errors import WeightsError
 from ichseg.predict.ensemble import Ensemble
+from ichseg.predict.memory import Need
 
 
 def counting_loads(ensemble):
@@ -63,7 +64,7 @@ def test_what_was_loaded_ahead_goes_where_networks_may_not_stay(tmp_path, scan):
     alive = ensemble._networks._alive
     assert len(alive) == 3
     prepared = ensemble.prepare(ensemble.plan(scan, "balanced"))
-    ensemble.predict(prepared, keep_networks=False)
+    ensemble.predict(prepared, need=Need(0, 0, 0, 0, keeps_networks=False))
     assert len(alive) == 1
     assert len(loads) == 5  # all but the first again
 

@@ -1,6 +1,8 @@
 """Many scans through one ensemble: as one by one, with errors, progress and an end on demand."""
 
+import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import nibabel
 import numpy as np
@@ -161,3 +163,41 @@ def test_probabilities_and_threshold_reach_each(ensemble, paths):
     clear = abs(chance - 0.3) > 1e-3
     assert clear.mean() > 0.9
     np.testing.assert_array_equal((chance > 0.3)[clear], outcome.found.mask.voxels[clear] == 1)
+
+
+def test_scans_of_several_threads_go_through_the_networks_one_after_another(ensemble, scan):
+    """What another thread computes meanwhile would be in the mask."""
+    others = [scan, scan.with_voxels(np.roll(scan.voxels, 7, 2))]
+    expected = [ensemble.segment(each, "balanced").mask.voxels for each in others]
+    first, second = threading.Event(), threading.Event()
+
+    def of_first(done, total):
+        first.set()
+        assert not second.wait(0.2)
+
+    def of_second(done, total):
+        second.set()
+
+    with ThreadPoolExecutor(2) as threads:
+        one = threads.submit(ensemble.segment, others[0], "balanced", of_first)
+        assert first.wait(20)
+        other = threads.submit(ensemble.segment, others[1], "balanced", of_second)
+    for found, mask in zip((one.result(), other.result()), expected, strict=True):
+        np.testing.assert_array_equal(found.mask.voxels, mask)
+
+
+@pytest.mark.parametrize("threshold", [5, 0, True, float("nan"), "0.3"])
+def test_what_is_no_threshold_is_refused_before_anything_else(ensemble, scan, threshold):
+    for segment in (
+        lambda: ensemble.segment("no such file", "fast", threshold=threshold),
+        lambda: next(segment_many(ensemble, ["no such file"], "fast", threshold=threshold)),
+    ):
+        with pytest.raises(InputError, match=r"^threshold .*expected a number from 0.01 to 0.99"):
+            segment()
+
+
+def test_a_threshold_may_be_a_number_of_numpy(ensemble, scan):
+    plain, of_numpy = (ensemble.segment(scan, "fast", threshold=t) for t in (0.3, np.float32(0.3)))
+    assert of_numpy.ran["threshold"] == pytest.approx(0.3)
+    json.dumps(of_numpy.ran)
+    np.testing.assert_array_equal(plain.mask.voxels, of_numpy.mask.voxels)

@@ -108,10 +108,10 @@ def test_all_networks_stay_where_that_leaves_half_of_the_memory(tmp_path, monkey
     plan = ensemble.plan(Volume(np.zeros((12, 40, 40), np.int16), (5.0, 1.0, 1.0)), "balanced")
     limit = [None]
     monkeypatch.setattr(machine, "memory_limit", lambda: limit[0])
-    every, _ = ensemble.need(plan, file_bytes=1000, singly=False)
+    every = ensemble.need(plan, file_bytes=1000, singly=False)
     assert every.keeps_networks
     limit[0] = MemoryLimit(int(share * every.alone), "a test")
-    found, _ = ensemble.need(plan, file_bytes=1000, singly=False)
+    found = ensemble.need(plan, file_bytes=1000, singly=False)
     assert found.keeps_networks == kept
     assert (found.network == every.network) == kept
     assert found.network < every.network or kept

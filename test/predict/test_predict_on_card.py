@@ -15,6 +15,7 @@ from ichseg.model.network import build_network
 from ichseg.model.plans import Resampling
 from ichseg.predict.ensemble import Ensemble
 from ichseg.predict.many import segment_many
+from ichseg.predict.memory import Need
 
 FLAT = dataclasses.replace(ARCHITECTURE, kernels=((3, 3),) * 2, strides=((1, 1), (2, 2)))
 
@@ -93,7 +94,7 @@ def test_tiles_from_the_host_give_the_same_mask(tmp_path, scan, monkeypatch):
         ensemble = Ensemble.load(tmp_path, "cuda")
         expected = ensemble.segment(scan)
         prepared = ensemble.prepare(ensemble.plan(scan))
-        found = ensemble.finish(ensemble.predict(prepared, on_host=True))
+        found = ensemble.finish(ensemble.predict(prepared, need=Need(0, 0, 0, 0, on_host=True)))
         assert len(there.streams) > 2
     assert found.ran["scores_on_host"] is True
     np.testing.assert_array_equal(found.foreground, expected.foreground)

@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 
 from ichseg.errors import InputError
-from ichseg.scan.register import Alignment, onto, register
+from ichseg.scan.register import Alignment, mirrored, onto, register
 from ichseg.scan.volume import Volume, read, to_itk
 
 BLOOD_HU = 75
@@ -48,7 +48,13 @@ def moved(volume: Volume, degrees: tuple[float, float, float], mm: tuple[float, 
 
 @pytest.mark.parametrize(
     ("degrees", "mm"),
-    [((0.0, 0.0, 0.0), (0.0, 0.0, 0.0)), ((14.0, 3.0, -6.0), (8.0, -12.0, 5.0))],
+    [
+        ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
+        ((14.0, 3.0, -6.0), (8.0, -12.0, 5.0)),
+        ((0.0, 0.0, 40.0), (2.0, 3.0, -7.0)),  # turned to a side
+        ((0.0, 25.0, 0.0), (2.0, 3.0, -7.0)),  # bent to a side
+        ((10.0, -20.0, 35.0), (2.0, 3.0, -7.0)),
+    ],
 )
 def test_a_moved_head_is_found_again_to_a_millimetre(degrees, mm):
     first = head()
@@ -99,6 +105,16 @@ def test_another_grid_is_no_hindrance():
     for offset in OFFSETS_MM:
         point = (middle(first) + offset).tolist()
         assert math.dist(found.TransformPoint(point), way.TransformPoint(point)) < 1.5
+
+
+def test_a_head_agrees_less_with_its_mirror_image():
+    first = head()
+    second, _ = moved(first, (8.0, 3.0, 20.0), (4.0, 0.0, 0.0))
+    image = mirrored(second)
+    assert register(first, image).agreement < register(first, second).agreement - 0.03
+    size = (np.array(to_itk(second).GetSize()) - 1).tolist()
+    x, y, z = to_itk(second).TransformIndexToPhysicalPoint(size)
+    np.testing.assert_allclose(to_itk(image).TransformIndexToPhysicalPoint(size), (-x, y, z))
 
 
 def test_nothing_in_common_is_refused():

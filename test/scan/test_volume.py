@@ -427,8 +427,10 @@ def test_names_under_a_locale_without_umlauts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["?", "<f2", ">f4", ">i2"])
 def test_kinds_of_numbers_that_itk_does_not_know_are_written(tmp_path: Path, kind: str) -> None:
     voxels = (np.arange(24).reshape(2, 3, 4) % 2).astype(kind)
-    write(Volume(voxels, (1, 1, 1)), tmp_path / "a.nii.gz")
+    of_numpy = tuple(np.float32([5, 0.5, 0.5]))  # as nibabel gives sizes of voxels
+    write(Volume(voxels, of_numpy, np.array([1, 2, 3])), tmp_path / "a.nii.gz")
     np.testing.assert_array_equal(read(tmp_path / "a.nii.gz").voxels, voxels)
+    assert read(tmp_path / "a.nii.gz").spacing_mm == of_numpy
 
 
 def test_what_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:

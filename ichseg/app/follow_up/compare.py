@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # engines take long to import, and masks may be given
 
 FILE = "follow_up.json"
 _LAID, _LAID_MASK = (f"{SECOND}_{what}on_{FIRST}.nii.gz" for what in ("", "mask_"))
-_LEAST_AGREEMENT = 0.87  # of one head; with its sides exchanged 0.83, see docs/follow_up.md
+_LEAST_AGREEMENT = 0.87  # of one head; two have about 0.6, see docs/follow_up.md
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +167,11 @@ def _compare(before: Study, after: Study, alignment: register.Alignment) -> Foll
             f"{_LEAST_AGREEMENT:g} and more: look whether they are of one patient, left and right "
             "are the same in both, and they lie on each other; else no lesion belongs to another"
         )
+    elif (mirrored := _agreement_mirrored(before.scan, after.scan)) > alignment.agreement:
+        warnings.append(
+            f"the scans agree by {alignment.agreement:.2f} as they are, and by {mirrored:.2f} with "
+            "the sides of the second exchanged: look whether left and right are the same in both"
+        )
     warnings += about_headers(before.scan, after.scan)
     changes = compare_lesions(before.mask, after.mask, (before.scan, after.scan), alignment)
     if not all(lesion.in_both for lesion in changes):
@@ -177,6 +182,14 @@ def _compare(before: Study, after: Study, alignment: register.Alignment) -> Foll
     change = Change(before.volume_ml, after.volume_ml)
     names = (before.name, after.name)
     return FollowUp(names, change, changes, alignment, warnings)
+
+
+def _agreement_mirrored(before: Scan, after: Scan) -> float:
+    """How well the scans agree if left and right are exchanged in the second."""
+    try:
+        return register.register(before, register.mirrored(after)).agreement
+    except InputError:  # they cannot be brought onto each other so
+        return 0.0
 
 
 def about_headers(before: Scan, after: Scan) -> list[str]:
