@@ -9,7 +9,6 @@ link. Imports nothing heavy, as ``contents``, which tells apart what lies in a f
 from __future__ import annotations
 
 import contextlib
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from ichseg.app.console import say
 from ichseg.app.contents import OTHER_SUFFIXES, Contents, Search, is_named, leads_out, look_into
 from ichseg.errors import InputError, OutputError
 from ichseg.files import SCAN_SUFFIXES, require_writable, stem_of, suffix_of
+from ichseg.model.folder import check_slug
 from ichseg.scan.dicom import files
 
 if TYPE_CHECKING:
@@ -102,10 +102,10 @@ def find_cases(
     Raises:
         InputError: There is no case, or more than one socket could be meant.
     """
-    if not re.fullmatch(r"[-\w]+", output_slug, re.ASCII):
-        raise InputError(
-            f"output slug {output_slug[:100]!r}, expected letters, digits, - and _ only"
-        )
+    try:
+        check_slug(output_slug)
+    except ValueError as error:
+        raise InputError(f"--output-slug: {error}") from error
     if folder.is_file():
         return _job(folder, [_single(folder, output)], ())
     search = Search(folder, output, follow_links=follow_links, recursive=recursive)

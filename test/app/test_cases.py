@@ -411,7 +411,7 @@ def test_an_inputs_json_of_gigabytes_is_not_read(tmp_path):
 @pytest.mark.parametrize("slug", ["../../etc", "a/b", "", ".", "a\n", "ä"])
 def test_a_bundle_cannot_name_a_folder(tmp_path, slug):
     touch(tmp_path / "a.mha")
-    with pytest.raises(InputError, match=r"output slug .*expected letters"):
+    with pytest.raises(InputError, match=r"--output-slug: socket .*expected letters"):
         find_cases(tmp_path, tmp_path, input_slug="ct", output_slug=slug)
 
 
