@@ -69,5 +69,5 @@ def check_slug(slug: object) -> str:
         ValueError: It is none.
     """
     if not isinstance(slug, str) or not _SLUG.fullmatch(slug):
-        raise ValueError(f"socket {str(slug)[:100]!r}, expected letters, digits, - and _ only")
+        raise ValueError(f"socket {repr(slug)[:100]}, expected letters, digits, - and _ only")
     return slug
