@@ -190,6 +190,13 @@ def test_a_missing_slice_is_mended_in_words_and_a_wide_gap_refused(tmp_path):
     assert thick.warnings == ()
 
 
+def test_slices_beside_each_other_are_no_tilt(tmp_path):
+    places = [(0.4 * (z == 10), 0.0, z) for z in HEIGHTS]
+    write_stack(tmp_path, places, noise)
+    (warning,) = find_series(tmp_path).warnings
+    assert warning.startswith("slices lie up to 0.4 mm out of line: slices were moved within")
+
+
 def test_every_second_slice_missing_is_said(tmp_path):
     """The steps are even, so only the slices' thickness tells."""
     heights = (0, 10, 20, 30)
