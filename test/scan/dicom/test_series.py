@@ -300,6 +300,17 @@ def test_slices_without_a_preamble_are_missed_in_words(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["b.dcm.gz", "1.2.3.DCM.zip"])
+def test_packed_slices_are_missed_in_words(tmp_path, name):
+    """At an end of the head nothing else would tell that they are missing."""
+    write(tmp_path)
+    (tmp_path / name).write_bytes(b"\x1f\x8b")
+    (tmp_path / "a.dcm.png").write_bytes(b"a picture")
+    (warning,) = find_series(tmp_path).warnings
+    assert f"slice: {name} (a packed file, expected the slice itself)" in warning
+    assert "png" not in warning
+
+
 def test_links_that_lead_out_and_folders_too_deep_are_left_out(tmp_path):
     write(tmp_path / "in")
     write(tmp_path / "out")
