@@ -101,7 +101,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder}: no folder to write in ({error.strerror or error})") from error
+        raise OutputError(f"{folder}: no folder to write in ({_why_not(folder, error)})") from error
 
 
 def require_writable(folder: Path) -> None:
@@ -118,7 +118,19 @@ def require_writable(folder: Path) -> None:
         finally:  # also when a signal comes in between
             probe.unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot write results there ({error.strerror})") from error
+        reason = _why_not(folder, error)
+        raise OutputError(f"{folder}: cannot write results there ({reason})") from error
+
+
+def _why_not(folder: Path, error: OSError) -> str:
+    """Why nothing can be written to a folder: what is in its place, or what the system says."""
+    with contextlib.suppress(OSError):  # what cannot be looked at, either
+        for place in (folder, *folder.parents):
+            if place.is_file():
+                return f"{place} is a file, expected a folder"
+            if place.is_symlink() and not place.exists():
+                return f"{place} is a link to nothing, expected a folder"
+    return error.strerror or str(error)
 
 
 @contextlib.contextmanager

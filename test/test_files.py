@@ -12,8 +12,10 @@ import pytest
 from ichseg.errors import OutputError
 from ichseg.files import (
     is_named_as_scan,
+    make_folder,
     remove_unfinished,
     replacing,
+    require_writable,
     sha256,
     stem_of,
     suffix_of,
@@ -110,3 +112,16 @@ def test_a_file_that_was_removed_before_it_could_be_locked_is_made_again(tmp_pat
     assert len(made) == 2
     assert (tmp_path / "a").read_text() == "whole"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("prepare", [make_folder, require_writable])
+def test_what_is_in_a_folder_s_place_is_named(tmp_path, prepare):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere/at/all")
+    for place, what in (("file", "a file"), ("link", "a link to nothing")):
+        for folder in (tmp_path / place, tmp_path / place / "deeper"):
+            with pytest.raises(OutputError) as refused:
+                prepare(folder)
+            said = f"({tmp_path / place} is {what}, expected a folder)"
+            assert str(refused.value).startswith(f"{folder}: ")
+            assert str(refused.value).endswith(said)

@@ -167,7 +167,9 @@ def _is_looked_into(folder: Path, search: Search) -> bool:
     entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if any(is_named(path, *search.suffixes, *OTHER_SUFFIXES) for path in entries):
         return True
-    return not any(path.is_file() and files.is_dicom(path) for path in entries)
+    return not any(
+        path.is_file() and (files.is_dicom(path) or files.is_packed(path)) for path in entries
+    )
 
 
 def _look_into_other(path: Path, search: Search, found: Contents, *, is_case: bool) -> None:
@@ -183,6 +185,9 @@ def _look_into_other(path: Path, search: Search, found: Contents, *, is_case: bo
         found.refused.append((path, "a folder, expected a file"))
     elif listing.passed_over and not listing.files:
         found.refused.append((path, f"holds {listing.passed_over[0][1]}, and no file"))
+    elif packed := sum(files.is_packed(file) for file in listing.files):
+        what = counted(packed, "packed DICOM slice")
+        found.refused.append((path, f"holds {what}, expected the slices themselves"))
     elif scans:
         found.passed_over.append(
             (

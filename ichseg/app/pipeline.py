@@ -195,11 +195,27 @@ def _remove_earlier(tasks: Sequence[Task], options: Options) -> None:
         before = made.get(task.case.name)
         if not isinstance(before, dict):
             before = {}
+        _say_replaced(task, before.get("pieces"))
         if before.get("pictures"):  # the page shows this case
             remove_if_there(options.output / REPORT_FOLDER / PAGE_FILE)
         for extras in (before, options.extras):
             for path in files_beside(task.case, options.output, extras):
                 remove_if_there(path)
+
+
+def _say_replaced(task: Task, pieces: object) -> None:
+    """Say where a mask goes that was made from other voxels: of another patient, it may be.
+
+    Args:
+        task: The case that will replace it.
+        pieces: By what the scan of the earlier mask is known, see ``contents.Stamp``.
+    """
+    with contextlib.suppress(InputError):  # which will be said when it is read
+        if pieces and task.case.output.is_file() and pieces != task.stamp["pieces"]:
+            say(
+                f"{task.name}: warning: another scan of this name was segmented before; its mask "
+                f"{task.case.output} and its results are replaced"
+            )
 
 
 def _finished(tasks: Sequence[Task], options: Options) -> dict[InputCase, CaseResult]:

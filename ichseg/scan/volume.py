@@ -228,6 +228,8 @@ def _place(path: Path, header: Header) -> tuple[Triple, Triple, tuple[float, ...
             reader.SetFileName(str(shown))
             reader.ReadImageInformation()
     except RuntimeError as error:
+        if "orthonormal" in str(error):
+            raise _not_straight(path) from error
         raise headers.damaged(path, suffix_of(path), _itk_reason(error)) from error
     except OSError as error:
         reason = error.strerror or str(error)
@@ -258,9 +260,14 @@ def _checked_place(
             "sizes"
         )
     if not np.allclose(direction @ direction.T, np.eye(3), atol=1e-3):
-        raise InputError(f"{path}: its axes are not at right angles, expected a straight grid")
+        raise _not_straight(path)
     cosines = tuple(float(value) for value in direction.ravel())
     return triple(spacing_mm), triple(origin_mm), cosines
+
+
+def _not_straight(path: Path) -> InputError:
+    """The error for a file whose axes are not at right angles."""
+    return InputError(f"{path}: its axes are not at right angles, expected a straight grid")
 
 
 @contextlib.contextmanager

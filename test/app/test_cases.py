@@ -433,3 +433,16 @@ def test_challenge_batch_takes_nifti_only_and_keeps_names(tmp_path):
     ]  # fmt: skip
     with pytest.raises(InputError, match=r"found no scan, expected \.nii\.gz"):
         find_challenge_cases(touch(tmp_path / "empty" / "x.mha").parent, tmp_path)
+
+
+@pytest.mark.parametrize("recursive", [False, True])
+def test_a_folder_of_packed_slices_has_failed(tmp_path, recursive):
+    """Somebody expects a mask of it."""
+    touch(tmp_path / "in" / "a.mha")
+    touch(tmp_path / "in" / "packed" / "1.dcm.gz")
+    touch(tmp_path / "in" / "packed" / "2.dcm.gz")
+    job = search(tmp_path / "in", tmp_path / "out", recursive=recursive)
+    assert {case.name: case.refusal for case in job.cases} == {
+        "a.mha": "",
+        "packed": "holds 2 packed DICOM slices, expected the slices themselves",
+    }

@@ -134,7 +134,8 @@ def test_missing_and_altered_weights(place):
 def test_unwritable_output(place):
     (place / "output").write_text("a file where the folder should be")
     assert run(place, expect=1)[-1] == (
-        f"error: {place / 'output'}: cannot write results there (File exists)"
+        f"error: {place / 'output'}: cannot write results there "
+        f"({place / 'output'} is a file, expected a folder)"
     )
 
 

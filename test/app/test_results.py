@@ -261,6 +261,20 @@ def test_what_was_found_in_other_scans_stays_while_their_masks_are_unaltered(pla
     assert named == ["103.mha", "200.mha", "104.mha", "105.mha"]
 
 
+def test_a_mask_of_another_scan_of_the_same_name_is_replaced_in_words(place, capsys):
+    """As of ``patient1/ct.nii.gz`` and ``patient2/ct.nii.gz``, one by one into one folder."""
+    run(place, Pretended())
+    os.utime(place / "input" / "101.mha", (1, 1))  # the same scan, copied
+    add(place, 102, lesions=((0, 2, 2),))
+    capsys.readouterr()
+    run(place, Pretended())
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "replaced" in line]
+    assert said == (
+        "[2/5] 102.mha: warning: another scan of this name was segmented before; its mask "
+        f"{place / 'output'}/102.mha and its results are replaced"
+    )
+
+
 def test_an_mhd_whose_voxels_changed_under_another_name_is_not_finished(tmp_path):
     (tmp_path / "a.mhd").write_text(
         "NDims = 3\nDimSize = 2 2 2\nElementSpacing = 1 1 1\nElementType = MET_SHORT\n"

@@ -209,7 +209,8 @@ def test_only_a_new_or_empty_folder_becomes_a_bundle(tmp_path, capsys):
     import_folders([folder], out)
     assert (out / "model.json").exists()
     assert main(["import-nnunet", str(folder), "--out", str(tmp_path / "file")]) == 1
-    said = f"error: {tmp_path / 'file'}: no folder to write in (File exists)\n"
+    file = tmp_path / "file"
+    said = f"error: {file}: no folder to write in ({file} is a file, expected a folder)\n"
     assert capsys.readouterr().err.endswith(said)
     assert main(["export-nnunet", str(out), "--out", str(tmp_path / "file")]) == 1
     assert capsys.readouterr().err == said

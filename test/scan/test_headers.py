@@ -177,6 +177,18 @@ def test_gzip_needs_no_name_and_may_have_two_members(tmp_path):
     np.testing.assert_array_equal(volume.read(path).voxels, VOXELS)
 
 
+def test_a_sheared_nifti_is_not_called_damaged(tmp_path):
+    """As converters leave the slices of a tilted gantry."""
+    path = tmp_path / "tilted.nii.gz"
+    sheared = np.diag([0.5, 0.6, 5.0, 1.0])
+    sheared[1, 2] = 0.04  # 0.5 degrees, which makes no voxel longer
+    nib.Nifti1Image(VOXELS.T, sheared).to_filename(path)
+    with pytest.raises(InputError) as refused:
+        volume.read(path)
+    said = f"{path}: its axes are not at right angles, expected a straight grid"
+    assert str(refused.value) == said
+
+
 def test_scaled_nifti_is_as_nibabel_reads_it(tmp_path):
     path = nifti(tmp_path, (112, "f", 2.5), (116, "f", -1024.0))
     found = volume.read(path).voxels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ichseg.wording import counted
 MOST_FILES = 20_000  # in one case
 MARK_AT, MARK = 128, b"DICM"
 _FIRST_GROUPS = (b"\2\0", b"\x08\0")  # which a DICOM file without the preamble begins with
+_PACKED = re.compile(r"\.(dcm|ima)\.(gz|bz2|xz|zst|zip)", re.IGNORECASE)
 _DEEPEST = 8  # folders in folders
 
 
@@ -28,6 +30,11 @@ class Listing:
     files: list[Path] = field(default_factory=list)
     passed_over: list[tuple[Path, str]] = field(default_factory=list)
     no_files: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file has the name of a compressed slice, which is not read."""
+    return bool(_PACKED.fullmatch("".join(path.suffixes[-2:])))
 
 
 def is_dicom(path: Path) -> bool:

@@ -34,14 +34,15 @@ def hounsfield(file: DicomFile, decode: Decoder) -> npt.NDArray[np.int16]:
             f"rescaled by {slope} and {intercept} to {unit[:16] or 'HU'!r}, expected a slope and "
             "an intercept to HU"
         )
-    stored = _stored(file, decode)
+    raw = _raw(file, decode)
+    stored = _values(raw, file, file.integer("BitsStored") or 16)
     hu = stored * np.float32(slope[0]) + np.float32(intercept[0])
     np.clip(np.rint(hu, out=hu), NOTHING_HU, 32_767, out=hu)
     slice_hu = hu.astype(np.int16)
     padding = _padding(file)
     if padding is not None and not padding_in_tissue(file):
-        low, high = padding
-        slice_hu[(stored >= low) & (stored <= high)] = NOTHING_HU
+        for numbers in (stored, _values(raw, file, 16)):  # padding may need more bits than pixels
+            slice_hu[(numbers >= padding[0]) & (numbers <= padding[1])] = NOTHING_HU
     return slice_hu
 
 
@@ -85,20 +86,22 @@ def _refuse_other_pixels(file: DicomFile) -> None:
         raise file.fault("does not say whether its pixels have a sign")
 
 
-def _stored(file: DicomFile, decode: Decoder) -> npt.NDArray[np.int32]:
-    """Numbers as they are stored, ``(y, x)``."""
+def _raw(file: DicomFile, decode: Decoder) -> npt.NDArray[np.uint16]:
+    """The two bytes of each pixel, ``(y, x)``."""
     rows, columns = file.integer("Rows") or 0, file.integer("Columns") or 0
-    bits = file.integer("BitsStored") or 16
     if file.syntax in COMPRESSED:
-        raw = _decompressed(file, rows, columns, decode)
-    else:
-        wanted = 2 * rows * columns
-        if not wanted <= file.pixels_size <= wanted + 2:
-            raise file.fault(
-                f"{file.pixels_size} bytes of pixels, expected {wanted} for {rows} x {columns}"
-            )
-        order = ">u2" if file.syntax == EXPLICIT_BIG else "<u2"
-        raw = np.frombuffer(file.pixel_bytes()[:wanted], order).reshape(rows, columns)
+        return _decompressed(file, rows, columns, decode)
+    wanted = 2 * rows * columns
+    if not wanted <= file.pixels_size <= wanted + 2:
+        raise file.fault(
+            f"{file.pixels_size} bytes of pixels, expected {wanted} for {rows} x {columns}"
+        )
+    order = ">u2" if file.syntax == EXPLICIT_BIG else "<u2"
+    return np.frombuffer(file.pixel_bytes()[:wanted], order).reshape(rows, columns)
+
+
+def _values(raw: npt.NDArray[np.uint16], file: DicomFile, bits: int) -> npt.NDArray[np.int32]:
+    """The numbers in the lowest bits of each pixel, with their sign if the file has any."""
     values = raw.astype(np.int32) & ((1 << bits) - 1)  # above them old files keep overlays
     if file.integer("PixelRepresentation"):
         values -= (values >> (bits - 1)) << bits

@@ -18,7 +18,13 @@ from ichseg.scan.dicom import decompress, pixels
 from ichseg.scan.dicom.choosing import choose, is_axial, is_plain, says_head
 from ichseg.scan.dicom.elements import DicomFile
 from ichseg.scan.dicom.sorting import Sorted, sort_folder
-from ichseg.scan.dicom.stacking import Candidate, describe, group_by_frame, stack_slices
+from ichseg.scan.dicom.stacking import (
+    Candidate,
+    describe,
+    goes_on,
+    group_by_frame,
+    stack_slices,
+)
 from ichseg.scan.dicom.straighten import Stack, grid_of, straighten
 from ichseg.scan.volume import Volume
 from ichseg.wording import counted
@@ -82,6 +88,12 @@ def find_series(folder: Path, study: str = "", *, follow_links: bool = False) ->
     rest += [f"{counted(n, 'slice')} that are no volume" for n, _ in refusals]
     if rest:
         left_out.append(f"left out: {len(rest)} other series or parts of one, " + "; ".join(rest))
+    for other, why in choice.others:
+        if why != "no head" and goes_on(best, other):
+            left_out.append(
+                f"what was taken may be a part of the head: {describe(other.files)} goes on where "
+                "it ends, and is in no mask"
+            )
     whys = dict.fromkeys(why for _, why in choice.others)
     return Series(
         folder=folder,

@@ -88,6 +88,8 @@ def _sort(path: Path, found: Sorted, study: str) -> None:
     if not files.has_mark(path):
         if path.suffix.lower() in (".dcm", ".ima"):
             raise InputError(f"{path}: not a DICOM file, expected DICM at byte 128")
+        if files.is_packed(path):
+            raise InputError(f"{path}: a packed file, expected the slice itself")
         return
     file = elements.read_elements(path)
     if study and file.text("StudyInstanceUID") != study:

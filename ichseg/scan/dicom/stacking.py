@@ -25,6 +25,8 @@ _ROUNDED_MM = 0.1  # by which positions of copies differ: some are rounded
 _WIDEST_GAP_MM = 15.0  # a lesion of more than 1 mL could lie in a wider one
 _GAP = 1.5  # a step is one if it is so many times what it should be
 _PARALLEL = 5e-3  # of direction cosines, some of which are written with two decimals
+_LEAST_TILT = 0.1  # degrees; with less, slices do not lie in a line that leans
+_ALIKE = 0.8  # the cosine of the angle between two parts of a head, whose gantry may tilt
 _LARGEST = 4096  # rows, columns
 _LEAST_PART = 3  # slices of an acquisition or kernel; of fewer, in turn, a scan may be made
 # What slices of one scan share, or else have one after the other along the patient. Series differ
@@ -44,6 +46,21 @@ class Candidate:
     def extent_mm(self) -> float:
         """The distance from the first slice's plane to the last one's."""
         return float(np.ptp(self.stack.places_mm[:, 0]))
+
+
+def goes_on(one: Candidate, other: Candidate) -> bool:
+    """Whether one begins about where the other ends, in the same frame of reference."""
+    first, second = one.files[0], other.files[0]
+    if first.text("FrameOfReferenceUID") != second.text("FrameOfReferenceUID"):
+        return False
+    normal = one.stack.axes[:, 0]
+    if normal @ other.stack.axes[:, 0] < _ALIKE:
+        return False
+    low, high = one.stack.places_mm[[0, -1], 0]
+    start, end = (other.stack.places_mm[[0, -1]] @ other.stack.axes.T) @ normal
+    apart = max(start - high, low - end)
+    step = float(max(np.median(one.stack.steps_mm), np.median(other.stack.steps_mm)))
+    return bool(-step <= apart <= _WIDEST_GAP_MM)
 
 
 def refuse_without_frame(file: DicomFile) -> None:
@@ -251,9 +268,12 @@ def _about_steps(folder: Path, files: Sequence[DicomFile], stack: Stack) -> list
             f"{grid_of(stack).spacing_mm[0]:.3g} mm"
         )
     if not stack.is_upright:
+        aside_mm = float(np.ptp(stack.places_mm[:, 1:], axis=0).max())
+        odd = f"gantry tilted by {stack.tilt_degrees:.1f} degrees"
+        if stack.tilt_degrees < _LEAST_TILT:
+            odd = f"slices lie up to {aside_mm:.2g} mm out of line"
         words.append(
-            f"gantry tilted by {stack.tilt_degrees:.1f} degrees: slices were moved within their "
-            "planes to where they lie in the patient"
+            f"{odd}: slices were moved within their planes to where they lie in the patient"
         )
     tilt = files[0].numbers("GantryDetectorTilt", 1)
     if tilt and abs(tilt[0]) > 1 and stack.is_upright:

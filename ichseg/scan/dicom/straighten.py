@@ -18,7 +18,7 @@ from ichseg import ndimage
 from ichseg.scan.volume import Volume
 
 NOTHING_HU = -1024  # where no slice reaches
-_SAME_MM = 0.1  # positions are often written with one decimal
+_SAME_MM = 0.175  # positions are often written with one decimal, along all three axes
 _SAME_STEPS = 0.1  # of a step, where slices are thin
 _WHOLE_PIXELS = 0.01  # a shift this near to whole pixels moves them as they are
 

@@ -14,6 +14,7 @@ from ichseg.scan.reader import read_scan
 
 WHOLE = tuple(np.arange(0, 150, 5.0))
 THIN = tuple(np.arange(0, 150, 1.5))
+TILTED = (1.0, 0.0, 0.0, 0.0, 0.951057, -0.309017)
 CORONAL = (1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 
 
@@ -168,3 +169,22 @@ def test_rounding_does_not_split_a_series(tmp_path):
     found = find_series(tmp_path)
     assert len(found.slices) == 12
     assert not any("left out" in w for w in found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("above", "changes", "said"),
+    [
+        (WHOLE[14:], {}, True),
+        (WHOLE[13:], {}, True),  # a slice is in both
+        (np.arange(70, 150, 8.0), {"orientation": TILTED}, True),
+        (WHOLE[14:], {"BodyPartExamined": "CHEST"}, False),
+        (WHOLE[14:], {"FrameOfReferenceUID": "1.2.5"}, False),  # nobody knows where that is
+        (WHOLE, {}, False),
+        (WHOLE[20:], {}, False),
+    ],
+)
+def test_a_head_in_two_series_is_said_to_go_on(tmp_path, above, changes, said):
+    series(tmp_path, 2, heights=WHOLE[:14], BodyPartExamined="HEAD")
+    series(tmp_path, 3, heights=above, **({"BodyPartExamined": "HEAD"} | changes))
+    warnings = " ".join(find_series(tmp_path).warnings)
+    assert ("goes on where it ends, and is in no mask" in warnings) == said

@@ -74,6 +74,20 @@ def test_padding_and_what_lies_below_air_is_nothing(tmp_path, pixels):
     assert in_hu(save(made, tmp_path / "a.dcm")).min() == NOTHING_HU
 
 
+@pytest.mark.parametrize(("sign", "padding"), [(0, 63_536), (1, -32_768), (1, -2000)])
+def test_padding_of_more_bits_than_the_pixels(tmp_path, sign, padding):
+    """Around the field of view some scanners and archives write a number that BitsStored hides."""
+    stored = np.array([[1024, 1060, 24]]) - 1024 * sign
+    raw = np.append(stored, [[padding]], axis=1).astype(np.int64) & 0xFFFF
+    made = make_slice(
+        np.zeros((1, 4)), (0, 0, 0), PixelData=raw.astype("<u2").tobytes(), BitsStored=12,
+        HighBit=11, PixelRepresentation=sign, RescaleIntercept=-1024 * (1 - sign),
+    )  # fmt: skip
+    made.add_new("PixelPaddingValue", "SS" if sign else "US", padding)
+    found = in_hu(save(made, tmp_path / "a.dcm"))
+    np.testing.assert_array_equal(found, [[0, 36, -1000, NOTHING_HU]])
+
+
 @pytest.mark.parametrize(
     ("value", "limit", "found"),
     [(60, None, (60, 60)), (0, None, (0, 0)), (-2000, -400, (-2000, -400)), (-2000, -600, None)],

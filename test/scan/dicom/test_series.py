@@ -190,6 +190,13 @@ def test_a_missing_slice_is_mended_in_words_and_a_wide_gap_refused(tmp_path):
     assert thick.warnings == ()
 
 
+def test_slices_beside_each_other_are_no_tilt(tmp_path):
+    places = [(0.4 * (z == 10), 0.0, z) for z in HEIGHTS]
+    write_stack(tmp_path, places, noise)
+    (warning,) = find_series(tmp_path).warnings
+    assert warning.startswith("slices lie up to 0.4 mm out of line: slices were moved within")
+
+
 def test_every_second_slice_missing_is_said(tmp_path):
     """The steps are even, so only the slices' thickness tells."""
     heights = (0, 10, 20, 30)
@@ -291,6 +298,17 @@ def test_slices_without_a_preamble_are_missed_in_words(tmp_path):
     assert series.warnings[0].endswith(
         "as a slice: 000 (DICOM without a preamble, expected DICM at byte 128)"
     )
+
+
+@pytest.mark.parametrize("name", ["b.dcm.gz", "1.2.3.DCM.zip"])
+def test_packed_slices_are_missed_in_words(tmp_path, name):
+    """At an end of the head nothing else would tell that they are missing."""
+    write(tmp_path)
+    (tmp_path / name).write_bytes(b"\x1f\x8b")
+    (tmp_path / "a.dcm.png").write_bytes(b"a picture")
+    (warning,) = find_series(tmp_path).warnings
+    assert f"slice: {name} (a packed file, expected the slice itself)" in warning
+    assert "png" not in warning
 
 
 def test_links_that_lead_out_and_folders_too_deep_are_left_out(tmp_path):

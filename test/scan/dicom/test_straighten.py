@@ -103,3 +103,11 @@ def test_tilt_and_steps_in_numbers():
     assert not made([(0, 0, 0), (4, 0, 0), (8.5, 0, 0)]).is_even
     assert made([(0, 0, 0), (4.04, 0.05, 0), (8, 0, 0)]).is_even  # written with one decimal
     assert not made([(0, 0, 0), (0.5, 0, 0), (1.2, 0, 0)]).is_even
+
+
+def test_oblique_slices_whose_positions_have_one_decimal_are_straight():
+    """Each axis of the patient is off by up to 0.05 mm, and what lies across them by more."""
+    turn = np.linalg.qr(np.random.default_rng(4).normal(size=(3, 3)))[0]
+    for start in np.random.default_rng(5).uniform(-1, 1, (50, 3)):
+        exact = start + np.arange(30)[:, None] * 5.0 * turn[:, 0]
+        assert made(np.round(exact, 1) @ turn, turn).is_upright
