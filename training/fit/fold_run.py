@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +157,7 @@ def open_run(
         regions=planned.region_labels,
         previous_labels=0 if chosen.previous_stage is None else len(planned.labels) - 1,
         share=(group.rank, group.count),
-        training_bytes=training_bytes(
-            planned, replace(chosen, batch=math.ceil(chosen.batch / group.count))
-        ),
+        training_bytes=training_bytes(planned, chosen, group.count),
     )
     return FoldRun(
         folder=folder,
