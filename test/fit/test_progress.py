@@ -136,7 +136,7 @@ def test_advice_fits_the_engine():
     )
     assert progress.advise(dataclasses.replace(host, workers=0), CPU) == "try --workers above 0"
     device = dataclasses.replace(CONFIG, augmentation_engine="device", workers=3)
-    assert progress.advise(device, gpu) == "try --resident yes, or --workers above 3"
+    assert progress.advise(device, gpu) == "try --gpu-cache yes, or --workers above 3"
 
 
 @pytest.mark.parametrize("colour", ["FORCE_COLOR", "TTY_COMPATIBLE"])

@@ -83,7 +83,7 @@ def fill_cache(
         if mode == "yes":
             raise TrainingError(
                 f"{folder}: the {len(cases)} cases need {byte_size(need)} of {memory}, "
-                f"{byte_size(free)} are free; leave --resident at auto"
+                f"{byte_size(free)} are free; leave --gpu-cache at auto"
             )
         _log.info(
             "not kept in %s: the %d cases need %s, %s are to spare",

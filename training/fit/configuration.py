@@ -7,6 +7,7 @@ import dataclasses
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ichseg.errors import TrainingError
@@ -110,7 +111,7 @@ class TrainingConfig:
         "who augments: host (the workers), device (the GPU; workers only read), or auto (the GPU "
         "if there is one)",
     )
-    resident: str = flag(
+    gpu_cache: str = flag(
         "auto",
         "keep all cases in the memory of the device that augments, so that nothing is read while "
         "training: yes, no, or auto (on a GPU where they leave it enough for training)",
@@ -156,7 +157,7 @@ class TrainingConfig:
             "lr_schedule": schedule.SCHEDULES,
             "device": ("auto", "cpu", "cuda"),
             "augmentation_engine": ("auto", "host", "device"),
-            "resident": ("auto", "yes", "no"),
+            "gpu_cache": ("auto", "yes", "no"),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -171,7 +172,7 @@ class TrainingConfig:
             engine=self.augmentation_engine,
             workers=self.workers,
             prefetch=self.prefetch,
-            gpu_cache=self.resident,
+            gpu_cache=self.gpu_cache,
         )
 
     @property
@@ -269,6 +270,18 @@ class GivenSettings:
 def settings_from(args: argparse.Namespace) -> GivenSettings:
     """The flags of ``add_settings`` that were given."""
     return GivenSettings(_given(args, TrainingConfig), _given(args, AugmentationConfig))
+
+
+def load_settings(path: Path) -> TrainingConfig:
+    """Read a run's ``config.json``, in which versions up to 0.1 called ``gpu_cache`` ``resident``.
+
+    Raises:
+        PlansError: It is missing, damaged, or of a version with other settings.
+    """
+    raw = strict_json.load_object(path, strict=True)
+    if isinstance(raw, dict) and "resident" in raw:
+        raw["gpu_cache"] = raw.pop("resident")
+    return strict_json.from_json(TrainingConfig, raw, where=str(path))
 
 
 def differences(now: Any, before: Any) -> Iterator[tuple[str, Any, Any]]:

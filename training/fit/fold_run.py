@@ -12,7 +12,6 @@ import torch
 
 from ichseg.engine import torch_device
 from ichseg.errors import PlansError, TrainingError
-from ichseg.model import strict_json
 from ichseg.model.plans import Configuration, Plans
 from training.batches.sampling import BatchSpec
 from training.data import dataset, splits
@@ -24,7 +23,7 @@ from training.data.workspace import (
     preprocessed_folder,
     run_folder,
 )
-from training.fit.configuration import TrainingConfig, differences
+from training.fit.configuration import TrainingConfig, differences, load_settings
 from training.fit.process_group import ALONE, ProcessGroup
 from training.planning.memory import training_bytes
 from training.planning.planned import load_plans, what_is_averaged
@@ -178,6 +177,6 @@ def changed_settings(run: FoldRun) -> list[tuple[str, Any, Any]]:
     There are none where nothing has been trained, or by a version with other settings.
     """
     with contextlib.suppress(PlansError):
-        before = strict_json.load(TrainingConfig, run.folder / CONFIG_FILE)
+        before = load_settings(run.folder / CONFIG_FILE)
         return list(differences(run.config, before))
     return []

@@ -213,7 +213,7 @@ class _Waits:
 def advise(config: TrainingConfig, device: torch.device) -> str:
     """What to do about waiting for batches."""
     if choose_engine(config.augmentation_engine, device) == "device":
-        return f"try --resident yes, or --workers above {config.workers}"
+        return f"try --gpu-cache yes, or --workers above {config.workers}"
     ahead = f"--workers above {config.workers}"
     if config.workers:
         ahead += f" or --prefetch above {config.prefetch}"

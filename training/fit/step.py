@@ -285,8 +285,8 @@ def memory_advice(run: FoldRun) -> Iterator[None]:
         c = run.configuration
         tried = f"patch {times(c.patch)}, batch {c.batch}, {run.precision}"
         advice = []
-        if run.config.resident != "no" and run.device.type == "cuda":
-            advice.append("--resident no")
+        if run.config.gpu_cache != "no" and run.device.type == "cuda":
+            advice.append("--gpu-cache no")
         if run.precision == "fp32" and run.device.type == "cuda":
             advice.append("--precision fp16")
         if run.group.count < c.batch:
