@@ -11,7 +11,7 @@ from torch import Tensor
 from ichseg.errors import TrainingError
 from ichseg.scan import volume
 from ichseg.wording import counted
-from training.crossval.validate import load_network, score_labels, segment_case
+from training.crossval.validate import dice_of_labels, load_network, segment_case
 from training.data.dataset import Dataset
 from training.fit.fold_run import FoldRun
 
@@ -67,7 +67,7 @@ def check_rounding(
         labels = [segment_case(case, run, network) for network in networks]
         changed = int(np.count_nonzero(labels[0] != labels[1]))
         before, after = (
-            score_labels(found, reference, run.plans, data.ignore_label) for found in labels
+            dice_of_labels(found, reference, run.plans, data.ignore_label) for found in labels
         )
         _log.info(
             "%s fold %s, case %s: Dice %s as trained, %s in fp16; %s",
