@@ -57,7 +57,7 @@ def train(shared: Path, work: Path, engine: str, seed: int, args: argparse.Names
             link.symlink_to(entry.resolve())
     training(
         "train", CONFIGURATION, "--workspace", workspace, "--fold", 0, "--recipe", "msd2018",
-        "--augmentation-engine", engine, "--seed", seed, "--device", "cpu", "--resident", "no",
+        "--augmentation-engine", engine, "--seed", seed, "--device", "cpu", "--gpu-cache", "no",
         "--lr-schedule", "poly", "--learning-rate", 1e-3, "--epochs", args.epochs,
         "--batches-per-epoch", args.batches_per_epoch, "--validation-batches", 5,
         "--threads", args.threads, "--workers", args.workers, "--no-validation-mirrors",

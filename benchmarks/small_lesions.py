@@ -103,8 +103,8 @@ def _scores(pair: FoldPair, seed: int) -> tuple[float, float, float]:
         dice.append(dice_of_masks(mask, truth))
         for lesion in find_lesions(truth, mask, reference.voxel_ml):
             small += lesion.volume_ml < SMALL_ML
-            found += lesion.volume_ml < SMALL_ML and lesion.overlap_ml > 0
-        false += sum(not x.overlap_ml for x in find_lesions(mask, truth, reference.voxel_ml))
+            found += lesion.volume_ml < SMALL_ML and lesion.overlaps
+        false += sum(not x.overlaps for x in find_lesions(mask, truth, reference.voxel_ml))
     return float(np.mean(dice)), found / small, false / len(names)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections import Counter
 from collections.abc import Iterable
 
 
@@ -53,3 +54,8 @@ def times(sizes: Iterable[float], digits: int = 6) -> str:
         digits: Significant digits of each; whole numbers keep all of theirs.
     """
     return "x".join(str(s) if isinstance(s, numbers.Integral) else f"{s:.{digits}g}" for s in sizes)
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """The names that occur more than once, sorted, for a line that refuses them."""
+    return sorted(name for name, count in Counter(names).items() if count > 1)

@@ -6,7 +6,6 @@ saturates is given the density of bone for as long as it takes to find the brain
 
 from __future__ import annotations
 
-import collections
 import csv
 import dataclasses
 import json
@@ -20,7 +19,7 @@ from scipy import ndimage
 
 from ichseg.errors import DatasetError, InputError
 from ichseg.scan.volume import Volume, read
-from ichseg.wording import times
+from ichseg.wording import repeated, times
 from phantom.anatomy import Anatomy, Array, enlarge, estimate_anatomy
 from phantom.bleeds import cannot_be_blood, draw_bleed, label, oedema, rasterise
 
@@ -85,7 +84,7 @@ def find_backgrounds(path: Path) -> tuple[Background, ...]:
     if not files:
         raise DatasetError(f"{listing}: no training cases, expected scans to draw bleeds into")
     names = [image.name.removesuffix(".gz").removesuffix(".nii") for image, _ in files]
-    if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
+    if twice := repeated(names):
         raise DatasetError(f"{listing}: two images are called {twice[0][:100]!r}")
     for pair in files:
         for file in pair:

@@ -30,6 +30,7 @@ LARGEST_ML = {
 }
 SMALLEST_HU, LARGEST_HU = 45.0, 90.0
 _OUTSIDE = np.float32(-1e3)
+_SOFTNESS_MM = 1.2  # width of a bleed's edge, over which the fraction rises from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -307,12 +308,7 @@ def _distance(anatomy: Anatomy, centre: npt.NDArray[np.generic]) -> Array:
 
 
 def rasterise(
-    bleed: Bleed,
-    shape: tuple[int, int, int],
-    voxel_ml: float,
-    *,
-    room: Mask | None = None,
-    softness_mm: float = 1.2,
+    bleed: Bleed, shape: tuple[int, int, int], voxel_ml: float, *, room: Mask | None = None
 ) -> Array:
     """Fraction of blood in each voxel of a finer grid, its level moved to meet the volume there.
 
@@ -321,7 +317,6 @@ def rasterise(
         shape: Shape of the finer grid.
         voxel_ml: Volume of one of its voxels.
         room: Voxels that count for the volume, those free of bone.
-        softness_mm: Width of the edge, over which the fraction rises from 0 to 1.
     """
     field = enlarge(np.maximum(bleed.field, -20.0), shape)
     level = 0.0
@@ -329,7 +324,7 @@ def rasterise(
     wanted = round(bleed.volume_ml / voxel_ml)
     if near.size > wanted > 0:
         level = float(np.partition(near, near.size - wanted)[near.size - wanted])
-    return np.clip((field - level) / softness_mm + 0.5, 0, 1)
+    return np.clip((field - level) / _SOFTNESS_MM + 0.5, 0, 1)
 
 
 def oedema(bleed: Bleed, fraction: Array, spacing_mm: tuple[float, float, float]) -> Array:

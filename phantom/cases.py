@@ -24,6 +24,7 @@ from phantom.findings.choose import (
 from phantom.head import (
     BEND_NODES,
     BEND_STEP_MM,
+    CHANNELS,
     Head,
     atlas_position,
     lowest_mm,
@@ -42,6 +43,7 @@ _COMPANIONS = {
     "subarachnoid": ("intraventricular", "intraparenchymal", "subdural"),
 }
 _FINDINGS_STREAM = 1  # findings have random numbers of their own: they move no other draw
+_DRAWN = [CHANNELS.index(name) for name in ("outside_hu", "inside", "brain_hu")]
 _TRIES = 6  # a real scan may show no ventricles, or be too small for what was drawn
 _COARSE_MM = (2.5, 1.9)  # slice and in-plane step of the grid that bleeds are drawn on
 
@@ -193,7 +195,7 @@ def _draw(
     voxel_ml = float(np.prod(scan.spacing_mm)) * np.prod(scan.shape) / np.prod(shape) / 1000
     rows, columns = (_span(axis, half) for axis, half in zip(axes[1:], (118.0, 92.0), strict=True))
     at = atlas_position(head, (axes[0], axes[1][rows], axes[2][columns]), push)
-    outside_hu, inside, brain_hu = sample(head.maps[:, [0, 1, 5]], at).numpy()
+    outside_hu, inside, brain_hu = sample(head.maps[:, _DRAWN], at).numpy()
     step_mm = tuple(float(axis[1] - axis[0]) for axis in axes)
     total = np.zeros_like(brain_hu)
     room = np.zeros(shape, bool)
@@ -243,14 +245,14 @@ def coarse_anatomy(head: Head, scan: scanner.ScanParameters) -> Anatomy:
     """The head on the grid that bleeds are drawn on."""
     shape, extent = _coarse_shape(scan)
     at = atlas_position(head, scanner.grid_axes_mm(scan, shape))
-    maps = sample(head.maps, at).numpy()
+    maps = dict(zip(CHANNELS, sample(head.maps, at).numpy(), strict=True))
     side = -1 if head.parameters.mirrored else 1
     middle = at[..., 2].numpy() * np.float32(head.parameters.scale[2] * side)
     return Anatomy(
         spacing_mm=tuple(e / n for e, n in zip(extent, shape, strict=True)),  # type: ignore[arg-type]
-        inside=maps[1] > 0.5,
-        fluid=maps[3] * maps[1],
-        ventricles=maps[4],
+        inside=maps["inside"] > 0.5,
+        fluid=maps["fluid"] * maps["inside"],
+        ventricles=maps["ventricles"],
         middle_mm=middle,
     )
 

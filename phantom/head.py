@@ -23,7 +23,7 @@ from phantom.person import HeadParameters
 
 ATLAS_CENTRE_MM = np.array((10.0, 18.0, 0.0), np.float32)
 VERTEX_MM = 88.0  # z of the skin's highest point in the atlas
-CHANNELS = ("outside_hu", "inside", "grey", "fluid", "ventricles")
+CHANNELS = ("outside_hu", "inside", "grey", "fluid", "ventricles", "brain_hu")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Head:
     """One head, ready to be sampled.
 
     Attributes:
-        maps: The channels of ``CHANNELS`` and the brain's own HU, ``(1, channel, z, y, x)`` on the
-            atlas, and maybe slices below it.
+        maps: The channels of ``CHANNELS``, ``(1, channel, z, y, x)`` on the atlas, and maybe slices
+            below it.
         parameters: The person that it was made from.
         bend_mm: Displacement field ``(3, z, y, x)`` over the scanner's frame, with nodes
             ``BEND_STEP_MM`` apart.

@@ -14,6 +14,7 @@ from scipy import ndimage
 Array = npt.NDArray[np.float32]
 
 AIR, FAT, MUSCLE, BONE, SPONGY, SINUS, MASTOID, FLUID, INSIDE = range(9)
+# z up, y to posterior, x to left: LPS of voxel (0, 0, 0)
 ATLAS_ORIGIN_MM = np.array((-71.0, -91.0, -90.0), np.float32)
 _ATLAS_DIR = Path(__file__).parent / "atlas"
 

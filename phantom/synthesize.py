@@ -16,13 +16,14 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import SimpleITK as sitk
 import torch
 
 from ichseg.engine import machine
 from ichseg.errors import DatasetError, InputError, OutputError
 from ichseg.files import make_folder
+from ichseg.scan import volume
 from ichseg.scan.volume import Volume
+from ichseg.wording import times
 from ichseg.workers import end_with_parent
 from phantom import check
 from phantom.background import IGNORE, find_backgrounds
@@ -193,12 +194,13 @@ def _write_case(job: tuple[SynthesisConfig, int, Path]) -> Row | str:
         return str(error)
     name, _ = _name_and_group(config, index)
     for part, voxels in (("imagesTr", case.voxels), ("labelsTr", case.mask)):
-        _write_nifti(Volume(voxels, case.spacing_mm), folder / part / f"{name}.nii.gz")
+        # packed at the lowest level: noise does not compress anyway, and this is fast
+        volume.write(Volume(voxels, case.spacing_mm), folder / part / f"{name}.nii.gz", level=1)
     volumes = ";".join(f"{kind}={ml:.3f}" for kind, ml in case.volumes_ml.items())
     return {
         "case": name, "kinds": ";".join(case.volumes_ml),
         "lesions": len(case.lesions), "volume_ml": volumes,
-        "spacing_mm": "x".join(f"{s:g}" for s in case.spacing_mm), "seed": config.seed,
+        "spacing_mm": times(case.spacing_mm), "seed": config.seed,
     } | ({"findings": ";".join(case.findings.names)} if config.findings else {})  # fmt: skip
 
 
@@ -210,13 +212,6 @@ def _name_and_group(config: SynthesisConfig, index: int) -> tuple[str, str]:
     again, which = divmod(index, len(config.backgrounds))
     background = config.backgrounds[which]
     return f"{background.name}_bled{again + 1 if again else ''}", background.group
-
-
-def _write_nifti(volume: Volume, path: Path) -> None:
-    """Write packed at the lowest level: noise does not compress anyway, and this is fast."""
-    image = sitk.GetImageFromArray(volume.voxels)
-    image.SetSpacing(volume.spacing_mm[::-1])
-    sitk.WriteImage(image, str(path), useCompression=True, compressionLevel=1)
 
 
 def _write_tables(config: SynthesisConfig, rows: list[Row], folder: Path) -> None:

@@ -48,3 +48,8 @@ def test_times():
     assert wording.times((5.0, 0.9, 0.123456), digits=3) == "5x0.9x0.123"
     assert wording.times((1_048_576,), digits=4) == "1048576"
     assert wording.times(np.array([12, 34])) == "12x34"
+
+
+def test_repeated():
+    assert wording.repeated(iter("cabacca")) == ["a", "c"]
+    assert wording.repeated(["a", "b"]) == []

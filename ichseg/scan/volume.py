@@ -141,11 +141,16 @@ def stored_shape(path: Path | str) -> tuple[int, ...]:
     return _header(Path(path)).shape
 
 
-def write(volume: Volume, path: Path | str) -> None:
+def write(volume: Volume, path: Path | str, *, level: int = -1) -> None:
     """Write a volume as an ``.mha``, ``.nii``, ``.nii.gz`` or ``.nrrd`` file, or not at all.
 
     A uint8 volume that came from a NIfTI-1 file and goes to one keeps that file's header. The
     written geometry is read back and compared before the file gets its name.
+
+    Args:
+        volume: What to write.
+        path: The file.
+        level: How hard to compress, 1 to 9; -1 leaves it to the format.
 
     Raises:
         OutputError: The folder cannot be written, or the written geometry differs.
@@ -162,7 +167,7 @@ def write(volume: Volume, path: Path | str) -> None:
         if repeated is not None and volume.voxels.dtype == np.uint8:
             _write_nifti1(volume, temporary, repeated)
         else:
-            _write_image(volume, temporary, path)
+            _write_image(volume, temporary, path, level)
         _check_geometry(volume, temporary, path)
 
 
@@ -322,7 +327,7 @@ def _itk_reason(error: Exception) -> str:
     return lines[-1].split("): ", 1)[-1][:160]
 
 
-def _write_image(volume: Volume, path: Path, final: Path) -> None:
+def _write_image(volume: Volume, path: Path, final: Path, level: int) -> None:
     """Write by ITK, compressed, what will get another name."""
     import SimpleITK as sitk
 
@@ -333,7 +338,7 @@ def _write_image(volume: Volume, path: Path, final: Path) -> None:
         raise OutputError(f"{final}: not a volume that can be written ({reason})") from error
     try:
         with _named_for_itk(path) as shown:
-            sitk.WriteImage(image, str(shown), useCompression=True)
+            sitk.WriteImage(image, str(shown), useCompression=True, compressionLevel=level)
     except RuntimeError as error:
         raise _why_not_written(path, _itk_reason(error)) from error
     if not headers.is_whole(path, suffix_of(path), volume.voxels.nbytes):  # nothing is said then

@@ -17,9 +17,19 @@ import numpy.typing as npt
 import SimpleITK as sitk
 from scipy import ndimage
 
-from phantom.head_atlas import AIR, BONE, FAT, FLUID, INSIDE, MASTOID, MUSCLE, SINUS, SPONGY
+from phantom.head_atlas import (
+    AIR,
+    ATLAS_ORIGIN_MM,
+    BONE,
+    FAT,
+    FLUID,
+    INSIDE,
+    MASTOID,
+    MUSCLE,
+    SINUS,
+    SPONGY,
+)
 
-_ORIGIN_MM = (-71.0, -91.0, -90.0)  # z up, y to posterior, x to left: LPS of voxel (0, 0, 0)
 _SHAPE = (181, 217, 181)
 
 
@@ -56,7 +66,7 @@ def main() -> None:
 
 def label_head(t1: npt.NDArray[np.float32], brain: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
     """One of the nine labels above for each voxel of the T1-weighted head ``(z, y, x)``."""
-    z, y, x = (_ORIGIN_MM[axis] + np.indices(_SHAPE, sparse=True)[axis] for axis in range(3))
+    z, y, x = (ATLAS_ORIGIN_MM[axis] + np.indices(_SHAPE, sparse=True)[axis] for axis in range(3))
     smooth = ndimage.gaussian_filter(t1, 0.7)
     head = np.stack([_fill(ndimage.binary_closing(s, iterations=4)) for s in smooth > 14])
     head = ndimage.binary_opening(head, iterations=2)
@@ -142,7 +152,7 @@ def find_ventricles(
     fluid: npt.NDArray[np.float32], inside: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.bool_]:
     """Lateral, third and fourth ventricles: fluid deep inside, in boxes that hold no cistern."""
-    z, y, x = (_ORIGIN_MM[axis] + np.indices(_SHAPE, sparse=True)[axis] for axis in range(3))
+    z, y, x = (ATLAS_ORIGIN_MM[axis] + np.indices(_SHAPE, sparse=True)[axis] for axis in range(3))
     # boxes in MNI mm (LPS) that hold ventricles and no cistern
     lateral = (
         (np.abs(x) < 36)
@@ -178,7 +188,7 @@ def _read(path: Path) -> npt.NDArray[np.float32]:
     """A template on the common grid, LPS order, zero outside its own field."""
     image = sitk.ReadImage(str(path), sitk.sitkFloat32)
     grid = sitk.Image(*_SHAPE[::-1], sitk.sitkFloat32)
-    grid.SetOrigin(_ORIGIN_MM[::-1])
+    grid.SetOrigin(ATLAS_ORIGIN_MM[::-1].tolist())
     return sitk.GetArrayFromImage(
         sitk.Resample(image, grid, sitk.Transform(), sitk.sitkLinear, 0.0)
     )

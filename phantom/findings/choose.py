@@ -13,7 +13,7 @@ from phantom.findings import inside, mouth, outside
 from phantom.head import CHANNELS, Head
 from phantom.person import HeadParameters
 
-_OUTSIDE, _WITHIN = CHANNELS.index("outside_hu"), len(CHANNELS)
+_OUTSIDE, _WITHIN = CHANNELS.index("outside_hu"), CHANNELS.index("brain_hu")
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,6 +199,7 @@ def test_refuses_weights_that_rounding_changes(workspace, tmp_path, monkeypatch,
         same = all(torch.equal(state[name], trained[name]) for name in trained)
         return np.full((6, 24, 24), 0 if same else 1, np.uint8)
 
+    monkeypatch.setattr(rounding, "load_network", lambda _, state: state)
     monkeypatch.setattr(rounding, "segment_case", segment)
     with pytest.raises(
         TrainingError, match=r"Dice of hemorrhage in \d cases is 0\.0000 as trained, 0\.\d+ in fp"
@@ -225,6 +226,7 @@ def test_a_few_voxels_that_rounding_changes_are_let_pass(
             labels[tuple(np.argwhere(blood)[:voxels].T)] = 1
         return labels
 
+    monkeypatch.setattr(rounding, "load_network", lambda _, state: state)
     monkeypatch.setattr(rounding, "segment_case", segment)
     if passes:
         export(workspace, ("3d_fullres",), ("0",), tmp_path)

@@ -23,7 +23,13 @@ from training.batches.reading import make_patches
 from training.batches.sampling import BatchKey
 from training.bundle.export import export
 from training.crossval import cascade_labels, merge
-from training.crossval.validate import is_validated, load_network, predict_case, read_case, validate
+from training.crossval.validate import (
+    is_validated,
+    load_network,
+    predict_case,
+    prepare_case,
+    validate,
+)
 from training.data import dataset, splits
 from training.data.sources import digest_cases
 from training.data.workspace import LATEST_CHECKPOINT, preprocessed_folder
@@ -133,7 +139,7 @@ def test_the_two_stages_end_to_end(shared, caplog, capsys):
         for name in split_of(shared, fold).validation:
             assert name not in run.spec.train
             channels = [volume.read(path) for path in cases[name].images]
-            given = read_case(cases[name], run)
+            given = prepare_case(cases[name], run)
             scores, placement = predict_case(given, run, network), given.placement
             wanted = place(channels, CASCADE, SECOND)
             stored = chunks.open_case(preprocessed_folder(shared, SECOND.name), name).previous

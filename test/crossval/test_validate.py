@@ -175,7 +175,8 @@ def test_the_next_case_is_read_and_the_last_one_stored_while_the_network_runs(
     run = run_of(workspace)
     first, second = run.spec.validation
     reads, stores = ({name: threading.Event() for name in (first, second)} for _ in range(2))
-    real_read, real_predict, real_write = module.read_case, module.predict_case, module._write_case
+    real_read, real_predict = module.prepare_case, module.predict_case
+    real_write = module._write_case
 
     def read(case, *args):
         reads[case.name].set()
@@ -192,7 +193,11 @@ def test_the_next_case_is_read_and_the_last_one_stored_while_the_network_runs(
         stores[given.name].set()
         return real_write(workspace, run, given, *args)
 
-    for name, stand_in in (("read_case", read), ("predict_case", predict), ("_write_case", write)):
+    for name, stand_in in (
+        ("prepare_case", read),
+        ("predict_case", predict),
+        ("_write_case", write),
+    ):
         monkeypatch.setattr(module, name, stand_in)
     assert validate(workspace, run)
 

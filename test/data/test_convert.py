@@ -18,7 +18,7 @@ from helpers.datasets import (
 from ichseg.errors import DatasetError
 from ichseg.scan import volume
 from training.__main__ import main
-from training.data.convert import convert, corrected_since
+from training.data.convert import changed_at_source, convert
 from training.data.dataset import Case, load_dataset, read_case
 from training.data.layouts import read_source
 
@@ -212,7 +212,7 @@ def test_what_has_been_corrected_in_the_dataset_since(tmp_path, monkeypatch, lin
     after = (work / "dataset.json").stat().st_mtime_ns + 10**9
 
     def found():
-        return corrected_since(read_source(source), kept, after - 10**9)
+        return changed_at_source(read_source(source), kept, after - 10**9)
 
     assert found() == []
     label = source / "labelsTr" / "a.nii.gz"
@@ -232,10 +232,10 @@ def test_a_4d_image_counts_as_corrected_once_it_is_younger(tmp_path):
     work = tmp_path / "work"
     kept = convert(source, work)
     after = (work / "dataset.json").stat().st_mtime_ns
-    assert corrected_since(read_source(source), kept, after) == []
+    assert changed_at_source(read_source(source), kept, after) == []
     image = read_source(source).cases[0].images[0]
     os.utime(image, ns=(after + 1, after + 1))
-    assert corrected_since(read_source(source), kept, after) == [image]
+    assert changed_at_source(read_source(source), kept, after) == [image]
 
 
 def _refuse(*_):

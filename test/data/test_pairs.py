@@ -10,7 +10,7 @@ from helpers.datasets import contents, write_instance, write_msd
 
 from ichseg.errors import DatasetError
 from ichseg.scan import volume
-from training.data.convert import convert, corrected_since
+from training.data.convert import changed_at_source, convert
 from training.data.dataset import load_dataset
 from training.data.layouts import read_source
 
@@ -65,9 +65,9 @@ def test_masks_of_255_become_labels(tmp_path):
     assert contents(source) == before
     dataset = load_dataset(tmp_path / "work")
     now = (tmp_path / "work" / "dataset.json").stat().st_mtime_ns
-    assert corrected_since(read_source(source), dataset, now) == []
+    assert changed_at_source(read_source(source), dataset, now) == []
     os.utime(path, ns=(now + 10**9, now + 10**9))
-    assert corrected_since(read_source(source), dataset, now) == [path]
+    assert changed_at_source(read_source(source), dataset, now) == [path]
 
 
 def test_a_detached_metaimage_comes_in_one_file(tmp_path):
@@ -83,7 +83,7 @@ def test_a_detached_metaimage_comes_in_one_file(tmp_path):
         volume.read(case.images[0]).voxels, volume.read(source / "train/data/001.mhd").voxels
     )
     now = (tmp_path / "work" / "dataset.json").stat().st_mtime_ns
-    assert corrected_since(read_source(source), converted, now) == []
+    assert changed_at_source(read_source(source), converted, now) == []
 
 
 def test_labels_are_not_named_twice(tmp_path):

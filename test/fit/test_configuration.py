@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import json
 
 import pytest
 
@@ -10,6 +11,7 @@ from training.fit.configuration import (
     TRAINING_RECIPES,
     TrainingConfig,
     differences,
+    load_settings,
     settings_from,
 )
 from training.jobs import train
@@ -25,7 +27,7 @@ from training.jobs import train
         ({"foreground_fraction": 2}, "foreground_fraction is 2"),
         ({"centre_jitter": 1.5}, "centre_jitter is 1.5, expected 0 to 1"),
         ({"augmentation_engine": "gpu"}, "is 'gpu', expected one of auto, host, device"),
-        ({"resident": "maybe"}, "resident is 'maybe', expected one of auto, yes, no"),
+        ({"gpu_cache": "maybe"}, "gpu_cache is 'maybe', expected one of auto, yes, no"),
         ({"precision": "int4"}, "precision is 'int4', expected one of auto, fp32, bf16, fp16"),
         ({"optimiser": "lion"}, "optimiser is 'lion', expected one of adam, sgd"),
         ({"momentum": 1.0}, "momentum is 1.0, expected 0 to less than 1"),
@@ -37,6 +39,13 @@ from training.jobs import train
 def test_refuses_impossible_settings(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**changes)
+
+
+def test_the_settings_of_a_run_of_0_1_can_still_be_read(tmp_path):
+    raw = strict_json.to_json(TrainingConfig(gpu_cache="no"))
+    raw["resident"] = raw.pop("gpu_cache")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert load_settings(tmp_path / "config.json") == TrainingConfig(gpu_cache="no")
 
 
 def test_every_field_is_a_flag():

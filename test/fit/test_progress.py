@@ -136,7 +136,7 @@ def test_advice_fits_the_engine():
     )
     assert progress.advise(dataclasses.replace(host, workers=0), CPU) == "try --workers above 0"
     device = dataclasses.replace(CONFIG, augmentation_engine="device", workers=3)
-    assert progress.advise(device, gpu) == "try --resident yes, or --workers above 3"
+    assert progress.advise(device, gpu) == "try --gpu-cache yes, or --workers above 3"
 
 
 @pytest.mark.parametrize("colour", ["FORCE_COLOR", "TTY_COMPATIBLE"])
@@ -181,7 +181,7 @@ def test_at_a_terminal_two_lines_follow_the_steps(tmp_path, terminal):
         assert "loss -0.5000  dice 0.750  lr 3.00e-04  data wait 25 %  ETA 0:00:21" in first
         seen.step(moment(step=5))  # too soon after the other
         assert plain(terminal.getvalue()) == first
-        seen.step(moment(step=2, steps=2, validating=True, loss=None))  # the last one is shown
+        seen.step(moment(step=2, steps=2, validating=True))  # the last one is shown
         assert "validating 2/2" in plain(terminal.getvalue())
         logging.getLogger("training").info("a line, not [bold]wrapped[/bold]" + 100 * " end")
         assert "\na line, not [bold]wrapped[/bold]" + 100 * " end" + "\n" in plain(

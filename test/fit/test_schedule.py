@@ -3,9 +3,11 @@ import math
 
 import pytest
 
-from training.fit.schedule import ScheduleRules, adopt, advance, end_reason, progress, start
+from training.fit.configuration import TRAINING_RECIPES
+from training.fit.schedule import adopt, advance, end_reason, progress, start
 
-PAPER = ScheduleRules(kind="plateau", learning_rate=3e-4, epochs=1000)
+PAPER = TRAINING_RECIPES["msd2018"].rules
+POLY = dataclasses.replace(PAPER, kind="poly", learning_rate=0.01)
 
 
 def run(rules, losses, *, validation=None):
@@ -76,14 +78,14 @@ def test_stops_after_all_epochs():
 
 def test_poly_by_hand():
     """nnunetv2: lr0 * (1 - epoch / N)^0.9."""
-    rules = ScheduleRules(kind="poly", learning_rate=0.01, epochs=4)
+    rules = dataclasses.replace(POLY, epochs=4)
     rates = [s.learning_rate for s in run(rules, [0.5] * 4)]
     assert rates == pytest.approx([0.01 * 0.75**0.9, 0.01 * 0.5**0.9, 0.01 * 0.25**0.9, 0])
 
 
 def test_a_longer_poly_decay_goes_on_higher():
     """Two epochs done of two, so the rate is 0; of four they are half of the way."""
-    rules = ScheduleRules(kind="poly", learning_rate=0.01, epochs=2)
+    rules = dataclasses.replace(POLY, epochs=2)
     end = run(rules, [0.5, 0.5])[-1]
     assert end.learning_rate == 0
     longer = dataclasses.replace(rules, epochs=4, learning_rate=0.02)
@@ -103,7 +105,7 @@ def test_another_rate_keeps_the_drops_so_far():
 
 def test_a_plateau_begins_anew_at_the_end_of_a_poly_decay():
     """Its rate was 0, and its best epoch long ago: neither ends what the plateau has yet to do."""
-    poly = ScheduleRules(kind="poly", learning_rate=0.01, epochs=100)
+    poly = dataclasses.replace(POLY, epochs=100)
     end = run(poly, [0.5] * 100)[-1]
     plateau = dataclasses.replace(PAPER, epochs=300)
     assert end_reason(plateau, end, 0) is None  # before it is adopted, too
@@ -120,7 +122,7 @@ def test_a_plateau_begins_anew_at_the_end_of_a_poly_decay():
 
 def test_a_poly_decay_goes_on_from_a_plateau_and_back():
     dropped = run(PAPER, [0.5] * 40)[-1]
-    poly = ScheduleRules(kind="poly", learning_rate=0.01, epochs=80)
+    poly = dataclasses.replace(POLY, epochs=80)
     decaying = adopt(poly, dropped, old_rate=3e-4, elapsed_s=0)
     assert decaying.learning_rate == pytest.approx(0.01 * 0.5**0.9)
     back = adopt(PAPER, decaying, old_rate=0.01, elapsed_s=0)
@@ -136,13 +138,12 @@ def test_a_state_that_does_not_say_its_kind_is_of_the_rules():
 
 
 def test_poly_does_not_watch_the_losses():
-    rules = ScheduleRules(kind="poly", learning_rate=0.01, epochs=1000)
-    states = run(rules, [0.5] * 100)
-    assert end_reason(rules, states[-1], 0) is None
+    states = run(POLY, [0.5] * 100)
+    assert end_reason(POLY, states[-1], 0) is None
 
 
 def test_minutes_end_the_training_and_set_the_decay():
-    rules = ScheduleRules(kind="poly", learning_rate=0.01, epochs=1000, minutes=2)
+    rules = dataclasses.replace(POLY, minutes=2)
     state = advance(rules, start(rules), train_loss=1, validation_loss=1, elapsed_s=90)
     assert state.learning_rate == pytest.approx(0.01 * 0.25**0.9)
     assert end_reason(rules, state, 119.9) is None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from ichseg.errors import DatasetError, OutputError
 from ichseg.scan.volume import read
@@ -167,3 +168,17 @@ def _runs(process):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_scan_that_a_full_disk_cut_is_refused(tmp_path, monkeypatch):
+    write = sitk.WriteImage
+
+    def cut(image, name, **options):
+        write(image, name, **options)
+        Path(name).write_bytes(Path(name).read_bytes()[:-1])
+
+    monkeypatch.setattr(sitk, "WriteImage", cut)
+    config = SynthesisConfig(cases=1, seed=5, negatives=1.0, shrink=SHRINK)
+    with pytest.raises(OutputError, match=r"ICH_0001\.nii\.gz: cannot write \(only a part"):
+        write_dataset(config, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -229,7 +229,8 @@ def test_what_nobody_could_tell_is_not_drawn(workspace, monkeypatch):
     labels[0, 0, 0] = 2
     volume.write(reference.with_voxels(labels), case.label)
     files = draw.CaseVolumes(case.name, case.images[0], case.label, case.label, ignore_label=2)
-    draw.draw_case(files, workspace, True)
+    scored_ml = np.count_nonzero(labels == 1) * reference.voxel_ml
+    draw.draw_case(files, workspace, True, {case.name: (scored_ml, scored_ml)})
     np.testing.assert_array_equal(drawn[0].voxels, np.where(labels == 2, 0, labels))
 
 

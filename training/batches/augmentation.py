@@ -21,7 +21,7 @@ OUTSIDE = -1  # label outside the image or outside its nonzero region
 Shape = tuple[int, int, int]
 
 
-def _option(default: Any, doc: str) -> Any:
+def flag(default: Any, doc: str) -> Any:
     """A field, with the line that its flag's help shows."""
     return field(default=default, metadata={"help": doc})
 
@@ -34,56 +34,56 @@ class AugmentationConfig:
     (scaling, brightness, contrast, gamma) are below 1 in half of the draws and above in the others.
     """
 
-    elastic_probability: float = _option(0.2, "of an elastic deformation")
-    elastic_alpha: tuple[float, float] = _option(
+    elastic_probability: float = flag(0.2, "of an elastic deformation")
+    elastic_alpha: tuple[float, float] = flag(
         (0.0, 900.0), "its displacement before smoothing, in voxels, of a 3D warp"
     )
-    elastic_alpha_2d: tuple[float, float] = _option((0.0, 200.0), "the same of an in-plane warp")
-    elastic_sigma: tuple[float, float] = _option((9.0, 13.0), "its smoothing in voxels")
-    rotation_probability: float = _option(0.2, "of a rotation")
-    rotation_degrees: float = _option(15.0, "at most, either way, about each axis of a 3D warp")
-    rotation_degrees_2d: float = _option(180.0, "the same of an in-plane warp")
-    rotation_degrees_oblong: float = _option(
+    elastic_alpha_2d: tuple[float, float] = flag((0.0, 200.0), "the same of an in-plane warp")
+    elastic_sigma: tuple[float, float] = flag((9.0, 13.0), "its smoothing in voxels")
+    rotation_probability: float = flag(0.2, "of a rotation")
+    rotation_degrees: float = flag(15.0, "at most, either way, about each axis of a 3D warp")
+    rotation_degrees_2d: float = flag(180.0, "the same of an in-plane warp")
+    rotation_degrees_oblong: float = flag(
         15.0, "the same where a 2D network's patch is oblong (above 1.5 : 1)"
     )
-    scaling_probability: float = _option(0.2, "of scaling, alike along all warped axes")
-    scaling: tuple[float, float] = _option(
+    scaling_probability: float = flag(0.2, "of scaling, alike along all warped axes")
+    scaling: tuple[float, float] = flag(
         (0.85, 1.25), "of the sampled region: above 1, all looks smaller"
     )
-    noise_probability: float = _option(0.0, "of Gaussian noise")
-    noise_deviation: tuple[float, float] = _option((0.0, 0.1), "its standard deviation")
-    blur_probability: float = _option(0.0, "of Gaussian blur")
-    blur_channel_probability: float = _option(0.5, "of each channel then")
-    blur_sigma: tuple[float, float] = _option((0.5, 1.0), "in voxels, along each axis")
-    brightness_probability: float = _option(0.0, "of a multiplied intensity")
-    brightness: tuple[float, float] = _option((0.75, 1.25), "factor of each channel")
-    contrast_probability: float = _option(0.0, "of a changed contrast, clipped to the old range")
-    contrast: tuple[float, float] = _option(
+    noise_probability: float = flag(0.0, "of Gaussian noise")
+    noise_deviation: tuple[float, float] = flag((0.0, 0.1), "its standard deviation")
+    blur_probability: float = flag(0.0, "of Gaussian blur")
+    blur_channel_probability: float = flag(0.5, "of each channel then")
+    blur_sigma: tuple[float, float] = flag((0.5, 1.0), "in voxels, along each axis")
+    brightness_probability: float = flag(0.0, "of a multiplied intensity")
+    brightness: tuple[float, float] = flag((0.75, 1.25), "factor of each channel")
+    contrast_probability: float = flag(0.0, "of a changed contrast, clipped to the old range")
+    contrast: tuple[float, float] = flag(
         (0.75, 1.25), "factor of each channel's distance from its mean"
     )
-    low_resolution_probability: float = _option(0.0, "of a simulated low resolution")
-    low_resolution_channel_probability: float = _option(0.5, "of each channel then")
-    low_resolution: tuple[float, float] = _option(
+    low_resolution_probability: float = flag(0.0, "of a simulated low resolution")
+    low_resolution_channel_probability: float = flag(0.5, "of each channel then")
+    low_resolution: tuple[float, float] = flag(
         (0.5, 1.0), "what its size is multiplied by in between"
     )
-    inverted_gamma_probability: float = _option(0.0, "of a gamma change of the inverted image")
-    gamma_probability: float = _option(0.3, "of a gamma change; both keep mean and deviation")
-    gamma: tuple[float, float] = _option((0.7, 1.5), "exponent of each channel")
-    mirror_probability: float = _option(0.5, "of mirroring along each axis")
-    morphology_probability: float = _option(
+    inverted_gamma_probability: float = flag(0.0, "of a gamma change of the inverted image")
+    gamma_probability: float = flag(0.3, "of a gamma change; both keep mean and deviation")
+    gamma: tuple[float, float] = flag((0.7, 1.5), "exponent of each channel")
+    mirror_probability: float = flag(0.5, "of mirroring along each axis")
+    morphology_probability: float = flag(
         0.4, "cascade: of growing, shrinking, closing or opening the first stage's labels"
     )
-    morphology_label_probability: float = _option(0.5, "of each label then")
-    morphology_radius: tuple[float, float] = _option((1.0, 8.0), "by a ball of so many voxels")
-    removal_probability: float = _option(
+    morphology_label_probability: float = flag(0.5, "of each label then")
+    morphology_radius: tuple[float, float] = flag((1.0, 8.0), "by a ball of so many voxels")
+    removal_probability: float = flag(
         0.2, "cascade: of removing a component of the first stage's labels"
     )
-    removal_label_probability: float = _option(0.5, "of each label then")
-    removal_share: float = _option(0.15, "only of components smaller than this share of a patch")
-    image_order: int = _option(
+    removal_label_probability: float = flag(0.5, "of each label then")
+    removal_share: float = flag(0.15, "only of components smaller than this share of a patch")
+    image_order: int = flag(
         3, "spline order of the warped image, 0, 1 or 3; the device engine takes 3 for 1"
     )
-    target_order: int = _option(1, "the same of each label, 0 or 1")
+    target_order: int = flag(1, "the same of each label, 0 or 1")
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):

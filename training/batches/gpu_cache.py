@@ -20,9 +20,8 @@ from torch import Tensor
 from ichseg.engine import machine, torch_device
 from ichseg.errors import TrainingError
 from ichseg.wording import byte_size
-from training.batches.augmentation import OUTSIDE
+from training.batches.augmentation import OUTSIDE, Shape
 from training.batches.reading import overlap
-from training.batches.sampling import Shape
 from training.store.chunks import open_case
 
 _RESERVE_BYTES = 8 * 2**30  # for the training itself, at least: what the reference plans for
@@ -84,7 +83,7 @@ def fill_cache(
         if mode == "yes":
             raise TrainingError(
                 f"{folder}: the {len(cases)} cases need {byte_size(need)} of {memory}, "
-                f"{byte_size(free)} are free; leave --resident at auto"
+                f"{byte_size(free)} are free; leave --gpu-cache at auto"
             )
         _log.info(
             "not kept in %s: the %d cases need %s, %s are to spare",

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from ichseg.errors import DatasetError
 from ichseg.workers import end_with_parent
 from training.batches.augment_cascade import corrupt
-from training.batches.augmentation import OUTSIDE, AugmentationConfig, Warp
-from training.batches.sampling import BatchKey, BatchSpec, Draw, Shape, draw_batch, stored_case
+from training.batches.augmentation import OUTSIDE, AugmentationConfig, Shape, Warp
+from training.batches.sampling import BatchKey, BatchSpec, Draw, draw_batch, stored_case
 from training.store.chunks import StoredArray, StoredCase
 
 

@@ -20,6 +20,7 @@ from training.batches import hard_examples
 from training.batches.augmentation import (
     NO_AUGMENTATION,
     AugmentationConfig,
+    Shape,
     Warp,
     draw_warp,
 )
@@ -27,7 +28,6 @@ from training.batches.hard_examples import HardExample
 from training.store.chunks import StoredCase, open_case
 
 Foreground = Mapping[int, npt.NDArray[np.integer]]
-Shape = tuple[int, int, int]
 
 
 class BatchKey(NamedTuple):

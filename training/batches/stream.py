@@ -92,7 +92,7 @@ def open_batches(
     if choose_engine(options.engine, device) == "host":
         if options.gpu_cache == "yes":
             raise TrainingError(
-                f"resident is yes, but on {device.type} the workers augment; add "
+                f"gpu_cache is yes, but on {device.type} the workers augment; add "
                 "--augmentation-engine device"
             )
         make = functools.partial(make_patches, spec)

@@ -39,7 +39,7 @@ from training.data.workspace import (
     selection_file,
 )
 from training.fit.checkpoint import load_checkpoint, weights_digest
-from training.fit.configuration import TrainingConfig
+from training.fit.configuration import load_settings
 from training.fit.fold_run import FoldRun, open_run
 from training.planning.planned import load_plans
 
@@ -201,16 +201,18 @@ def _finished(
         if not (path / LATEST_CHECKPOINT).exists() or not (path / CONFIG_FILE).exists():
             _log.info("%s fold %s: not trained yet, left out", configuration, fold)
             continue
-        config = strict_json.load(TrainingConfig, path / CONFIG_FILE)
+        config = load_settings(path / CONFIG_FILE)
         # the weights are wanted, and a few predictions: wherever and however it was trained
         here = dataclasses.replace(config, device="auto", precision="auto")
         run = dataclasses.replace(open_run(workspace, configuration, fold, here), config=config)
-        latest, wanted = path / LATEST_CHECKPOINT, path / CHECKPOINTS[checkpoint]
-        reason = load_checkpoint(latest, run.plans, run.configuration, run.cases)["finished"]
-        if reason is None:
+        its = run.plans, run.configuration, run.cases
+        raw = load_checkpoint(path / LATEST_CHECKPOINT, *its)
+        if raw["finished"] is None:
             _log.info("%s fold %s: training has not ended, left out", configuration, fold)
             continue
-        raw = load_checkpoint(wanted, run.plans, run.configuration, run.cases)
+        wanted = path / CHECKPOINTS[checkpoint]
+        if wanted.name != LATEST_CHECKPOINT:
+            raw = load_checkpoint(wanted, *its)
         cascade_labels.require_same_first_stage(
             workspace, run.plans, run.configuration, wanted, raw
         )

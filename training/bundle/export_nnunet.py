@@ -29,11 +29,10 @@ from training.bundle.nnunet_checkpoint import their_names
 from training.bundle.nnunet_plans import (
     ARCHITECTURES,
     ENCODER,
-    IGNORE,
     NETWORKS,
     RESAMPLING,
 )
-from training.data.regions import BACKGROUND
+from training.data.regions import BACKGROUND, IGNORE
 from training.data.workspace import DATASET_FILE, PLANS_FILE
 from training.planning.recipes import ANISOTROPY
 

@@ -23,7 +23,7 @@ from ichseg.model.plans import (
     Resampling,
 )
 from training.bundle.nnunet_values import listed, real, refused_as, text, whole, wholes
-from training.data.regions import BACKGROUND, Declared, declare
+from training.data.regions import BACKGROUND, IGNORE, Declared, declare
 from training.data.workspace import DATASET_FILE, PLANS_FILE
 from training.planning.recipes import ANISOTROPY
 
@@ -40,7 +40,6 @@ ORIENTATIONS = {
     "NibabelIOWithReorient": "RAS",
 }
 RESAMPLING = "resample_data_or_seg_to_shape"
-IGNORE = "ignore"  # a label that nnU-Net knows by its name, as the background
 # Beyond what any network of nnU-Net has; so a damaged file cannot ask for years of work.
 MOST_LEVELS, MOST_FEATURES, MOST_CONVS, MOST_KERNEL, MOST_STRIDE = 16, 8192, 64, 15, 16
 MOST_VOXELS, LEAST_MM, MOST_MM = 1_000_000, 1e-6, 1e6

@@ -11,7 +11,7 @@ from torch import Tensor
 from ichseg.errors import TrainingError
 from ichseg.scan import volume
 from ichseg.wording import counted
-from training.crossval.validate import score_labels, segment_case
+from training.crossval.validate import dice_of_labels, load_network, segment_case
 from training.data.dataset import Dataset
 from training.fit.fold_run import FoldRun
 
@@ -49,8 +49,11 @@ def check_rounding(
         RoundingError: The mean Dice of a label changes by more than 0.001, or is defined only
             before or only after rounding.
     """
+    if most_cases == 0:
+        return 0
     cases = {case.name: case for case in data.labelled}
     rounded = {key: value.half().float() for key, value in weights.items()}
+    networks = [load_network(run, state) for state in (weights, rounded)]
     pairs: dict[str, list[tuple[float, float]]] = {}
     checked = 0
     for name in run.spec.validation:
@@ -61,10 +64,10 @@ def check_rounding(
         if not np.isin(reference, range(1, len(run.plans.labels))).any():
             continue
         checked += 1
-        labels = [segment_case(case, run, state) for state in (weights, rounded)]
+        labels = [segment_case(case, run, network) for network in networks]
         changed = int(np.count_nonzero(labels[0] != labels[1]))
         before, after = (
-            score_labels(found, reference, run.plans, data.ignore_label) for found in labels
+            dice_of_labels(found, reference, run.plans, data.ignore_label) for found in labels
         )
         _log.info(
             "%s fold %s, case %s: Dice %s as trained, %s in fp16; %s",

@@ -83,16 +83,15 @@ def judge(
         One trial for each rule, in their order.
     """
     means = [float(ruled[:, i, rule.label - 1].mean()) for i, rule in enumerate(rules)]
+    best: dict[int, int] = {}  # of each label, the first of equals
+    for index, rule in enumerate(rules):
+        best[rule.label] = max(best.get(rule.label, index), index, key=means.__getitem__)
     trials = []
     for index, (rule, mean) in enumerate(zip(rules, means, strict=True)):
         own, plain = ruled[:, index, rule.label - 1], before[:, rule.label - 1]
         better, worse = int((own > plain + 1e-9).sum()), int((own < plain - 1e-9).sum())
         gain = mean - float(plain.mean())
-        rivals = [m for r, m in zip(rules, means, strict=True) if r.label == rule.label]
-        best = index == next(
-            i for i, r in enumerate(rules) if r.label == rule.label and means[i] == max(rivals)
-        )
-        adopted = best and gain >= LEAST_GAIN
+        adopted = index == best[rule.label] and gain >= LEAST_GAIN
         changes = f"mean Dice of {labels[rule.label - 1]} {gain:+.4f}, better in "
         changes += f"{counted(better, 'case')}, worse in {worse}"
         if adopted:

@@ -11,7 +11,7 @@ import argparse
 import itertools
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -243,14 +243,13 @@ def _try_rules(
 
 
 def _each(
-    function: object,
+    function: Callable[..., object],
     cases: Sequence[UnseenCase],
     *shared: object,
     workers: int,
     what: str,
 ) -> npt.NDArray[np.float64]:
     """Results of all cases in their order, ``(case, combination or rule, label)``."""
-    assert callable(function)
     results = parallel.each_case(function, cases, *shared, workers=workers)
     found: dict[str, object] = {}
     for task, result in parallel.with_progress(results, len(cases), what):

@@ -62,7 +62,7 @@ def unseen_cases(workspace: Path, configurations: Sequence[str]) -> list[UnseenC
     """The labelled cases that the folds validate, with what each configuration found in them.
 
     Raises:
-        TrainingError: A fold has not segmented all of its cases.
+        TrainingError: See ``merge.validated_masks``.
     """
     masks = {name: merge.validated_masks(workspace, name) for name in configurations}
     first = masks[configurations[0]]

@@ -109,7 +109,7 @@ def validate(
     def store(given: GridCase, scores: Tensor) -> dict[str, float | None]:
         labels = _write_case(workspace, run, given, scores, second, digest)
         reference = volume.read(cases[given.name].reference).voxels
-        return score_labels(labels, reference, run.plans, data.ignore_label)
+        return dice_of_labels(labels, reference, run.plans, data.ignore_label)
 
     began = told = time.monotonic()
     each = _overlapping([cases[n] for n in waiting], run, stoppable, store)
@@ -188,11 +188,11 @@ def _overlapping(
         ThreadPoolExecutor(1, "reader", **threads) as reader,
         ThreadPoolExecutor(1, "writer", **threads) as writer,
     ):
-        ahead = [reader.submit(read_case, case, run) for case in cases[:1]]
+        ahead = [reader.submit(prepare_case, case, run) for case in cases[:1]]
         behind: list[tuple[str, Future[dict[str, float | None]]]] = []
         for number, case in enumerate(cases):
             given = ahead.pop().result()
-            ahead += [reader.submit(read_case, other, run) for other in cases[number + 1 :][:1]]
+            ahead += [reader.submit(prepare_case, other, run) for other in cases[number + 1 :][:1]]
             stopped = False
             try:
                 scores = predict_case(given, run, network)
@@ -249,15 +249,15 @@ def _on_tensors(network: Network) -> Network:
 
 
 def segment_case(
-    case: dataset.Case, run: FoldRun, weights: Mapping[str, Tensor]
+    case: dataset.Case, run: FoldRun, network: Network
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Segment one case; the labels have the case's own grid, shape ``(z, y, x)``."""
-    given = read_case(case, run)
-    scores = predict_case(given, run, load_network(run, weights))
+    given = prepare_case(case, run)
+    scores = predict_case(given, run, network)
     return restore([(scores, given.placement)], run.plans, average=run.average)
 
 
-def read_case(case: dataset.Case, run: FoldRun) -> GridCase:
+def prepare_case(case: dataset.Case, run: FoldRun) -> GridCase:
     """Read a case and bring it into the configuration's grid.
 
     The second stage of a cascade takes the labels of the first from the store.
@@ -291,7 +291,7 @@ def predict_case(given: GridCase, run: FoldRun, network: Network) -> Tensor:
     """Scores ``(K, Z, Y, X)`` of a case in the configuration's grid, by one network.
 
     Args:
-        given: From ``read_case``.
+        given: From ``prepare_case``.
         run: The fold.
         network: The fold's network, see ``load_network``.
     """
@@ -330,7 +330,7 @@ def predict_scores(
     return added_up_on(torch.device("cpu"))
 
 
-def score_labels(
+def dice_of_labels(
     labels: np.ndarray[Any, Any],
     reference: np.ndarray[Any, Any],
     planned: Plans,

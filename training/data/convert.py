@@ -135,7 +135,7 @@ def convert(
     return dataset
 
 
-def corrected_since(source: Source, kept: Dataset, converted_ns: int) -> list[Path]:
+def changed_at_source(source: Source, kept: Dataset, converted_ns: int) -> list[Path]:
     """Files of a dataset that have been replaced or changed since it was brought to a workspace.
 
     Hard links and equal copies are the same. Of what was not copied as it is, such as 4D images,

@@ -18,6 +18,7 @@ from ichseg.model import strict_json
 from ichseg.model.plans import check_regions
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
+from ichseg.wording import repeated
 from training.data.workspace import dataset_file
 
 SCHEMA_VERSION = 1
@@ -50,6 +51,11 @@ class Case:
             raise DatasetError(f"case {self.name} has no reference segmentation")
         return self.label
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Its images, in order, and its reference if there is one."""
+        return (*self.images, *([self.label] if self.label is not None else []))
+
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
@@ -81,8 +87,7 @@ class Dataset:
             raise DatasetError(
                 f"dataset {self.name}: labels {self.labels}, expected a background and one more"
             )
-        alike = sorted({label for label in self.labels if self.labels.count(label) > 1})
-        if alike:  # scores go by the names, so that one would replace the other
+        if alike := repeated(self.labels):  # scores go by the names: one would replace the other
             raise DatasetError(
                 f"dataset {self.name}: several labels are called {', '.join(alike)}, expected a "
                 f"name of its own for each of {', '.join(self.labels)}"
@@ -107,9 +112,7 @@ class Dataset:
             check_regions(len(self.labels) - 1, self.regions, self.region_labels)
         except ValueError as error:
             raise DatasetError(f"dataset {self.name}: {error}") from error
-        names = [case.name for case in self.cases]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
+        if twice := repeated(case.name for case in self.cases):
             raise DatasetError(f"dataset {self.name}: case names given twice: {twice}")
         for case in self.cases:
             if not case.name or case.name.startswith(".") or "/" in case.name:

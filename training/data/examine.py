@@ -113,6 +113,11 @@ class CaseFacts:
     label: FileFacts | None
     present: tuple[int, ...]
 
+    @property
+    def files(self) -> tuple[FileFacts, ...]:
+        """What its images and, last, its label are like."""
+        return (*self.images, *([self.label] if self.label is not None else []))
+
 
 def examine_case(
     case: Case,

@@ -35,10 +35,8 @@ from ichseg.files import WRITTEN_SUFFIXES, is_named_as_scan, stem_of
 from ichseg.model import strict_json
 from ichseg.scan import volume
 from training.data.dataset import Case
-from training.data.regions import BACKGROUND, Declared, declare
+from training.data.regions import BACKGROUND, IGNORE, Declared, declare
 from training.data.workspace import DATASET_FILE
-
-_IGNORE = "ignore"  # the label of voxels that nobody could tell
 
 _log = logging.getLogger(__name__)
 
@@ -288,7 +286,7 @@ def _files(folder: Path, ending: str = "") -> Iterator[Path]:
 
 def _left_over(cases: Sequence[Case]) -> list[Path]:
     """The volumes that lie beside the images and labels of the cases and are of none of them."""
-    known = {path for c in cases for path in (*c.images, *([c.label] if c.label else []))}
+    known = {path for case in cases for path in case.files}
     folders = sorted({path.parent for path in known if path.parent.is_dir()})
     return [file for folder in folders for file in _files(folder) if file not in known]
 
@@ -342,11 +340,11 @@ def _labels(raw: Mapping[str, Any], path: Path) -> Declared:
             raise DatasetError(f"{path}: labels {dict(table)} give one value to two names")
         table = by_value
     names = [str(table[number]) for number in _consecutive(table, path, "labels")]
-    if _IGNORE not in names:
+    if IGNORE not in names:
         return Declared(tuple(names))
-    if names.index(_IGNORE) != len(names) - 1:
+    if names.index(IGNORE) != len(names) - 1:
         raise DatasetError(
-            f"{path}: label {_IGNORE!r} is {names.index(_IGNORE)}, expected the highest, "
+            f"{path}: label {IGNORE!r} is {names.index(IGNORE)}, expected the highest, "
             f"{len(names) - 1}"
         )
     return Declared(tuple(names[:-1]), ignore_label=len(names) - 1)
@@ -366,7 +364,7 @@ def _regions(table: Mapping[str, Any], order: Any) -> Declared:
                 f"label {short(name)} is {short(value)}, expected a whole number, or several"
             )
         values[str(name)] = tuple(sorted(set(held)))
-    background, ignored = values.pop(BACKGROUND, None), values.pop(_IGNORE, None)
+    background, ignored = values.pop(BACKGROUND, None), values.pop(IGNORE, None)
     every = sorted({label for held in values.values() for label in held})
     last = len(every)
     if background != (0,) or every != list(range(1, last + 1)):
@@ -374,7 +372,7 @@ def _regions(table: Mapping[str, Any], order: Any) -> Declared:
             f"labels {dict(table)}, expected background 0, and regions of 1, 2 and so on"
         )
     if ignored not in (None, (last + 1,)):
-        raise ValueError(f"label {_IGNORE!r} is {table[_IGNORE]}, expected the highest, {last + 1}")
+        raise ValueError(f"label {IGNORE!r} is {table[IGNORE]}, expected the highest, {last + 1}")
     if not isinstance(order, list) or len(order) != len(set(map(str, order))):
         raise ValueError(
             f"regions_class_order is {short(order)}, expected the label that each region writes"
@@ -395,7 +393,7 @@ def _consecutive(table: Mapping[str, Any], path: Path, what: str) -> list[str]:
 def _problems(case: Case, source: Source) -> Iterator[str]:
     """What is wrong with the files of one case, from their names and headers."""
     shapes = []
-    for file in (*case.images, *([case.label] if case.label else [])):
+    for file in case.files:
         try:
             shapes.append(volume.stored_shape(file))
         except InputError as error:

@@ -41,7 +41,6 @@ def each_case(
     cases: Sequence[Item],
     *shared: object,
     workers: int,
-    initialize: Callable[[], None] | None = None,
 ) -> Iterator[tuple[Item, T | Exception]]:
     """Run ``function(case, *shared)`` over all cases in parallel processes, in order of completion.
 
@@ -53,7 +52,6 @@ def each_case(
         cases: What to call it with, one call each.
         shared: Further arguments, the same in all calls.
         workers: How many processes to run.
-        initialize: Called once in each worker process.
 
     Raises:
         DatasetError: A worker process was killed, most often for want of memory.
@@ -73,7 +71,6 @@ def each_case(
         min(workers, max(1, len(cases))),
         mp_context=multiprocessing.get_context("forkserver"),
         initializer=_begin_worker,
-        initargs=(initialize,),
     ) as pool:
         waiting: dict[Future[T], Item] = {
             pool.submit(function, case, *shared): case for case in cases
@@ -162,9 +159,7 @@ def with_progress(
             stream.flush()
 
 
-def _begin_worker(initialize: Callable[[], None] | None) -> None:
+def _begin_worker() -> None:
     # Ctrl-C reaches the workers too. They end without a traceback; files appear whole or not at all
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     end_with_parent()
-    if initialize is not None:
-        initialize()

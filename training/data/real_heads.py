@@ -17,7 +17,6 @@ removed, another window, another field of view.
 from __future__ import annotations
 
 import argparse
-import collections
 import csv
 import json
 import logging
@@ -28,13 +27,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import SimpleITK as sitk
 from PIL import Image
 
 from ichseg.errors import DatasetError
 from ichseg.files import make_folder
 from ichseg.scan import volume
-from ichseg.wording import times
+from ichseg.scan.volume import Volume
+from ichseg.wording import repeated, times
 from training.data import windowed
 from training.data.downloads import Scan, find_ct_ich, find_others, find_phe_sich
 from training.data.parallel import each_case, with_progress
@@ -146,10 +145,8 @@ def write_dataset(
     if not scans:
         raise DatasetError("nothing to make: name --phe-sich, --ct-ich or --also")
     most = negative_copies if copies else 0
-    counts = collections.Counter(
-        name for scan in scans for name in (scan.name, *(_copy_name(scan, n) for n in range(most)))
-    )
-    if twice := [name for name, count in counts.items() if count > 1]:
+    names = [name for s in scans for name in (s.name, *(_copy_name(s, n) for n in range(most)))]
+    if twice := repeated(names):
         folders = sorted({str(s.files[0].parent) for s in scans if twice[0].startswith(s.name)})
         raise DatasetError(f"{', '.join(folders)}: two cases would be called {twice[0]}")
     for name in ("imagesTr", "labelsTr"):
@@ -283,8 +280,11 @@ def _make(scan: Scan, out: Path, seed: int, most_copies: int) -> list[dict[str, 
         made.append((_copy_name(scan, number), *as_handed_in(labelled, generator)))
     rows = []
     for name, each, said in made:
-        _write(out / "imagesTr" / f"{name}.nii.gz", np.rint(each.hu).astype(np.int16), each)
-        _write(out / "labelsTr" / f"{name}.nii.gz", each.labels, each)
+        for part, voxels in (
+            ("imagesTr", np.rint(each.hu).astype(np.int16)),
+            ("labelsTr", each.labels),
+        ):
+            volume.write(Volume(voxels, each.spacing_mm), out / part / f"{name}.nii.gz", level=1)
         voxel_ml = float(np.prod(each.spacing_mm)) / 1000
         rows.append(
             {
@@ -300,13 +300,6 @@ def _make(scan: Scan, out: Path, seed: int, most_copies: int) -> list[dict[str, 
             }
         )
     return rows
-
-
-def _write(path: Path, voxels: npt.NDArray[np.generic], scan: Labelled) -> None:
-    image = sitk.GetImageFromArray(voxels)
-    z, y, x = scan.spacing_mm
-    image.SetSpacing((x, y, z))
-    sitk.WriteImage(image, str(path), useCompression=True, compressionLevel=1)
 
 
 def _halved(hu: Hu, labels: npt.NDArray[np.uint8]) -> tuple[Hu, npt.NDArray[np.uint8]]:

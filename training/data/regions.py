@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-BACKGROUND = "background"  # a label that nnU-Net knows by its name
+BACKGROUND, IGNORE = "background", "ignore"  # labels that nnU-Net knows by their names
 
 
 @dataclass(frozen=True, slots=True)

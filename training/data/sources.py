@@ -72,7 +72,7 @@ def digest_cases(
     Returns:
         The digest by name of the case; an empty one where a file is missing or cannot be read.
     """
-    wanted = {case.name: _files_of(case) for case in cases}
+    wanted = {case.name: case.files for case in cases}
     before = _load(workspace)
     now = _look(workspace, sorted({path for files in wanted.values() for path in files}), before)
     if remember and any(before.get(path) != known for path, known in now.items()):
@@ -89,10 +89,6 @@ def digest_sources(workspace: Path, dataset: Dataset, *, remember: bool = True) 
     """One digest of the names of the labelled cases and of the content of all their files."""
     digests = digest_cases(workspace, dataset.labelled, remember=remember)
     return _combine([f"{name} {digests[name]}" for name in sorted(digests)])
-
-
-def _files_of(case: Case) -> tuple[Path, ...]:
-    return (*case.images, *([case.label] if case.label is not None else []))
 
 
 def _look(workspace: Path, paths: list[Path], before: dict[Path, _Known]) -> dict[Path, _Known]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from ichseg.errors import DatasetError
 from ichseg.files import replacing
 from ichseg.model import strict_json
+from ichseg.wording import repeated
 from training.data.workspace import (
     ALL_FOLD,
     BEST_CHECKPOINT,
@@ -73,24 +73,16 @@ class _SplitsFile:
         strict_json.check_schema("splits", self.schema_version, SCHEMA_VERSION)
 
 
-def make_splits(
-    names: Sequence[str],
-    groups: Mapping[str, str] | None = None,
-    *,
-    folds: int = FOLDS,
-    seed: int = SEED,
-) -> tuple[Split, ...]:
-    """Shuffled folds, as scikit-learn's ``KFold(folds, shuffle=True, random_state=seed)``.
+def make_splits(names: Sequence[str], groups: Mapping[str, str] | None = None) -> tuple[Split, ...]:
+    """Shuffled folds, as scikit-learn's ``KFold(FOLDS, shuffle=True, random_state=SEED)``.
 
-    With groups they are as its ``GroupKFold(folds, shuffle=True, random_state=seed)``, the groups
+    With groups they are as its ``GroupKFold(FOLDS, shuffle=True, random_state=SEED)``, the groups
     numbered in the order of their first cases: folds hold equally many groups, not cases, and if
     each case is a group of its own they are those without groups.
 
     Args:
         names: Names of all cases, in any order: they are sorted first.
         groups: The group of each case; cases of one group go into the same fold.
-        folds: How many folds to make; each case validates in exactly one of them.
-        seed: Seed of the shuffle.
 
     Raises:
         DatasetError: There are fewer cases, or groups, than folds.
@@ -98,15 +90,15 @@ def make_splits(
     ordered = sorted(names)
     group_of = {name: name for name in ordered} if groups is None else groups
     distinct = list(dict.fromkeys(group_of[name] for name in ordered))
-    if folds < 2 or len(distinct) < folds:
+    if len(distinct) < FOLDS:
         what = "cases" if groups is None else f"groups of {len(ordered)} cases"
         raise DatasetError(
-            f"{len(distinct)} {what} cannot make {folds} folds, expected at least one a fold"
+            f"{len(distinct)} {what} cannot make {FOLDS} folds, expected at least one a fold"
         )
     shuffled = np.arange(len(distinct))
-    np.random.RandomState(seed).shuffle(shuffled)
+    np.random.RandomState(SEED).shuffle(shuffled)
     splits = []
-    for chosen in np.array_split(shuffled, folds):  # the first len % folds parts are one longer
+    for chosen in np.array_split(shuffled, FOLDS):  # the first len % FOLDS parts are one longer
         validation = {distinct[i] for i in chosen}
         splits.append(
             Split(
@@ -300,8 +292,7 @@ def _check(splits: tuple[Split, ...], names: Sequence[str], path: Path) -> None:
     known = set(names)
     for fold, split in enumerate(splits):
         for part, cases in (("trains", split.train), ("validates", split.validation)):
-            twice = sorted(name for name, count in Counter(cases).items() if count > 1)
-            if twice:
+            if twice := repeated(cases):
                 raise DatasetError(f"{path}: fold {fold} {part} on {twice} more than once")
         unknown = sorted({*split.train, *split.validation} - known)
         shared = sorted(set(split.train) & set(split.validation))

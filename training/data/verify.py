@@ -231,7 +231,7 @@ def _duplicates(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
     """Equal voxels under two names: in two folds they make the score too good."""
     seen: dict[str, tuple[str, str, bool]] = {}
     for case in facts:
-        for found in (*case.images, *([case.label] if case.label else [])):
+        for found in case.files:
             if found.digest is None:
                 continue
             is_label = found is case.label
@@ -268,11 +268,7 @@ def _unused_labels(facts: Sequence[CaseFacts], dataset: Dataset) -> Iterator[Fin
 
 def _left_over(workspace: Path, dataset: Dataset) -> Iterator[Finding]:
     """Images and labels in the workspace that belong to no case."""
-    listed = {
-        path
-        for case in dataset.cases
-        for path in (*case.images, *([case.label] if case.label else []))
-    }
+    listed = {path for case in dataset.cases for path in case.files}
     folders = ((raw_images_folder(workspace), "label"), (raw_labels_folder(workspace), "image"))
     for folder, other in folders:
         for path in sorted(folder.glob("*")):

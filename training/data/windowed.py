@@ -58,12 +58,7 @@ class Skull:
 def find_skull(hu: Hu) -> Skull:
     """The skull of a stack whose bone saturates."""
     dense = hu >= hu.max() - 0.5
-    bone = np.zeros_like(dense)
-    for z, plane in enumerate(dense):
-        parts, count = ndimage.label(plane, np.ones((3, 3)))
-        if count:
-            sizes = ndimage.sum_labels(plane, parts, range(1, count + 1))
-            bone[z] = np.isin(parts, 1 + np.flatnonzero(sizes > _SKULL_PIXELS))
+    bone = _without_small(dense, _SKULL_PIXELS + 1)
     inside = [
         ndimage.binary_fill_holes(ndimage.binary_closing(plane, iterations=3)) & ~plane
         for plane in bone
@@ -214,11 +209,8 @@ def strip_skull(hu: Hu, margin: int, background: float) -> tuple[Hu, Mask]:
     kept = np.zeros(hu.shape, bool)
     for z, plane in enumerate(hu >= hu.max() - 2):
         filled = ndimage.binary_fill_holes(ndimage.binary_closing(plane, iterations=3))
-        inner = ndimage.binary_opening(filled & ~ndimage.binary_dilation(plane), iterations=2)
-        parts, count = ndimage.label(inner)
-        if count:
-            sizes = ndimage.sum_labels(inner, parts, range(1, count + 1))
-            kept[z] = np.isin(parts, 1 + np.flatnonzero(sizes > 150))
+        kept[z] = ndimage.binary_opening(filled & ~ndimage.binary_dilation(plane), iterations=2)
+    kept = _without_small(kept, 151, corners=False)
     if margin > 0:
         kept = _eroded(kept, margin)
     elif margin < 0:
@@ -268,11 +260,11 @@ def _intracranial(skull: Skull) -> Mask:
     return found
 
 
-def _without_small(mask: Mask, pixels: float) -> Mask:
-    """Each slice without its pieces of fewer pixels."""
+def _without_small(mask: Mask, pixels: float, *, corners: bool = True) -> Mask:
+    """Each slice without its pieces of fewer pixels; what touches by a corner may be one piece."""
     found = np.zeros_like(mask)
     for z, plane in enumerate(mask):
-        parts, count = ndimage.label(plane, np.ones((3, 3)))
+        parts, count = ndimage.label(plane, np.ones((3, 3)) if corners else None)
         if count:
             sizes = ndimage.sum_labels(plane, parts, range(1, count + 1))
             found[z] = np.isin(parts, 1 + np.flatnonzero(sizes >= pixels))

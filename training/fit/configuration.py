@@ -7,11 +7,12 @@ import dataclasses
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ichseg.errors import TrainingError
 from ichseg.model import strict_json
-from training.batches.augmentation import MSD2018, NNUNETV2, AugmentationConfig
+from training.batches.augmentation import MSD2018, NNUNETV2, AugmentationConfig, flag
 from training.batches.stream import StreamOptions
 from training.fit import schedule
 from training.fit.schedule import ScheduleRules
@@ -22,13 +23,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 MEMORY_FORMATS = ("contiguous", "channels_last")
 
 
-def _option(default: Any, doc: str) -> Any:
-    """A field of ``TrainingConfig``, with the line that its flag's help shows."""
-    return field(default=default, metadata={"help": doc})
-
-
 def _new_option(default: Any, doc: str) -> Any:
-    """The same of a field that older files of settings do not have."""
+    """A ``flag`` that older files of settings do not have."""
     return field(default=default, metadata={"help": doc, "optional": True})
 
 
@@ -38,35 +34,33 @@ class TrainingConfig:
 
     schema_version: int = SCHEMA_VERSION
     recipe: str = "msd2018"
-    epochs: int = _option(1000, "train for at most so many epochs")
-    batches_per_epoch: int = _option(250, "training batches of an epoch")
-    validation_batches: int = _option(50, "validation batches after each epoch")
-    minutes: float | None = _option(
-        None, "end after so many minutes of training, whatever the epoch"
-    )
-    optimiser: str = _option("adam", "adam or sgd")
-    learning_rate: float = _option(3e-4, "at the start; the schedule lowers it")
-    weight_decay: float = _option(3e-5, "L2 penalty on all weights")
-    amsgrad: bool = _option(True, "adam: never let the second moment shrink")
-    momentum: float = _option(0.99, "sgd: share of the last step that the next one keeps")
-    nesterov: bool = _option(True, "sgd: look ahead along the momentum")
-    gradient_clip: float = _option(
+    epochs: int = flag(1000, "train for at most so many epochs")
+    batches_per_epoch: int = flag(250, "training batches of an epoch")
+    validation_batches: int = flag(50, "validation batches after each epoch")
+    minutes: float | None = flag(None, "end after so many minutes of training, whatever the epoch")
+    optimiser: str = flag("adam", "adam or sgd")
+    learning_rate: float = flag(3e-4, "at the start; the schedule lowers it")
+    weight_decay: float = flag(3e-5, "L2 penalty on all weights")
+    amsgrad: bool = flag(True, "adam: never let the second moment shrink")
+    momentum: float = flag(0.99, "sgd: share of the last step that the next one keeps")
+    nesterov: bool = flag(True, "sgd: look ahead along the momentum")
+    gradient_clip: float = flag(
         0.0, "scale a gradient whose L2 norm is larger down to this; 0 never does"
     )
-    lr_schedule: str = _option(
+    lr_schedule: str = flag(
         "plateau", "plateau (moving averages of the losses) or poly (fixed length)"
     )
-    poly_exponent: float = _option(
+    poly_exponent: float = flag(
         0.9, "poly: rate falls as (1 - done)^exponent, by epochs or minutes"
     )
-    loss_momentum: float = _option(0.93, "plateau: weight of the old value in the loss averages")
-    loss_threshold: float = _option(5e-3, "plateau: a smaller change is no improvement")
-    drop_patience: int = _option(30, "plateau: epochs without improvement before the rate drops")
-    drop_factor: float = _option(0.2, "plateau: what the rate is multiplied by then")
-    stop_patience: int = _option(60, "plateau: epochs without better validation before the end")
-    lowest_rate: float = _option(1e-6, "plateau: a lower rate ends the training")
-    foreground_fraction: float = _option(0.33, "share of a batch that must contain foreground")
-    centre_jitter: float = _option(
+    loss_momentum: float = flag(0.93, "plateau: weight of the old value in the loss averages")
+    loss_threshold: float = flag(5e-3, "plateau: a smaller change is no improvement")
+    drop_patience: int = flag(30, "plateau: epochs without improvement before the rate drops")
+    drop_factor: float = flag(0.2, "plateau: what the rate is multiplied by then")
+    stop_patience: int = flag(60, "plateau: epochs without better validation before the end")
+    lowest_rate: float = flag(1e-6, "plateau: a lower rate ends the training")
+    foreground_fraction: float = flag(0.33, "share of a batch that must contain foreground")
+    centre_jitter: float = flag(
         0.0,
         "where in its patch that foreground may lie: 0 puts one of its voxels in the centre, 1 "
         "anywhere, 0.5 up to half of the way to the border",
@@ -87,44 +81,44 @@ class TrainingConfig:
         "is highest; 1 takes all",
     )
     augmentation: AugmentationConfig = field(default=MSD2018)
-    pretrained: str | None = _option(
+    pretrained: str | None = flag(
         None,
         "folder of a weights bundle, or of nnU-Net v2's results of one configuration, to begin "
         "with, as far as its tensors fit",
     )
-    seed: int = _option(0, "of network and batches; fixes everything on the CPU bit for bit")
-    device: str = _option("auto", "auto, cpu or cuda")
-    precision: str = _option(
+    seed: int = flag(0, "of network and batches; fixes everything on the CPU bit for bit")
+    device: str = flag("auto", "auto, cpu or cuda")
+    precision: str = flag(
         "fp32",
         "of convolutions; loss and weights stay in fp32. One of fp32, bf16, fp16 (CUDA only; the "
         "loss is scaled), or auto (bf16 where card or processor computes it, else fp16 on CUDA and "
         "fp32 on the CPU)",
     )
-    compile: bool | None = _option(
+    compile: bool | None = flag(
         None,
         "compile the network with torch.compile, which takes a minute once; without either flag a "
         "trial decides on a GPU, and on a CPU it is not compiled",
     )
-    deterministic: bool = _option(
+    deterministic: bool = flag(
         False, "the same sums in the same order on CUDA, too, where torch can; slower"
     )
-    memory_format: str = _option("contiguous", "contiguous or channels_last")
-    threads: int = _option(0, "of torch on the CPU; 0 leaves it to torch")
-    workers: int = _option(1, "processes that make batches; 0 makes them in between")
-    prefetch: int = _option(4, "batches made ahead")
-    augmentation_engine: str = _option(
+    memory_format: str = flag("contiguous", "contiguous or channels_last")
+    threads: int = flag(0, "of torch on the CPU; 0 leaves it to torch")
+    workers: int = flag(1, "processes that make batches; 0 makes them in between")
+    prefetch: int = flag(4, "batches made ahead")
+    augmentation_engine: str = flag(
         "auto",
         "who augments: host (the workers), device (the GPU; workers only read), or auto (the GPU "
         "if there is one)",
     )
-    resident: str = _option(
+    gpu_cache: str = flag(
         "auto",
         "keep all cases in the memory of the device that augments, so that nothing is read while "
         "training: yes, no, or auto (on a GPU where they leave it enough for training)",
     )
-    validation: bool = _option(True, "segment the fold's validation cases at the end")
-    validation_mirrors: bool = _option(True, "average over mirrorings in that")
-    tensorboard: bool = _option(False, "also write for TensorBoard, to the run's tensorboard/")
+    validation: bool = flag(True, "segment the fold's validation cases at the end")
+    validation_mirrors: bool = flag(True, "average over mirrorings in that")
+    tensorboard: bool = flag(False, "also write for TensorBoard, to the run's tensorboard/")
     mlflow: bool = _new_option(
         False, "also log to MLflow, to MLFLOW_TRACKING_URI or else to the run's mlflow/mlflow.db"
     )
@@ -163,7 +157,7 @@ class TrainingConfig:
             "lr_schedule": schedule.SCHEDULES,
             "device": ("auto", "cpu", "cuda"),
             "augmentation_engine": ("auto", "host", "device"),
-            "resident": ("auto", "yes", "no"),
+            "gpu_cache": ("auto", "yes", "no"),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -178,7 +172,7 @@ class TrainingConfig:
             engine=self.augmentation_engine,
             workers=self.workers,
             prefetch=self.prefetch,
-            gpu_cache=self.resident,
+            gpu_cache=self.gpu_cache,
         )
 
     @property
@@ -276,6 +270,18 @@ class GivenSettings:
 def settings_from(args: argparse.Namespace) -> GivenSettings:
     """The flags of ``add_settings`` that were given."""
     return GivenSettings(_given(args, TrainingConfig), _given(args, AugmentationConfig))
+
+
+def load_settings(path: Path) -> TrainingConfig:
+    """Read a run's ``config.json``, in which versions up to 0.1 called ``gpu_cache`` ``resident``.
+
+    Raises:
+        PlansError: It is missing, damaged, or of a version with other settings.
+    """
+    raw = strict_json.load_object(path, strict=True)
+    if isinstance(raw, dict) and "resident" in raw:
+        raw["gpu_cache"] = raw.pop("resident")
+    return strict_json.from_json(TrainingConfig, raw, where=str(path))
 
 
 def differences(now: Any, before: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 
 from ichseg.engine import torch_device
 from ichseg.errors import PlansError, TrainingError
-from ichseg.model import strict_json
 from ichseg.model.plans import Configuration, Plans
 from training.batches.sampling import BatchSpec
 from training.data import dataset, splits
@@ -25,7 +23,7 @@ from training.data.workspace import (
     preprocessed_folder,
     run_folder,
 )
-from training.fit.configuration import TrainingConfig, differences
+from training.fit.configuration import TrainingConfig, differences, load_settings
 from training.fit.process_group import ALONE, ProcessGroup
 from training.planning.memory import training_bytes
 from training.planning.planned import load_plans, what_is_averaged
@@ -158,9 +156,7 @@ def open_run(
         regions=planned.region_labels,
         previous_labels=0 if chosen.previous_stage is None else len(planned.labels) - 1,
         share=(group.rank, group.count),
-        training_bytes=training_bytes(
-            planned, replace(chosen, batch=math.ceil(chosen.batch / group.count))
-        ),
+        training_bytes=training_bytes(planned, chosen, group.count),
     )
     return FoldRun(
         folder=folder,
@@ -181,6 +177,6 @@ def changed_settings(run: FoldRun) -> list[tuple[str, Any, Any]]:
     There are none where nothing has been trained, or by a version with other settings.
     """
     with contextlib.suppress(PlansError):
-        before = strict_json.load(TrainingConfig, run.folder / CONFIG_FILE)
+        before = load_settings(run.folder / CONFIG_FILE)
         return list(differences(run.config, before))
     return []

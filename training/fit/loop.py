@@ -27,6 +27,7 @@ from ichseg import files
 from ichseg.engine import torch_device
 from ichseg.errors import TrainingError
 from ichseg.model import strict_json
+from ichseg.wording import times
 from training.batches.sampling import BatchKey
 from training.batches.stream import BatchStream, open_batches
 from training.data.workspace import CONFIG_FILE, LATEST_CHECKPOINT
@@ -343,7 +344,7 @@ def _describe(run: FoldRun, state: TrainingState) -> str:
     return (
         f"{c.name} in {run.folder}: {len(run.spec.train)} cases, "
         f"{len(run.spec.validation)} to validate; "
-        f"patch {'x'.join(map(str, c.patch))}, batch {c.batch}, {count / 1e6:.2f} M parameters, "
+        f"patch {times(c.patch)}, batch {c.batch}, {count / 1e6:.2f} M parameters, "
         f"recipe {run.config.recipe}, {run.precision} on {where}"
         + (f", {run.group.count} processes" if run.group.count > 1 else "")
     )

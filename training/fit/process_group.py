@@ -24,9 +24,9 @@ from torch import Tensor, distributed, nn
 
 from ichseg.errors import TrainingError
 
-_STEP = datetime.timedelta(minutes=15)  # that processes wait for each other within a training
+_STEP = datetime.timedelta(minutes=15)  # longest wait for another process within a training
+_VALIDATION = datetime.timedelta(days=2)  # the same in validation
 BUCKET_BYTES = 25_000_000  # of a bucket at least, so that few sums are taken
-_VALIDATION = datetime.timedelta(days=2)  # that processes wait for each other there
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ class Moment:
         epoch: Number of the epoch, from 1.
         step: Steps of this epoch done; of its validation when ``validating``.
         steps: Steps of this epoch, or of its validation, in all.
-        loss: Loss of the step, None if it is not known yet.
+        loss: Loss of the step.
         lr: Learning rate.
         seconds: Seconds spent in this epoch so far.
         data_wait_s: Seconds of them spent waiting for batches.
@@ -63,7 +63,7 @@ class Moment:
     epoch: int
     step: int
     steps: int
-    loss: float | None
+    loss: float
     lr: float
     seconds: float
     data_wait_s: float
@@ -213,7 +213,7 @@ class _Waits:
 def advise(config: TrainingConfig, device: torch.device) -> str:
     """What to do about waiting for batches."""
     if choose_engine(config.augmentation_engine, device) == "device":
-        return f"try --resident yes, or --workers above {config.workers}"
+        return f"try --gpu-cache yes, or --workers above {config.workers}"
     ahead = f"--workers above {config.workers}"
     if config.workers:
         ahead += f" or --prefetch above {config.prefetch}"
@@ -274,10 +274,9 @@ def two_lines(title: str, now: Moment, dice: float | None, left_s: float) -> Ren
         ProgressBar(total=now.steps, completed=now.step, width=20, complete_style="green"),
         Text(f"{'validating' if now.validating else 'step'} {now.step}/{now.steps}"),
     )
-    loss = "   -   " if now.loss is None else f"{now.loss:+.4f}"
     wait = 100 * now.data_wait_s / max(now.seconds, 1e-9)
     below = (
-        f"loss {loss}  dice {number(dice)}  lr {now.lr:.2e}  data wait {wait:.0f} %  "
+        f"loss {now.loss:+.4f}  dice {number(dice)}  lr {now.lr:.2e}  data wait {wait:.0f} %  "
         f"ETA {clock(left_s)}"
     )
     return Group(above, Text(below, no_wrap=True, overflow="ellipsis"))

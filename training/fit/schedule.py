@@ -33,14 +33,14 @@ class ScheduleRules:
     kind: str
     learning_rate: float
     epochs: int
-    minutes: float | None = None
-    momentum: float = 0.93
-    threshold: float = 5e-3
-    drop_patience: int = 30
-    drop_factor: float = 0.2
-    stop_patience: int = 60
-    lowest_rate: float = 1e-6
-    exponent: float = 0.9
+    minutes: float | None
+    momentum: float
+    threshold: float
+    drop_patience: int
+    drop_factor: float
+    stop_patience: int
+    lowest_rate: float
+    exponent: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from ichseg.engine import torch_device
 from ichseg.errors import TrainingError
 from ichseg.model.network import build_network
 from ichseg.predict.dice import dice_of_counts
+from ichseg.wording import times
 from training.batches.stream import Batch
 from training.fit import schedule
 from training.fit.configuration import TrainingConfig
@@ -282,10 +283,10 @@ def memory_advice(run: FoldRun) -> Iterator[None]:
         if not isinstance(error, MemoryError) and not torch_device.is_full(error):
             raise
         c = run.configuration
-        tried = f"patch {'x'.join(map(str, c.patch))}, batch {c.batch}, {run.precision}"
+        tried = f"patch {times(c.patch)}, batch {c.batch}, {run.precision}"
         advice = []
-        if run.config.resident != "no" and run.device.type == "cuda":
-            advice.append("--resident no")
+        if run.config.gpu_cache != "no" and run.device.type == "cuda":
+            advice.append("--gpu-cache no")
         if run.precision == "fp32" and run.device.type == "cuda":
             advice.append("--precision fp16")
         if run.group.count < c.batch:

@@ -85,7 +85,7 @@ def _converted(choices: Choices) -> str:
                 f"{choices.workspace}: its labels are {','.join(kept.labels)}, but --labels is "
                 f"{','.join(choices.labels)}; leave the flag out, or take another workspace"
             )
-        corrected = convert.corrected_since(source, kept, path.stat().st_mtime_ns)
+        corrected = convert.changed_at_source(source, kept, path.stat().st_mtime_ns)
         if corrected:
             _log.warning(
                 "%d files have changed since they were brought to %s, such as %s; what lies in the "

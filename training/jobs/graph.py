@@ -186,6 +186,5 @@ def _need_of_training(
     if gpus:
         memory += _GPU_PROCESS_BYTES
     else:
-        training = training_bytes(plans, configuration) * samples / configuration.batch
-        memory += round(training) + _PROCESS_BYTES
+        memory += training_bytes(plans, configuration, processes) + _PROCESS_BYTES
     return Need(gpus, config.workers + max(1, config.threads), memory, processes)

@@ -1,8 +1,8 @@
 """What a dataset looks like: voxel sizes, shapes and foreground intensities.
 
-Intensities are those of *all* foreground voxels of all cases, pooled; voxels to be ignored are
-none. nnU-Net takes a sample in which each case weighs the same; here a large bleed weighs more
-than a small one.
+Intensities are those of *all* foreground voxels of all cases, pooled; voxels with
+the ignore label do not count as foreground. nnU-Net takes a sample in which each case weighs the
+same; here a large bleed weighs more than a small one.
 """
 
 from __future__ import annotations

@@ -19,8 +19,7 @@ class Target:
 
     Attributes:
         spacing_mm: The voxel size that the planner takes.
-        median_mm: Median of the cases along each axis.
-        coarsest: Axis of the largest median.
+        coarsest: Axis along which the cases' median is largest.
         thickness: That median over the larger of the other two.
         thick: Whether that is beyond the anisotropy at which the axis is treated as separate.
         few: Whether the median case has so much fewer voxels along that axis, too.
@@ -28,7 +27,6 @@ class Target:
     """
 
     spacing_mm: tuple[float, ...]
-    median_mm: tuple[float, ...]
     coarsest: int
     thickness: float
     thick: bool
@@ -61,7 +59,6 @@ def target_spacing(spacings_mm: FloatArray, shapes: npt.NDArray[np.int_], recipe
         taken[coarsest] = tenth if tenth >= widest else widest + 1e-5
     return Target(
         spacing_mm=tuple(taken.tolist()),
-        median_mm=tuple(median.tolist()),
         coarsest=coarsest,
         thickness=float(median[coarsest]) / widest,
         thick=thick,

@@ -85,10 +85,7 @@ def write(
 
 
 def draw_case(
-    case: CaseVolumes,
-    out: Path,
-    is_ct: bool,
-    scored_ml: Mapping[str, tuple[float, float]] | None = None,
+    case: CaseVolumes, out: Path, is_ct: bool, scored_ml: Mapping[str, tuple[float, float]]
 ) -> None:
     """Write the pictures and volumes of one case.
 
@@ -97,7 +94,7 @@ def draw_case(
         out: The folder of the page.
         is_ct: Whether the scan is in HU.
         scored_ml: By the case's name the volumes of its prediction and its reference that were
-            scored, which the files have to have; None where nothing has been scored.
+            scored, which the files have to have.
 
     Raises:
         InputError: A file cannot be read.
@@ -115,15 +112,14 @@ def draw_case(
     found, told = leave_out(
         masks["prediction"].voxels, masks["reference"].voxels, case.ignore_label
     )
-    if scored_ml is not None:
-        paths, voxel_ml = (case.prediction, case.reference), masks["reference"].voxel_ml
-        for path, labels, expected in zip(paths, (found, told), scored_ml[case.name], strict=True):
-            volume_ml = np.count_nonzero(labels) * voxel_ml
-            if not math.isclose(volume_ml, expected, rel_tol=_SAME_VOLUME):
-                raise DatasetError(
-                    f"{path}: {volume_ml:.6g} mL are labelled, expected the mask that was scored, "
-                    f"with {expected:.6g} mL; evaluate again if it has changed"
-                )
+    paths, voxel_ml = (case.prediction, case.reference), masks["reference"].voxel_ml
+    for path, labels, expected in zip(paths, (found, told), scored_ml[case.name], strict=True):
+        volume_ml = np.count_nonzero(labels) * voxel_ml
+        if not math.isclose(volume_ml, expected, rel_tol=_SAME_VOLUME):
+            raise DatasetError(
+                f"{path}: {volume_ml:.6g} mL are labelled, expected the mask that was scored, "
+                f"with {expected:.6g} mL; evaluate again if it has changed"
+            )
     masks["reference"] = masks["reference"].with_voxels(
         told.astype(masks["reference"].voxels.dtype)
     )

@@ -127,8 +127,6 @@ def write(out: Path, evaluation: Evaluation, context: Context) -> Path:
 def _environment() -> jinja2.Environment:
     found = page.environment(_TEMPLATES)
     found.filters |= {
-        "false_lesions": _false_lesions,
-        "hits": _hits,
         "note": _note,
         "percent": _percent,
         "places": _places,
@@ -187,8 +185,8 @@ def _row(name: str, score: LabelScore, fold: str | None) -> Row:
         "reference_ml": score.reference_ml,
         "predicted_ml": score.predicted_ml,
         "lesions": len(score.reference_lesions),
-        "found": _hits(score),
-        "false": _false_lesions(score),
+        "found": score.hits,
+        "false": score.false_lesions,
         "fold": None if fold is None else float(fold),
     }
     return Row(name, values, _flags(score))
@@ -197,7 +195,7 @@ def _row(name: str, score: LabelScore, fold: str | None) -> Row:
 def _flags(score: LabelScore) -> tuple[str, ...]:
     flags = {
         "missed": score.missed,
-        "false lesions": _false_lesions(score) > 0,
+        "false lesions": score.false_lesions > 0,
         "no reference": score.reference_ml == 0,
     }
     return tuple(flag for flag, is_so in flags.items() if is_so)
@@ -268,16 +266,6 @@ def _percent(interval: tuple[float, float]) -> str:
     """An interval of shares in per cent."""
     low, high = interval
     return f"{100 * low:.0f} to {100 * high:.0f} %"
-
-
-def _hits(score: LabelScore) -> int:
-    """How many lesions of the reference were found."""
-    return sum(lesion.overlap_ml > 0 for lesion in score.reference_lesions)
-
-
-def _false_lesions(score: LabelScore) -> int:
-    """How many lesions were found that are none."""
-    return sum(lesion.overlap_ml == 0 for lesion in score.predicted_lesions)
 
 
 def _places(measure: str) -> int:

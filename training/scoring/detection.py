@@ -128,12 +128,7 @@ def of_evaluation(
     if positives is None and all(told.values()):
         return None
     found = {c.name: sum(score.predicted_ml for score in c.disjoint) for c in cases}
-    false = {
-        case.name: sum(
-            not lesion.overlap_ml for s in case.disjoint for lesion in s.predicted_lesions
-        )
-        for case in cases
-    }
+    false = {c.name: sum(score.false_lesions for score in c.disjoint) for c in cases}
     left_out = [case.name for case in cases if case.name not in told]
     return make_detection(told, found, case_scores, false, left_out)
 

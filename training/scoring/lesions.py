@@ -36,6 +36,11 @@ class Lesion:
     volume_ml: float
     overlap_ml: float
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether it shares a voxel with the other mask."""
+        return self.overlap_ml > 0
+
 
 @dataclass(frozen=True, slots=True)
 class LesionCounts:
@@ -117,10 +122,10 @@ def count_lesions(
         for lesion in of_reference:
             for size in (size_class(lesion.volume_ml), ALL_SIZES):
                 present[size] += 1
-                found[size] += lesion.overlap_ml > 0
+                found[size] += lesion.overlaps
         for lesion in of_prediction:
             for size in (size_class(lesion.volume_ml), ALL_SIZES):
-                false[size] += lesion.overlap_ml == 0
+                false[size] += not lesion.overlaps
     return tuple(_counts(size, present[size], found[size], false[size]) for size in sizes)
 
 

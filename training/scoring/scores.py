@@ -70,6 +70,16 @@ class LabelScore:
         """Whether the reference has the label and the prediction shares not a voxel with it."""
         return self.reference_ml > 0 and self.overlap_ml == 0
 
+    @property
+    def hits(self) -> int:
+        """How many lesions of the reference were found."""
+        return sum(lesion.overlaps for lesion in self.reference_lesions)
+
+    @property
+    def false_lesions(self) -> int:
+        """How many lesions were found that are none."""
+        return sum(not lesion.overlaps for lesion in self.predicted_lesions)
+
 
 @dataclass(frozen=True, slots=True)
 class CaseScore:

@@ -19,6 +19,7 @@ import numpy as np
 from ichseg.errors import TrainingError
 from ichseg.files import replacing
 from ichseg.model import strict_json
+from ichseg.wording import repeated
 from training.scoring.lesions import LesionCounts, count_lesions
 from training.scoring.measures import MEASURES
 from training.scoring.scores import CaseScore, LabelScore, absent
@@ -133,8 +134,7 @@ def make_evaluation(
         TrainingError: A case is given twice, or no case is given.
     """
     ordered = sorted(cases, key=lambda case: case.name)
-    names = [case.name for case in ordered]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = repeated(case.name for case in ordered)
     if twice or not ordered:
         raise TrainingError(f"cases scored twice: {', '.join(twice)}" if twice else "no cases")
     if labels is None:
@@ -228,8 +228,6 @@ def _summarise_measure(measure: str, values: Sequence[float | None]) -> MeasureS
 
 
 def _row(case: str, score: LabelScore) -> list[str | int]:
-    found = sum(lesion.overlap_ml > 0 for lesion in score.reference_lesions)
-    false = sum(lesion.overlap_ml == 0 for lesion in score.predicted_lesions)
     measures = (getattr(score.scores, measure) for measure in MEASURES)
     return [
         case,
@@ -237,8 +235,8 @@ def _row(case: str, score: LabelScore) -> list[str | int]:
         *("" if value is None else f"{value:.10g}" for value in measures),
         *(f"{getattr(score, name):.10g}" for name in _VOLUMES),
         len(score.reference_lesions),
-        found,
+        score.hits,
         len(score.predicted_lesions),
-        false,
+        score.false_lesions,
         int(score.missed),
     ]
