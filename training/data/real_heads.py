@@ -36,14 +36,13 @@ from ichseg.files import make_folder
 from ichseg.scan import volume
 from ichseg.wording import times
 from training.data import windowed
-from training.data.downloads import Scan, find_ct_ich, find_others, find_phe_sich
+from training.data.downloads import IGNORE, Scan, find_ct_ich, find_others, find_phe_sich
 from training.data.parallel import each_case, with_progress
 from training.data.windowed import Hu
 from training.data.workspace import DATASET_FILE, GROUPS_FILE
 
 RECORD_FILE = "record.csv"
-LABELS = {"0": "background", "1": "hemorrhage", "2": "ignore"}
-IGNORE = 2
+LABELS = {"0": "background", "1": "hemorrhage", str(IGNORE): "ignore"}
 SLICE_MM = 5.0  # of both sets; neither stores it
 CT_ICH_WINDOW = (-20.0, 100.0)
 
