@@ -103,8 +103,9 @@ def run_fold(
 
 def _weights_to_begin_with(folder: Path, run: FoldRun) -> Pretrained:
     """Weights that do not know the cases that the fold validates."""
+    pretrained = read_pretrained(folder, run.configuration.name, run.fold)
     require_unseen(folder, run)
-    return read_pretrained(folder, run.configuration.name, run.fold)
+    return pretrained
 
 
 def _signals() -> Signals:
