@@ -188,10 +188,12 @@ def main(args: argparse.Namespace) -> int:
     if workers is None:
         images = [image for case in dataset.cases for image in case.images]
         workers = parallel.workers_for(images, _BYTES_PER_VOXEL, _BYTES_BESIDE)
+    # before the files are read: a later change is noticed
+    sources = digest_sources(args.workspace, dataset) if args.note else ""
     findings = verify_dataset(args.workspace, dataset, workers)
     count = Counter(found.severity for found in findings)
     if args.note:
-        _note_verified(args.workspace, dataset, verified=not count[ERROR])
+        _note_verified(args.workspace, sources, verified=not count[ERROR])
     sys.stdout.write(
         f"{table(findings)}{dataset.name}: {len(dataset.cases)} cases in "
         f"{duration(time.monotonic() - started)}: {counted(count[ERROR], 'error')}, "
@@ -217,13 +219,13 @@ def main(args: argparse.Namespace) -> int:
     return 1 if left else 0
 
 
-def _note_verified(workspace: Path, dataset: Dataset, *, verified: bool) -> None:
+def _note_verified(workspace: Path, sources: str, *, verified: bool) -> None:
     path = verified_file(workspace)
     if not verified:
         path.unlink(missing_ok=True)
         return
     with replacing(path) as temporary:
-        content = strict_json.dumps(_Verified(SCHEMA_VERSION, digest_sources(workspace, dataset)))
+        content = strict_json.dumps(_Verified(SCHEMA_VERSION, sources))
         temporary.write_text(content, encoding="utf-8")
 
 
