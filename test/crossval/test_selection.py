@@ -20,6 +20,7 @@ from ichseg.scan import volume
 from training.crossval import merge, probabilities, selection, unseen
 from training.data import dataset
 from training.data.workspace import (
+    LATEST_CHECKPOINT,
     mask_file,
     probabilities_file,
     probabilities_folder,
@@ -63,6 +64,7 @@ def put(workspace, configuration, case, image, lead):
     probabilities.save(probabilities_file(folder, case.name), scores, regions=False)
     labels = restore([(scores.numpy(), wanted)], PLANNED)
     volume.write(image.with_voxels(labels), mask_file(folder, case.name))
+    (folder / LATEST_CHECKPOINT).touch()
     return scores, wanted
 
 

@@ -19,7 +19,12 @@ from ichseg.scan import volume
 from training.__main__ import main
 from training.crossval import merge, selection
 from training.data import dataset
-from training.data.workspace import evaluation_folder, mask_file, run_folder
+from training.data.workspace import (
+    LATEST_CHECKPOINT,
+    evaluation_folder,
+    mask_file,
+    run_folder,
+)
 from training.fit import history
 from training.fit.history import EpochRow
 from training.report import charts, command, cross_validation, draw, evaluation_page
@@ -42,6 +47,7 @@ def workspace(tmp_path, monkeypatch):
             found[:] = 0
         masks[case.name] = mask_file(folder, case.name)
         volume.write(reference.with_voxels(found), masks[case.name])
+    (folder / LATEST_CHECKPOINT).touch()
     monkeypatch.setattr(merge, "validated_masks", lambda *_: masks)
     monkeypatch.setattr(merge, "digest_of_folds", lambda *_: "")
     rows = [
