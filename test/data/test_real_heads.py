@@ -2,12 +2,13 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from ichseg.errors import DatasetError
+from ichseg.errors import DatasetError, OutputError
 from training.data import downloads as downloads_of
 from training.data import real_heads, windowed
 from training.data.layouts import read_source
@@ -346,6 +347,22 @@ def test_two_cases_of_one_name_are_refused(tmp_path):
         real_heads.write_dataset(tmp_path / "out", also=folders[:2])
     with pytest.raises(DatasetError, match="two cases would be called a_copy"):
         real_heads.write_dataset(tmp_path / "out", also=folders[1:])
+
+
+def test_a_full_disk_leaves_no_dataset_behind(downloads, monkeypatch):
+    out, ich = downloads / "out", downloads / "ich"
+    real = Path.write_text
+
+    def full(path, text, **given):
+        real(path, text[:10], **given)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OutputError, match=r"dataset\.json: cannot write \(No space left"):
+            real_heads.write_dataset(out, ct_ich=ich)
+    real_heads.write_dataset(out, ct_ich=ich)  # the same command makes it anew
+    assert len(read_source(out).cases) == 4
 
 
 def test_a_dataset_is_not_written_over(downloads):

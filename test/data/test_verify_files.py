@@ -34,3 +34,13 @@ def test_a_file_that_changes_while_others_are_read_is_not_noted_as_verified(work
     monkeypatch.setattr(verify, "verify_dataset", verified_and_changed)
     assert main(line) == 0
     assert not verify.is_verified(work, data)
+
+
+def test_folds_and_groups_of_the_new_workspace_may_be_edited_in_place(work, tmp_path):
+    for name in ("splits.json", "groups.csv"):
+        (work / name).write_text("as it was")
+    verify.fix_headers(work, load_dataset(work), [], tmp_path / "new", 1)
+    for name in ("splits.json", "groups.csv"):
+        with (tmp_path / "new" / name).open("a") as stream:
+            stream.write(", edited")
+        assert (work / name).read_text() == "as it was"

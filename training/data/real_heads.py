@@ -32,7 +32,7 @@ import SimpleITK as sitk
 from PIL import Image
 
 from ichseg.errors import DatasetError
-from ichseg.files import make_folder
+from ichseg.files import make_folder, replacing
 from ichseg.scan import volume
 from ichseg.wording import times
 from training.data import windowed
@@ -132,6 +132,7 @@ def write_dataset(
     Raises:
         DatasetError: A download is not there, is incomplete or damaged, two cases have one name,
             ``out`` holds a dataset already, or ``negative_copies`` is below 1.
+        OutputError: A table cannot be written.
     """
     if negative_copies < 1:
         raise DatasetError(f"--negative-copies is {negative_copies}, expected at least 1")
@@ -183,7 +184,8 @@ def write_dataset(
         "training": entries,
         "test": [],
     }
-    (out / DATASET_FILE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    with replacing(out / DATASET_FILE) as temporary:
+        temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
 def load(scan: Scan) -> Labelled:
@@ -362,7 +364,10 @@ def _read_grey(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _write_table(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as stream,
+    ):
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import shutil
 import sys
 import time
 from collections import Counter
@@ -108,8 +109,8 @@ def fix_headers(
     """Make a new workspace in which the repairable differences of geometry are gone.
 
     Files that have one are written anew with the first channel's geometry, voxels unchanged; all
-    others are linked or copied, with the folds and the table of groups. The workspace stays as it
-    is.
+    others are linked or copied. The folds and the table of groups are copied. The workspace stays
+    as it is.
 
     Returns:
         How many files were written anew.
@@ -136,8 +137,9 @@ def fix_headers(
             f"{len(failures)} of {len(dataset.cases)} cases failed, the first: {failures[0]}"
         )
     for name in (SPLITS_FILE, GROUPS_FILE):
-        if (workspace / name).exists():
-            convert.bring(workspace / name, target / name)
+        if (workspace / name).exists():  # copied: these are edited, a linked one in both places
+            with replacing(target / name) as temporary:
+                shutil.copyfile(workspace / name, temporary)
     cases.sort(key=lambda case: case.name)
     save_dataset(dataclasses.replace(dataset, cases=tuple(cases)), target)
     return len(mended)
