@@ -69,7 +69,7 @@ def find_backgrounds(path: Path) -> tuple[Background, ...]:
 
     Raises:
         DatasetError: The folder is no such dataset, two of its cases have one name, or
-            ``groups.csv`` beside it misses a case.
+            ``groups.csv`` beside it misses a case or puts one into two groups.
     """
     if not path.is_dir():
         return (Background(path.name, path.name, path),)
@@ -108,13 +108,17 @@ def _groups(table: Path, names: Sequence[str]) -> Mapping[str, str]:
     if not table.exists():
         return {name: name for name in names}
     try:
-        with table.open(newline="", encoding="utf-8") as stream:
-            groups = {row["case"]: row["group"] for row in csv.DictReader(stream)}
+        with table.open(newline="", encoding="utf-8-sig") as stream:  # spreadsheets write a mark
+            rows = [(row["case"], row["group"]) for row in csv.DictReader(stream)]
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise DatasetError(
             f"{table}: expected a table in UTF-8 with the columns case and group: "
             f"{repr(error)[:200]}"
         ) from error
+    groups: dict[str, str] = {}
+    for case, group in rows:
+        if groups.setdefault(case, group) != group:
+            raise DatasetError(f"{table}: case {case[:100]!r} is in two groups, expected one")
     missing = [name for name in names if not groups.get(name)]
     if missing:
         raise DatasetError(f"{table}: no group for case {missing[0][:100]!r}")

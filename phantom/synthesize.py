@@ -208,7 +208,7 @@ def _name_and_group(config: SynthesisConfig, index: int) -> tuple[str, str]:
     """What a case is called, and whose it is: a scan drawn into is its patient's."""
     if not config.draws_into_dataset:
         name = f"{config.name}_{index + 1:04d}"
-        return name, name
+        return name, config.backgrounds[0].group if config.backgrounds else name
     again, which = divmod(index, len(config.backgrounds))
     background = config.backgrounds[which]
     return f"{background.name}_bled{again + 1 if again else ''}", background.group
@@ -242,7 +242,7 @@ def _write_tables(config: SynthesisConfig, rows: list[Row], folder: Path) -> Non
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    if real:
+    if config.backgrounds:
         with (folder / "groups.csv").open("w", newline="") as stream:
             table = csv.writer(stream, lineterminator="\n")
             table.writerow(("case", "group"))

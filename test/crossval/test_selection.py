@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -18,7 +19,14 @@ from ichseg.predict.restore import restore
 from ichseg.scan import volume
 from training.crossval import merge, probabilities, selection, unseen
 from training.data import dataset
-from training.data.workspace import mask_file, probabilities_file, probabilities_folder, run_folder
+from training.data.workspace import (
+    LATEST_CHECKPOINT,
+    mask_file,
+    probabilities_file,
+    probabilities_folder,
+    run_folder,
+    runs_folder,
+)
 
 LOW = dataclasses.replace(CONFIGURATION, name="3d_lowres", spacing_mm=(5.0, 2.0, 2.0))
 PLANNED = dataclasses.replace(PLANS, configurations=(CONFIGURATION, LOW))
@@ -56,6 +64,7 @@ def put(workspace, configuration, case, image, lead):
     probabilities.save(probabilities_file(folder, case.name), scores, regions=False)
     labels = restore([(scores.numpy(), wanted)], PLANNED)
     volume.write(image.with_voxels(labels), mask_file(folder, case.name))
+    (folder / LATEST_CHECKPOINT).touch()
     return scores, wanted
 
 
@@ -175,6 +184,37 @@ def test_a_selection_is_of_the_weights_that_it_was_made_from(workspace, monkeypa
         selection.require_current(workspace, chosen)
     with pytest.raises(TrainingError, match="run `cross-validate` and `select` again"):
         selection.require_current(workspace, dataclasses.replace(chosen, made_from=None))
+
+
+def test_a_fold_that_changes_while_cases_are_judged_is_noticed(workspace, monkeypatch):
+    for case, image, blood in references(workspace):
+        put(workspace, CONFIGURATION, case, image, 1.0 * blood)
+    real, weights = selection._each, ["before"]
+
+    def judge(*given, **named):
+        weights.append("after")
+        return real(*given, **named)
+
+    monkeypatch.setattr(selection, "_each", judge)
+    monkeypatch.setattr(merge, "digest_of_folds", lambda folder, name: weights[-1])
+    chosen = selection.select(workspace, NAMES[:1], workers=1)
+    assert chosen.made_from == {"3d_fullres": "before"}
+    with pytest.raises(TrainingError, match="run `cross-validate` and `select` again"):
+        selection.require_current(workspace, chosen)
+
+
+def test_the_weights_of_what_was_not_chosen_count_while_they_are_there(workspace, monkeypatch):
+    for case, image, blood in references(workspace):
+        put(workspace, CONFIGURATION, case, image, 1.0 * blood)
+        put(workspace, LOW, case, image, 0.0 * blood)
+    chosen = selection.select(workspace, NAMES, workers=1)
+    assert chosen.configurations == NAMES[:1]
+    others = {"3d_fullres": "weights of 3d_fullres", "3d_lowres": "trained further"}
+    monkeypatch.setattr(merge, "digest_of_folds", lambda folder, name: others[name])
+    with pytest.raises(TrainingError, match=r"labels than the folds of 3d_lowres have now"):
+        selection.require_current(workspace, chosen)
+    shutil.rmtree(runs_folder(workspace, "3d_lowres"))
+    selection.require_current(workspace, chosen)
 
 
 def test_probabilities_stay_unless_dropped_and_are_then_missed(workspace):

@@ -130,7 +130,7 @@ def test_interrupted_within_a_case_leaves_nothing_of_it(workspace, segmented, mo
     assert segmented == [run.spec.validation[0]]
     assert not (run.folder / "validation.json").exists()
     assert not (run.folder / "validation").exists()
-    assert f"stopped at case {run.spec.validation[0]}; the same command" in caplog.text
+    assert f"stopped at case {run.spec.validation[0]}" in caplog.text
 
 
 def test_processes_share_the_cases_and_the_leading_one_joins_what_they_found(

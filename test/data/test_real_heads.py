@@ -2,12 +2,13 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from ichseg.errors import DatasetError
+from ichseg.errors import DatasetError, OutputError
 from training.data import downloads as downloads_of
 from training.data import real_heads, windowed
 from training.data.layouts import read_source
@@ -282,7 +283,7 @@ def test_one_slice_by_two_names_is_refused(downloads):
         downloads_of.find_phe_sich(downloads / "phe")
 
 
-def finished(folder, name, voxels, labels):
+def finished(folder, name, voxels, labels, names=("background", "hemorrhage", "ignore")):
     """Another dataset, of one case."""
     for part, array in (("imagesTr", voxels), ("labelsTr", labels)):
         (folder / part).mkdir(parents=True)
@@ -290,7 +291,7 @@ def finished(folder, name, voxels, labels):
     entry = {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
     listed = {
         "name": "Other", "modality": {"0": "CT"}, "numTraining": 1, "training": [entry],
-        "labels": {"0": "background", "1": "hemorrhage", "2": "ignore"},
+        "labels": {str(value): name for value, name in enumerate(names)},
     }  # fmt: skip
     (folder / "dataset.json").write_text(json.dumps(listed))
     return folder
@@ -309,6 +310,33 @@ def test_labels_of_another_dataset_must_fit_its_scans(tmp_path, labels, message)
         real_heads.write_dataset(tmp_path / "out", also=[other])
 
 
+def test_labels_of_another_dataset_must_mean_the_same(tmp_path):
+    voxels, labels = np.zeros((3, 4, 6), np.int16), np.zeros((3, 4, 6), np.uint8)
+    for number, names in enumerate(
+        [("background", "core", "oedema"), ("background", "core", "oedema", "ignore")]
+    ):
+        other = finished(tmp_path / str(number), "a", voxels, labels, names)
+        with pytest.raises(DatasetError, match=r"labels background, core, oedema.*; expected"):
+            downloads_of.find_others(other)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("b,p\n", "1 of 1 cases have no group: a"),
+        ("a,p\na,q\n", "row 3 puts case a into q, an earlier one into p"),
+    ],
+)
+def test_groups_of_another_dataset_are_read_as_those_of_a_workspace(tmp_path, rows, message):
+    voxels, labels = np.zeros((3, 4, 6), np.int16), np.zeros((3, 4, 6), np.uint8)
+    other = finished(tmp_path / "other", "a", voxels, labels)
+    (other / "groups.csv").write_text("\ufeffcase,group\na,p\n")
+    assert [scan.group for scan in downloads_of.find_others(other)] == ["p"]
+    (other / "groups.csv").write_text("case,group\n" + rows)
+    with pytest.raises(DatasetError, match=message):
+        downloads_of.find_others(other)
+
+
 def test_two_cases_of_one_name_are_refused(tmp_path):
     voxels, labels = np.zeros((3, 4, 6), np.int16), np.zeros((3, 4, 6), np.uint8)
     folders = [
@@ -319,6 +347,22 @@ def test_two_cases_of_one_name_are_refused(tmp_path):
         real_heads.write_dataset(tmp_path / "out", also=folders[:2])
     with pytest.raises(DatasetError, match="two cases would be called a_copy"):
         real_heads.write_dataset(tmp_path / "out", also=folders[1:])
+
+
+def test_a_full_disk_leaves_no_dataset_behind(downloads, monkeypatch):
+    out, ich = downloads / "out", downloads / "ich"
+    real = Path.write_text
+
+    def full(path, text, **given):
+        real(path, text[:10], **given)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OutputError, match=r"dataset\.json: cannot write \(No space left"):
+            real_heads.write_dataset(out, ct_ich=ich)
+    real_heads.write_dataset(out, ct_ich=ich)  # the same command makes it anew
+    assert len(read_source(out).cases) == 4
 
 
 def test_a_dataset_is_not_written_over(downloads):

@@ -105,6 +105,8 @@ class _PretendedMlflow(types.ModuleType):
         self.told.append((name, value, step))
 
     def set_terminated(self, run):
+        if self.gone:
+            raise self.MlflowException("the server\nhas gone")
         self.told.append(("end", run))
 
 
@@ -170,3 +172,27 @@ def test_an_mlflow_that_has_gone_does_not_end_the_training(tmp_path, mlflow, cap
         seen.epoch(ROWS, 24.5, last=True)
     assert caplog.text.count("MLflow gets no more of this training (the server)") == 1
     assert ("end", "r") not in mlflow.told
+
+
+def test_an_mlflow_that_goes_before_its_run_is_ended_does_not_end_the_training(
+    tmp_path, mlflow, caplog
+):
+    with watch(tmp_path, dataclasses.replace(CONFIG, mlflow=True)) as seen:
+        seen.epoch(ROWS, 24.5, last=True)
+        mlflow.gone = True
+    assert "MlflowBoard is not brought up to date (the server has gone)" in caplog.text
+
+
+def test_a_tensorboard_that_cannot_be_written_does_not_end_the_training(
+    tmp_path, monkeypatch, caplog
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    board = types.SimpleNamespace(add_scalar=full, flush=full, close=full)
+    monkeypatch.setattr(progress, "open_tensorboard", lambda folder: board)
+    monkeypatch.setattr(progress, "require_boards", lambda config: None)
+    config = dataclasses.replace(CONFIG, tensorboard=True)
+    with watch(tmp_path, config, history=ROWS[:1]) as seen:
+        seen.epoch(ROWS, 24.5, last=True)
+    assert caplog.text.count("No space left on device") == 1

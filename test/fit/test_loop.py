@@ -152,6 +152,19 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(fresh):
     same_run(checkpoint(fresh), extended)
 
 
+def test_a_restart_that_ends_before_its_first_checkpoint_leaves_nothing_to_go_on_from(
+    fresh, monkeypatch
+):
+    """The old weights would pass for trained with the new settings."""
+    assert run_fold(fresh, "3d_fullres", "0", QUICK)
+    monkeypatch.setattr(loop, "train_step", lambda *_: torch.tensor(math.nan))
+    anew = dataclasses.replace(QUICK, learning_rate=0.5)
+    with pytest.raises(TrainingError, match="the loss is nan in epoch 1, step 1"):
+        run_fold(fresh, "3d_fullres", "0", anew, restart=True)
+    assert strict_json.load(TrainingConfig, fold_folder(fresh) / "config.json") == anew
+    assert not list(fold_folder(fresh).glob("*.pt"))
+
+
 def test_resuming_names_the_settings_that_changed(fresh, caplog):
     assert run_fold(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, epochs=1))
     caplog.clear()

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import ARCHITECTURE, CONFIGURATION, PLANS, make_bundle
+from helpers import nnunet_folders
 from helpers.workspaces import QUICK, make_workspace
 
 from ichseg.engine import torch_engine
@@ -10,9 +11,10 @@ from ichseg.errors import TrainingError, WeightsError
 from ichseg.model import bundle
 from ichseg.model.network import build_network
 from training.bundle.export import export
-from training.bundle.pretrained import choose_member, read_pretrained
+from training.bundle.pretrained import choose_member, read_pretrained, require_unseen
 from training.data.workspace import LATEST_CHECKPOINT, run_folder
 from training.fit.checkpoint import read_checkpoint
+from training.fit.fold_run import open_run
 from training.fit.pretrained import begin_with
 from training.jobs import train
 from training.jobs.train import run_fold
@@ -132,7 +134,17 @@ def test_no_fold_begins_with_a_network_that_knows_the_cases_it_validates(fresh, 
     assert run_fold(fresh, "3d_fullres", "all", begun)
     bundle.save_model(out, dataclasses.replace(model, provenance={}))
     assert run_fold(fresh, "3d_fullres", "1", begun)
-    assert "does not say on which cases of tiny fold 0 was trained" in caplog.text
+    told = "if it knows cases that fold 1 validates, their scores are too good"
+    assert f"bundle: does not say on which cases it was trained; {told}" in caplog.text
     others = dataclasses.replace(model, plans=dataclasses.replace(model.plans, dataset="other"))
     bundle.save_model(out, others)
     assert run_fold(fresh, "3d_fullres", "1", begun, restart=True)
+    assert f"bundle: was trained on other; {told}" in caplog.text
+
+
+def test_nnunets_folders_do_not_say_which_cases_their_networks_know(fresh, tmp_path, caplog):
+    folder = nnunet_folders.write(tmp_path / "results", nnunet_folders.VOLUME)
+    require_unseen(folder, open_run(fresh, "3d_fullres", "all", QUICK))
+    assert not caplog.records
+    require_unseen(folder, open_run(fresh, "3d_fullres", "1", QUICK))
+    assert f"{folder}: does not say on which cases it was trained; if it" in caplog.text

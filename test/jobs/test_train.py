@@ -3,6 +3,8 @@
 import argparse
 import errno
 import logging
+import os
+import signal
 
 import pytest
 import torch
@@ -36,6 +38,24 @@ def test_memory_that_runs_out_in_a_validation_stops_no_other_fold(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: 1 of 2 folds failed: fold 0: ")
     assert "out of memory on cpu while segmenting the validation cases; the training has" in last
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [([], "same command goes on"), (["--restart"], "without --restart goes on")]
+)
+@pytest.mark.parametrize("part", ["train_fold", "validate"])
+def test_what_was_stopped_goes_on_without_a_restart(fresh, monkeypatch, caplog, more, said, part):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(train, "train_fold", lambda *_, **__: True)
+
+    def stopped(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    monkeypatch.setattr(train, part, stopped)
+    line = ["train", "3d_fullres", "--workspace", str(fresh), "--fold", "0", "--device", "cpu"]
+    assert command([*line, *more]) == 75
+    assert f"{said} from here" in caplog.text.splitlines()[-1]
 
 
 def test_a_log_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, caplog, capsys):

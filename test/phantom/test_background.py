@@ -208,6 +208,22 @@ def test_a_patient_without_a_group_is_refused(backgrounds):
             find_backgrounds(backgrounds)
 
 
+def test_a_patient_in_two_groups_is_refused(backgrounds):
+    (backgrounds / "groups.csv").write_text("case,group\np_1,p\np_2,p\nq,q\np_2,r\n")
+    with pytest.raises(DatasetError, match=r"groups\.csv: case 'p_2' is in two groups"):
+        find_backgrounds(backgrounds)
+    (backgrounds / "groups.csv").write_text("\ufeffcase,group\np_1,p\np_2,p\nq,q\nq,q\n")
+    assert [each.group for each in find_backgrounds(backgrounds)] == ["p", "p", "q"]
+
+
+def test_copies_of_one_scan_are_one_patients(scan, tmp_path):
+    path = write(tmp_path / "scan.nii.gz", scan)
+    config = SynthesisConfig(2, 3, negatives=1.0, backgrounds=find_backgrounds(path))
+    write_dataset(config, tmp_path / "out")
+    table = (tmp_path / "out" / "groups.csv").read_text()
+    assert table == "case,group\nICH_0001,scan.nii.gz\nICH_0002,scan.nii.gz\n"
+
+
 def test_a_dataset_of_one_scan_is_a_dataset(backgrounds, tmp_path):
     """Its case keeps its name, its patient and the declaration of what it ignores."""
     listing = backgrounds / "dataset.json"

@@ -12,6 +12,7 @@ from ichseg.errors import DatasetError, PlansError
 from ichseg.model import plans as plans_module
 from ichseg.model import strict_json
 from training.data.dataset import save_dataset
+from training.data.workspace import LATEST_CHECKPOINT, run_folder
 from training.planning import planner
 from training.planning import topology as rules
 from training.planning.overrides import Overrides
@@ -353,7 +354,9 @@ def trained(tmp_path):
     fingerprint = fingerprint_of([(5.0, 0.45, 0.45)] * 100, [(29, 512, 512)] * 100)
     (tmp_path / "fingerprint.json").write_text(strict_json.dumps(fingerprint))
     assert planner.main(parse(str(tmp_path), "--batch", "3")) == 0
-    (tmp_path / "runs" / "3d_fullres" / "fold_0").mkdir(parents=True)
+    run = run_folder(tmp_path, "3d_fullres", "0")
+    run.mkdir(parents=True)
+    (run / LATEST_CHECKPOINT).touch()
     return tmp_path
 
 
@@ -381,6 +384,14 @@ def test_plans_of_trained_networks_are_not_replaced(trained):
         planner.main(parse(str(trained)))
     assert (trained / "plans.json").read_bytes() == before
     assert planner.main(parse(str(trained), "--restart")) == 0
+    assert plans_module.load(trained / "plans.json").configuration("3d_fullres").batch == 2
+
+
+def test_plans_of_a_training_that_never_got_anywhere_are_replaced(trained):
+    """As one that ran out of memory at once, and said to plan with a smaller batch."""
+    run = run_folder(trained, "3d_fullres", "0")
+    (run / LATEST_CHECKPOINT).rename(run / "train.log")
+    assert planner.main(parse(str(trained))) == 0
     assert plans_module.load(trained / "plans.json").configuration("3d_fullres").batch == 2
 
 

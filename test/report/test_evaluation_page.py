@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import re
 
 import numpy as np
@@ -18,7 +19,12 @@ from ichseg.scan import volume
 from training.__main__ import main
 from training.crossval import merge, selection
 from training.data import dataset
-from training.data.workspace import evaluation_folder, mask_file, run_folder
+from training.data.workspace import (
+    LATEST_CHECKPOINT,
+    evaluation_folder,
+    mask_file,
+    run_folder,
+)
 from training.fit import history
 from training.fit.history import EpochRow
 from training.report import charts, command, cross_validation, draw, evaluation_page
@@ -41,6 +47,7 @@ def workspace(tmp_path, monkeypatch):
             found[:] = 0
         masks[case.name] = mask_file(folder, case.name)
         volume.write(reference.with_voxels(found), masks[case.name])
+    (folder / LATEST_CHECKPOINT).touch()
     monkeypatch.setattr(merge, "validated_masks", lambda *_: masks)
     monkeypatch.setattr(merge, "digest_of_folds", lambda *_: "")
     rows = [
@@ -290,7 +297,7 @@ def test_missing_image_is_named(tmp_path):
         command.find_volumes(tmp_path, ["a", "b"])
 
 
-def test_selection_stands_on_the_page(workspace):
+def test_selection_stands_on_the_page_while_it_is_of_these_weights(workspace, caplog):
     selected = selection.Selection(
         schema_version=1, cases=5, labels=PLANS.labels[1:], configurations=("3d_fullres",),
         rules=(), mean_dice=0.7, trials=(),
@@ -298,6 +305,7 @@ def test_selection_stands_on_the_page(workspace):
             selection.Candidate(("2d",), 0.61234, (0.61234,)),
             selection.Candidate(("3d_fullres",), 0.7, (0.7,)),
         ),
+        made_from={"3d_fullres": merge.digest_of_folds(workspace, "3d_fullres")},
     )  # fmt: skip
     with replacing(workspace / "selection.json") as temporary:
         temporary.write_text(strict_json.dumps(selected))
@@ -305,3 +313,9 @@ def test_selection_stands_on_the_page(workspace):
     found = page_in(workspace / "report")
     assert ["3d_fullres", "0.7000", "0.7000", "chosen"] in found.rows
     assert ["2d", "0.6123", "0.6123", ""] in found.rows
+    assert not caplog.records
+    former = dataclasses.replace(selected, made_from={"3d_fullres": "former weights"})
+    (workspace / "selection.json").write_text(strict_json.dumps(former))
+    main(["report", str(workspace), "--workers", "1"])
+    assert not any("chosen" in row for row in page_in(workspace / "report").rows)
+    assert "selection.json: made from other weights, images or labels" in caplog.text

@@ -77,10 +77,8 @@ def _evaluation(workspace: Path, name: str) -> Evaluation | None:
 
 def _selection(workspace: Path, model: Model) -> Selection | None:
     """The workspace's selection, if it is of this ensemble."""
-    try:
-        selected = selection.load(workspace)
-        selection.require_current(workspace, selected)
-    except IchsegError:
+    selected = selection.current(workspace)
+    if selected is None:
         return None
     same = (selected.configurations, selected.rules) == (model.averaged, model.rules)
     return selected if same else None

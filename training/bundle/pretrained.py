@@ -58,10 +58,11 @@ def read_pretrained(folder: Path, configuration: str, fold: str) -> Pretrained:
 
 
 def require_unseen(folder: Path, run: FoldRun) -> None:
-    """Refuse a bundle's network that may know the cases that a fold validates.
+    """Refuse a bundle's network that is known to have seen cases that a fold validates.
 
-    Those of another dataset are taken to be strangers. Of the same one the network must have been
-    trained on the very cases that train the fold. nnU-Net's folders do not say on which they were.
+    Of the same dataset the network must have been trained on the very cases that train the fold.
+    Where it is not known on which it was, there is a warning: of a dataset of another name, which
+    may hold some of the cases too, and of nnU-Net's folders, which do not say.
 
     Args:
         folder: What ``read_pretrained`` is given.
@@ -71,28 +72,30 @@ def require_unseen(folder: Path, run: FoldRun) -> None:
         TrainingError: It was trained on other cases of the dataset.
         WeightsError: It is a bundle that is damaged or of another version.
     """
-    if run.fold == ALL_FOLD or not (folder / MODEL_FILE).exists():
+    if run.fold == ALL_FOLD:
         return
-    model = bundle.load_model(folder)
-    if model.plans.dataset != run.plans.dataset:
-        return
-    member = choose_member(model, run.configuration.name, run.fold)
-    seen = _trained_on(model, member)
-    if seen is None:
-        _log.warning(
-            "%s: does not say on which cases of %s fold %s was trained; if it knows cases that "
-            "fold %s validates, their scores are too good",
-            folder,
-            model.plans.dataset,
-            member.fold,
-            run.fold,
-        )
-    elif seen != digest_names(run.cases.train):
-        raise TrainingError(
-            f"{folder / member.file}: was trained on other cases of {model.plans.dataset} than "
-            f"those that train fold {run.fold}, so it may know cases that this fold validates; "
-            f"expected a network of the same fold, weights of another dataset, or --fold {ALL_FOLD}"
-        )
+    what = "does not say on which cases it was trained"
+    if (folder / MODEL_FILE).exists():
+        model = bundle.load_model(folder)
+        member = choose_member(model, run.configuration.name, run.fold)
+        seen = _trained_on(model, member)
+        if seen == digest_names(run.cases.train):
+            return
+        if model.plans.dataset != run.plans.dataset:
+            what = f"was trained on {model.plans.dataset}"
+        elif seen is not None:
+            raise TrainingError(
+                f"{folder / member.file}: was trained on other cases of {model.plans.dataset} than "
+                f"those that train fold {run.fold}, so it may know cases that this fold validates; "
+                "expected a network of the same fold, weights of another dataset, or --fold "
+                f"{ALL_FOLD}"
+            )
+    _log.warning(
+        "%s: %s; if it knows cases that fold %s validates, their scores are too good",
+        folder,
+        what,
+        run.fold,
+    )
 
 
 def _trained_on(model: Model, member: Member) -> str | None:

@@ -28,8 +28,8 @@ from training.data.workspace import (
     evaluation_folder,
     mask_file,
     run_folder,
-    runs_folder,
     splits_file,
+    trained_runs,
 )
 from training.fit.checkpoint import load_checkpoint, weights_digest
 from training.planning.planned import load_plans
@@ -181,9 +181,9 @@ def digest_of_folds(workspace: Path, configuration: str) -> str:
 
 
 def trained_configurations(workspace: Path) -> tuple[str, ...]:
-    """The configurations that have runs, in the order of the plans."""
-    planned = load_plans(workspace).configurations
-    return tuple(c.name for c in planned if runs_folder(workspace, c.name).is_dir())
+    """The configurations of which a fold has weights, in the order of the plans."""
+    trained = {run.parent.name for run in trained_runs(workspace)}
+    return tuple(c.name for c in load_plans(workspace).configurations if c.name in trained)
 
 
 def parse_names(text: str) -> tuple[str, ...]:
@@ -195,7 +195,7 @@ def parse_names(text: str) -> tuple[str, ...]:
 
 
 def chosen_configurations(workspace: Path, given: Sequence[str] | None) -> tuple[str, ...]:
-    """The configurations that were given, or all that have runs.
+    """The configurations that were given, or all that have been trained.
 
     Raises:
         TrainingError: No configuration has been trained.

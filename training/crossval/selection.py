@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ichseg.errors import PlansError, TrainingError
+from ichseg.errors import IchsegError, PlansError, TrainingError
 from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.model.plans import Plans
@@ -118,6 +118,8 @@ def select(
     """
     planned = load_plans(workspace)
     cases = unseen.unseen_cases(workspace, configurations)
+    # before masks and references are read: a later change is noticed
+    made_from = {name: merge.digest_of_folds(workspace, name) for name in configurations}
     combinations = _combinations(configurations)
     if len(configurations) > 1:
         unseen.require_probabilities(
@@ -147,7 +149,7 @@ def select(
         mean_dice=float(np.mean(by_label)),
         candidates=candidates,
         trials=trials,
-        made_from={name: merge.digest_of_folds(workspace, name) for name in configurations},
+        made_from=made_from,
     )
     with replacing(selection_file(workspace)) as temporary:
         temporary.write_text(strict_json.dumps(selection), encoding="utf-8")
@@ -172,17 +174,34 @@ def load(workspace: Path) -> Selection:
 
 
 def require_current(workspace: Path, selection: Selection) -> None:
-    """Refuse a selection whose folds have other weights by now.
+    """Refuse a selection of which a configuration that was compared has other weights by now.
+
+    One that was not chosen may be gone.
 
     Raises:
         TrainingError: It was made from other weights; says what to do.
     """
-    for name in selection.configurations:
-        if (selection.made_from or {}).get(name) != merge.digest_of_folds(workspace, name):
+    made_from = selection.made_from or {}
+    there = [name for name in merge.trained_configurations(workspace) if name in made_from]
+    for name in dict.fromkeys((*selection.configurations, *there)):
+        if made_from.get(name) != merge.digest_of_folds(workspace, name):
             raise TrainingError(
                 f"{selection_file(workspace)}: made from other weights, images or labels than the "
                 f"folds of {name} have now; run `cross-validate` and `select` again"
             )
+
+
+def current(workspace: Path) -> Selection | None:
+    """The selection of the folds as they are now, if there is one; says why one is passed over."""
+    if not selection_file(workspace).is_file():
+        return None
+    try:
+        found = load(workspace)
+        require_current(workspace, found)
+    except IchsegError as error:
+        _log.warning("%s; it is left out here", error)
+        return None
+    return found
 
 
 def describe(selection: Selection) -> str:

@@ -129,7 +129,7 @@ def validate(
             )
             told = now
     except _InterruptedError as stop:
-        _log.info("validation: stopped at case %s; the same command goes on from here", stop)
+        _log.info("validation: stopped at case %s", stop)
         run.group.all_done(done=False)
         return False
     if not run.group.all_done(done=True):

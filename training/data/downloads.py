@@ -14,6 +14,7 @@ from pathlib import Path
 from ichseg.errors import DatasetError
 from ichseg.wording import counted
 from training.data.layouts import read_source
+from training.data.splits import read_groups
 from training.data.windowed import Box, Region
 from training.data.workspace import GROUPS_FILE
 
@@ -27,6 +28,8 @@ ADDED_BOXES: dict[str, dict[int, Box]] = {
 
 # CT-ICH: where its bleeds were seen, slice by slice; no radiologist drew it.
 REGIONS = Path(__file__).with_name("ct_ich_regions.csv")
+
+IGNORE = 2  # the label of voxels that nobody could tell
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 _PHE_SICH = r"(\d{4})_(\d{1,4})"  # patient and slice
@@ -195,18 +198,26 @@ def find_others(folder: Path) -> list[Scan]:
     """The cases of another dataset of one channel.
 
     Each is a patient of its own, unless ``groups.csv`` beside them says whose it is.
+
+    Raises:
+        DatasetError: It has other channels, or labels other than one and what is to be ignored, or
+            the table lacks a case or puts one into two groups.
     """
     source = read_source(folder)
     if len(source.channels) != 1:
         raise DatasetError(f"{folder}: {len(source.channels)} channels, expected 1")
-    groups = {case.name: case.name for case in source.cases}
-    if (folder / GROUPS_FILE).exists():
-        groups |= {r["case"]: r["group"] for r in _rows(folder / GROUPS_FILE, ("case", "group"))}
-    return [
-        Scan(case.name, groups[case.name], "other", (case.images[0], case.label))
-        for case in source.cases
-        if case.label is not None
-    ]
+    declared = source.declared
+    if len(declared.labels) != 2 or declared.regions or declared.ignore_label not in (None, IGNORE):
+        ignored = "" if declared.ignore_label is None else f", ignore {declared.ignore_label}"
+        raise DatasetError(
+            f"{folder}: labels {', '.join(declared.labels)}{ignored}; expected background and one "
+            f"other, and {IGNORE} for what is to be ignored, if anything is"
+        )
+    labelled = [(case.name, case.images[0], case.label) for case in source.cases if case.label]
+    table = folder / GROUPS_FILE
+    names = [name for name, _, _ in labelled]
+    groups = read_groups(table, names) if table.exists() else {name: name for name in names}
+    return [Scan(name, groups[name], "other", (image, label)) for name, image, label in labelled]
 
 
 def _stacks(folder: Path, pattern: str) -> dict[str, dict[int, Path]]:

@@ -30,19 +30,18 @@ import numpy.typing as npt
 from PIL import Image
 
 from ichseg.errors import DatasetError
-from ichseg.files import make_folder
+from ichseg.files import make_folder, replacing
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from ichseg.wording import repeated, times
 from training.data import windowed
-from training.data.downloads import Scan, find_ct_ich, find_others, find_phe_sich
+from training.data.downloads import IGNORE, Scan, find_ct_ich, find_others, find_phe_sich
 from training.data.parallel import each_case, with_progress
 from training.data.windowed import Hu
 from training.data.workspace import DATASET_FILE, GROUPS_FILE
 
 RECORD_FILE = "record.csv"
-LABELS = {"0": "background", "1": "hemorrhage", "2": "ignore"}
-IGNORE = 2
+LABELS = {"0": "background", "1": "hemorrhage", str(IGNORE): "ignore"}
 SLICE_MM = 5.0  # of both sets; neither stores it
 CT_ICH_WINDOW = (-20.0, 100.0)
 
@@ -132,6 +131,7 @@ def write_dataset(
     Raises:
         DatasetError: A download is not there, is incomplete or damaged, two cases have one name,
             ``out`` holds a dataset already, or ``negative_copies`` is below 1.
+        OutputError: A table cannot be written.
     """
     if negative_copies < 1:
         raise DatasetError(f"--negative-copies is {negative_copies}, expected at least 1")
@@ -181,7 +181,8 @@ def write_dataset(
         "training": entries,
         "test": [],
     }
-    (out / DATASET_FILE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    with replacing(out / DATASET_FILE) as temporary:
+        temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
 def load(scan: Scan) -> Labelled:
@@ -356,7 +357,10 @@ def _read_grey(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _write_table(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as stream,
+    ):
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

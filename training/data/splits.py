@@ -19,16 +19,7 @@ from ichseg.errors import DatasetError
 from ichseg.files import replacing
 from ichseg.model import strict_json
 from ichseg.wording import repeated
-from training.data.workspace import (
-    ALL_FOLD,
-    BEST_CHECKPOINT,
-    LATEST_CHECKPOINT,
-    fold_of,
-    groups_file,
-    run_folders,
-    runs_root,
-    splits_file,
-)
+from training.data.workspace import ALL_FOLD, fold_of, groups_file, splits_file, trained_runs
 
 SCHEMA_VERSION = 1
 GROUPS_HEADER = ["case", "group"]
@@ -267,12 +258,7 @@ def _digest(lines: Iterable[str]) -> str:
 
 def _trained(workspace: Path) -> Path | None:
     """The run of a fold that has been trained, if there is any."""
-    for runs in sorted(runs_root(workspace).glob("*")):
-        for folder in run_folders(workspace, runs.name):
-            names = (LATEST_CHECKPOINT, BEST_CHECKPOINT)
-            if fold_of(folder) != ALL_FOLD and any((folder / name).exists() for name in names):
-                return folder
-    return None
+    return next((run for run in trained_runs(workspace) if fold_of(run) != ALL_FOLD), None)
 
 
 def _torn(folds: Sequence[Split], groups: Mapping[str, str]) -> list[str]:

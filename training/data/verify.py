@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import shutil
 import sys
 import time
 from collections import Counter
@@ -108,8 +109,8 @@ def fix_headers(
     """Make a new workspace in which the repairable differences of geometry are gone.
 
     Files that have one are written anew with the first channel's geometry, voxels unchanged; all
-    others are linked or copied, with the folds and the table of groups. The workspace stays as it
-    is.
+    others are linked or copied. The folds and the table of groups are copied. The workspace stays
+    as it is.
 
     Returns:
         How many files were written anew.
@@ -136,8 +137,9 @@ def fix_headers(
             f"{len(failures)} of {len(dataset.cases)} cases failed, the first: {failures[0]}"
         )
     for name in (SPLITS_FILE, GROUPS_FILE):
-        if (workspace / name).exists():
-            convert.bring(workspace / name, target / name)
+        if (workspace / name).exists():  # copied: these are edited, a linked one in both places
+            with replacing(target / name) as temporary:
+                shutil.copyfile(workspace / name, temporary)
     cases.sort(key=lambda case: case.name)
     save_dataset(dataclasses.replace(dataset, cases=tuple(cases)), target)
     return len(mended)
@@ -188,10 +190,12 @@ def main(args: argparse.Namespace) -> int:
     if workers is None:
         images = [image for case in dataset.cases for image in case.images]
         workers = parallel.workers_for(images, _BYTES_PER_VOXEL, _BYTES_BESIDE)
+    # before the files are read: a later change is noticed
+    sources = digest_sources(args.workspace, dataset) if args.note else ""
     findings = verify_dataset(args.workspace, dataset, workers)
     count = Counter(found.severity for found in findings)
     if args.note:
-        _note_verified(args.workspace, dataset, verified=not count[ERROR])
+        _note_verified(args.workspace, sources, verified=not count[ERROR])
     sys.stdout.write(
         f"{table(findings)}{dataset.name}: {len(dataset.cases)} cases in "
         f"{duration(time.monotonic() - started)}: {counted(count[ERROR], 'error')}, "
@@ -217,13 +221,13 @@ def main(args: argparse.Namespace) -> int:
     return 1 if left else 0
 
 
-def _note_verified(workspace: Path, dataset: Dataset, *, verified: bool) -> None:
+def _note_verified(workspace: Path, sources: str, *, verified: bool) -> None:
     path = verified_file(workspace)
     if not verified:
         path.unlink(missing_ok=True)
         return
     with replacing(path) as temporary:
-        content = strict_json.dumps(_Verified(SCHEMA_VERSION, digest_sources(workspace, dataset)))
+        content = strict_json.dumps(_Verified(SCHEMA_VERSION, sources))
         temporary.write_text(content, encoding="utf-8")
 
 

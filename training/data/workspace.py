@@ -127,6 +127,16 @@ def run_folders(workspace: Path, configuration: str) -> tuple[Path, ...]:
     return tuple(sorted(runs_folder(workspace, configuration).glob(f"{_FOLD}*")))
 
 
+def trained_runs(workspace: Path) -> tuple[Path, ...]:
+    """The folders of all runs, of any configuration, that have weights already; sorted."""
+    names = (LATEST_CHECKPOINT, BEST_CHECKPOINT)
+    return tuple(
+        folder
+        for folder in sorted(runs_root(workspace).glob(f"*/{_FOLD}*"))
+        if any((folder / name).exists() for name in names)
+    )
+
+
 def fold_of(run_folder: Path) -> str:
     """The fold that a run's folder belongs to."""
     return run_folder.name.removeprefix(_FOLD)

@@ -107,8 +107,8 @@ def write(run: FoldRun, checkpoint: dict[str, Any], name: str) -> None:
             _write(checkpoint, stream)
     except OutputError as error:
         raise OutputError(
-            f"{error}; make room there, and the same command goes on from the last checkpoint that "
-            "was written"
+            f"{error}; make room there, and the same command without --restart goes on from the "
+            "last checkpoint that was written"
         ) from error
 
 
@@ -239,8 +239,8 @@ def diverged(run: FoldRun, what: str) -> TrainingError:
     """What went wrong and what to change; the last checkpoint is from before it."""
     precision = " or with --precision fp32" if run.precision != "fp32" else ""
     return TrainingError(
-        f"{run.folder}: {what}; go on from the last checkpoint by the same command with a "
-        f"--learning-rate below {run.config.learning_rate:g}{precision}"
+        f"{run.folder}: {what}; go on from the last checkpoint by the same command without "
+        f"--restart, with a --learning-rate below {run.config.learning_rate:g}{precision}"
     )
 
 

@@ -30,7 +30,7 @@ from ichseg.model import strict_json
 from ichseg.wording import times
 from training.batches.sampling import BatchKey
 from training.batches.stream import BatchStream, open_batches
-from training.data.workspace import CONFIG_FILE, LATEST_CHECKPOINT
+from training.data.workspace import BEST_CHECKPOINT, CONFIG_FILE, LATEST_CHECKPOINT
 from training.fit import schedule
 from training.fit.checkpoint import LOWEST_SCALE, Saver, diverged, reason_to_end, resume
 from training.fit.compiling import forward_of
@@ -69,7 +69,7 @@ def train_fold(
 
     Args:
         run: The fold, with its cases preprocessed.
-        restart: Begin anew although there is a checkpoint.
+        restart: Begin anew although there is a checkpoint; it is removed before the first step.
         pretrained: Reads the weights to begin with; not called where there is a checkpoint to go on
             from.
         interrupted: Asked at each step whether to stop.
@@ -117,6 +117,9 @@ def _state_of(
         files.remove_unfinished(run.folder)  # of a session that was killed
         with files.replacing(run.folder / CONFIG_FILE) as temporary:
             temporary.write_text(strict_json.dumps(run.config), encoding="utf-8")
+            if latest is None:  # what was trained so far is not of these settings
+                for name in (BEST_CHECKPOINT, LATEST_CHECKPOINT):
+                    (run.folder / name).unlink(missing_ok=True)
     return state
 
 

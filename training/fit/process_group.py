@@ -231,7 +231,8 @@ def _together() -> Iterator[None]:
         reason = str(error).strip().partition("\n")[0]
         raise TrainingError(
             f"another process of this training has ended or does not answer ({reason}); its own "
-            "error says why, and the same command goes on from the last checkpoint"
+            "error says why, and the same command without --restart goes on from the last "
+            "checkpoint"
         ) from error
 
 

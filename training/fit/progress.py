@@ -114,9 +114,10 @@ class Watch:
         if config.mlflow:
             self._boards.append(open_mlflow(folder / "mlflow", title, config))
         for board in self._boards:
-            self._end.callback(board.close)
-            for row in history:
-                write_board(board, row, labels)
+            self._end.callback(self._close, board)
+            with self._optional(type(board).__name__):
+                for row in history:
+                    write_board(board, row, labels)
 
     def __enter__(self) -> Watch:
         """Show the live lines, if the stream is a terminal."""
@@ -153,6 +154,10 @@ class Watch:
                 write_board(board, row, self._labels)
         _log.info(describe(row, self._config.epochs, self._left_s(elapsed_s)))
         self._waits.judge(row)
+
+    def _close(self, board: Any) -> None:
+        with self._optional(type(board).__name__):
+            board.close()
 
     @contextlib.contextmanager
     def _optional(self, what: Path | str) -> Iterator[None]:

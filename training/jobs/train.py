@@ -1,6 +1,7 @@
 """A fold as a job: train it, then segment its validation cases, in one process or one a GPU.
 
-The same command resumes whatever was cut off, and leaves alone what is finished.
+The same command resumes whatever was cut off, and leaves alone what is finished, unless it says
+``--restart``.
 """
 
 from __future__ import annotations
@@ -89,19 +90,22 @@ def run_fold(
         folder = Path(config.pretrained)
         pretrained = functools.partial(_weights_to_begin_with, folder, run)
     with signals or _signals() as noted:
-        if not train_fold(run, restart=restart, pretrained=pretrained, interrupted=noted.came):
-            _log.info("stopped by %s; the same command goes on from here", noted.name)
-            return False
-        if not wants_validation(run):
-            return True
-        with determinism(run), _memory_advice(run):
-            return validate(workspace, run, interrupted=noted.came)
+        done = train_fold(run, restart=restart, pretrained=pretrained, interrupted=noted.came)
+        if done and wants_validation(run):
+            with determinism(run), _memory_advice(run):
+                done = validate(workspace, run, interrupted=noted.came)
+    if not done:
+        by = noted.name or "another process"
+        without = " without --restart" if restart else ""
+        _log.info("stopped by %s; the same command%s goes on from here", by, without)
+    return done
 
 
 def _weights_to_begin_with(folder: Path, run: FoldRun) -> Pretrained:
     """Weights that do not know the cases that the fold validates."""
+    pretrained = read_pretrained(folder, run.configuration.name, run.fold)
     require_unseen(folder, run)
-    return read_pretrained(folder, run.configuration.name, run.fold)
+    return pretrained
 
 
 def _signals() -> Signals:
@@ -242,7 +246,7 @@ def main(args: argparse.Namespace) -> int:
 
     Returns:
         0 when all folds are trained; 130 after Ctrl-C and 75 after another signal, when the same
-        command goes on from there.
+        command without ``--restart`` goes on from there.
     """
     recipe = args.recipe or load_plans(args.workspace).recipe
     config = settings_from(args).over(recipe)

@@ -31,7 +31,7 @@ from training.data.dataset import (
     is_ct,
     load_dataset,
 )
-from training.data.workspace import plans_file, runs_root
+from training.data.workspace import plans_file, trained_runs
 from training.planning import explain
 from training.planning.cascade import plan_cascade
 from training.planning.explain import Reasons
@@ -233,10 +233,10 @@ def refuse_trained(workspace: Path, plans: Plans) -> None:
     """Refuse to replace plans by others while there are networks that were trained by them.
 
     Raises:
-        PlansError: The workspace has runs, and its plans are not these.
+        PlansError: The workspace has trained runs, and its plans are not these.
     """
     path = plans_file(workspace)
-    trained = sorted(folder for folder in runs_root(workspace).glob("*/*") if folder.is_dir())
+    trained = trained_runs(workspace)
     if not trained or not path.exists():
         return
     if replace(plans_module.load(path), sources=plans.sources) != plans:

@@ -17,7 +17,6 @@ from training.data.workspace import (
     evaluation_root,
     fold_of,
     run_folders,
-    selection_file,
 )
 from training.fit.history import EpochRow
 from training.report import draw
@@ -45,7 +44,7 @@ def write(workspace: Path, configuration: str | None, out: Path, workers: int | 
         IchsegError: A file cannot be read or written.
     """
     found = dataset.load_dataset(workspace)
-    selected = _selection(workspace)
+    selected = selection.current(workspace)
     name = configuration or _best(workspace, selected)
     evaluation = summary.load(evaluation_folder(workspace, name))
     if evaluation.made_from and evaluation.made_from != merge.digest_of_folds(workspace, name):
@@ -94,11 +93,6 @@ def read_curves(workspace: Path, configuration: str) -> dict[str, tuple[EpochRow
         if rows:
             curves[fold_of(folder)] = rows
     return curves
-
-
-def _selection(workspace: Path) -> Selection | None:
-    there = selection_file(workspace).is_file()
-    return selection.load(workspace) if there else None
 
 
 def _best(workspace: Path, selected: Selection | None) -> str:
