@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import re
 
 import numpy as np
@@ -289,7 +290,7 @@ def test_missing_image_is_named(tmp_path):
         command.find_volumes(tmp_path, ["a", "b"])
 
 
-def test_selection_stands_on_the_page(workspace):
+def test_selection_stands_on_the_page_unless_the_folds_have_other_weights_now(workspace, capsys):
     selected = selection.Selection(
         schema_version=1, cases=5, labels=PLANS.labels[1:], configurations=("3d_fullres",),
         rules=(), mean_dice=0.7, trials=(),
@@ -297,6 +298,7 @@ def test_selection_stands_on_the_page(workspace):
             selection.Candidate(("2d",), 0.61234, (0.61234,)),
             selection.Candidate(("3d_fullres",), 0.7, (0.7,)),
         ),
+        made_from={"3d_fullres": ""},
     )  # fmt: skip
     with replacing(workspace / "selection.json") as temporary:
         temporary.write_text(strict_json.dumps(selected))
@@ -304,3 +306,7 @@ def test_selection_stands_on_the_page(workspace):
     found = page_in(workspace / "report")
     assert ["3d_fullres", "0.7000", "0.7000", "chosen"] in found.rows
     assert ["2d", "0.6123", "0.6123", ""] in found.rows
+    former = dataclasses.replace(selected, made_from={"3d_fullres": "former weights"})
+    (workspace / "selection.json").write_text(strict_json.dumps(former))
+    assert main(["report", str(workspace), "--workers", "1"]) == 1
+    assert "run `cross-validate` and `select` again" in capsys.readouterr().err

@@ -40,8 +40,8 @@ def write(workspace: Path, configuration: str | None, out: Path, workers: int | 
         The path of the page.
 
     Raises:
-        TrainingError: There is no evaluation, or it is not of the cases or the weights that are
-            there now.
+        TrainingError: There is no evaluation, or it or what was selected is not of the cases or
+            the weights that are there now.
         IchsegError: A file cannot be read or written.
     """
     found = dataset.load_dataset(workspace)
@@ -97,8 +97,12 @@ def read_curves(workspace: Path, configuration: str) -> dict[str, tuple[EpochRow
 
 
 def _selection(workspace: Path) -> Selection | None:
-    there = selection_file(workspace).is_file()
-    return selection.load(workspace) if there else None
+    """What was selected, if anything was; refused where its folds have other weights by now."""
+    if not selection_file(workspace).is_file():
+        return None
+    found = selection.load(workspace)
+    selection.require_current(workspace, found)
+    return found
 
 
 def _best(workspace: Path, selected: Selection | None) -> str:
