@@ -240,6 +240,15 @@ def _find(workspace: Path, names: Sequence[str]) -> _SplitsFile:
         )
     for text in torn:
         _log.warning("%s: %s", path, text)
+    counts = Counter(name for split in found.folds for name in split.validation)
+    if several := sorted(name for name, count in counts.items() if count > 1):
+        _log.warning(
+            "%s: several folds validate on %d cases, such as %s; `cross-validate` will refuse "
+            "them, as it scores each case once",
+            path,
+            len(several),
+            several[0],
+        )
     missing = set(names).difference(*(split.validation for split in found.folds))
     if outdated and missing:
         _log.warning(
