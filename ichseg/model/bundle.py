@@ -237,6 +237,7 @@ def save_member(
 
     Raises:
         WeightsError: A tensor is not finite, or not when stored as ``dtype``.
+        OutputError: The file cannot be written.
     """
     path = folder / f"{configuration}_fold_{fold}.safetensors"
     arrays = {name: tensor.detach().cpu().numpy() for name, tensor in state.items()}
@@ -244,7 +245,8 @@ def save_member(
         stored = {name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()}
     require_finite(stored, f"{configuration} fold {fold}")
     with replacing(path, suffix=".safetensors") as temporary:
-        safetensors.numpy.save_file(stored, temporary)
+        # a full disk is an OSError here, and an error of its own in safetensors' `save_file`
+        temporary.write_bytes(safetensors.numpy.save(stored))
     return Member(configuration, fold, path.name, sha256(path))
 
 

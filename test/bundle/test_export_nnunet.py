@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import resource
 
 import numpy as np
 import pytest
@@ -73,6 +74,19 @@ def test_there_and_back_is_the_same_bundle(tmp_path, described, name):
     }
     for key, tensor in written(folder).items():
         assert torch.equal(tensor, before[key].float()), key
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_in_words(tmp_path):
+    """As on a full disk, which torch reports as an error of its own."""
+    import_folders([theirs.write(tmp_path, VOLUME)], tmp_path / "bundle")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"out: cannot write \(File too large"):
+            export_folders(tmp_path / "bundle", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_cascade_goes_back_with_both_stages(tmp_path):

@@ -48,7 +48,7 @@ def plans_for(described, name):
 
 
 @pytest.mark.parametrize("described", NETWORKS.values(), ids=NETWORKS)
-def test_logits_are_nnunetv2s(tmp_path, described):
+def test_logits_are_nnunetv2s(tmp_path, described, caplog):
     """By way of nnU-Net's names in a checkpoint and ours in a bundle; rounded to fp32 only."""
     name = NAMES[described["name"]]
     folder = theirs.write(
@@ -56,6 +56,8 @@ def test_logits_are_nnunetv2s(tmp_path, described):
         planned=plans_for(described, name), dataset=dataset_for(described),
     )  # fmt: skip
     model = import_folders([folder], tmp_path / "bundle")
+    told = "process.py refuses it, as it is given one scan a case" in caplog.text
+    assert told == (described["input"][1] > 1)
     plans = bundle.load_model(tmp_path / "bundle").plans
     configuration = plans.configuration(name)
     network = build_network(

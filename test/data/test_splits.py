@@ -88,6 +88,14 @@ def test_the_users_file_wins_over_groups_but_is_remarked_upon(tmp_path, caplog):
     assert record.getMessage().endswith("fold 1 trains and validates on cases of p")
 
 
+def test_cases_that_several_folds_validate_are_told_before_anything_is_trained(tmp_path, caplog):
+    """`cross-validate` refuses them, after all folds have been trained."""
+    folds = [{"train": ["a"], "validation": ["b", "c"]}, {"train": ["b"], "validation": ["c"]}]
+    (tmp_path / "splits.json").write_text(json.dumps({"schema_version": 1, "folds": folds}))
+    assert len(find_splits(tmp_path, ["a", "b", "c"])) == 2
+    assert "several folds validate on 1 cases, such as c" in caplog.text
+
+
 def test_find_writes_nothing(tmp_path):
     names = [f"c{i}" for i in range(10)]
     assert find_splits(tmp_path, names) == make_splits(names)

@@ -347,6 +347,23 @@ def test_refuses_a_workspace_whose_labels_have_other_names(tmp_path):
         what_is_left(source, workspace, "--labels", "background,ich")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": {"0": "background", "1": "oedema"}}, r"the labels are .*oedema.* has .*bleed"),
+        ({"modality": {"0": "MR"}}, r"the channels are .*MR.* has .*CT"),
+    ],
+)
+def test_refuses_a_workspace_whose_dataset_is_described_otherwise_now(tmp_path, change, message):
+    """A name that was corrected was passed over, and results had the former one."""
+    source, workspace = write_msd(tmp_path / "Task01"), tmp_path / "ws"
+    convert.convert(source, workspace)
+    assert "convert" not in what_is_left(source, workspace)
+    write_msd(source, **change)
+    with pytest.raises(DatasetError, match=message):
+        what_is_left(source, workspace)
+
+
 def test_refuses_groups_that_the_workspace_was_not_made_with(tmp_path):
     """They were passed over, and scans of a patient trained and validated one fold."""
     source, workspace = write_instance(tmp_path / "pairs"), tmp_path / "ws"

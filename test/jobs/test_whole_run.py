@@ -12,7 +12,7 @@ import pytest
 from helpers.tiny_runs import ALL_FOLDS, NAMES, arguments, run_here, stages, write_tiny_task
 
 from ichseg.errors import TrainingError
-from ichseg.model import bundle
+from ichseg.model import bundle, strict_json
 from ichseg.model.rules import ComponentRule
 from ichseg.predict.ensemble import Ensemble
 from ichseg.scan import volume
@@ -112,6 +112,20 @@ def test_what_was_selected_is_not_selected_again_until_a_fold_changes(whole, dat
     done.clear()
     run_here(choices, lambda words: done.append(words) or 0)
     assert stages(done)[-1] == "report"
+
+
+def test_it_is_selected_anew_where_what_was_not_chosen_has_other_weights(whole, dataset, tmp_path):
+    """The times of files do not say so in a copy of a workspace."""
+    workspace = shutil.copytree(whole[0], tmp_path / "copy")
+    found = selection.load(workspace)
+    (other, *_) = {"2d", "3d_fullres"} - {found.configurations[0]}
+    before = dataclasses.replace(found, made_from={**found.made_from, other: "former"})
+    (workspace / "selection.json").write_text(strict_json.dumps(before))
+    for path in workspace.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    done = []
+    run_here(whole_arguments(dataset, workspace), lambda words: done.append(words) or 0)
+    assert stages(done)[0] == "select"
 
 
 def test_an_incomplete_cross_validation_is_refused_with_the_command(whole, tmp_path):

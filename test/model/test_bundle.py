@@ -1,12 +1,13 @@
 import dataclasses
 import json
+import resource
 
 import pytest
 import torch
 from conftest import ARCHITECTURE, make_bundle
 
 from ichseg.engine import torch_engine
-from ichseg.errors import WeightsError
+from ichseg.errors import OutputError, WeightsError
 from ichseg.model import bundle
 from ichseg.model.network import build_network
 
@@ -94,6 +95,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         bundle.save_model(tmp_path, broken)
     assert (tmp_path / "model.json").read_bytes() == content
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_weights_that_cannot_be_written_are_told_in_words(tmp_path):
+    """As on a full disk, which safetensors reports as an error of its own."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"3d_fold_0.safetensors: cannot write \(File too"):
+            bundle.save_member(tmp_path, "3d", "0", {"weight": torch.zeros(4000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("field", ["fold", "configuration"])

@@ -25,7 +25,13 @@ from ichseg.model.bundle import Member, Model
 from ichseg.model.plans import Plans
 from ichseg.model.rules import ComponentRule
 from training.bundle import model_card
-from training.bundle.identity import BY_DEFAULT, Identity, add_identity_arguments, identity_from
+from training.bundle.identity import (
+    BY_DEFAULT,
+    Identity,
+    add_identity_arguments,
+    identity_from,
+    warn_of_channels,
+)
 from training.bundle.rounding import RoundingError, check_rounding
 from training.crossval import cascade_labels, selection
 from training.data import dataset, splits
@@ -104,13 +110,7 @@ def export(
         for part in _finished(workspace, configuration, folds, checkpoint)
     ]
     data = dataset.load_dataset(workspace)
-    if len(data.channels) > 1:
-        _log.warning(
-            "networks of %d channels, %s: this bundle is for `export-nnunet` and --pretrained; "
-            "process.py refuses it, as it is given one scan a case",
-            len(data.channels),
-            ", ".join(data.channels),
-        )
+    warn_of_channels(data.channels)
     known = _checked_cases(out)
     checked: list[int] = []
     make_folder(out)

@@ -34,6 +34,7 @@ from training.bundle.nnunet_plans import (
 )
 from training.data.regions import BACKGROUND, IGNORE
 from training.data.workspace import DATASET_FILE, PLANS_FILE
+from training.fit import checkpoint
 from training.planning.recipes import ANISOTROPY
 
 TRAINER = "nnUNetTrainer"
@@ -63,7 +64,7 @@ def export_folders(source: Path, out: Path) -> list[Path]:
     Raises:
         WeightsError: The bundle cannot be read, or its tensors are not those of its plans.
         PlansError: nnU-Net has no place for the bundle's labels or regions.
-        OutputError: There is a folder of that name already.
+        OutputError: There is a folder of that name already, or the files cannot be written.
     """
     model = bundle.load_model(source)
     dataset, plans = write_dataset(model), write_plans(model.plans)
@@ -73,18 +74,22 @@ def export_folders(source: Path, out: Path) -> list[Path]:
             raise OutputError(f"{out / name}: exists already, expected no such folder")
     make_folder(out)
     remove_unfinished(out)
-    with unfinished_folder(out) as beside:
-        for configuration, name in names.items():
-            folder = beside / name
-            folder.mkdir()
-            (folder / DATASET_FILE).write_text(json.dumps(dataset, indent=4), encoding="utf-8")
-            (folder / PLANS_FILE).write_text(json.dumps(plans, indent=4), encoding="utf-8")
-            for member in model.members_of(configuration):
-                fold = folder / f"fold_{member.fold}"
-                fold.mkdir()
-                torch.save(write_checkpoint(source, model, member), fold / CHECKPOINTS["final"])
-        for name in names.values():
-            (beside / name).replace(out / name)
+    try:
+        with unfinished_folder(out) as beside:
+            for configuration, name in names.items():
+                folder = beside / name
+                folder.mkdir()
+                (folder / DATASET_FILE).write_text(json.dumps(dataset, indent=4), encoding="utf-8")
+                (folder / PLANS_FILE).write_text(json.dumps(plans, indent=4), encoding="utf-8")
+                for member in model.members_of(configuration):
+                    fold = folder / f"fold_{member.fold}"
+                    fold.mkdir()
+                    with (fold / CHECKPOINTS["final"]).open("wb") as stream:
+                        checkpoint.save(write_checkpoint(source, model, member), stream)
+            for name in names.values():
+                (beside / name).replace(out / name)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot write ({error.strerror})") from error
     return [out / name for name in names.values()]
 
 

@@ -1,11 +1,15 @@
-"""What a bundle is called, and the Grand Challenge sockets that it is bound to."""
+"""What a bundle is called, the Grand Challenge sockets that it is bound to, and who takes it."""
 
 from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 INPUT_SLUG, OUTPUT_SLUG = "head-ct", "intracranial-hemorrhage-segmentation"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +81,14 @@ def identity_from(args: argparse.Namespace) -> Identity:
         args.output_slug,
         args.licence,
     )
+
+
+def warn_of_channels(channels: Sequence[str]) -> None:
+    """Say of a bundle of several channels who takes it."""
+    if len(channels) > 1:
+        _log.warning(
+            "networks of %d channels, %s: this bundle is for `export-nnunet` and --pretrained; "
+            "process.py refuses it, as it is given one scan a case",
+            len(channels),
+            ", ".join(channels),
+        )

@@ -28,6 +28,7 @@ from training.bundle.identity import (
     Identity,
     add_identity_arguments,
     identity_from,
+    warn_of_channels,
 )
 from training.bundle.nnunet_checkpoint import mirrored_axes, read_checkpoint, rename
 from training.bundle.nnunet_plans import read_plans
@@ -103,6 +104,7 @@ def import_folders(
             _import_folder(folder, folds, CHECKPOINTS[checkpoint], beside) for folder in folders
         ]
         plans = _together(parts)
+        warn_of_channels(plans.channels)
         model = Model(
             schema_version=bundle.SCHEMA_VERSION,
             name=identity.name or plans.dataset,

@@ -223,6 +223,14 @@ def _find(workspace: Path, names: Sequence[str]) -> _SplitsFile:
         )
     for text in torn:
         _log.warning("%s: %s", path, text)
+    if several := repeated(name for split in found.folds for name in split.validation):
+        _log.warning(
+            "%s: several folds validate on %d cases, such as %s; `cross-validate` will refuse "
+            "them, as it scores each case once",
+            path,
+            len(several),
+            several[0],
+        )
     missing = set(names).difference(*(split.validation for split in found.folds))
     if outdated and missing:
         _log.warning(

@@ -104,7 +104,7 @@ def write(run: FoldRun, checkpoint: dict[str, Any], name: str) -> None:
             replacing(run.folder / name, suffix=".pt", durable=True) as temporary,
             temporary.open("wb") as stream,
         ):
-            _write(checkpoint, stream)
+            save(checkpoint, stream)
     except OutputError as error:
         raise OutputError(
             f"{error}; make room there, and the same command without --restart goes on from the "
@@ -112,8 +112,8 @@ def write(run: FoldRun, checkpoint: dict[str, Any], name: str) -> None:
         ) from error
 
 
-def _write(checkpoint: dict[str, Any], stream: BinaryIO) -> None:
-    """Write a checkpoint.
+def save(checkpoint: dict[str, Any], stream: BinaryIO) -> None:
+    """Write a checkpoint, ours or nnU-Net's, to an open file.
 
     Raises:
         OSError: It cannot be written, which torch reports as an error of its own.

@@ -18,10 +18,12 @@ from ichseg.wording import counted
 from training.bundle import export
 from training.crossval import merge, selection
 from training.data import convert, layouts, verify
-from training.data.dataset import load_dataset
+from training.data.dataset import Dataset, load_dataset
+from training.data.layouts import Source
 from training.data.sources import corrected_since, digest_cases
 from training.data.splits import read_groups
 from training.data.workspace import (
+    DATASET_FILE,
     LATEST_CHECKPOINT,
     VALIDATION_FILE,
     dataset_file,
@@ -80,6 +82,7 @@ def _converted(choices: Choices) -> str:
                 f"{choices.dataset} is {source.name} with {len(names)}, or they have other names; "
                 "expected the same dataset, or a new workspace"
             )
+        _require_declared(choices, source, kept)
         if choices.labels not in ((), kept.labels):
             raise DatasetError(
                 f"{choices.workspace}: its labels are {','.join(kept.labels)}, but --labels is "
@@ -95,6 +98,31 @@ def _converted(choices: Choices) -> str:
                 corrected[0],
             )
     return f"{path} is there"
+
+
+def _require_declared(choices: Choices, source: Source, kept: Dataset) -> None:
+    """Refuse a dataset whose description names other channels or labels than the workspace has.
+
+    Layouts without a description are left to ``--labels``, which an earlier run may have had.
+
+    Raises:
+        DatasetError: It does; says which.
+    """
+    described = choices.dataset / DATASET_FILE
+    if not described.is_file():
+        return
+    for name, theirs, ours in (
+        ("channels", source.channels, kept.channels),
+        ("labels", source.declared.labels, kept.labels),
+        ("label to ignore", source.declared.ignore_label, kept.ignore_label),
+        ("regions_class_order", source.declared.regions, kept.regions),
+        ("labels of regions", source.declared.region_labels, kept.region_labels),
+    ):
+        if theirs != ours:
+            raise DatasetError(
+                f"{described}: the {name} are {theirs}, but {dataset_file(choices.workspace)} has "
+                f"{ours}; expected the same dataset, or a new workspace"
+            )
 
 
 def _require_groups(choices: Choices) -> None:
@@ -200,11 +228,15 @@ def _cross_validated(scope: Scope, _: Job) -> str:
 
 
 def _selected(scope: Scope, _: Job) -> str:
-    path = selection_file(scope.choices.workspace)
+    """Whether the choice was made among these configurations as all of them are now."""
+    workspace = scope.choices.workspace
+    path = selection_file(workspace)
     try:
-        found = selection.load(scope.choices.workspace)
-        selection.require_current(scope.choices.workspace, found)
+        found = selection.load(workspace)
+        now = {name: merge.digest_of_folds(workspace, name) for name in scope.compared}
     except TrainingError:
+        return ""
+    if found.made_from != now:
         return ""
     alone = tuple(c.configurations[0] for c in found.candidates if len(c.configurations) == 1)
     if alone != scope.compared:

@@ -39,8 +39,8 @@ def write(workspace: Path, configuration: str | None, out: Path, workers: int | 
         The path of the page.
 
     Raises:
-        TrainingError: There is no evaluation, or it is not of the cases or the weights that are
-            there now.
+        TrainingError: There is no evaluation, or it or what was selected is not of the cases or
+            the weights that are there now.
         IchsegError: A file cannot be read or written.
     """
     found = dataset.load_dataset(workspace)
