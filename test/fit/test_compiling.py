@@ -7,11 +7,12 @@ import torch
 from helpers.steps import parameters, some_batch
 from helpers.workspaces import QUICK
 
+from ichseg.errors import TrainingError
 from training.fit import compiling
 from training.fit.compiling import forward_of
 from training.fit.fold_run import open_run
 from training.fit.process_group import ProcessGroup
-from training.fit.step import begin, train_step
+from training.fit.step import begin, memory_advice, train_step
 from training.jobs.train import run_fold
 
 
@@ -91,8 +92,36 @@ def test_left_to_a_trial_the_faster_network_is_used(fresh, monkeypatch, caplog, 
     assert ("torch.compile is NOT used, as it gains too little: 10.0 ms" in caplog.text) != used
     never = dataclasses.replace(card, config=dataclasses.replace(QUICK, compile=False))
     assert forward_of(never, network) is network
+    repeatable = dataclasses.replace(card, config=dataclasses.replace(QUICK, deterministic=True))
+    assert forward_of(repeatable, network) is network  # what is faster differs from run to run
     always = dataclasses.replace(card, config=dataclasses.replace(QUICK, compile=True))
     assert forward_of(always, network) is faster
+
+
+@pytest.mark.parametrize("wanted", [None, True])
+def test_a_trial_that_memory_does_not_suffice_for_ends_no_training(
+    fresh, monkeypatch, caplog, wanted
+):
+    """Unless compiling was asked for: then the advice says how to do without."""
+    config = dataclasses.replace(QUICK, compile=wanted)
+    run = open_run(fresh, "3d_fullres", "0", config)
+    network, zeros = begin(run).network, compiling._zeros(run)
+
+    def too_large(data):
+        network(data)[0].sum().backward()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "compile", lambda _: too_large)
+    monkeypatch.setattr(compiling, "_zeros", lambda _: zeros)
+    run = dataclasses.replace(run, device=torch.device("cuda"))
+    if wanted:
+        message = "out of memory on cuda .* try --resident no, --no-compile, "
+        with pytest.raises(TrainingError, match=message), memory_advice(run):
+            forward_of(run, network)
+    else:
+        assert forward_of(run, network) is network
+        assert "failed (CUDA out of memory); training goes on WITHOUT it" in caplog.text
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def test_a_trial_measures_steps(fresh):

@@ -102,8 +102,8 @@ class TrainingConfig:
     )
     compile: bool | None = _option(
         None,
-        "compile the network with torch.compile (a minute, once); left out, on a GPU alone, and "
-        "where a trial shows that it is faster",
+        "compile the network with torch.compile (a minute, once); left out, on a GPU alone, where "
+        "a trial shows that it is faster, and not with --deterministic",
     )
     deterministic: bool = _option(
         False, "the same sums in the same order on CUDA, too, where torch can; slower"

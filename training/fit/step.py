@@ -286,6 +286,8 @@ def memory_advice(run: FoldRun) -> Iterator[None]:
         advice = []
         if run.config.resident != "no" and run.device.type == "cuda":
             advice.append("--resident no")
+        if run.compiles:
+            advice.append("--no-compile")
         if run.precision == "fp32" and run.device.type == "cuda":
             advice.append("--precision fp16")
         if run.group.count < c.batch:
