@@ -47,6 +47,23 @@ def test_a_loss_that_is_not_finite_does_not_reach_the_weights(fresh, monkeypatch
     assert leaves(state.network.state_dict()) == before
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clip", [0.0, 12.0])
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(fresh, clip, fused):
+    """Clipped, one infinite number would make all weights NaN."""
+    run = open_run(fresh, "3d_fullres", "0", dataclasses.replace(SGD, gradient_clip=clip))
+    state = begin(run)
+    state.optimiser = step.make_optimiser(state.network, run.config, fused=fused)
+    before = parameters(state)
+    parameter = next(state.network.parameters())
+    hook = parameter.register_hook(lambda found: torch.full_like(found, math.inf))
+    assert math.isnan(train_step(run, state, some_batch()))
+    assert torch.equal(parameters(state), before)
+    hook.remove()
+    assert math.isfinite(train_step(run, state, some_batch()))
+    assert not torch.equal(parameters(state), before)
+
+
 @pytest.mark.parametrize("optimiser", ["adam", "sgd"])
 def test_a_fused_optimiser_leaves_such_a_step_out_by_itself(fresh, optimiser, monkeypatch):
     """As on CUDA, where nobody waits for the loss; torch has it on the CPU, too."""
