@@ -92,13 +92,12 @@ def loss_of(logits: list[Tensor], targets: list[Tensor]) -> Tensor:
 class Trainer:
     """A network, its optimiser, and the one batch."""
 
-    def __init__(self, plan: Mapping[str, Any], device: torch.device, *, compiled: bool) -> None:
+    def __init__(self, plan: Mapping[str, Any], device: torch.device) -> None:
         """Draw network and batch.
 
         Args:
             plan: The content of ``plans.json``.
             device: Where the network trains.
-            compiled: Whether it is compiled.
         """
         planned = next(c for c in plan["configurations"] if c["name"] == "3d_fullres")
         batch, patch = planned["batch"], planned["patch"]
@@ -115,8 +114,10 @@ class Trainer:
         labels = torch.randint(0, classes, (batch, 1, *patch), device=device).float()
         self.targets = [functional.interpolate(labels, size)[:, 0].long() for size in sizes]
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
-        if compiled:
-            self.network = torch.compile(self.network)
+
+    def compile(self) -> None:
+        """Compile the network from now on."""
+        self.network = torch.compile(self.network)
 
     def step(self) -> float:
         """Train one iteration; its loss."""
@@ -134,13 +135,12 @@ class Trainer:
 class Predictor:
     """One network, which takes the weights of each fold in turn."""
 
-    def __init__(self, plan: Mapping[str, Any], device: torch.device, *, compiled: bool) -> None:
+    def __init__(self, plan: Mapping[str, Any], device: torch.device) -> None:
         """Build the network.
 
         Args:
             plan: The content of ``plans.json``.
             device: Where it runs.
-            compiled: Whether it is compiled.
         """
         (planned,) = plan["configurations"]
         self.patch, self.device = planned["patch"], device
@@ -149,7 +149,11 @@ class Predictor:
         for level in range(1, len(plain.heads)):  # only training needs them
             plain.heads[level] = nn.Identity()
         self.plain = plain.to(device).eval()
-        self.network: Any = torch.compile(self.plain) if compiled else self.plain
+        self.network: Any = self.plain
+
+    def compile(self) -> None:
+        """Compile the network from now on."""
+        self.network = torch.compile(self.plain)
 
     def segment(
         self, voxels: npt.NDArray[Any], folds: Iterable[Mapping[str, Tensor]]
@@ -193,7 +197,8 @@ class Predictor:
         passes = 0
         for corner in itertools.product(*starts):
             where = tuple(slice(a, a + n) for a, n in zip(corner, self.patch, strict=True))
-            tile = data[(slice(None), *where)][None]
+            # strides as those of a mirrored one, else it is compiled a second time for these
+            tile = data[(slice(None), *where)][None].contiguous()
             found = None
             for axes in flips:
                 with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):

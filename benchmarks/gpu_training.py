@@ -170,7 +170,8 @@ def measure_plain(place: Place, rate_tflops: float | None, *, compiled: bool) ->
     Args:
         place: Where, and on what.
         rate_tflops: See ``measure_ours``.
-        compiled: Whether the network is compiled.
+        compiled: Whether the network is compiled; one block comes before that, so that there is a
+            figure if compiling fails or takes too long.
 
     Yields:
         All figures after each block anew, of the blocks so far.
@@ -178,23 +179,27 @@ def measure_plain(place: Place, rate_tflops: float | None, *, compiled: bool) ->
     torch.backends.cudnn.benchmark = True  # as nnunetv2 sets it
     plan = gpu_cases.planned(place)
     tflop = _tflop(plan, rate_tflops)
-    forget_peak(place.device)
-    trainer = gpu_plain.Trainer(
-        gpu_cases.as_json(plan), torch.device(place.device), compiled=compiled
-    )
+    trainer = gpu_plain.Trainer(gpu_cases.as_json(plan), torch.device(place.device))
     warm_up, blocks, iterations = _lengths(place)
-    for _ in range(warm_up):
-        trainer.step()
 
     def block() -> None:
         for _ in range(iterations):
             trainer.step()
 
-    name = f"training, plain torch, fp16{' compiled' if compiled else ''}"
-    seconds: list[float] = []
-    for _ in range(blocks):
-        seconds.append(timed(block)[0] / iterations)
-        yield from _rows(name, seconds, rate_tflops, tflop, place)
+    def measured(name: str, blocks: int) -> Iterator[Row]:
+        forget_peak(place.device)
+        for _ in range(warm_up):
+            trainer.step()
+        seconds: list[float] = []
+        for _ in range(blocks):
+            seconds.append(timed(block)[0] / iterations)
+            yield from _rows(name, seconds, rate_tflops, tflop, place)
+
+    name = "training, plain torch, fp16"
+    yield from measured(name, 1 if compiled else blocks)
+    if compiled:
+        trainer.compile()
+        yield from measured(f"{name} compiled", blocks)
 
 
 def train_hippocampus(place: Place, seconds: float) -> Iterator[Row]:

@@ -4,9 +4,11 @@ import argparse
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from benchmarks import gpu, gpu_cases, gpu_plain, gpu_training, rows
+from benchmarks import gpu, gpu_cases, gpu_inference, gpu_plain, gpu_training, rows
 from benchmarks.gpu import PARTS, Part
 from benchmarks.rows import informs
 
@@ -102,6 +104,78 @@ def test_plain_training_that_is_cut_off_has_told_the_blocks_before(tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         next(measured)
     assert told == ["training, plain torch, fp16, one iteration"]
+
+
+def tell_all(measured, told):
+    for row in measured:
+        told.append(row.row)
+
+
+def test_plain_torch_is_measured_before_it_is_compiled(tmp_path, monkeypatch):
+    """Compiling may fail, or take until the part is ended."""
+    for kind in (gpu_plain.Trainer, gpu_plain.Predictor):
+        monkeypatch.setattr(kind, "compile", lambda _: cut_off())
+    monkeypatch.setattr(gpu_plain.Trainer, "step", lambda _: 0.0)
+    monkeypatch.setattr(gpu_plain.Predictor, "segment", lambda *_: (np.zeros(1), 7))
+    monkeypatch.setattr(gpu_inference, "forward_passes", lambda *_: 7)
+    for measure, name in (
+        (gpu_training.measure_plain, "training, plain torch, fp16, one iteration"),
+        (gpu_inference.measure_plain, "inference, plain torch, one case"),
+    ):
+        told = []
+        with pytest.raises(KeyboardInterrupt):
+            tell_all(measure(place(tmp_path), None, compiled=True), told)
+        assert name in told
+
+
+def test_all_tiles_of_plain_torch_have_the_same_strides(tmp_path):
+    """Others are compiled for anew."""
+    plan = gpu_cases.as_json(gpu_cases.planned(place(tmp_path)))
+    predictor, given = gpu_plain.Predictor(plan, torch.device("cpu")), []
+
+    def network(tile):
+        given.append(tile.stride())
+        return [torch.zeros(1, 2, *tile.shape[2:])]
+
+    predictor.network = network
+    _, passes = predictor._logits(torch.zeros(1, *gpu_cases.TINY_SHAPE))
+    assert len(given) == passes > 8
+    assert len(set(given)) == 1
+
+
+def test_tests_that_do_not_end_are_told_before_anybody_waits_for_them(tmp_path, monkeypatch):
+    class Endless:
+        def wait(self, timeout=None):
+            if timeout is None:
+                cut_off()
+            raise subprocess.TimeoutExpired("pytest", timeout)
+
+        def send_signal(self, _):
+            pass
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda *_, **__: Endless())
+    work = gpu.Work(tmp_path, "cuda", tiny=True, rate_tflops=None, seconds=20, tell=print)
+    measured = gpu.run_tests(work)
+    row = next(measured)
+    assert (row.row, row.ok) == ("tests, STOPPED before their end", False)
+    with pytest.raises(KeyboardInterrupt):
+        next(measured)
+
+
+def test_the_bar_of_inference_is_held_against_the_networks_alone():
+    case = "inference, ours, one case"
+    told = {
+        case: 20,
+        f"{case}, share of the bf16 rate": 20,
+        f"{case}, networks alone, share of the bf16 rate": 50,
+        "inference, plain torch, one case": 60,
+        "inference, plain torch compiled, one case": 50,
+    }
+    found = gpu.verdicts([informs(name, value, "") for name, value in told.items()], tiny=False)
+    assert [(row.row, row.ours, row.rival, row.ok) for row in found] == [
+        (f"{case} / plain torch", 20, 50, True),
+        (f"{case}, networks alone, share of the bf16 rate", 50, None, True),
+    ]
 
 
 def test_a_part_that_is_cut_off_has_kept_its_figures_and_the_last_of_a_name_counts(

@@ -3,34 +3,22 @@ import dataclasses
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
+from helpers.steps import parameters, some_batch
 from helpers.workspaces import QUICK, leaves
 
 from ichseg.errors import TrainingError
 from training.batches.stream import Batch
 from training.fit import compiling, step
-from training.fit.compiling import forward_of
 from training.fit.configuration import TRAINING_RECIPES
 from training.fit.fold_run import open_run
-from training.fit.process_group import ProcessGroup
 from training.fit.step import begin, pseudo_dice, train_step, validation_step
 from training.jobs.train import run_fold
 
 SGD = dataclasses.replace(
     QUICK, optimiser="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.01, gradient_clip=0.0
 )
-
-
-def some_batch():
-    rng = np.random.default_rng(3)
-    data = torch.from_numpy(rng.normal(size=(2, 1, 4, 16, 16)).astype(np.float32))
-    return Batch(data, (data[:, 0] > 0.5).to(torch.int8))
-
-
-def parameters(state):
-    return torch.cat([p.detach().reshape(-1) for p in state.network.parameters()])
 
 
 def gradients(state):
@@ -57,6 +45,23 @@ def test_a_loss_that_is_not_finite_does_not_reach_the_weights(fresh, monkeypatch
     batch = Batch(torch.ones(2, 1, 4, 16, 16), torch.zeros(2, 4, 16, 16, dtype=torch.int8))
     assert not math.isfinite(train_step(run, state, batch))
     assert leaves(state.network.state_dict()) == before
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clip", [0.0, 12.0])
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(fresh, clip, fused):
+    """Clipped, one infinite number would make all weights NaN."""
+    run = open_run(fresh, "3d_fullres", "0", dataclasses.replace(SGD, gradient_clip=clip))
+    state = begin(run)
+    state.optimiser = step.make_optimiser(state.network, run.config, fused=fused)
+    before = parameters(state)
+    parameter = next(state.network.parameters())
+    hook = parameter.register_hook(lambda found: torch.full_like(found, math.inf))
+    assert math.isnan(train_step(run, state, some_batch()))
+    assert torch.equal(parameters(state), before)
+    hook.remove()
+    assert math.isfinite(train_step(run, state, some_batch()))
+    assert not torch.equal(parameters(state), before)
 
 
 @pytest.mark.parametrize("optimiser", ["adam", "sgd"])
@@ -196,98 +201,6 @@ def test_deep_supervision_is_scored_by_its_finest_head(fresh):
     assert math.isfinite(loss)
 
 
-def test_what_cannot_be_compiled_is_trained_as_it_is(fresh, monkeypatch, caplog):
-    config = dataclasses.replace(QUICK, compile=True)
-    run = open_run(fresh, "3d_fullres", "0", config)
-    network = begin(run).network
-
-    def no_compiler(_):
-        def forward(_):
-            raise RuntimeError("\nno C++ compiler found\nmore lines")
-
-        return forward
-
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    assert forward_of(run, network) is network
-    assert "torch.compile failed (no C++ compiler found); training goes on WITHOUT" in caplog.text
-    assert run_fold(fresh, "3d_fullres", "0", config)
-
-
-def test_a_compiled_network_is_used_and_its_trial_leaves_no_trace(fresh, monkeypatch):
-    config = dataclasses.replace(QUICK, compile=True)
-    run = open_run(fresh, "3d_fullres", "0", config)
-    calls = []
-
-    def fake(network):
-        def forward(data):
-            calls.append((tuple(data.shape), network.training))
-            return network(data)
-
-        return forward
-
-    monkeypatch.setattr(torch, "compile", fake)
-    plain, compiled = begin(run), begin(run)
-    compiled.forward = forward_of(run, compiled.network)
-    shape = (run.spec.batch, 1, *run.spec.patch)
-    assert calls == [(shape, True), (shape, False)]
-    for state in (plain, compiled):
-        train_step(run, state, some_batch())
-    assert len(calls) == 3
-    assert torch.equal(parameters(plain), parameters(compiled))
-
-
-@pytest.mark.parametrize("another", [False, True])
-def test_processes_compile_all_or_none(fresh, monkeypatch, caplog, another):
-    """A compiled network has a gradient of 0 where another one has none."""
-    run = open_run(fresh, "3d_fullres", "0", dataclasses.replace(QUICK, compile=True))
-    run = dataclasses.replace(run, group=ProcessGroup(0, 2))
-    network = begin(run).network
-    monkeypatch.setattr(torch, "compile", lambda network: lambda data: network(data))
-    monkeypatch.setattr(ProcessGroup, "any", lambda _, mine: (mine or another,))
-    assert (forward_of(run, network) is network) == another
-    assert ("torch.compile is NOT used: another process" in caplog.text) == another
-
-
-@pytest.mark.parametrize(("gain", "used"), [(1.5, True), (1.01, False), (0.7, False)])
-def test_left_to_a_trial_the_faster_network_is_used(fresh, monkeypatch, caplog, gain, used):
-    """The CPU stands in for a GPU; what a step takes is made up."""
-    caplog.set_level("INFO")
-    run = open_run(fresh, "3d_fullres", "0", QUICK)
-    network = begin(run).network
-    assert compiling.forward_of(run, network) is network  # no trial on the CPU
-
-    def faster(data):
-        return network(data)
-
-    zeros = compiling._zeros(run)
-    monkeypatch.setattr(torch, "compile", lambda _: faster)
-    monkeypatch.setattr(compiling, "_zeros", lambda _: zeros)
-    monkeypatch.setattr(
-        compiling,
-        "_seconds",
-        lambda run, network, forward, data: 0.01 if forward is faster else 0.01 * gain,
-    )
-    card = dataclasses.replace(run, device=torch.device("cuda"))
-    assert (compiling.forward_of(card, network) is faster) == used
-    assert ("torch.compile is NOT used, as it gains too little: 10.0 ms" in caplog.text) != used
-    never = dataclasses.replace(card, config=dataclasses.replace(QUICK, compile=False))
-    assert compiling.forward_of(never, network) is network
-    always = dataclasses.replace(card, config=dataclasses.replace(QUICK, compile=True))
-    assert compiling.forward_of(always, network) is faster
-
-
-def test_a_trial_measures_steps(fresh):
-    run = open_run(fresh, "3d_fullres", "0", QUICK)
-    network, calls = begin(run).network, []
-
-    def forward(data):
-        calls.append(1)
-        return network(data)
-
-    assert compiling._seconds(run, network, forward, compiling._zeros(run)) > 0
-    assert len(calls) == compiling._WARM + compiling._TIMED
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -391,6 +304,7 @@ def test_steps_on_cuda_are_those_of_the_cpu(fresh, precision, layout, compiled):
         memory_format=layout, compile=compiled,
     )  # fmt: skip
     there.forward = compiling.forward_of(card, there.network)
+    assert (there.forward is not there.network) == compiled  # else it has failed, with a warning
     batch = Batch(*(part.cuda() for part in some_batch()))
     found = [train_step(card, there, batch).item() for _ in range(3)]
     assert there.optimiser.param_groups[0]["fused"]

@@ -171,7 +171,7 @@ def test_the_second_case_is_computed_as_the_first_one_was(tmp_path, scan):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("spare", [24 * 2**20, 6 * 2**20])
+@pytest.mark.parametrize("spare", [12 * 2**20, 6 * 2**20])
 def test_on_a_gpu_that_is_all_but_full_batches_are_smaller_and_the_mask_is_the_same(
     tmp_path, scan, spare
 ):

@@ -27,11 +27,12 @@ _log = logging.getLogger(__name__)
 def forward_of(run: FoldRun, network: nn.Module) -> Forward:
     """The network for this run's patch: compiled if that is wanted, works, and is faster.
 
-    With ``--compile`` it need only work. Left to the trial, as it is on a GPU without that flag, it
-    must be faster, too. Where several processes train together, all of them compile or none does.
+    With ``--compile`` it need only work, and memory that it lacks ends the training. Left to the
+    trial, as it is on a GPU without that flag, it must be faster, too; with ``--deterministic``
+    there is no such trial, since what is faster may differ between runs. Where several processes
+    train together, all of them compile or none does.
     """
-    wanted = run.config.compile
-    if wanted is False or (wanted is None and run.device.type != "cuda"):
+    if not run.compiles:
         return network
     forward = _tried(run, network)
     # Compiled, a head that no loss counts has a gradient of 0 and else none, and processes that
@@ -53,15 +54,17 @@ def _tried(run: FoldRun, network: nn.Module) -> Forward:
             compiled(data)
         if run.config.compile is None and not _is_faster(run, network, compiled, data):
             return network
+        return compiled
     except Exception as error:  # whatever a compiler may raise
-        if torch_device.is_full(error):
+        if run.config.compile and torch_device.is_full(error):
             raise
         reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
         _log.warning("torch.compile failed (%s); training goes on WITHOUT it", reason)
-        return network
     finally:
         network.zero_grad(set_to_none=True)
-    return compiled
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()  # of blocks that are of no use to the network as it is
+    return network
 
 
 def _is_faster(run: FoldRun, network: nn.Module, compiled: Forward, data: Tensor) -> bool:

@@ -97,7 +97,7 @@ class TrainingConfig:
     compile: bool | None = flag(
         None,
         "compile the network with torch.compile, which takes a minute once; without either flag a "
-        "trial decides on a GPU, and on a CPU it is not compiled",
+        "trial decides on a GPU, unless --deterministic is given; on a CPU it is not compiled",
     )
     deterministic: bool = flag(
         False, "the same sums in the same order on CUDA, too, where torch can; slower"

@@ -96,6 +96,13 @@ class FoldRun:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
     @property
+    def compiles(self) -> bool:
+        """Whether ``torch.compile`` is tried; by itself not where no timing may decide."""
+        if self.config.compile is None:
+            return self.device.type == "cuda" and not self.config.deterministic
+        return self.config.compile
+
+    @property
     def layout(self) -> torch.memory_format:
         """Memory format of the network and of the data."""
         if self.config.memory_format == "contiguous":

@@ -180,7 +180,7 @@ def _train_batches(
             loss = under_way.popleft().read()
             if not math.isfinite(loss) and not _is_left_out(state):
                 step = f"epoch {state.schedule.epoch + 1}, step {len(state.losses) + 1}"
-                raise diverged(run, f"the loss is {loss} in {step}")
+                raise diverged(run, f"a gradient or the loss is {loss} in {step}")
             state.losses.append(loss)
             if watch is not None:
                 watch.step(_moment(state, len(state.losses), config.batches_per_epoch, loss))

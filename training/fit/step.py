@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -146,8 +147,8 @@ def train_step(run: FoldRun, state: TrainingState, batch: Batch) -> Tensor:
     """One update of the weights; the loss of the whole batch before it, where that was computed.
 
     Under fp16 a step whose loss or gradient overflows is left out, and the scale of the loss
-    halved. A loss that is not finite never reaches the weights. On CUDA nobody waits here for what
-    the GPU has to do.
+    halved. Otherwise the loss is NaN where only the gradient is not finite. Neither ever reaches
+    the weights. On CUDA nobody waits here for what the GPU has to do.
     """
     state.network.train()
     loss = _loss(run, _forward(run, state, batch.data), batch.target)
@@ -156,13 +157,14 @@ def train_step(run: FoldRun, state: TrainingState, batch: Batch) -> Tensor:
     if state.sums is not None:
         state.sums.finish()
     state.scaler.unscale_(state.optimiser)
-    if run.config.gradient_clip:
-        nn.utils.clip_grad_norm_(state.network.parameters(), run.config.gradient_clip)
+    longest = run.config.gradient_clip or math.inf
+    norm = nn.utils.clip_grad_norm_(state.network.parameters(), longest)
     loss = loss.detach()
     if state.scaler.is_enabled():
         state.scaler.step(state.optimiser)
         state.scaler.update()
     else:
+        loss = loss.masked_fill(~norm.isfinite(), math.nan)
         _step_if(loss.isfinite(), state.optimiser)
     return loss
 
@@ -287,6 +289,8 @@ def memory_advice(run: FoldRun) -> Iterator[None]:
         advice = []
         if run.config.gpu_cache != "no" and run.device.type == "cuda":
             advice.append("--gpu-cache no")
+        if run.compiles:
+            advice.append("--no-compile")
         if run.precision == "fp32" and run.device.type == "cuda":
             advice.append("--precision fp16")
         if run.group.count < c.batch:
