@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from ichseg.errors import DatasetError
 from ichseg.scan.volume import Volume, read
 from phantom import cases
 from phantom.anatomy import enlarge, estimate_anatomy
@@ -51,9 +52,15 @@ def check(scan_path: Path, *, seed: int, picture: Path | None = None) -> int:
         scan_path: A head CT without a bleed.
         seed: Seed of the phantoms, whose mean is compared.
         picture: Where the histograms go; ``synthesize-check.png`` here if not given.
+
+    Raises:
+        DatasetError: No head is found in the scan.
     """
     scan = read(scan_path)
-    theirs, their_histogram = measure(scan)
+    try:
+        theirs, their_histogram = measure(scan)
+    except ValueError as error:
+        raise DatasetError(f"{scan_path}: {error}") from error
     config = cases.SynthesisConfig(PHANTOMS, seed, negatives=1.0)
     ours, histograms = [], []
     for index in range(PHANTOMS):

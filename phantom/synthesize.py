@@ -9,8 +9,6 @@ import json
 import logging
 import multiprocessing
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +18,7 @@ import torch
 
 from ichseg.engine import machine
 from ichseg.errors import DatasetError, InputError, OutputError
-from ichseg.files import make_folder
+from ichseg.files import make_folder, remove_unfinished, unfinished_folder
 from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from ichseg.wording import times
@@ -129,30 +127,37 @@ def write_dataset(config: SynthesisConfig, out: Path, *, workers: int = 1) -> No
             "expected at least 1, a fraction from 0 to 1, at least 1"
         )
     make_folder(out.parent)
+    remove_unfinished(out.parent)
     try:
-        building = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+        with unfinished_folder(out.parent) as beside:
+            building = beside / out.name
+            for name in ("imagesTr", "labelsTr"):
+                (building / name).mkdir(parents=True)
+            rows = _write_cases(config, workers, building)
+            _write_tables(config, rows, building)
+            if out.exists():
+                out.rmdir()
+            building.rename(out)
     except OSError as error:
         raise OutputError(f"{out}: cannot be made ({error.strerror})") from error
-    try:
-        for name in ("imagesTr", "labelsTr"):
-            (building / name).mkdir()
-        jobs = [(config, index, building) for index in range(config.cases)]
-        rows = []
-        for row in _run(jobs, workers):
-            if isinstance(row, str):
-                logger.warning("left out: %s", row)
-                continue
-            rows.append(row)
-            logger.info("%s: %s", row["case"], row["kinds"] or "no bleed")
-        if not rows:
-            raise DatasetError("none of the real scans has room for a bleed")
-        _write_tables(config, rows, building)
-        building.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        building.rename(out)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+
+
+def _write_cases(config: SynthesisConfig, workers: int, folder: Path) -> list[Row]:
+    """Make and write the cases; a row of the table of cases for each.
+
+    Raises:
+        DatasetError: None of the real scans has room for a bleed.
+    """
+    rows = []
+    for row in _run([(config, index, folder) for index in range(config.cases)], workers):
+        if isinstance(row, str):
+            logger.warning("left out: %s", row)
+            continue
+        rows.append(row)
+        logger.info("%s: %s", row["case"], row["kinds"] or "no bleed")
+    if not rows:
+        raise DatasetError("none of the real scans has room for a bleed")
+    return rows
 
 
 def _run(jobs: list[tuple[SynthesisConfig, int, Path]], workers: int) -> Iterator[Row | str]:

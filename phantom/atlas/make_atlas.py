@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def label_head(t1: npt.NDArray[np.float32], brain: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
-    """One of the nine labels above for each voxel of the T1-weighted head ``(z, y, x)``."""
+    """One of the labels of ``head_atlas`` for each voxel of the T1-weighted head ``(z, y, x)``."""
     z, y, x = (ATLAS_ORIGIN_MM[axis] + np.indices(_SHAPE, sparse=True)[axis] for axis in range(3))
     smooth = ndimage.gaussian_filter(t1, 0.7)
     head = np.stack([_fill(ndimage.binary_closing(s, iterations=4)) for s in smooth > 14])

@@ -97,6 +97,13 @@ def blind(monkeypatch):
     monkeypatch.setattr(mining, "load_network", lambda *_: network)
 
 
+@pytest.mark.parametrize(("flag", "value"), [("--device", "gpu"), ("--threads", "-1")])
+def test_settings_out_of_range_are_refused_in_words(workspace, capsys, flag, value):
+    of_fold = ["3d_fullres", "--workspace", str(workspace), "--fold", "0"]
+    assert main(["hard-examples", *of_fold, flag, value]) == 1
+    assert f"{flag[2:]} is" in capsys.readouterr().err
+
+
 def test_the_training_cases_are_looked_at_and_no_others(workspace, blind, caplog):
     caplog.set_level("INFO")
     assert main(["hard-examples", "3d_fullres", "--workspace", str(workspace), "--fold", "0"]) == 0

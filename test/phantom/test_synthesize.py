@@ -15,8 +15,9 @@ import pytest
 import SimpleITK as sitk
 
 from ichseg.errors import DatasetError, OutputError
-from ichseg.scan.volume import read
-from phantom import synthesize
+from ichseg.files import UNFINISHED
+from ichseg.scan.volume import Volume, read, write
+from phantom import check, synthesize
 from phantom.cases import SynthesisConfig, make_case
 from phantom.synthesize import write_dataset
 
@@ -87,12 +88,26 @@ def test_a_place_that_cannot_be_written_is_an_error_in_words(tmp_path, monkeypat
     with pytest.raises(OutputError, match=r"file: no folder to write in \(.*file is a file, "):
         write_dataset(SynthesisConfig(1, 0), tmp_path / "file" / "out")
 
-    def denied(**_: object) -> str:
+    def denied(_: Path) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(synthesize.tempfile, "mkdtemp", denied)  # root may write anywhere
+    monkeypatch.setattr(synthesize, "unfinished_folder", denied)  # root may write anywhere
     with pytest.raises(OutputError, match=r"out: cannot be made \(Permission denied\)"):
         write_dataset(SynthesisConfig(1, 0), tmp_path / "out")
+
+
+def test_what_a_killed_run_has_left_goes(tmp_path):
+    """Its folder is no longer locked."""
+    left = tmp_path / f"{UNFINISHED}killed" / "out" / "imagesTr"
+    left.mkdir(parents=True)
+    write_dataset(SynthesisConfig(1, 5, shrink=SHRINK), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_scan_without_a_head_is_no_measure_for_phantoms(tmp_path):
+    write(Volume(np.full((4, 32, 32), -1000, np.int16), (5.0, 5.0, 5.0)), tmp_path / "air.mha")
+    with pytest.raises(DatasetError, match=r"air\.mha: no brain found"):
+        check.check(tmp_path / "air.mha", seed=1)
 
 
 def test_settings_out_of_range_are_refused(tmp_path):

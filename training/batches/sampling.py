@@ -1,7 +1,8 @@
 """Which part of which case a batch is made of.
 
-Batch i of an epoch depends on (seed, fold, epoch, i) only: its generator is made from
-these four numbers, so neither the number of workers nor what was drawn before changes a byte of it.
+Batch i of an epoch depends on seed, fold, epoch and i, on whether it is one of validation, and on
+the table of hard examples if the fold draws from that. Neither the number of workers nor what was
+drawn before changes a byte of it.
 """
 
 from __future__ import annotations

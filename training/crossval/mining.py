@@ -197,7 +197,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the ``hard-examples`` command."""
-    config = TrainingConfig(device=args.device, threads=args.threads)
+    try:
+        config = TrainingConfig(device=args.device, threads=args.threads)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
     run = open_run(args.workspace, args.configuration, args.fold, config)
     found = find_hard_examples(args.workspace, run, args.smallest_ml, args.cases)
     path = hard_examples_file(run.folder)

@@ -13,8 +13,9 @@ def training_bytes(plans: Plans, configuration: Configuration, processes: int = 
     """Memory of the device that a training takes, by the planner's estimate.
 
     The planner holds a count of feature-map elements against a budget that stands for a GPU of so
-    many gigabytes; here the same proportion is turned round. 0 for plans of an unknown recipe. Of
-    several processes that share the batch it is what the one with most samples takes.
+    many gigabytes; here the same proportion is turned round. 0 where the recipe has no such
+    architecture. Of several processes that share the batch it is what the one with most samples
+    takes.
     """
     if plans.architecture not in RECIPES.get(plans.recipe, {}):
         return 0
