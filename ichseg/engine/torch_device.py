@@ -70,6 +70,11 @@ def cpu_computes_bf16() -> bool:
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
+def gpu_computes_bf16() -> bool:
+    """Whether the GPU multiplies bfloat16 itself; others take other numbers in its place."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 def has_code_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
     """Whether a build of torch has code that a card runs.
 

@@ -53,10 +53,16 @@ def engine_on(device: torch.device, precision: str = "auto", threads: int = 0) -
         threads: On the CPU; 0 for as many as this process may really use.
 
     Raises:
-        DeviceError: bfloat16 on the CPU, where torch is the reference; or the GPU fails at once.
+        DeviceError: bfloat16 on the CPU, where torch is the reference, or on a GPU that does not
+            compute in it; or the GPU fails at once.
     """
     if device.type == "cpu" and precision == "bfloat16":
         raise DeviceError("precision bfloat16: torch on the CPU is the reference, in float32 only")
+    if device.type == "cuda" and precision == "bfloat16" and not torch_device.gpu_computes_bf16():
+        raise DeviceError(
+            f"precision bfloat16: {torch.cuda.get_device_name(device)} does not compute in it, "
+            "expected float16, float32 or auto there"
+        )
     if precision == "auto":
         precision = "float16" if device.type == "cuda" else "float32"
     if device.type == "cpu":
@@ -187,14 +193,24 @@ def looking_ahead(
         away = tiles[0].device != given.device
         return _Launched(given, *copies.take(found, finite, found_too=away))
 
+    def redone(tile: torch.Tensor) -> torch.Tensor:
+        assert exact is not None
+        with _without_search():
+            try:
+                return scores(exact(tile))
+            except RuntimeError as error:
+                if not torch_device.is_full(error):
+                    raise
+            if torch.cuda.is_available():  # the next batch is on the card, too
+                torch.cuda.empty_cache()
+            return scores(exact(tile))
+
     @torch.inference_mode()
     def settled(batch: _Launched) -> torch.Tensor:
         batch.wait()
         if batch.finite is not None:
             for index in (~batch.finite).nonzero().flatten().tolist():
-                assert exact is not None
-                with _without_search():
-                    again = scores(exact(batch.tiles[index : index + 1]))[0]
+                again = redone(batch.tiles[index : index + 1])[0]
                 batch.scores[index] = again.to(batch.scores.device)
         return batch.scores
 

@@ -17,7 +17,7 @@ from training.crossval import record as records
 from training.crossval import validate as module
 from training.crossval.validate import is_validated, validate
 from training.data import dataset
-from training.data.workspace import LATEST_CHECKPOINT, mask_file
+from training.data.workspace import LATEST_CHECKPOINT, mask_file, probabilities_file
 from training.fit.checkpoint import SCHEMA_VERSION
 from training.fit.fold_run import open_run
 from training.fit.process_group import ProcessGroup
@@ -314,6 +314,40 @@ def test_on_the_cpu_the_engine_of_inference_runs_with_the_threads_of_the_fold(
     (found,) = (scores.clone() for scores in network(iter([tile])))
     assert found.shape == expected.shape
     assert torch.allclose(found, expected, atol=1e-4 if engine.precision == "float32" else 0.02)
+
+
+@pytest.mark.parametrize("full_in", ["restore", "probabilities"])
+def test_a_case_that_a_gpu_has_no_room_to_restore_is_restored_on_the_host(
+    workspace, monkeypatch, full_in
+):
+    run = open_run(workspace, "3d_fullres", "0", QUICK)
+    name = run.spec.validation[0]
+    case = next(c for c in dataset.load_dataset(workspace).cases if c.name == name)
+    given = module.read_case(case, run)
+    scores = torch.randn(2, *given.data.shape[1:], generator=torch.Generator().manual_seed(1))
+    expected = module._write_case(workspace, run, given, scores, (), "")
+    path = probabilities_file(run.folder, name)
+    stored = path.read_bytes()
+    path.unlink()
+    owner, function = {
+        "restore": (module, "restore"),
+        "probabilities": (module.probabilities, "save"),
+    }[full_in]
+    real, places = getattr(owner, function), []
+
+    def full(*args, **more):
+        device = (args[0][0][0] if full_in == "restore" else args[1]).device.type
+        places.append(device)
+        if device == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **more)
+
+    monkeypatch.setattr(owner, function, full)
+    with card.pretended(monkeypatch):
+        found = module._write_case(workspace, run, given, scores.to("cuda"), (), "")
+    assert places == ["cuda", "cpu"]
+    np.testing.assert_array_equal(found, expected)
+    assert path.read_bytes() == stored
 
 
 def test_scores_that_a_gpu_does_not_hold_are_added_up_on_the_host(workspace, monkeypatch):

@@ -77,6 +77,27 @@ def test_a_tile_is_redone_without_a_search_for_algorithms(monkeypatch):
     assert torch.backends.cudnn.benchmark
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_tile_that_finds_the_memory_full_is_redone_once_more(times):
+    errors = [torch.OutOfMemoryError("CUDA out of memory")] * times
+
+    def exact(tiles):
+        if errors:
+            raise errors.pop()
+        return torch.ones_like(tiles)
+
+    network = torch_engine.looking_ahead(
+        lambda tiles: torch.full_like(tiles, torch.inf), exact, lambda x: x, BatchSize(1),
+        torch.device("cpu"),
+    )  # fmt: skip
+    tiles = torch.zeros(2, 1, 1, 1, 1)
+    if times == 1:
+        assert scored(network, tiles).sum() == 2
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            scored(network, tiles)
+
+
 def test_infinite_logits_are_noticed_though_their_probabilities_are_finite():
     """The softmax of minus infinity is 0."""
     network = _Overflowing()

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import card
 from helpers.steps import parameters, some_batch
 from helpers.workspaces import QUICK, leaves
 
@@ -238,6 +239,14 @@ def test_refuses_fp16_on_the_cpu(fresh):
     config = dataclasses.replace(QUICK, precision="fp16")
     with pytest.raises(TrainingError, match="precision fp16 on the CPU, expected fp32, bf16"):
         open_run(fresh, "3d_fullres", "0", config)
+
+
+def test_refuses_bf16_on_a_card_that_does_not_compute_in_it(fresh, monkeypatch):
+    config = dataclasses.replace(QUICK, device="cuda", precision="bf16")
+    with card.pretended(monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+        with pytest.raises(TrainingError, match=r"bf16: a pretended card does not .* fp16, fp32"):
+            open_run(fresh, "3d_fullres", "0", config)
 
 
 def test_deterministic_is_on_while_training_only(fresh, monkeypatch):

@@ -82,6 +82,14 @@ def test_with_time_enough_all_passes_run_networks_first(monkeypatch):
     assert machine.log == ["0", "1", "2", "1", "0", "1", "2"]  # a turn loads nothing
 
 
+def test_a_first_pass_that_is_slow_is_not_charged_to_later_ones(monkeypatch):
+    """It takes 42 s with its loading, the others 4 s each; it is all that the second one knows."""
+    machine = Machine(monkeypatch, tile_s=lambda calls: 10.0 if calls <= 4 else 1.0)
+    assert len(machine.run(budget_s=84, members=MEMBERS[:1]).ran) == 3
+    machine = Machine(monkeypatch, tile_s=lambda calls: 10.0 if calls <= 4 else 1.0)
+    assert len(machine.run(budget_s=81, members=MEMBERS[:1]).ran) == 1
+
+
 @pytest.mark.parametrize(
     ("budget_s", "expected"),
     [

@@ -9,7 +9,9 @@ from conftest import ARCHITECTURE, CONFIGURATION, PLANS, make_bundle
 from helpers import card
 
 from ichseg.engine import torch_engine
+from ichseg.engine.choose import choose_engine
 from ichseg.engine.engine import NetworkSpec
+from ichseg.errors import DeviceError
 from ichseg.model import bundle
 from ichseg.model.network import build_network
 from ichseg.model.plans import Resampling
@@ -85,6 +87,16 @@ def test_a_large_batch_takes_no_more_kernels_than_one_tile(monkeypatch, kind):
             assert len(scores) == count
             counts.append(len(there.ran) - before)
     assert counts[1] == counts[0]
+
+
+def test_bfloat16_is_refused_where_the_card_does_not_compute_in_it(monkeypatch):
+    """torch itself would take it, and compute by something else."""
+    with card.pretended(monkeypatch):
+        assert choose_engine("cuda", "bfloat16").precision == "bfloat16"
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+        with pytest.raises(DeviceError, match=r"bfloat16: a pretended card does not .* float16, "):
+            choose_engine("cuda", "bfloat16")
+        assert choose_engine("cuda").precision == "float16"
 
 
 def test_tiles_from_the_host_give_the_same_mask(tmp_path, scan, monkeypatch):

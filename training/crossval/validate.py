@@ -360,7 +360,24 @@ def _write_case(
     second: Sequence[Configuration],
     digest: str,
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Write a case's mask, its probabilities and its labels for a second stage; gives the mask."""
+    """Write a case's mask, its probabilities and its labels for a second stage; gives the mask.
+
+    All is computed where the scores are, or on the host where the GPU is full.
+    """
+    with contextlib.suppress(DeviceFullError), torch_device.guard():
+        return _write_scores(workspace, run, given, scores, second, digest)
+    return _write_scores(workspace, run, given, scores.cpu(), second, digest)
+
+
+def _write_scores(
+    workspace: Path,
+    run: FoldRun,
+    given: GridCase,
+    scores: Tensor,
+    second: Sequence[Configuration],
+    digest: str,
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """What ``_write_case`` writes, computed where the scores are."""
     labels = restore([(scores, given.placement)], run.plans, average=run.average)
     path = probabilities_file(run.folder, given.name)
     probabilities.save(path, scores, regions=bool(run.plans.regions))

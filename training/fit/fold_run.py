@@ -93,7 +93,7 @@ class FoldRun:
             return self.config.precision
         if self.device.type == "cpu":
             return "bf16" if torch_device.cpu_computes_bf16() else "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "bf16" if torch_device.gpu_computes_bf16() else "fp16"
 
     @property
     def compiles(self) -> bool:
@@ -127,11 +127,18 @@ def open_run(
         group: The processes that train this fold together.
 
     Raises:
-        IchsegError: Something is missing, the fold is unknown, or fp16 is asked for on the CPU.
+        IchsegError: Something is missing, the fold is unknown, or fp16 is asked for on the CPU, or
+            bf16 on a GPU that does not compute in it.
     """
     device = torch_device.choose_device(config.device)
     if config.precision == "fp16" and device.type == "cpu":
         raise TrainingError("precision fp16 on the CPU, expected fp32, bf16 or auto there")
+    on_gpu = device.type == "cuda"
+    if config.precision == "bf16" and on_gpu and not torch_device.gpu_computes_bf16():
+        raise TrainingError(
+            f"precision bf16: {torch.cuda.get_device_name(device)} does not compute in it, "
+            "expected fp16, fp32 or auto there"
+        )
     planned = load_plans(workspace)
     chosen = planned.configuration(configuration)
     listed = dataset.load_dataset(workspace)
