@@ -1,8 +1,8 @@
 """What augmentation does, for both engines: probabilities and ranges, and what was drawn of them.
 
 Everything that has a name and a number is drawn here, from the sample's own generator, so both
-engines (``augment_host`` on the host, ``augment_device`` on the training device) do the same for the
-same generator. They differ in how they apply it and in the random fields that they fill
+engines (``augment_host`` on the host, ``augment_device`` on the training device) do the same for
+the same generator. They differ in how they apply it and in the random fields that they fill
 themselves (noise, elastic displacement), for which a seed is drawn here.
 """
 
