@@ -323,7 +323,7 @@ def test_a_case_that_a_gpu_has_no_room_to_restore_is_restored_on_the_host(
     run = open_run(workspace, "3d_fullres", "0", QUICK)
     name = run.spec.validation[0]
     case = next(c for c in dataset.load_dataset(workspace).cases if c.name == name)
-    given = module.read_case(case, run)
+    given = module.prepare_case(case, run)
     scores = torch.randn(2, *given.data.shape[1:], generator=torch.Generator().manual_seed(1))
     expected = module._write_case(workspace, run, given, scores, (), "")
     path = probabilities_file(run.folder, name)

@@ -94,7 +94,7 @@ def test_for_one_label_a_half_is_what_counts_without(tmp_path, scan):
     assert (low.ran["threshold"], "threshold" in plain.ran) == (0.3, False)
     assert plain.probabilities is None
     for wrong in (0, 0.5e-2, 1, float("nan")):
-        with pytest.raises(InputError, match=r"expected 0\.01 to 0\.99"):
+        with pytest.raises(InputError, match=r"expected a number from 0\.01 to 0\.99"):
             ensemble.finish(predicted, threshold=wrong)
 
 
