@@ -277,6 +277,8 @@ def _stem(name: str) -> str:
 def check_output(job: Job, output: Path) -> None:
     """Refuse an output folder that cannot be written, or where masks would replace scans.
 
+    Those of this job, or others: a volume of another type than a mask's is one.
+
     Raises:
         OutputError: It is such a folder.
     """
@@ -286,7 +288,23 @@ def check_output(job: Job, output: Path) -> None:
         if lost is not None:
             whose = "its mask" if lost is case else f"the mask of {case.name}"
             raise OutputError(f"{lost.image}: {whose} would replace it; name another --output")
+        if case.output.is_file() and (kind := _kind_of_other(case.output)):
+            raise OutputError(
+                f"{case.output}: holds {kind}, so it is no mask of this program, which would "
+                "replace it; name another --output"
+            )
     require_writable(output)
+
+
+def _kind_of_other(path: Path) -> str:
+    """What a volume's voxels are that is no mask of ours; empty of a mask, and of no volume."""
+    from ichseg.scan import headers  # loads numpy
+
+    try:
+        dtype = headers.read_header(path, suffix_of(path)).dtype
+    except (InputError, OSError):
+        return ""
+    return "" if dtype == "uint8" else str(dtype.newbyteorder("="))
 
 
 def say_passed_over(job: Job) -> None:

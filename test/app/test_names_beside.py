@@ -2,10 +2,13 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from ichseg.app.cases import InputCase, Job, check_output, find_cases, probability_paths
 from ichseg.errors import OutputError
+from ichseg.scan import volume
+from ichseg.scan.volume import Volume
 
 
 def touch(path):
@@ -67,3 +70,19 @@ def test_no_mask_replaces_the_scan_of_another_case(tmp_path):
         check_output(job, tmp_path)
     second.unlink()
     check_output(find(scans, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.nii.gz", "a.nrrd"])
+def test_no_mask_replaces_a_scan_that_lies_in_the_output_folder(tmp_path, name):
+    """As where by mistake another folder of scans is named, with scans of the same names."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    job = find(touch(tmp_path / "in" / name).parent, tmp_path / "out")
+    there = tmp_path / "out" / name
+    for voxels in (np.zeros((3, 4, 5), np.uint8), np.zeros((3, 4, 5), np.int16)):
+        check_output(job, tmp_path / "out")
+        volume.write(Volume(voxels, (5.0, 1.0, 1.0)), there)
+    with pytest.raises(OutputError, match=f"{re.escape(str(there))}: holds int16, so it is no"):
+        check_output(job, tmp_path / "out")
+    there.write_bytes(b"of an earlier run")
+    check_output(job, tmp_path / "out")
