@@ -23,7 +23,7 @@ from ichseg.wording import repeated, times
 from phantom.anatomy import Anatomy, Array, enlarge, estimate_anatomy
 from phantom.bleeds import cannot_be_blood, draw_bleed, label, oedema, rasterise
 
-IGNORE = 2  # the label of voxels that nobody could tell, in a dataset of real scans
+IGNORE_LABEL = 2  # the label of voxels that nobody could tell, in a dataset of real scans
 _BONE_HU, _BRAIN_HU, _AIR_HU = 900.0, 34.0, -1000.0
 _LABEL_HU = 90  # what is whiter before a bleed is drawn holds bone, and is not labelled
 _WINDOW_TOP = (70, 130)  # where the upper end of a window lies whose bone saturates, in HU
@@ -171,8 +171,8 @@ def _own_labels(background: Background, shape: tuple[int, ...]) -> npt.NDArray[n
             f"{background.label}: {times(found.shape)} voxels, expected {times(shape)} as in "
             f"{background.image}"
         )
-    if not np.isin(found, (0, 1, IGNORE)).all():
-        raise InputError(f"{background.label}: expected the labels 0, 1 and {IGNORE} alone")
+    if not np.isin(found, (0, 1, IGNORE_LABEL)).all():
+        raise InputError(f"{background.label}: expected the labels 0, 1 and {IGNORE_LABEL} alone")
     return found.astype(np.uint8)
 
 

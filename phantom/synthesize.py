@@ -24,7 +24,7 @@ from ichseg.scan.volume import Volume
 from ichseg.wording import times
 from ichseg.workers import end_with_parent
 from phantom import check
-from phantom.background import IGNORE, find_backgrounds
+from phantom.background import IGNORE_LABEL, find_backgrounds
 from phantom.cases import SynthesisConfig, make_case
 
 Row = dict[str, object]  # of cases.csv
@@ -225,7 +225,7 @@ def _write_tables(config: SynthesisConfig, rows: list[Row], folder: Path) -> Non
         for row in rows
     ]
     real = config.draws_into_dataset
-    ignore = {str(IGNORE): "ignore"} if real else {}  # of the backgrounds' own labels
+    ignore = {str(IGNORE_LABEL): "ignore"} if real else {}  # of the backgrounds' own labels
     description = {
         "name": "SyntheticHeadCT",
         "description": f"Head-CT phantoms with intracranial bleeds, seed {config.seed}"

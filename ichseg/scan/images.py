@@ -22,7 +22,7 @@ from ichseg.scan import nifti, reader
 from ichseg.scan.dicom.files import walk
 from ichseg.scan.reader import Scan, scan_of
 from ichseg.scan.volume import Volume, triple
-from ichseg.wording import times
+from ichseg.wording import counted, times
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
@@ -254,7 +254,8 @@ def _check_voxels(voxels: npt.NDArray[Any], name: str) -> None:
         raise InputError(f"{name} is of {voxels.dtype}, expected real numbers")
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         count = int(voxels.size - np.isfinite(voxels).sum())
-        raise InputError(f"{name} has {count} voxels that are NaN or infinite, expected finite HU")
+        where = counted(count, "voxel")
+        raise InputError(f"{name}: NaN or infinite in {where}, expected finite HU")
 
 
 def _check_place(image: Volume, name: str) -> None:

@@ -29,7 +29,7 @@ from ichseg.files import (
 )
 from ichseg.scan import headers, nifti
 from ichseg.scan.stored import Header
-from ichseg.wording import times
+from ichseg.wording import counted, times
 
 if TYPE_CHECKING:  # imported where a file is read or written: who has arrays does not need it
     import SimpleITK as sitk
@@ -92,7 +92,8 @@ def read(path: Path | str) -> Volume:
     voxels = channels[0].voxels
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         count = int(voxels.size - np.isfinite(voxels).sum())
-        raise InputError(f"{path}: {count} voxels are NaN or infinite, expected finite intensities")
+        where = counted(count, "voxel")
+        raise InputError(f"{path}: NaN or infinite in {where}, expected finite intensities")
     return channels[0]
 
 

@@ -90,8 +90,16 @@ MANY = np.arange(1200, dtype=np.float32).reshape(3, 20, 20)
             {"direction": (1, 0, 0, 0, -1, 0, 0, 0, -1)},
             "direction 1, 0, 0, 0, -1, 0, 0, 0, -1, expected 1, 0, 0, 0, 1, 0, 0, 0, 1 as",
         ),
-        (IMAGE, {"voxels": np.where(LABELS, np.nan, 1.0)}, f"{LABELS.sum()} voxels are NaN or inf"),
-        (LABEL, {"voxels": np.where(LABELS, np.inf, 0.0)}, f"{LABELS.sum()} voxels are NaN or inf"),
+        (
+            IMAGE,
+            {"voxels": np.where(LABELS, np.nan, 1.0)},
+            f"NaN or infinite in {LABELS.sum()} voxels",
+        ),
+        (
+            LABEL,
+            {"voxels": np.where(LABELS, np.inf, 0.0)},
+            f"NaN or infinite in {LABELS.sum()} voxels",
+        ),
         (
             LABEL,
             {"voxels": LABELS * np.uint8(3)},

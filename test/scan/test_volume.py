@@ -320,7 +320,7 @@ def test_nan_and_infinity_are_refused(tmp_path: Path, suffix: str, value: float)
     scan.voxels[0, 1, 2] = value
     scan.voxels[5, 1, 2] = value
     write(scan, tmp_path / f"case{suffix}")
-    with pytest.raises(InputError, match="2 voxels are NaN or infinite, expected finite"):
+    with pytest.raises(InputError, match="NaN or infinite in 2 voxels, expected finite"):
         read(tmp_path / f"case{suffix}")
 
 

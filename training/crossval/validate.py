@@ -364,37 +364,29 @@ def _write_case(
 
     All is computed where the scores are, or on the host where the GPU is full.
     """
+
+    def written(scores: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        labels = restore([(scores, given.placement)], run.plans, average=run.average)
+        path = probabilities_file(run.folder, given.name)
+        probabilities.save(path, scores, regions=bool(run.plans.regions))
+        volume.write(given.channels[0].with_voxels(labels), mask_file(run.folder, given.name))
+        for stage in second:
+            if cascade_labels.can_store(workspace, stage, given.name):
+                cascade_labels.store_labels(
+                    workspace,
+                    run.plans,
+                    stage,
+                    given.name,
+                    given.channels,
+                    scores,
+                    given.placement,
+                    digest,
+                )
+        return labels
+
     with contextlib.suppress(DeviceFullError), torch_device.guard():
-        return _write_scores(workspace, run, given, scores, second, digest)
-    return _write_scores(workspace, run, given, scores.cpu(), second, digest)
-
-
-def _write_scores(
-    workspace: Path,
-    run: FoldRun,
-    given: GridCase,
-    scores: Tensor,
-    second: Sequence[Configuration],
-    digest: str,
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """What ``_write_case`` writes, computed where the scores are."""
-    labels = restore([(scores, given.placement)], run.plans, average=run.average)
-    path = probabilities_file(run.folder, given.name)
-    probabilities.save(path, scores, regions=bool(run.plans.regions))
-    volume.write(given.channels[0].with_voxels(labels), mask_file(run.folder, given.name))
-    for stage in second:
-        if cascade_labels.can_store(workspace, stage, given.name):
-            cascade_labels.store_labels(
-                workspace,
-                run.plans,
-                stage,
-                given.name,
-                given.channels,
-                scores,
-                given.placement,
-                digest,
-            )
-    return labels
+        return written(scores)
+    return written(scores.cpu())
 
 
 def _is_done(

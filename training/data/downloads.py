@@ -29,7 +29,7 @@ ADDED_BOXES: dict[str, dict[int, Box]] = {
 # CT-ICH: where its bleeds were seen, slice by slice; no radiologist drew it.
 REGIONS = Path(__file__).with_name("ct_ich_regions.csv")
 
-IGNORE = 2  # the label of voxels that nobody could tell
+IGNORE_LABEL = 2  # the label of voxels that nobody could tell
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 _PHE_SICH = r"(\d{4})_(\d{1,4})"  # patient and slice
@@ -207,11 +207,15 @@ def find_others(folder: Path) -> list[Scan]:
     if len(source.channels) != 1:
         raise DatasetError(f"{folder}: {len(source.channels)} channels, expected 1")
     declared = source.declared
-    if len(declared.labels) != 2 or declared.regions or declared.ignore_label not in (None, IGNORE):
+    if (
+        len(declared.labels) != 2
+        or declared.regions
+        or declared.ignore_label not in (None, IGNORE_LABEL)
+    ):
         ignored = "" if declared.ignore_label is None else f", ignore {declared.ignore_label}"
         raise DatasetError(
             f"{folder}: labels {', '.join(declared.labels)}{ignored}; expected background and one "
-            f"other, and {IGNORE} for what is to be ignored, if anything is"
+            f"other, and {IGNORE_LABEL} for what is to be ignored, if anything is"
         )
     labelled = [(case.name, case.images[0], case.label) for case in source.cases if case.label]
     table = folder / GROUPS_FILE

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ichseg.errors import InputError
 from ichseg.scan import plausibility, volume
 from ichseg.scan.volume import Volume
-from ichseg.wording import times
+from ichseg.wording import counted, times
 from training.data.dataset import Case
 
 ERROR, WARNING = "error", "warning"
@@ -308,7 +308,7 @@ def _scan(voxels: npt.NDArray[np.generic]) -> tuple[str | None, float, str]:
     return (
         None if low == high and not bad else digest.hexdigest(),
         low,
-        f"{bad} voxels are NaN or infinite" if bad else "",
+        f"NaN or infinite in {counted(bad, 'voxel')}" if bad else "",
     )
 
 

@@ -35,13 +35,13 @@ from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from ichseg.wording import repeated, times
 from training.data import windowed
-from training.data.downloads import IGNORE, Scan, find_ct_ich, find_others, find_phe_sich
+from training.data.downloads import IGNORE_LABEL, Scan, find_ct_ich, find_others, find_phe_sich
 from training.data.parallel import each_case, with_progress
 from training.data.windowed import Hu
 from training.data.workspace import DATASET_FILE, GROUPS_FILE
 
 RECORD_FILE = "record.csv"
-LABELS = {"0": "background", "1": "hemorrhage", str(IGNORE): "ignore"}
+LABELS = {"0": "background", "1": "hemorrhage", str(IGNORE_LABEL): "ignore"}
 SLICE_MM = 5.0  # of both sets; neither stores it
 CT_ICH_WINDOW = (-20.0, 100.0)
 
@@ -203,7 +203,7 @@ def load(scan: Scan) -> Labelled:
             hu, _ = _halved(hu, np.zeros(hu.shape, np.uint8))
         marked = windowed.mark_in_regions(hu, scan.regions, windowed.head_spacing_mm(hu))
         labels = _labels_of(*marked)
-        labels[_unseen(scan)] = IGNORE  # where in the slice the bleed lies is not known
+        labels[_unseen(scan)] = IGNORE_LABEL  # where in the slice the bleed lies is not known
     else:
         hu = windowed.hu_of_ranks(grey)
         labels = _labels_of(*windowed.mark_bleeds(hu, scan.boxes))
@@ -221,8 +221,8 @@ def _load_finished(image: Path, label: Path) -> Labelled:
             f"{label}: {times(labels.shape)} voxels, expected {times(scan.voxels.shape)} as in "
             f"{image}"
         )
-    if other := sorted(set(np.unique(labels).tolist()) - {0, 1, IGNORE}):
-        raise DatasetError(f"{label}: label {other[0]:g}, expected 0, 1 or {IGNORE}")
+    if other := sorted(set(np.unique(labels).tolist()) - {0, 1, IGNORE_LABEL}):
+        raise DatasetError(f"{label}: label {other[0]:g}, expected 0, 1 or {IGNORE_LABEL}")
     hu = scan.voxels.astype(np.float32)
     if not np.isfinite(hu).all() or np.abs(hu).max() > np.iinfo(np.int16).max:
         raise DatasetError(f"{image}: values that are no number or beyond 16 bits, expected HU")
@@ -297,7 +297,7 @@ def _make(scan: Scan, out: Path, seed: int, most_copies: int) -> list[dict[str, 
                 "missing_slices": " ".join(map(str, scan.missing)),
                 "spacing_mm": f"{each.spacing_mm[1]:.3f}",
                 "bleed_ml": f"{(each.labels == 1).sum() * voxel_ml:.2f}",
-                "ignored_ml": f"{(each.labels == IGNORE).sum() * voxel_ml:.2f}",
+                "ignored_ml": f"{(each.labels == IGNORE_LABEL).sum() * voxel_ml:.2f}",
             }
         )
     return rows
@@ -311,12 +311,12 @@ def _halved(hu: Hu, labels: npt.NDArray[np.uint8]) -> tuple[Hu, npt.NDArray[np.u
     blocks = (count, height // 2, 2, width // 2, 2)
     coarse = hu.reshape(blocks).mean((2, 4))
     bleed = (labels == 1).reshape(blocks).mean((2, 4)) >= 0.5
-    doubtful = (labels == IGNORE).reshape(blocks).any((2, 4))
+    doubtful = (labels == IGNORE_LABEL).reshape(blocks).any((2, 4))
     return coarse, _labels_of(bleed, doubtful)
 
 
 def _labels_of(bleed: windowed.Mask, doubtful: windowed.Mask) -> npt.NDArray[np.uint8]:
-    return np.where(bleed, 1, np.where(doubtful, IGNORE, 0)).astype(np.uint8)
+    return np.where(bleed, 1, np.where(doubtful, IGNORE_LABEL, 0)).astype(np.uint8)
 
 
 def _unseen(scan: Scan) -> list[int]:
