@@ -31,7 +31,7 @@ HIPPOCAMPUS = PACK / "hippocampus"
 MIB = 2**20
 
 # What training, its tests and weights import. Versions as in the requirements that name them.
-CARRIED = ("blosc2", "batchgenerators", "safetensors")
+CARRIED = ("blosc2", "batchgenerators", "safetensors", "zlib-ng")
 BARE = ("scipy", "matplotlib", "pytest")
 # What these need and comes with torch, or nothing here imports: parts of batchgenerators do that
 # augment nothing.

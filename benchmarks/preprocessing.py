@@ -136,7 +136,7 @@ def compare_preprocessing(sides: Sides) -> list[Row]:
 
     times = _in_pairs("preprocess 3d_fullres", ours, rival, sides.repeats)
     return [
-        faster("preprocess 3d_fullres", *times, "s", 4),
+        faster("preprocess 3d_fullres", *times, "s", 6),
         smaller("store on disk", _megabytes(pair.store), _megabytes(pair.rival_store), "MB", 0.6),
         *compare_results(sides),
     ]

@@ -38,6 +38,7 @@ _SLAB_VOXELS = 4_000_000  # of the output, resized at once: 16 MB
 _VOTE_VOXELS = 500_000  # the same for labels, where several such arrays are needed at once
 _BLOCK_ROWS = 32
 _NEGLIGIBLE = 1e-7  # weight; a spline's weights fall by a factor of 3.7 a voxel
+_EDGE = 12  # voxels by which the border is extended; a spline beyond them hardly reaches it
 _TIE = 2e-6  # shares of two labels that differ by less are a tie: float32 errs by some 1e-7
 
 
@@ -58,8 +59,7 @@ def axis_matrix(size_in: int, size_out: int, order: int) -> npt.NDArray[np.float
     if size_in == 1:
         return np.ones((size_out, 1), np.float32)
     if order == 3:
-        zoom = (size_out / size_in, 1)
-        spline = ndimage.zoom(np.eye(size_in), zoom, order=3, mode="nearest", grid_mode=True)
+        spline = _cubic(size_in, size_out)
         return np.where(abs(spline) < _NEGLIGIBLE, 0, spline).astype(np.float32)
     matrix = np.zeros((size_out, size_in), np.float32)
     rows = np.arange(size_out)
@@ -70,6 +70,22 @@ def axis_matrix(size_in: int, size_out: int, order: int) -> npt.NDArray[np.float
     np.add.at(matrix, (rows, low), 1 - share)
     np.add.at(matrix, (rows, high), share)
     return matrix
+
+
+def _cubic(size_in: int, size_out: int) -> npt.NDArray[np.float64]:
+    """Cubic B-splines through unit vectors, at the centres of the output voxels.
+
+    As ``ndimage.zoom`` does it with ``mode="nearest"`` and ``grid_mode``, along one axis alone.
+    """
+    unit = np.pad(np.eye(size_in), ((_EDGE, _EDGE), (0, 0)), mode="edge")
+    coefficients = ndimage.spline_filter1d(unit, order=3, axis=0, mode="nearest")
+    position = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
+    low = np.floor(position).astype(int)
+    t = (position - low)[:, None]  # how far a voxel lies beyond the second of its four
+    weights = (1 - t) ** 3, 4 - 6 * t**2 + 3 * t**3, 1 + 3 * t + 3 * t**2 - 3 * t**3, t**3
+    rows = (coefficients[low + _EDGE - 1 + k] * weight for k, weight in enumerate(weights))
+    spline: npt.NDArray[np.float64] = sum(rows) / 6
+    return spline
 
 
 def nearest_indices(size_in: int, size_out: int) -> npt.NDArray[np.int64]:

@@ -10,7 +10,6 @@ other files, and fail by signal on some headers. Each kind of header has a file 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +22,7 @@ from ichseg.files import NIFTI_SUFFIXES
 from ichseg.scan import metaimage, nifti, nrrd, stored
 from ichseg.scan.stored import DamagedError, Header, OtherKindError
 
-_READING_FAILS = (OSError, EOFError, zlib.error, DamagedError)
+_READING_FAILS = (OSError, DamagedError)
 
 
 def read_header(path: Path, suffix: str) -> Header:
@@ -97,7 +96,7 @@ def is_whole(path: Path, suffix: str, nbytes: int) -> bool:
                 stream.seek(0)
             for piece in _voxel_pieces(stream, suffix, start, packed):
                 found += len(piece)
-    except (EOFError, ValueError, zlib.error, DamagedError):
+    except (ValueError, DamagedError):
         return False
     return found == nbytes
 

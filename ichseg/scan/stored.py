@@ -7,12 +7,12 @@ kept, so that a file that lies about its size is found out before memory is take
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
+from zlib_ng import zlib_ng  # inflates in less than half of zlib's time
 
 MOST_VOXELS = 1_000_000_000  # a head at 0.25 mm has 500 million
 LONGEST_HEADER = 65_536  # bytes, of a header in letters
@@ -129,17 +129,23 @@ def inflate(stream: BinaryIO) -> Iterator[bytes]:
     """Inflate zlib or gzip, of one or several members.
 
     Raises:
-        EOFError: The data end early.
-        zlib.error: They are damaged.
+        DamagedError: The data are damaged, or end early.
     """
-    inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    try:
+        yield from _inflated(stream)
+    except zlib_ng.error as error:  # type: ignore[misc]  # its stub gives an instance
+        raise DamagedError(str(error)) from error
+
+
+def _inflated(stream: BinaryIO) -> Iterator[bytes]:
+    inflater = zlib_ng.decompressobj(zlib_ng.MAX_WBITS | 32)
     left = b""
     while chunk := left or stream.read(_PIECE):
         if inflater.eof:  # another member, or zeros that pad the file
             if not chunk.strip(b"\0"):
                 left = b""
                 continue
-            inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
+            inflater = zlib_ng.decompressobj(zlib_ng.MAX_WBITS | 32)
         piece = inflater.decompress(chunk, _PIECE)
         left = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
         if piece:
@@ -147,7 +153,7 @@ def inflate(stream: BinaryIO) -> Iterator[bytes]:
     while not inflater.eof:
         piece = inflater.decompress(b"", _PIECE)
         if not piece and not inflater.eof:
-            raise EOFError("the compressed voxels end early")
+            raise DamagedError("the compressed voxels end early")
         yield piece
 
 

@@ -4,6 +4,7 @@ import torch
 from helpers.resampling import resize_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 from skimage.transform import resize
 
 from ichseg.predict import resample
@@ -83,6 +84,15 @@ def test_a_cubic_overshoot_is_clipped():
 @settings(max_examples=60, deadline=None)
 def test_rows_sum_to_one_so_a_constant_stays_constant(size_in, size_out, order):
     np.testing.assert_allclose(resample.axis_matrix(size_in, size_out, order).sum(1), 1, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 70), st.integers(1, 150))
+def test_a_spline_s_matrix_is_scipy_s_zoom_of_unit_vectors(size_in, size_out):
+    zoom = (size_out / size_in, 1)
+    expected = ndimage.zoom(np.eye(size_in), zoom, order=3, mode="nearest", grid_mode=True)
+    found = resample.axis_matrix(size_in, size_out, 3)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1.5e-7)
 
 
 def test_a_linear_ramp_stays_linear_away_from_the_border():

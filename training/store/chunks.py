@@ -22,6 +22,7 @@ whole numbers, and how large the steps are: docs/decisions/0005-store.md.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -348,8 +349,7 @@ def _new_array(
     shape: tuple[int, ...], dtype: type, metadata: Mapping[str, str] | None = None
 ) -> Any:
     """An empty Blosc2 array in memory: filled there and written at once, it is stored sooner."""
-    import blosc2  # here: it loads a web client, and who only lists cases need not wait for it
-
+    blosc2 = _blosc2()
     # sorting bytes by their place in a number only slows what has one byte
     filters = [blosc2.Filter.SHUFFLE] if np.dtype(dtype).itemsize > 1 else [blosc2.Filter.NOFILTER]
     leading = (1,) * (len(shape) - 3)
@@ -367,11 +367,20 @@ def _new_array(
 
 
 def _open_array(path: Path) -> Any:
-    import blosc2
-
+    blosc2 = _blosc2()
     # one thread: patches are read by several processes at once
     dparams = blosc2.DParams(nthreads=1)
     return blosc2.open(str(path), mode="r", mmap_mode="r", dparams=dparams)
+
+
+def _blosc2() -> Any:
+    """The library; not imported above, as it loads a web client and listing cases needs none."""
+    # Whatever an array's own parameters say, without this it starts and ends a thread for each
+    # chunk that it writes, which takes as long as the compression.
+    os.environ.setdefault("BLOSC_NTHREADS", "1")
+    import blosc2
+
+    return blosc2
 
 
 def _file(folder: Path, name: str, suffix: str) -> Path:
