@@ -261,7 +261,7 @@ def segment_cases(
     with loading_libraries():
         import SimpleITK  # noqa: F401  # what it takes is the program's own, and no case's
 
-    base = memory.program_bytes()
+    base = ensemble.program_bytes()
     cases_left = iter(range(count, 0, -1))
 
     def load_ahead() -> None:

@@ -31,6 +31,10 @@ class Networks:
     engine: Engine
     _alive: dict[str, Network] = field(default_factory=dict, repr=False)  # by file, or none
 
+    def loaded(self) -> list[Member]:
+        """The members whose networks are ready now."""
+        return [member for member in self.model.members if member.file in self._alive]
+
     def load_all(self, members: Sequence[Member], threads: int) -> None:
         """Load several, so many at the same time, and keep them ready.
 

@@ -197,6 +197,10 @@ class Ensemble:
             if _AHEAD * needed <= free:
                 self._networks.load_all(members, machine.cpu_threads())
 
+    def program_bytes(self) -> int:
+        """What the program takes beside the networks, which each scan's ``need`` counts."""
+        return memory.program_bytes(self._networks)
+
     def need(
         self,
         plan: Plan,

@@ -89,7 +89,7 @@ def segment_many(
     if images.is_one(scans):
         raise InputError(f"one {type(scans).__name__}, expected several scans, such as a list")
     check_threshold(threshold)
-    base = memory.program_bytes()
+    base = ensemble.program_bytes()
     kept: Kept | None = "float16" if probabilities else None
 
     @_or_error

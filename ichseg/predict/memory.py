@@ -16,7 +16,7 @@ from pathlib import Path
 from ichseg import ndimage
 from ichseg.engine import machine, openvino_engine
 from ichseg.engine.engine import Engine, tiles_at_once
-from ichseg.engine.networks import spec_of
+from ichseg.engine.networks import Networks, spec_of
 from ichseg.errors import InputError
 from ichseg.model import bundle
 from ichseg.model.bundle import Member, Model
@@ -225,7 +225,7 @@ def of_scan(
 
 def of_networks(model: Model, folder: Path, engine: Engine, members: Sequence[Member]) -> int:
     """Bytes that loaded networks take together; on a GPU those of its memory."""
-    return sum(
+    together = sum(
         resting_bytes(
             engine.kind,
             configuration := model.plans.configuration(member.configuration),
@@ -234,6 +234,9 @@ def of_networks(model: Model, folder: Path, engine: Engine, members: Sequence[Me
         )
         for member in members
     )
+    # each of OpenVINO's was taken with the runtime, which all of them share
+    shared = max(0, len(members) - 1) * _RUNTIME if engine.kind == "openvino" else 0
+    return together - shared
 
 
 def at_once(engine: Engine, model: Model, configuration: Configuration) -> int:
@@ -284,9 +287,14 @@ def gpu_holds_two(need: Need, engine: Engine) -> bool:
     return allowed is None or 2 * need.device <= allowed
 
 
-def program_bytes() -> int:
-    """What the program takes by itself: what it holds now, and what it has yet to import."""
-    return machine.resident_bytes() + ndimage.bytes_to_come()
+def program_bytes(networks: Networks) -> int:
+    """What the program takes by itself: what it holds now, and what it has yet to import.
+
+    Networks that stay from an earlier case are left out: each case's own need counts them.
+    """
+    loaded = networks.loaded() if networks.engine.kind == "openvino" else []
+    held = of_networks(networks.model, networks.folder, networks.engine, loaded)
+    return max(0, machine.resident_bytes() + ndimage.bytes_to_come() - held)
 
 
 def may_open(

@@ -41,6 +41,9 @@ class Pretended:
     def load_ahead(self, preset):
         pass
 
+    def program_bytes(self):
+        return 1000
+
     def plan(self, scan, preset):
         return scan
 
@@ -123,7 +126,6 @@ def limit_memory(monkeypatch):
     """What the memory may become: a list of one, None for anything. A case opened takes 10."""
     limit = [None]
     monkeypatch.setattr(machine, "memory_limit", lambda: limit[0])
-    monkeypatch.setattr(machine, "resident_bytes", lambda: 1000)
     monkeypatch.setattr(volume, "stored_shape", lambda _: (1, 1, 1))
     return limit
 

@@ -69,6 +69,18 @@ def test_what_was_loaded_ahead_goes_where_networks_may_not_stay(tmp_path, scan):
     assert len(loads) == 5  # all but the first again
 
 
+@pytest.mark.parametrize(("preset", "folds"), [("balanced", 3), ("fast", 1)])
+def test_networks_that_stay_are_counted_once(tmp_path, scan, monkeypatch, preset, folds):
+    make_bundle(tmp_path, folds=3)
+    ensemble = Ensemble.load(tmp_path, "cpu")
+    monkeypatch.setattr(machine, "resident_bytes", lambda *_: 10**10)
+    before = ensemble.program_bytes()
+    need = ensemble.need(ensemble.plan(scan, preset), file_bytes=0, singly=False)
+    ensemble.load_ahead(preset)
+    assert len(ensemble._networks.loaded()) == folds
+    assert ensemble.program_bytes() + need.network == before
+
+
 def test_a_network_that_cannot_be_loaded_is_an_error_where_it_runs(tmp_path, scan):
     model = make_bundle(tmp_path)
     ensemble = Ensemble.load(tmp_path, "cpu")
