@@ -29,6 +29,7 @@ from ichseg.files import (
 from ichseg.model import strict_json
 from ichseg.report import PAGE_FILE, REPORT_FOLDER, case_files
 from ichseg.scan import reader, register, volume
+from ichseg.scan.dicom.elements import DicomFile
 from ichseg.scan.reader import Scan
 from ichseg.scan.volume import Volume
 
@@ -161,7 +162,9 @@ def _compare(before: Study, after: Study, alignment: register.Alignment) -> Foll
     warnings = [
         f"{study.name}: {warning}" for study in (before, after) for warning in study.warnings
     ]
-    if alignment.agreement < _LEAST_AGREEMENT:
+    if np.array_equal(before.scan.voxels, after.scan.voxels):
+        warnings.append("both scans have the same voxels: they are one scan, given twice")
+    elif alignment.agreement < _LEAST_AGREEMENT:
         warnings.append(
             f"the scans agree by {alignment.agreement:.2f} only, where two of one patient have "
             f"{_LEAST_AGREEMENT:g} and more: look whether they are of one patient, left and right "
@@ -201,13 +204,22 @@ def about_headers(before: Scan, after: Scan) -> list[str]:
     patients = first.text("PatientID"), second.text("PatientID")
     if all(patients) and patients[0] != patients[1]:
         warnings.append("the scans are of two patients, by the numbers in their headers")
-    dates = [(scan.text("StudyDate"), scan.text("StudyTime")) for scan in (first, second)]
-    if all(day for day, _ in dates) and dates[0] > dates[1]:
+    if _is_later(first, second):
         warnings.append(
             "the first scan was taken after the second, by the dates in their headers; are they in "
             "their order?"
         )
     return warnings
+
+
+def _is_later(first: DicomFile, second: DicomFile) -> bool:
+    """Whether the first was taken after the second, by as many digits of the time as both have."""
+    days = first.text("StudyDate"), second.text("StudyDate")
+    if not all(days) or days[0] != days[1]:
+        return all(days) and days[0] > days[1]
+    times = first.text("StudyTime"), second.text("StudyTime")
+    digits = min(map(len, times))
+    return times[0][:digits] > times[1][:digits]
 
 
 def _remove_earlier(output: Path, given: Collection[Path]) -> None:

@@ -272,6 +272,9 @@ def test_a_scan_in_the_folder_at_hand_has_that_folders_name(studies, monkeypatch
         ({"StudyDate": "20240101", "StudyTime": "090000"}, ["the first scan was taken after the"]),
         ({"StudyDate": "20231231", "StudyTime": "235959"}, ["the first scan was taken after the"]),
         ({"StudyDate": None}, []),
+        ({"StudyTime": None}, []),
+        ({"StudyTime": "10"}, []),
+        ({"StudyTime": "0959"}, ["the first scan was taken after the second, by the dates"]),
         ({"PatientID": "2"}, ["the scans are of two patients, by the numbers in their headers"]),
         ({"PatientID": ""}, []),
     ],
@@ -304,6 +307,15 @@ def test_a_second_scan_whose_sides_are_exchanged_is_told(studies, tmp_path):
     (warning,) = found["warnings"]
     assert "agree by 0.94 as they are, and by 1.00 with the sides of the second" in warning
     assert "left and right are the same in both" in warning
+
+
+def test_one_scan_given_twice_is_told(studies, tmp_path):
+    words = command(studies, tmp_path / "out")
+    volume.write(volume.read(studies / "monday.nii.gz"), tmp_path / "copy.mha")
+    words[2], words[5] = str(tmp_path / "copy.mha"), words[4]
+    assert main(words) == 0
+    found = json.loads((tmp_path / "out" / compare.FILE).read_text())
+    assert found["warnings"] == ["both scans have the same voxels: they are one scan, given twice"]
 
 
 @pytest.mark.parametrize("flags", [["--output", ""], ["--weights", ""], ["--masks", "a.mha", ""]])
