@@ -27,6 +27,8 @@ _LEAST_TISSUE = 0.005  # of the volume; a head in a field of 500 x 500 x 300 mm 
 _BRAIN_HU = (0, 110)  # where most tissue may lie: brain is 20 to 45, plastic heads are 100
 _USUAL_BRAIN_HU = (18, 46)  # real heads have 22 to 43, phantoms 28 to 36
 _AIR_HU = (-1150, -850)
+_NOTHING_HU, _BONE_HU = -1200, 500  # below: nothing in HU; above: bone and metal
+_MOST_JUMPS = 0.002  # from one to the other, of the volume; of real heads with wrapped bone 0.0136
 _MOST_AT_THE_TOP = 0.3  # of the volume: bone in a narrow window; 129 real heads have 0.15 and less
 _LEAST_RANGE = 50  # from the lowest to the highest value; the narrowest window is 80 HU
 _SMALL_MM = 100.0  # a head is 140 mm wide and more
@@ -74,7 +76,8 @@ def check(volume: Volume, name: Path | str) -> tuple[Volume, tuple[str, ...]]:
             f"{name}: {reason}; expected a head CT in HU (values are {low:g} to {high:g})"
         )
     about_slices = slices.check(volume, name)
-    return volume, (*mended, *_about_values(values), *(about_size or about_slices))
+    about_values = (*_about_values(values), *_about_bone(sample))
+    return volume, (*mended, *about_values, *(about_size or about_slices))
 
 
 def is_offset(volume: Volume, name: Path | str) -> bool:
@@ -120,6 +123,24 @@ def _about_values(values: _Distribution) -> list[str]:
     if not _USUAL_BRAIN_HU[0] <= brain <= _USUAL_BRAIN_HU[1]:
         words.append(f"most tissue lies near {brain} HU, where brain is 20 to 45; is it in HU?")
     return words
+
+
+def _about_bone(sample: npt.NDArray[np.float32]) -> list[str]:
+    """A warning where bone ends in values far below air's, as if too large a number had wrapped."""
+    dark, bone = sample < _NOTHING_HU, sample > _BONE_HU
+    beside = (
+        (dark[:, 1:], bone[:, :-1]),
+        (dark[:, :-1], bone[:, 1:]),
+        (dark[:, :, 1:], bone[:, :, :-1]),
+        (dark[:, :, :-1], bone[:, :, 1:]),
+    )
+    jumps = sum(np.count_nonzero(one & other) for one, other in beside)
+    if jumps < _MOST_JUMPS * sample.size:
+        return []
+    return [
+        f"values below {_NOTHING_HU} lie all along bone, as if its highest ones had wrapped around "
+        "to negative: are the stored numbers unsigned, and called signed?"
+    ]
 
 
 def _check_size(volume: Volume, name: Path | str) -> list[str]:

@@ -185,6 +185,17 @@ def test_unusual_tissue_is_told(head):
     assert warning.startswith("most tissue lies near 12 HU, where brain is 20 to 45")
 
 
+def test_bone_that_has_wrapped_around_is_told(head):
+    """As where 12 bits without a sign are called signed: 1,024 HU becomes -3,072."""
+    wrapped = np.where(head.voxels > 1023, head.voxels - 4096, head.voxels)
+    _, warnings = plausibility.check(head.with_voxels(wrapped), PATH)
+    assert len(warnings) == 1
+    assert "values below -1200 lie all along bone" in warnings[0]
+    padded = head.voxels.copy()  # padding that cuts through the skull is no such thing
+    padded[:, :, : padded.shape[2] // 4] = -2000
+    assert plausibility.check(head.with_voxels(padded), PATH)[1] == ()
+
+
 def test_a_small_field_of_view_is_told():
     rng = np.random.default_rng(0)
     voxels = rng.integers(-900, 100, (10, 40, 40)).astype(np.int16)
