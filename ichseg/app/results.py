@@ -146,7 +146,7 @@ class Record:
             keep_others: Whether those of other scans stay whose masks are there, unaltered.
 
         Raises:
-            OutputError: The folder cannot be written.
+            OutputError: The folder cannot be written, or its ``results.json`` is something else.
         """
         if not any((self.output / name).exists() for name in FILES):
             return
@@ -159,10 +159,7 @@ class Record:
 
     def _earlier_of_others(self) -> list[CaseResult]:
         """Earlier results of scans that are no case of this run, and whose masks are unaltered."""
-        try:
-            earlier = read_results(self.output)
-        except OutputError:  # the results of something else, which are replaced
-            return []
+        earlier = read_results(self.output)
         names = {case.name for case in self.cases}
         masks = {str(case.output.relative_to(self.output)) for case in self.cases}
         return [

@@ -261,6 +261,18 @@ def test_what_was_found_in_other_scans_stays_while_their_masks_are_unaltered(pla
     assert named == ["103.mha", "200.mha", "104.mha", "105.mha"]
 
 
+@pytest.mark.parametrize("text", ['{"mine": 1}', '[{"outputs": "none"}]', "[1, 2", "[NaN]"])
+def test_results_json_of_something_else_is_not_replaced(place, text):
+    (place / "output").mkdir()
+    (place / "output" / "results.json").write_text(text)
+    ensemble = Pretended()
+    with pytest.raises(OutputError, match=r"json: not the results of an earlier run .*; move it"):
+        run(place, ensemble)
+    assert ensemble.calls == []
+    assert [path.name for path in (place / "output").iterdir()] == ["results.json"]
+    assert (place / "output" / "results.json").read_text() == text
+
+
 def test_a_mask_of_another_scan_of_the_same_name_is_replaced_in_words(place, capsys):
     """As of ``patient1/ct.nii.gz`` and ``patient2/ct.nii.gz``, one by one into one folder."""
     run(place, Pretended())
