@@ -140,26 +140,40 @@ def require_same_first_stage(
     """Refuse a second stage that was trained on labels of weights that its first no longer has.
 
     Args:
-        workspace: The folder with the splits and the first stage's runs.
+        workspace: See ``of_other_first_stage``, as for the next two and the last.
         plans: The plans that have both stages.
-        configuration: The configuration that was trained; any but a second stage is let through.
+        configuration: The configuration that was trained.
         path: Its checkpoint.
-        checkpoint: What that holds. Older ones do not say on which labels they were trained.
+        checkpoint: What that holds.
 
     Raises:
         TrainingError: The first stage has been trained further or anew since.
     """
-    seen: Mapping[str, str] = checkpoint.get("first_stage", {})
-    if configuration.previous_stage is None or not seen:
-        return
-    now = _first_stage_weights(workspace, plans, configuration)
-    other = [name for name in sorted(seen) if name in now and now[name].weights != seen[name]]
-    if other:
+    if other := of_other_first_stage(workspace, plans, configuration, checkpoint):
         raise TrainingError(
             f"{path}: was trained on labels of {configuration.previous_stage} of which "
-            f"{len(other)} of {len(seen)}, such as that of {other[0]}, are of other weights than "
-            f"its folds have now; put those back, or begin {configuration.name} anew with --restart"
+            f"{len(other)} of {len(checkpoint['first_stage'])}, such as that of {other[0]}, are of "
+            f"other weights than its folds have now; put those back, or begin {configuration.name} "
+            "anew with --restart"
         )
+
+
+def of_other_first_stage(
+    workspace: Path, plans: Plans, configuration: Configuration, checkpoint: Mapping[str, Any]
+) -> list[str]:
+    """The cases on labels of which a second stage was trained whose first has other weights now.
+
+    Args:
+        workspace: The folder with the splits and the first stage's runs.
+        plans: The plans that have both stages.
+        configuration: The configuration that was trained; of any but a second stage there are none.
+        checkpoint: Its checkpoint. Older ones do not say on which labels they were trained.
+    """
+    seen: Mapping[str, str] = checkpoint.get("first_stage", {})
+    if configuration.previous_stage is None or not seen:
+        return []
+    now = _first_stage_weights(workspace, plans, configuration)
+    return [name for name in sorted(seen) if name in now and now[name].weights != seen[name]]
 
 
 @dataclass(frozen=True, slots=True)

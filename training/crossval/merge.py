@@ -147,8 +147,8 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
     if changed:
         _log.warning(
             "%s: images or labels of %d cases have been corrected since its folds were "
-            "trained, such as %s; what is scored is the mask of the earlier image against the "
-            "label as it is now",
+            "trained, such as %s; what is scored against the label as it is now may be the mask of "
+            "the earlier image",
             configuration,
             len(changed),
             changed[0],

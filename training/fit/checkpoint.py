@@ -307,23 +307,39 @@ def load_checkpoint(
     return raw
 
 
+def has_ended(run: FoldRun, checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is that of a training's end, as the run's settings define it."""
+    if checkpoint["finished"] is None:
+        return False
+    state = ScheduleState(**checkpoint["schedule"])
+    return schedule.end_reason(run.config.rules, state, checkpoint["elapsed_s"]) is not None
+
+
 def require_sources(run: FoldRun) -> None:
-    """Refuse to go on with a network that was trained on files that have been corrected since.
+    """Refuse to train a network further that was trained on files that were corrected since.
+
+    One whose training has ended stays as it is, with a warning: it may still segment cases.
 
     Raises:
-        TrainingError: They have; says which, and what to do.
+        TrainingError: They were, and the training would go on; says which, and what to do.
     """
     path = run.folder / LATEST_CHECKPOINT
     if not path.exists():
         return
-    seen = load_checkpoint(path, run.plans, run.configuration, run.cases)["sources"]
-    changed = corrected_since(seen, run.sources)
-    if changed:
+    checkpoint = load_checkpoint(path, run.plans, run.configuration, run.cases)
+    changed = corrected_since(checkpoint["sources"], run.sources)
+    if not changed:
+        return
+    found = (
+        f"{path}: was trained with {counted(len(changed), 'case')} whose image or label has been "
+        f"corrected since, such as {changed[0]}"
+    )
+    if not has_ended(run, checkpoint):
         raise TrainingError(
-            f"{path}: was trained with {counted(len(changed), 'case')} whose image or label has "
-            f"been corrected since, such as {changed[0]}; begin anew with --restart, or leave the "
-            "fold as it is and go on with the commands after `train`"
+            f"{found}; begin anew with --restart, or leave the fold as it is and go on with the "
+            "commands after `train`"
         )
+    _log.warning("%s; --restart trains anew", found)
 
 
 def _decisive(plans: Plans) -> dict[str, str]:

@@ -91,10 +91,11 @@ def _converted(choices: Choices) -> str:
         corrected = convert.changed_at_source(source, kept, path.stat().st_mtime_ns)
         if corrected:
             _log.warning(
-                "%d files have changed since they were brought to %s, such as %s; what lies in the "
-                "workspace is used: copy them there, or begin a new one",
-                len(corrected),
+                "%s: no longer as in %s: %s, such as %s; what lies in the workspace is used: if it "
+                "is the dataset that was corrected, copy its files there, or begin a new workspace",
+                choices.dataset,
                 choices.workspace,
+                counted(len(corrected), "file"),
                 corrected[0],
             )
     return f"{path} is there"

@@ -29,8 +29,7 @@ from training.data.workspace import (
     TRAIN_LOG,
     run_folder,
 )
-from training.fit import schedule
-from training.fit.checkpoint import load_checkpoint, require_sources
+from training.fit.checkpoint import has_ended, load_checkpoint, require_sources
 from training.fit.configuration import (
     TRAINING_RECIPES,
     TrainingConfig,
@@ -41,7 +40,6 @@ from training.fit.fold_run import FoldRun, changed_settings, open_run
 from training.fit.loop import train_fold
 from training.fit.pretrained import Pretrained
 from training.fit.process_group import ALONE, ProcessGroup, joined
-from training.fit.schedule import ScheduleState
 from training.fit.step import determinism
 from training.jobs import board, graph, job_log, queue
 from training.jobs.claim import claimed
@@ -184,15 +182,16 @@ def wants_validation(run: FoldRun) -> bool:
 
 
 def is_finished(workspace: Path, run: FoldRun) -> bool:
-    """Whether a fold has been trained to its end, as these settings define it, and validated."""
+    """Whether a fold has been trained to its end, as these settings define it, and validated.
+
+    A cascade's second stage is not finished where its first has other weights since.
+    """
     path = run.folder / LATEST_CHECKPOINT
     if not path.exists():
         return False
     raw = load_checkpoint(path, run.plans, run.configuration, run.cases)
-    state = ScheduleState(**raw["schedule"])
-    if raw["finished"] is None or not schedule.end_reason(
-        run.config.rules, state, raw["elapsed_s"]
-    ):
+    its = run.plans, run.configuration, raw
+    if not has_ended(run, raw) or cascade_labels.of_other_first_stage(workspace, *its):
         return False
     return not wants_validation(run) or is_validated(workspace, run, raw["network"])
 
