@@ -1,6 +1,7 @@
 """The `train` command: folds one after another, and what ends them."""
 
 import argparse
+import dataclasses
 import errno
 import logging
 import os
@@ -8,12 +9,15 @@ import signal
 
 import pytest
 import torch
+from conftest import PLANS
+from helpers.workspaces import QUICK, make_workspace
 
 from ichseg.errors import TrainingError
 from training.__main__ import main as command
+from training.data import dataset
 from training.jobs import train
 from training.jobs.job_log import logged_to
-from training.jobs.train import parse_folds, train_in_sequence
+from training.jobs.train import parse_folds, run_fold, train_in_sequence
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
@@ -38,6 +42,35 @@ def test_memory_that_runs_out_in_a_validation_stops_no_other_fold(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: 1 of 2 folds failed: fold 0: ")
     assert "out of memory on cpu while segmenting the validation cases; the training has" in last
+
+
+@pytest.mark.parametrize(
+    ("labels", "held", "absent"),
+    [
+        (("hemorrhage",), (), ""),
+        (("hemorrhage", "core"), (), "core"),
+        (("bleed", "core"), ((1, 2), (2,)), "core"),
+    ],
+)
+def test_a_label_that_no_case_has_which_trains_a_fold_is_said(
+    tmp_path, monkeypatch, caplog, labels, held, absent
+):
+    """A rare label may be in the validation cases alone, or in none."""
+    monkeypatch.setattr(train, "train_fold", lambda *_, **__: True)
+    regions = (1, 2) if held else ()
+    plans = dataclasses.replace(
+        PLANS, labels=("background", *labels), regions=regions, region_labels=held
+    )
+    workspace = make_workspace(tmp_path, plans=plans)
+    if held:
+        listed = dataset.load_dataset(workspace)
+        named = dataclasses.replace(listed, regions=regions, region_labels=held)
+        dataset.save_dataset(named, workspace)
+    assert run_fold(workspace, "3d_fullres", "0", QUICK)
+    said = [r.getMessage() for r in caplog.records if "does not learn" in r.getMessage()]
+    expected = f"fold_0: none of the 4 cases that train it has {absent}, which its network does not"
+    assert len(said) == bool(absent)
+    assert all(expected in line for line in said)
 
 
 @pytest.mark.parametrize(

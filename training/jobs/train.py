@@ -18,6 +18,7 @@ from pathlib import Path
 from ichseg.engine import gpus as gpu_list
 from ichseg.engine import torch_device
 from ichseg.errors import DeviceFullError, IchsegError, TrainingError
+from ichseg.wording import counted
 from training.batches import hard_examples
 from training.bundle.pretrained import read_pretrained, require_unseen
 from training.crossval import cascade_labels
@@ -82,7 +83,8 @@ def run_fold(
         IchsegError: Something that earlier commands make is missing or damaged.
     """
     run = open_fold(workspace, configuration, fold, config, group, restart=restart)
-
+    if group.leads:
+        _warn_of_absent_labels(run)
     pretrained = None
     if config.pretrained is not None:
         folder = Path(config.pretrained)
@@ -97,6 +99,21 @@ def run_fold(
         without = " without --restart" if restart else ""
         _log.info("stopped by %s; the same command%s goes on from here", by, without)
     return done
+
+
+def _warn_of_absent_labels(run: FoldRun) -> None:
+    """Say which labels or regions no case that trains the fold has: it does not learn them."""
+    metas = (chunks.load_meta(run.spec.folder, name) for name in run.spec.train)
+    present = {label for meta in metas for label in meta.labels}
+    absent = [region.name for region in run.plans.foreground if present.isdisjoint(region.labels)]
+    if absent:
+        _log.warning(
+            "%s: none of the %s that train it has %s, which its network does not learn; "
+            "splits.json can give it other cases before it is trained",
+            run.folder,
+            counted(len(run.spec.train), "case"),
+            ", ".join(absent),
+        )
 
 
 def _weights_to_begin_with(folder: Path, run: FoldRun) -> Pretrained:
