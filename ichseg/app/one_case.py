@@ -213,6 +213,8 @@ def open_case(task: Task, _: Task, ensemble: Ensemble, options: Options, base: i
         singly=options.deadline is not None,
         probabilities=_kept(options),
     )
+    if options.pictures:
+        need = _with_pictures(need, scan, ensemble)
     allowed = memory.refuse_beyond_memory(image, base + need.alone, scan.grid)
     say(
         f"{task.name}: {scan.grid}, about {byte_size(base + need.alone)} of memory"
@@ -222,6 +224,15 @@ def open_case(task: Task, _: Task, ensemble: Ensemble, options: Options, base: i
     )
     prepared = ensemble.prepare(plan)
     return Opened(scan, read_s, need, prepared)
+
+
+def _with_pictures(need: memory.Need, scan: Scan, ensemble: Ensemble) -> memory.Need:
+    """What a case needs whose pictures are made once its scores are given up."""
+    from ichseg.report import case_files  # loads Pillow
+
+    kept = scan.voxels.nbytes + 2 * scan.voxels.size  # the mask, and the foreground's probability
+    drawing = kept + case_files.memory_bytes(scan, is_ct=ensemble.model.expects_hu)
+    return dataclasses.replace(need, writing=max(need.writing, drawing))
 
 
 @stage

@@ -64,18 +64,17 @@ def frame(
     spacing_mm = (z, y, x)
     voxels = axes.apply(image.voxels)
     labels = {
-        name: np.asarray(axes.apply(mask.voxels)).astype(np.uint8) for name, mask in masks.items()
+        name: np.asarray(axes.apply(mask.voxels)).astype(np.uint8, copy=False)
+        for name, mask in masks.items()
     }
-    inside = np.zeros(voxels.shape, dtype=bool)
-    for mask_voxels in labels.values():
-        inside |= mask_voxels != 0
     heads = [voxels]
+    shown: list[npt.NDArray[np.generic]] = [*labels.values()]
     if beside is not None:
         heads.append(axes.apply(beside[0].voxels))
-        inside |= axes.apply(beside[1].voxels) != 0
+        shown.append(axes.apply(beside[1].voxels))
     box = (slice(0, voxels.shape[0]), slice(0, voxels.shape[1]), slice(0, voxels.shape[2]))
     if is_ct:
-        box = _head_and_masks(heads, inside, spacing_mm)
+        box = _head_and_masks(heads, shown, spacing_mm)
     return Framed(
         image=voxels[box],
         masks={name: mask_voxels[box] for name, mask_voxels in labels.items()},
@@ -106,7 +105,7 @@ def _affine(
 
 def _head_and_masks(
     heads: Sequence[npt.NDArray[np.generic]],
-    inside: npt.NDArray[np.bool_],
+    masks: Sequence[npt.NDArray[np.generic]],
     spacing_mm: Sequence[float],
 ) -> tuple[slice, slice, slice]:
     """A box around the heads without their rest and all masks; the whole if none is found."""
@@ -114,8 +113,8 @@ def _head_and_masks(
         [head_box([hu], spacing_mm) or [(0, size) for size in hu.shape] for hu in heads]
     )
     box = np.column_stack([boxes[:, :, 0].min(axis=0), boxes[:, :, 1].max(axis=0)])
-    if inside.any():
-        of_masks = np.array(nonzero_box([inside]))
+    if any(mask.any() for mask in masks):
+        of_masks = np.array(nonzero_box(masks))
         box = np.column_stack([np.minimum(box, of_masks)[:, 0], np.maximum(box, of_masks)[:, 1]])
     z, y, x = (slice(int(start), int(stop)) for start, stop in box)
     return z, y, x

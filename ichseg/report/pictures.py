@@ -68,7 +68,7 @@ def draw_overlay(
     Raises:
         InputError: The shapes differ.
     """
-    masks = {"prediction": mask.with_voxels(mask.voxels != 0)}
+    masks = {"prediction": mask.with_voxels((mask.voxels != 0).view(np.uint8))}
     if reference is not None:
         masks["reference"] = reference
     framed = frame(image, masks, is_ct=is_ct)
@@ -138,7 +138,7 @@ def write_strip(
 
 def fitting_window(framed: Framed) -> tuple[float, float]:
     """Width and level that span all but the darkest and the brightest of the intensities."""
-    low, high = np.percentile(framed.image.astype(np.float32), [0.5, 99.5])
+    low, high = np.percentile(framed.image.astype(np.float32), [0.5, 99.5], overwrite_input=True)
     return max(float(high - low), 1e-6), float(low + high) / 2
 
 

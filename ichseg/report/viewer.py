@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ichseg.report.framing import Framed, Labels
 
 MOST_BYTES = 8_000_000  # of the script
-_MOST_VOXELS = 16_000_000  # what gzip could still bring below that
+MOST_VOXELS = 16_000_000  # what gzip could still bring below that
 _HU_RANGE = (-1024, 3071)  # lowest and highest that are kept
 # Outside these HU are kept to a multiple of 8: air and bone are looked at in windows so wide that
 # a grey level is more, and noise takes most of the room.
@@ -56,7 +56,7 @@ def make_script(framed: Framed, slug: str, *, is_ct: bool) -> Script:
     merged = np.array([1, 1, 1])
     while True:
         size = np.prod(np.ceil(np.array(framed.image.shape) / merged))
-        if size <= _MOST_VOXELS:
+        if size <= MOST_VOXELS:
             text = _write(framed, slug, merged, is_ct=is_ct)
             if len(text) <= MOST_BYTES:
                 return Script(text, (int(merged[0]), int(merged[1]), int(merged[2])))
@@ -72,19 +72,24 @@ def _write(framed: Framed, slug: str, merged: npt.NDArray[np.int64], *, is_ct: b
     affine[:3, 3] += framed.affine[:3, :3] @ ((merged[::-1] - 1) / 2)
     affine[:3, :3] *= merged[::-1]
     slope = inter = 0.0
-    if is_ct:
-        hu = np.clip(image, *_HU_RANGE)
-        fine = (hu >= _FINE_HU[0]) & (hu <= _FINE_HU[1])
-        coarse = np.rint(hu / _COARSE_STEP) * _COARSE_STEP
-        stored = np.where(fine, np.rint(hu), coarse).astype("<i2")
-    else:
+    stored = np.empty(image.shape, "<i2")
+    if not is_ct:
         low, high = float(image.min()), float(image.max())
         slope, inter = (high - low) / _STEPS or 1.0, low
-        stored = np.rint((image - inter) / slope).astype("<i2")
+    for plane, kept in zip(image, stored, strict=True):
+        kept[:] = _coarse_hu(plane) if is_ct else np.rint((plane - inter) / slope)
+    del image  # its memory is of use to what follows
     volumes: dict[str, str] = {"image": _nifti(stored, affine, _INT16, slope, inter)}
     for name, labels in framed.masks.items():
         volumes[name] = _nifti(_merge_largest(labels, merged), affine, _UINT8)
     return f"ichsegCase({json.dumps(slug)}, {json.dumps(volumes)});\n"
+
+
+def _coarse_hu(hu: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """HU in whole numbers, those of air and bone in steps."""
+    hu = np.clip(hu, *_HU_RANGE)
+    fine = (hu >= _FINE_HU[0]) & (hu <= _FINE_HU[1])
+    return np.where(fine, np.rint(hu), np.rint(hu / _COARSE_STEP) * _COARSE_STEP)
 
 
 def _nifti(
@@ -112,16 +117,22 @@ def _nifti(
 def _merge_mean(
     voxels: npt.NDArray[np.generic], merged: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
-    """The mean of each block of ``merged`` voxels; those at the far faces may be smaller."""
-    result: npt.NDArray[np.float32] = voxels.astype(np.float32)
-    for axis, count in enumerate(merged):
-        if count > 1:
-            starts = np.arange(0, result.shape[axis], count)
-            lengths = np.diff(np.append(starts, result.shape[axis]))
-            shape = [-1 if a == axis else 1 for a in range(3)]
-            sums = np.add.reduceat(result, starts, axis)
-            result = (sums / lengths.reshape(shape)).astype(np.float32)
-    return result
+    """The mean of each block of ``merged`` voxels; those at the far faces may be smaller.
+
+    Slab by slab: of a large scan no copy is made.
+    """
+    merged_planes = []
+    for start in range(0, len(voxels), merged[0]):
+        slab = voxels[start : start + merged[0]].astype(np.float32)
+        for axis, count in enumerate(merged):
+            if count > 1:
+                starts = np.arange(0, slab.shape[axis], count)
+                lengths = np.diff(np.append(starts, slab.shape[axis]))
+                shape = [-1 if a == axis else 1 for a in range(3)]
+                sums = np.add.reduceat(slab, starts, axis)
+                slab = (sums / lengths.reshape(shape)).astype(np.float32)
+        merged_planes.append(slab)
+    return np.concatenate(merged_planes)
 
 
 def _merge_largest(labels: Labels, merged: npt.NDArray[np.int64]) -> Labels:

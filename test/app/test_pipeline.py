@@ -130,6 +130,14 @@ def test_a_case_that_needs_more_than_is_allowed_is_refused_before_it_is_prepared
     assert not run(place, ensemble)[0].error
 
 
+def test_pictures_are_counted_in_the_memory_of_a_case(place, allowed):
+    allowed[0] = machine.MemoryLimit(15 * 2**20, "someone")
+    assert not run(place, Pretended())[0].error
+    assert "need at least 21.0 MB of memory" in with_pictures(place)[0].error
+    allowed[0] = machine.MemoryLimit(25 * 2**20, "someone")
+    assert not with_pictures(place)[0].error
+
+
 def test_faults_of_one_case_do_not_stop_the_others(place, allowed, capsys):
     allowed[0] = machine.MemoryLimit(2000, "someone")
     for name in (666, 667, 668):

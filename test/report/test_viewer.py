@@ -3,11 +3,13 @@
 import base64
 import gzip
 import json
+import tracemalloc
 
 import nibabel
 import numpy as np
+import pytest
 
-from ichseg.report import viewer
+from ichseg.report import case_files, pictures, viewer
 from ichseg.report.framing import frame
 from ichseg.scan.volume import Volume
 
@@ -98,3 +100,23 @@ def test_same_case_gives_the_same_bytes():
     framed = frame(scan(), {})
     first, again = (viewer.make_script(framed, "a", is_ct=True).text for _ in range(2))
     assert first == again
+
+
+@pytest.mark.parametrize(("is_ct", "shape"), [(True, (64, 256, 256)), (False, (64, 128, 256))])
+def test_drawing_takes_the_memory_that_is_said(tmp_path, monkeypatch, is_ct, shape):
+    """Also of a scan of many more voxels than the viewer gets."""
+    monkeypatch.setattr(viewer, "MOST_VOXELS", 600_000)
+    image = scan(shape)
+    mask = image.with_voxels((image.voxels > 190).astype(np.uint8))
+
+    def draw():
+        pictures.write_overlay(image, mask, tmp_path / "a.png", is_ct=is_ct)
+        case_files.write_case(tmp_path, "a", image, {"prediction": mask}, is_ct=is_ct)
+
+    draw()  # which also imports what it needs
+    tracemalloc.start()
+    draw()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    said = case_files.memory_bytes(image, is_ct=is_ct)
+    assert said / 4 < peak < said
