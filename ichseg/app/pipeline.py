@@ -104,7 +104,7 @@ def run(job: Job, means: Means, options: Options) -> Sequence[CaseResult]:
         A result for each case of the job, in its order.
 
     Raises:
-        OutputError: ``results.json`` cannot be written, or with ``resume`` not be read.
+        OutputError: ``results.json`` cannot be written, or is something else's.
         WeightsError: The bundle cannot be run.
         DeviceError: The device cannot be used.
     """
@@ -147,7 +147,7 @@ def refuse_all(job: Job, options: Options) -> Sequence[CaseResult]:
     """Do what ``run`` does for a job whose cases are all refused, without a network.
 
     Raises:
-        OutputError: ``results.json`` cannot be written.
+        OutputError: ``results.json`` cannot be written, or is something else's.
     """
     record = Record(options.output, job.cases, on_disk=not job.challenge)
     _begin(record, job, _tasks(job, options.output), options)
@@ -156,8 +156,12 @@ def refuse_all(job: Job, options: Options) -> Sequence[CaseResult]:
 
 
 def _begin(record: Record, job: Job, waiting: Sequence[Task], options: Options) -> None:
-    """Remove what would be taken for this run's, and record the cases that are refused."""
-    _remove_earlier(waiting, options)
+    """Remove what would be taken for this run's, and record the cases that are refused.
+
+    Raises:
+        OutputError: ``results.json`` is something else's, or cannot be written.
+    """
+    _remove_earlier(waiting, options, on_platform=job.platform or job.challenge)
     record.begin(keep_others=not job.platform)
     refuse_cases(job, record)
 
@@ -180,15 +184,20 @@ def _remove_unfinished(job: Job, options: Options) -> None:
             remove_unfinished(folder)
 
 
-def _remove_earlier(tasks: Sequence[Task], options: Options) -> None:
+def _remove_earlier(tasks: Sequence[Task], options: Options, *, on_platform: bool) -> None:
     """Remove what an earlier run has made beside masks that this one will replace.
 
     It would be taken for this run's. What that run did not list as its own is left alone, but for
     what this one is about to make.
+
+    Raises:
+        OutputError: ``results.json`` is something else's, which is replaced on a platform alone.
     """
     try:
         earlier = results.read_results(options.output)
-    except OutputError:  # the results of something else, which are replaced
+    except OutputError:
+        if not on_platform:
+            raise
         earlier = {}
     made = {result.image: result.report.get("made_from") for result in earlier.values()}
     for task in tasks:

@@ -143,10 +143,11 @@ class Record:
         """Take back earlier results of these cases: this run will replace their masks.
 
         Args:
-            keep_others: Whether those of other scans stay whose masks are there, unaltered.
+            keep_others: Whether those of other scans stay: of these that failed, and of those
+                whose masks are there, unaltered.
 
         Raises:
-            OutputError: The folder cannot be written, or its ``results.json`` is something else.
+            OutputError: The folder cannot be written, or ``results.json`` is something else's.
         """
         if not any((self.output / name).exists() for name in FILES):
             return
@@ -154,23 +155,27 @@ class Record:
             self.others = self._earlier_of_others()
         if self.others:
             others = counted(len(self.others), "other scan")
-            say(f"{self.output / FILE} keeps what earlier runs found in {others}")
+            failed = sum(result.mask is None for result in self.others)
+            of_these = f", {failed} of which failed" if failed else ""
+            say(f"{self.output / FILE} keeps what earlier runs found in {others}{of_these}")
         self.save()
 
     def _earlier_of_others(self) -> list[CaseResult]:
-        """Earlier results of scans that are no case of this run, and whose masks are unaltered."""
-        earlier = read_results(self.output)
+        """Earlier results of scans that are no case of this run; their masks are unaltered."""
         names = {case.name for case in self.cases}
         masks = {str(case.output.relative_to(self.output)) for case in self.cases}
         return [
             result
-            for result in earlier.values()
-            if result.mask is not None
-            and result.image not in names
+            for result in read_results(self.output).values()
+            if result.image not in names
             and result.mask not in masks
-            and "mask_sha256" in result.report
-            and digest_of(self.output / result.mask) == result.report["mask_sha256"]
+            and (result.mask is None or self._is_unaltered(result.mask, result.report))
         ]
+
+    def _is_unaltered(self, mask: str, report: dict[str, Any]) -> bool:
+        """Whether a mask is the one that an earlier result was written for."""
+        written = report.get("mask_sha256")
+        return written is not None and digest_of(self.output / mask) == written
 
     def add(self, case: InputCase, result: CaseResult) -> None:
         """Keep a case's result, from which an interrupted run can go on.

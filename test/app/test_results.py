@@ -261,16 +261,36 @@ def test_what_was_found_in_other_scans_stays_while_their_masks_are_unaltered(pla
     assert named == ["103.mha", "200.mha", "104.mha", "105.mha"]
 
 
-@pytest.mark.parametrize("text", ['{"mine": 1}', '[{"outputs": "none"}]', "[1, 2", "[NaN]"])
-def test_results_json_of_something_else_is_not_replaced(place, text):
-    (place / "output").mkdir()
-    (place / "output" / "results.json").write_text(text)
+def test_a_scan_that_failed_stays_in_the_results_until_it_is_done_again(place, capsys):
+    """As in a loop over scans, whose last run alone would be looked at."""
+    add(place, 666)
+    run(place, Pretended())
+    failed = entries(place)[-1]
+    for path in (place / "input").iterdir():
+        path.unlink()
+    add(place, 101)
+    run(place, Pretended())
+    assert entries(place)[-1] == failed
+    assert failed["error_messages"] == [f"{place / 'input'}/666.mha: an ugly one"]
+    said = "results.json keeps what earlier runs found in 5 other scans, 1 of which failed"
+    assert said in capsys.readouterr().err
+    (place / "input" / "101.mha").rename(place / "input" / "666.mha")
+    run(place, Pretended())
+    assert not any(entry["error_messages"] for entry in entries(place))
+
+
+@pytest.mark.parametrize("text", ['{"Dice": 0.9}', '[{"outputs": "none"}]', "[1, 2", "[NaN]"])
+def test_the_results_of_something_else_are_not_replaced(place, text):
+    """``results.json`` is a name that many programs use; the earlier masks stay, too."""
+    run(place, Pretended())
+    output = place / "output"
+    (output / "results.json").write_text(text)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
     ensemble = Pretended()
     with pytest.raises(OutputError, match=r"json: not the results of an earlier run .*; move it"):
         run(place, ensemble)
     assert ensemble.calls == []
-    assert [path.name for path in (place / "output").iterdir()] == ["results.json"]
-    assert (place / "output" / "results.json").read_text() == text
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
 def test_a_mask_of_another_scan_of_the_same_name_is_replaced_in_words(place, capsys):
