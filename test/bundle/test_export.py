@@ -195,7 +195,7 @@ def test_refuses_weights_that_rounding_changes(workspace, tmp_path, monkeypatch,
     """As trained the mask is empty, from rounded weights it is full."""
     trained = weights(workspace, "0")
 
-    def segment(case, run, state):
+    def segment(given, run, state):
         same = all(torch.equal(state[name], trained[name]) for name in trained)
         return np.full((6, 24, 24), 0 if same else 1, np.uint8)
 
@@ -218,9 +218,10 @@ def test_a_few_voxels_that_rounding_changes_are_let_pass(
     workspace, tmp_path, monkeypatch, voxels, passes
 ):
     trained = weights(workspace, "0")
+    cases = {case.name: case for case in dataset.load_dataset(workspace).labelled}
 
-    def segment(case, run, state):
-        blood = volume.read(case.reference).voxels
+    def segment(given, run, state):
+        blood = volume.read(cases[given.name].reference).voxels
         labels = np.zeros(blood.shape, np.uint8)
         if not all(torch.equal(state[name], trained[name]) for name in trained):
             labels[tuple(np.argwhere(blood)[:voxels].T)] = 1

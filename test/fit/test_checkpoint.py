@@ -25,10 +25,9 @@ from training.crossval.validate import validate
 from training.data import dataset, splits
 from training.data.splits import Split
 from training.data.workspace import BEST_CHECKPOINT, LATEST_CHECKPOINT, run_folder
-from training.fit import checkpoint as files
 from training.fit import loop
+from training.fit import saver as files
 from training.fit.checkpoint import (
-    Saver,
     load_checkpoint,
     read_checkpoint,
     require_cases,
@@ -36,6 +35,7 @@ from training.fit.checkpoint import (
     weights_digest,
 )
 from training.fit.fold_run import open_run
+from training.fit.saver import Saver
 from training.fit.step import begin
 from training.jobs.train import is_finished, run_fold
 

@@ -23,11 +23,11 @@ from training.batches.sampling import BatchKey
 from training.batches.stream import open_batches
 from training.crossval.validate import validate
 from training.data.workspace import LATEST_CHECKPOINT
-from training.fit import checkpoint as files
 from training.fit import loop, step
 from training.fit.checkpoint import read_checkpoint
 from training.fit.configuration import TRAINING_RECIPES, TrainingConfig
 from training.fit.fold_run import open_run
+from training.fit.saver import Saver
 from training.jobs.train import is_finished, run_fold
 
 
@@ -290,7 +290,7 @@ def test_a_scale_that_finds_no_end_is_not_saved(fresh):
     state = step.begin(run)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-17)
     with (
-        files.Saver(run) as saver,
+        Saver(run) as saver,
         pytest.raises(TrainingError, match=r"every step's gradient overflows fp16; .*below 0.001"),
     ):
         saver.save(state)

@@ -37,6 +37,10 @@ def fingerprint_of(
     )
 
 
+def plan(fingerprint: Fingerprint, dataset: Dataset, **choices: object) -> Plans:
+    return decide(fingerprint, dataset, **choices)[0]  # type: ignore[arg-type]
+
+
 def decide_alike(
     voxel_mm: Sequence[float],
     shape: Sequence[int],

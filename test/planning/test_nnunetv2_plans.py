@@ -8,10 +8,9 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.planning import HEAD, dataset_of, fingerprint_of
+from helpers.planning import HEAD, dataset_of, fingerprint_of, plan
 
 from training.planning.overrides import Overrides
-from training.planning.planner import plan
 
 TASKS = json.loads((Path(__file__).parents[1] / "helpers" / "nnunetv2_plans.json").read_text())[
     "tasks"

@@ -4,13 +4,20 @@ import dataclasses
 import math
 
 import pytest
-from helpers.planning import HEAD, dataset_of, decide_alike, fingerprint_of, plan_heads
+from helpers.planning import (
+    HEAD,
+    dataset_of,
+    decide_alike,
+    fingerprint_of,
+    plan,
+    plan_heads,
+)
 
 from ichseg.errors import PlansError
 from ichseg.model.plans import Override
 from training.planning.explain import explain
 from training.planning.overrides import Overrides
-from training.planning.planner import decide, plan
+from training.planning.planner import decide
 
 ONE, FLAT, FULL = (1, 1, 1), (1, 2, 2), (2, 2, 2)
 

@@ -6,7 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers.datasets import contents
-from helpers.planning import HEAD, dataset_of, decide_alike, fingerprint_of, plan_heads
+from helpers.planning import (
+    HEAD,
+    dataset_of,
+    decide_alike,
+    fingerprint_of,
+    plan,
+    plan_heads,
+)
 
 from ichseg.errors import DatasetError, PlansError
 from ichseg.model import plans as plans_module
@@ -17,7 +24,6 @@ from training.planning import planner
 from training.planning import topology as rules
 from training.planning.overrides import Overrides
 from training.planning.patch import Grid, first_patch
-from training.planning.planner import plan
 from training.planning.recipes import RECIPES, find_recipe
 from training.planning.spacing import target_spacing
 

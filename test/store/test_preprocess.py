@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.planning import plan
 
 from ichseg.engine import machine
 from ichseg.errors import DatasetError, PlansError
@@ -27,9 +28,8 @@ from training.data.sources import digest_sources
 from training.data.workspace import preprocessed_folder
 from training.fit.configuration import TrainingConfig
 from training.jobs.train import run_fold
-from training.planning import planner
 from training.planning.fingerprint import compute_fingerprint
-from training.planning.planner import Overrides
+from training.planning.overrides import Overrides
 from training.store import chunks, preprocess
 from training.store.preprocess import preprocess_dataset
 
@@ -55,7 +55,7 @@ def work(tmp_path):
         cases.append(Case(name, (tmp_path / f"raw/{name}_0000.mha",), tmp_path / f"raw/{name}.mha"))
     dataset = Dataset("Tiny", ("CT",), ("background", "bleed"), tuple(cases))
     save_dataset(dataset, tmp_path)
-    plans = planner.plan(
+    plans = plan(
         compute_fingerprint(dataset, 1),
         dataset,
         recipe="msd2018",

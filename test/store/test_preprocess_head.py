@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers.heads import BOX, SPACING_MM, head_in_air
+from helpers.planning import plan
 
 from ichseg.errors import DatasetError
 from ichseg.predict import prepare as inference
@@ -13,9 +14,8 @@ from ichseg.scan import volume
 from ichseg.scan.volume import Volume
 from training.data.dataset import Case, Dataset
 from training.data.workspace import preprocessed_folder
-from training.planning import planner
 from training.planning.fingerprint import compute_fingerprint
-from training.planning.planner import Overrides
+from training.planning.overrides import Overrides
 from training.store import chunks
 from training.store.preprocess import preprocess_dataset
 
@@ -32,7 +32,7 @@ def heads(tmp_path):
     dataset = Dataset("Heads", ("CT",), ("background", "bleed"), cases)
     chosen = Overrides(spacing_mm=(5.0, 2.0, 2.0), patch=(8, 16, 16), batch=2, crop="head")
     found = compute_fingerprint(dataset, 1)
-    return dataset, planner.plan(found, dataset, recipe="msd2018", overrides=chosen)
+    return dataset, plan(found, dataset, recipe="msd2018", overrides=chosen)
 
 
 def test_stores_the_box_that_inference_sees(heads, tmp_path):

@@ -44,7 +44,7 @@ from training.data.workspace import (
     run_folder,
     selection_file,
 )
-from training.fit.checkpoint import load_checkpoint, weights_digest
+from training.fit.checkpoint import digest_of, load_checkpoint, weights_digest
 from training.fit.configuration import load_settings
 from training.fit.fold_run import FoldRun, open_run
 from training.planning.planned import load_plans
@@ -159,11 +159,11 @@ def is_of_checkpoint(model: Model, run: FoldRun) -> bool:
     Bundles of earlier versions do not tell, and count as holding others.
     """
     file = CHECKPOINTS[model.provenance.get("checkpoint", "latest")]
-    now = load_checkpoint(run.folder / file, run.plans, run.configuration, run.cases)["network"]
+    now = digest_of(run.folder / file, run.plans, run.configuration, run.cases)
     held = model.provenance.get("folds", {}).get(
         splits.fold_key(run.configuration.name, run.fold), {}
     )
-    return bool(held.get("weights") == weights_digest(now))
+    return bool(held.get("weights") == now)
 
 
 def describe_plans(planned: Plans) -> str:

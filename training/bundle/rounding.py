@@ -11,7 +11,7 @@ from torch import Tensor
 from ichseg.errors import TrainingError
 from ichseg.scan import volume
 from ichseg.wording import counted
-from training.crossval.validate import dice_of_labels, load_network, segment_case
+from training.crossval.validate import dice_of_labels, load_network, prepare_case, segment_case
 from training.data.dataset import Dataset
 from training.fit.fold_run import FoldRun
 
@@ -64,7 +64,8 @@ def check_rounding(
         if not np.isin(reference, range(1, len(run.plans.labels))).any():
             continue
         checked += 1
-        labels = [segment_case(case, run, network) for network in networks]
+        given = prepare_case(case, run)
+        labels = [segment_case(given, run, network) for network in networks]
         changed = int(np.count_nonzero(labels[0] != labels[1]))
         before, after = (
             dice_of_labels(found, reference, run.plans, data.ignore_label) for found in labels

@@ -9,7 +9,6 @@ trained further or anew since are refused.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,8 @@ from ichseg.predict.prepare import Placement, place
 from ichseg.predict.restore import regrid
 from ichseg.scan.volume import Volume
 from training.data import dataset, splits
-from training.data.splits import Split
 from training.data.workspace import LATEST_CHECKPOINT, preprocessed_folder, run_folder, run_folders
-from training.fit.checkpoint import load_checkpoint, weights_digest
+from training.fit.checkpoint import digest_of
 from training.store import chunks
 
 
@@ -200,18 +198,9 @@ def _first_stage_weights(
     for number, split in enumerate(splits.find_splits(workspace, _labelled(workspace))):
         path = run_folder(workspace, first.name, str(number)) / LATEST_CHECKPOINT
         if path.exists():
-            weights = _digest_at(path, path.stat().st_mtime_ns, plans, first, split)
+            weights = digest_of(path, plans, first, split)
             found |= {name: _Stranger(str(number), weights) for name in split.validation}
     return found
-
-
-@functools.cache
-def _digest_at(
-    path: Path, modified_ns: int, plans: Plans, configuration: Configuration, cases: Split
-) -> str:
-    """The digest of a checkpoint's weights, read once as long as the file stays the same."""
-    del modified_ns  # only tells one file at this place from the next
-    return weights_digest(load_checkpoint(path, plans, configuration, cases)["network"])
 
 
 def _labelled(workspace: Path) -> list[str]:

@@ -31,7 +31,7 @@ from training.data.workspace import (
     splits_file,
     trained_runs,
 )
-from training.fit.checkpoint import load_checkpoint, weights_digest
+from training.fit.checkpoint import digest_of, load_checkpoint
 from training.planning.planned import load_plans
 from training.scoring import evaluate, summary, tables
 from training.scoring.measures import EMPTY_POLICIES
@@ -114,12 +114,12 @@ def validated_masks(workspace: Path, configuration: str) -> dict[str, Path]:
         cascade_labels.require_same_first_stage(workspace, every, planned, path, checkpoint)
         seen = checkpoint["sources"]
         changed += [n for n in split.validation if seen.get(n) and sources[n] not in ("", seen[n])]
-        weights = checkpoint["network"]
         try:
             found = strict_json.load(record.Validation, folder / VALIDATION_FILE)
         except PlansError as error:
             raise TrainingError(f"{folder}: not validated yet; {again}") from error
-        made_now = (found.weights, found.padding) == (weights_digest(weights), every.padding)
+        weights = digest_of(path, every, planned, split)
+        made_now = (found.weights, found.padding) == (weights, every.padding)
         done = set(found.dice) if made_now else set()
         paths = {name: mask_file(folder, name) for name in split.validation}
         missing = [name for name, path in paths.items() if name not in done or not path.is_file()]
@@ -172,8 +172,7 @@ def digest_of_folds(workspace: Path, configuration: str) -> str:
     digest = hashlib.sha256(digest_sources(workspace, data).encode())
     for number, split in enumerate(splits.find_splits(workspace, names)):
         folder = run_folder(workspace, configuration, str(number))
-        weights = load_checkpoint(folder / LATEST_CHECKPOINT, every, planned, split)["network"]
-        digest.update(weights_digest(weights).encode())
+        digest.update(digest_of(folder / LATEST_CHECKPOINT, every, planned, split).encode())
         with contextlib.suppress(PlansError):  # not validated, as far as is known
             found = strict_json.load(record.Validation, folder / VALIDATION_FILE)
             digest.update(f"{found.mirrored} {found.padding}".encode())

@@ -249,10 +249,9 @@ def _on_tensors(network: Network) -> Network:
 
 
 def segment_case(
-    case: dataset.Case, run: FoldRun, network: Network
+    given: GridCase, run: FoldRun, network: Network
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Segment one case; the labels have the case's own grid, shape ``(z, y, x)``."""
-    given = prepare_case(case, run)
     scores = predict_case(given, run, network)
     return restore([(scores, given.placement)], run.plans, average=run.average)
 

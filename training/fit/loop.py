@@ -32,7 +32,7 @@ from training.batches.sampling import BatchKey
 from training.batches.stream import BatchStream, open_batches
 from training.data.workspace import BEST_CHECKPOINT, CONFIG_FILE, LATEST_CHECKPOINT
 from training.fit import schedule
-from training.fit.checkpoint import LOWEST_SCALE, Saver, diverged, reason_to_end, resume
+from training.fit.checkpoint import LOWEST_SCALE, diverged, reason_to_end, resume
 from training.fit.compiling import forward_of
 from training.fit.configuration import TrainingConfig
 from training.fit.fold_run import FoldRun
@@ -40,6 +40,7 @@ from training.fit.history import EpochRow
 from training.fit.pretrained import Pretrained, begin_with
 from training.fit.process_group import GradientSums
 from training.fit.progress import Moment, Watch
+from training.fit.saver import Saver
 from training.fit.step import (
     Reading,
     TrainingState,

@@ -53,20 +53,6 @@ _MOST_FINER = 100.0  # voxels of a case in its plan, for each in its file
 _log = logging.getLogger(__name__)
 
 
-def plan(
-    fingerprint: Fingerprint,
-    dataset: Dataset,
-    *,
-    recipe: str,
-    overrides: Overrides,
-    architecture: str = "plain",
-) -> Plans:
-    """Decide everything that the data decide; arguments and errors as for ``decide``."""
-    return decide(
-        fingerprint, dataset, recipe=recipe, overrides=overrides, architecture=architecture
-    )[0]
-
-
 def decide(
     fingerprint: Fingerprint,
     dataset: Dataset,
@@ -75,7 +61,7 @@ def decide(
     overrides: Overrides,
     architecture: str = "plain",
 ) -> tuple[Plans, Reasons]:
-    """Plans, and how they came about.
+    """Plans, in which is everything that the data decide, and how they came about.
 
     Args:
         fingerprint: What the dataset looks like.
@@ -288,9 +274,9 @@ def _automatic(
 ) -> Plans | None:
     """The plans without any override, if there are any."""
     try:
-        return plan(
+        return decide(
             fingerprint, dataset, recipe=recipe, overrides=Overrides(), architecture=architecture
-        )
+        )[0]
     except IchsegError:  # what was chosen may be what makes the data usable
         return None
 

@@ -261,8 +261,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="folder with the results.json that has the case scores "
                         "[that of the predictions]")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR",
-                        help="folder for metrics.json, evaluation.json, cases.csv and "
-                        "detection.json")  # fmt: skip
+                        help="folder for metrics.json, evaluation.json and cases.csv; also for "
+                        "detection.json, and roc.png where there are scans with a bleed and "
+                        "without")  # fmt: skip
     parser.add_argument("--labels", metavar="NAMES",
                         help="names of the labels 1, 2, ..., with commas; of regions with the "
                         "labels that each holds, as bleed=1+2,core=2 [those that occur, by their "
