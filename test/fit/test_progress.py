@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.epochs import CONFIG, CPU, ROWS, watch
 
-from training.fit import curves, history, progress
+from training.fit import history, progress
 from training.fit.history import EpochRow
 from training.fit.progress import Moment
 
@@ -213,9 +213,9 @@ def test_time_left_in_the_first_epoch_goes_by_its_steps(tmp_path, terminal):
 
 def test_moving_average_by_hand():
     nan, inf = math.nan, math.inf
-    assert curves.moving_average([1, 2, 6, 3, 8], 1) == [1, 3, 11 / 3, 17 / 3, 8]
-    assert curves.moving_average([1, 2, 6, 3, 8], 9) == [1, 3, 4, 17 / 3, 8]
-    found = curves.moving_average([nan, 2, inf, nan, nan, nan], 1)
+    assert history.moving_average([1, 2, 6, 3, 8], 1) == [1, 3, 11 / 3, 17 / 3, 8]
+    assert history.moving_average([1, 2, 6, 3, 8], 9) == [1, 3, 4, 17 / 3, 8]
+    found = history.moving_average([nan, 2, inf, nan, nan, nan], 1)
     np.testing.assert_equal(found, [nan, 2, 2, nan, nan, nan])
 
 
@@ -225,7 +225,7 @@ def test_the_picture_shows_what_was_measured(tmp_path, count):
         EpochRow(e, 1 / e, 2 / e, None if e % 3 == 2 else 1 - 1 / e, 3e-4 / e, 10.0, 0.1 * e)
         for e in range(1, count + 1)
     ]
-    figure = curves.plot(rows, "tiny, fold 0")
+    figure = history.plot(rows, "tiny, fold 0")
     losses, rates, times, scores = figure.axes
     drawn = {line.get_label(): line for line in losses.get_lines() + scores.get_lines()}
     for label, color, expected in (
@@ -250,7 +250,7 @@ def test_the_picture_shows_what_was_measured(tmp_path, count):
     np.testing.assert_allclose(compute.values, [10 - 0.1 * row.epoch for row in rows])
     np.testing.assert_allclose(wait.values, [10.0] * count)
     np.testing.assert_array_equal(wait.baseline, compute.values)
-    curves.draw(rows, tmp_path / "progress.png", title="tiny")
+    history.write_picture(rows, tmp_path / "progress.png", title="tiny")
     assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -258,21 +258,21 @@ def test_a_point_without_neighbours_is_marked():
     dice = [None] * 120
     dice[0] = dice[50] = dice[80] = dice[81] = 0.5
     rows = [EpochRow(e + 1, 0, 0, score, 1e-3, 1.0, 0.0) for e, score in enumerate(dice)]
-    line = curves.plot(rows, "").axes[3].get_lines()[0]
+    line = history.plot(rows, "").axes[3].get_lines()[0]
     known = {i for i in line.get_markevery() if dice[i] is not None}
     assert known == {0, 50}
 
 
 def test_a_picture_of_losses_that_are_not_finite(tmp_path):
     rows = [EpochRow(1, math.nan, math.inf, None, 0.0, 0.0, 0.0)]
-    curves.draw(rows, tmp_path / "progress.png", title="tiny")
+    history.write_picture(rows, tmp_path / "progress.png", title="tiny")
     assert (tmp_path / "progress.png").stat().st_size > 0
 
 
 def test_one_slow_epoch_does_not_hide_the_others():
     seconds = [10.0, 11.0, 500.0, 10.0, 12.0]
     rows = [EpochRow(e, 0, 0, None, 1e-3, s, 0.0) for e, s in enumerate(seconds, start=1)]
-    assert curves.plot(rows, "").axes[2].get_ylim()[1] == pytest.approx(1.35 * 33)
+    assert history.plot(rows, "").axes[2].get_ylim()[1] == pytest.approx(1.35 * 33)
 
 
 def test_what_cannot_be_drawn_or_written_is_a_warning_and_training_goes_on(
@@ -281,7 +281,7 @@ def test_what_cannot_be_drawn_or_written_is_a_warning_and_training_goes_on(
     def failing(*_, **__):
         raise ValueError("no font\nat all")
 
-    monkeypatch.setattr(curves, "draw", failing)
+    monkeypatch.setattr(progress, "write_picture", failing)
     (tmp_path / "progress.csv").mkdir()
     with watch(tmp_path) as told:
         for count in (1, 2):

@@ -28,9 +28,16 @@ from ichseg.model import strict_json
 from ichseg.wording import clock
 from training.batches.stream import choose_engine
 from training.data.workspace import PROGRESS_PICTURE, PROGRESS_TABLE
-from training.fit import curves
 from training.fit.configuration import TrainingConfig
-from training.fit.history import EpochRow, describe, left_s, number, waiting, write_csv
+from training.fit.history import (
+    EpochRow,
+    describe,
+    left_s,
+    number,
+    waiting,
+    write_csv,
+    write_picture,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -147,7 +154,7 @@ class Watch:
             write_csv(history, self._folder / PROGRESS_TABLE, self._labels)
         if last or time.monotonic() - self._drawn > _DRAW_EVERY_S:
             with self._optional(self._folder / PROGRESS_PICTURE):
-                curves.draw(history, self._folder / PROGRESS_PICTURE, title=self._title)
+                write_picture(history, self._folder / PROGRESS_PICTURE, title=self._title)
             self._drawn = time.monotonic()
         for board in self._boards:
             with self._optional(type(board).__name__):
