@@ -56,7 +56,7 @@ class Lesion:
     max_probability: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Segmentation:
     """What was found.
 

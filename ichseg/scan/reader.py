@@ -19,7 +19,7 @@ _TAKEN = (
 SAME_FRAME_MM = 0.5  # writers round differently; a voxel is rarely smaller
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Scan(Volume):
     """A volume with what is known of where it came from.
 

@@ -38,9 +38,9 @@ Triple = tuple[float, float, float]
 _MORE = 1 << 16  # bytes, which a full disk has no room for
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Volume:
-    """Voxels with their place in the patient.
+    """Voxels with their place in the patient. Two are equal only if they are one object.
 
     Attributes:
         voxels: Shape ``(z, y, x)``; any real dtype (HU for CT, labels for masks).

@@ -11,6 +11,7 @@ from ichseg.errors import InputError
 from ichseg.scan import volume
 from ichseg.scan.images import as_scan
 from ichseg.scan.orientation import orient_axes
+from ichseg.scan.reader import Scan
 from ichseg.scan.volume import Volume
 
 TURNED = sitk.Image([4, 3, 2], sitk.sitkInt16)  # x, y, z
@@ -215,3 +216,11 @@ def test_a_mask_has_the_axes_of_what_was_given(tmp_path):
         (number,) = [n for n, place in places.items() if np.allclose(place, at[::-1], atol=1e-2)]
         found[number] = int(value)
     assert found == expected
+
+
+@pytest.mark.parametrize("kind", [Volume, Scan])
+def test_two_volumes_can_be_compared(kind):
+    """Arrays have no one answer to whether they are equal; volumes are looked up in lists."""
+    one, other = (kind(np.zeros((2, 3, 4), np.int16), (1.0, 1.0, 1.0)) for _ in range(2))
+    assert [one, other].index(other) == 1
+    assert one != other
