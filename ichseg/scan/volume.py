@@ -169,7 +169,7 @@ def write(volume: Volume, path: Path | str, *, level: int = -1) -> None:
             _write_nifti1(volume, temporary, repeated)
         else:
             _write_image(volume, temporary, path, level)
-        check_place(volume, temporary, path)
+        _check_geometry(volume, temporary, path)
 
 
 def to_itk(volume: Volume) -> sitk.Image:
@@ -361,14 +361,35 @@ def _write_nifti1(volume: Volume, path: Path, header: bytes) -> None:
         out.write(np.ascontiguousarray(volume.voxels).data)
 
 
-def check_place(grid: Volume, written: Path, path: Path, *, labels: int = 1) -> None:
-    """Refuse a written file whose size or place differs from a volume's.
+def _check_geometry(volume: Volume, written: Path, path: Path) -> None:
+    """Refuse a file whose size or place differs from what was to be written."""
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    try:
+        with _named_for_itk(written) as shown:
+            reader.SetFileName(str(shown))
+            reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise OutputError(
+            f"{path}: the written file cannot be read back ({_itk_reason(error)})"
+        ) from error
+    direction = np.array(reader.GetDirection()).reshape(3, 3)[::-1, ::-1].ravel()
+    exact = suffix_of(path) == ".mha"
+    place = reader.GetSpacing()[::-1], reader.GetOrigin()[::-1], direction
+    same_size = reader.GetSize()[::-1] == volume.voxels.shape
+    if not (same_size and _same_place(place, volume, exact=exact)):
+        raise OutputError(f"{path}: the written geometry differs from the volume's")
+
+
+def check_place(grid: Volume, written: Path, path: Path, *, labels: int) -> None:
+    """Refuse a NIfTI file of one or several labels whose size or place differs from a volume's.
 
     Args:
         grid: The volume.
         written: The file.
         path: The name that it will get, for messages.
-        labels: How many volumes it holds; more than one are the fourth axis of a NIfTI file.
+        labels: How many there are; more than one are its fourth axis.
 
     Raises:
         OutputError: It differs, or cannot be read back.
@@ -377,10 +398,9 @@ def check_place(grid: Volume, written: Path, path: Path, *, labels: int = 1) -> 
         header = headers.read_header(written, suffix_of(written))
         place = _place(written, header)
     except InputError as error:
-        reason = str(error).removeprefix(f"{written}: ")
-        raise OutputError(f"{path}: the written file cannot be read back ({reason})") from error
+        raise OutputError(f"{path}: the written file cannot be read back ({error})") from error
     same_size = header.shape == ((labels,) if labels > 1 else ()) + grid.voxels.shape
-    if not (same_size and _same_place(place, grid, exact=suffix_of(path) == ".mha")):
+    if not (same_size and _same_place(place, grid)):
         raise OutputError(f"{path}: the written geometry differs from the volume's")
 
 
@@ -388,7 +408,7 @@ def _same_place(
     found: tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike],
     wanted: Volume,
     *,
-    exact: bool,
+    exact: bool = False,
 ) -> bool:
     """Whether a spacing, an origin and a direction are a volume's, as a file's numbers can be."""
     return all(

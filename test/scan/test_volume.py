@@ -364,7 +364,7 @@ def test_unwritable_folder_is_refused(tmp_path: Path, suffix: str) -> None:
 
 
 def test_geometry_that_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
-    far = Volume(np.zeros((3, 4, 5), np.uint8), (1.0, 1.0, 1.0), (5e4 + 0.0123, 0.0, 0.0))
+    far = Volume(np.zeros((3, 4, 5), np.uint8), (1.0, 1.0, 1.0), (1e6 + 0.0123, 0.0, 0.0))
     with pytest.raises(OutputError, match=r"case\.nii: the written geometry differs"):
         write(far, tmp_path / "case.nii")
     assert list(tmp_path.iterdir()) == []
@@ -378,7 +378,7 @@ def test_interrupted_write_leaves_nothing(
     def break_off(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(volume, "check_place", break_off)  # by now all bytes are written
+    monkeypatch.setattr(volume, "_check_geometry", break_off)  # by now all bytes are written
     with pytest.raises(KeyboardInterrupt):
         write(some_volume(), tmp_path / f"case{suffix}")
     assert list(tmp_path.iterdir()) == []
