@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import SimpleITK as sitk
 
 from ichseg.errors import InputError
@@ -22,7 +23,12 @@ AIR_HU = -1000
 _LOW_HU, _HIGH_HU = -100, 1000  # what is compared; below and above all is alike
 _GRID_MM = 3.0  # finer changes the shift by less than a tenth of a voxel of 0.5 mm
 _ANGLES_DEG = (0, -15, 15, -30, 30)  # of nodding, bending to a side and turning to a side
-_STEPS_MM = (2.0, 0.005)  # the first and the last
+_SHIFTS_MM = (0, -20, 20, -40, 40, -60, 60)  # along the body: one scan may begin farther down
+_LEAST_SHARED = 0.5  # of the smaller head: a smaller part of it may agree by chance
+_HEAD = 20  # of what is compared, which is 0 in air
+_LINE_STEPS = {"numberOfIterations": 6, "maximumLineIterations": 20, "stepLength": 1,
+               "stepTolerance": 5e-3, "valueTolerance": 1e-5}  # fmt: skip
+_STEPS_MM = (2.0, 0.005)  # the first and the last along the gradient
 _SHORTER = 0.6  # a step after one that turned back
 _MOST_STEPS = 200
 _LEAST_GRADIENT = 1e-8  # that of a correlation by millimetres is small long before the end
@@ -71,32 +77,69 @@ def register(first: Volume, second: Volume) -> Alignment:
     """
     fixed, moving = (_prepared(volume) for volume in (first, second))
     with _one_thread():
-        transform = _found(fixed, moving)
+        # A part is found in the whole. The other way about, most of the whole has nothing to lie
+        # on, and can leave the part's frame for the better.
+        if _head_mm3(fixed) <= _head_mm3(moving):
+            transform = _found(fixed, moving)
+        else:
+            transform = _inverse(_found(moving, fixed))
     return _alignment(transform, fixed, moving)
 
 
+def _head_mm3(image: sitk.Image) -> float:
+    """How much head a prepared scan has."""
+    voxels = np.count_nonzero(sitk.GetArrayViewFromImage(image) > _HEAD)
+    return float(voxels * math.prod(image.GetSpacing()))
+
+
+def _inverse(transform: sitk.Euler3DTransform) -> sitk.Euler3DTransform:
+    """The way back, as a transform of the same kind."""
+    back = sitk.Euler3DTransform()
+    back.SetMatrix(np.reshape(transform.GetMatrix(), (3, 3)).T.ravel().tolist())
+    back.SetTranslation(transform.GetInverse().TransformPoint((0.0, 0.0, 0.0)))
+    return back
+
+
 def _found(fixed: sitk.Image, moving: sitk.Image) -> sitk.Euler3DTransform:
-    """The transform under which two prepared scans agree best."""
+    """The transform under which two prepared scans agree best, found on half the grid first.
+
+    There one axis goes after another, which needs no gradient and gets over what lies between. A
+    rotation about the middle of what both scans have does not shift it, so that neither has to be
+    found anew for each step of the other.
+    """
+    try:
+        tried: list[tuple[float, int, sitk.Euler3DTransform]] = []
+        for start in _starts(fixed, moving):
+            transform = _about_common_middle(start, fixed, moving)
+            coarse = _method(transform)
+            coarse.SetShrinkFactorsPerLevel([2])
+            coarse.SetSmoothingSigmasPerLevel([_GRID_MM])
+            coarse.SetOptimizerAsPowell(**_LINE_STEPS)
+            coarse.Execute(fixed, moving)
+            tried.append((-_agreement(fixed, moving, transform)[0], len(tried), transform))
+        transform = _about_common_middle(min(tried)[2], fixed, moving)
+        fine = _method(transform)
+        fine.SetOptimizerAsRegularStepGradientDescent(
+            *_STEPS_MM, _MOST_STEPS, _SHORTER, _LEAST_GRADIENT
+        )
+        fine.Execute(fixed, moving)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(f"the scans cannot be brought onto each other ({reason[:160]})") from error
+    return transform
+
+
+def _method(transform: sitk.Euler3DTransform) -> sitk.ImageRegistrationMethod:
+    """What changes a transform in place until two scans correlate most."""
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsCorrelation()  # both are CT
     # Of all voxels: samples leave it millimetres off.
     method.SetMetricSamplingStrategy(method.NONE)
     method.SetInterpolator(sitk.sitkLinear)
-    method.SetShrinkFactorsPerLevel([2, 1])
-    method.SetSmoothingSigmasPerLevel([_GRID_MM, 0])
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
-    method.SetOptimizerAsRegularStepGradientDescent(
-        *_STEPS_MM, _MOST_STEPS, _SHORTER, _LEAST_GRADIENT
-    )
     method.SetOptimizerScalesFromPhysicalShift()
-    try:
-        transform = _best_start(method, fixed, moving)
-        method.SetInitialTransform(transform, inPlace=True)
-        method.Execute(fixed, moving)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise InputError(f"the scans cannot be brought onto each other ({reason[:160]})") from error
-    return transform
+    method.SetInitialTransform(transform, inPlace=True)
+    return method
 
 
 @contextlib.contextmanager
@@ -140,7 +183,9 @@ def onto(first: Volume, second: Volume, alignment: Alignment, *, labels: bool = 
 def _prepared(volume: Volume) -> sitk.Image:
     """The scan on a coarse even grid, 0 in air."""
     image = sitk.Cast(to_itk(volume), sitk.sitkFloat32)
-    image = sitk.Clamp(image, sitk.sitkFloat32, _LOW_HU, _HIGH_HU) - _LOW_HU
+    # A window that somebody has cut out, such as 0 to 80 HU, ends above the values of air.
+    low = max(_LOW_HU, float(np.min(volume.voxels)))
+    image = sitk.Clamp(image, sitk.sitkFloat32, low, _HIGH_HU) - low
     size = [
         max(1, round(n * step / _GRID_MM))
         for n, step in zip(image.GetSize(), image.GetSpacing(), strict=True)
@@ -158,10 +203,12 @@ def _prepared(volume: Volume) -> sitk.Image:
     return sitk.Resample(image, grid, sitk.Transform(), sitk.sitkLinear, 0.0)
 
 
-def _best_start(
-    method: sitk.ImageRegistrationMethod, fixed: sitk.Image, moving: sitk.Image
-) -> sitk.Euler3DTransform:
-    """Middle on middle, and the angles at which the scans agree best, one after another."""
+def _starts(fixed: sitk.Image, moving: sitk.Image) -> list[sitk.Euler3DTransform]:
+    """Middle on middle; and the angles and the shift along the body at which both agree best."""
+    small = [
+        sitk.Shrink(sitk.SmoothingRecursiveGaussian(image, _GRID_MM), [min(2, n) for n in size])
+        for image, size in ((fixed, fixed.GetSize()), (moving, moving.GetSize()))
+    ]
     start = sitk.Euler3DTransform(
         sitk.CenteredTransformInitializer(
             fixed,
@@ -170,21 +217,68 @@ def _best_start(
             sitk.CenteredTransformInitializerFilter.MOMENTS,
         )
     )
-    angles = [0.0, 0.0, 0.0]
+    x, y, z = start.GetTranslation()
+    least = _LEAST_SHARED * min(map(_head_mm3, small)) / math.prod(small[0].GetSpacing())
+    best: tuple[tuple[float, ...], float] = (0.0, 0.0, 0.0), 0.0  # degrees, mm
 
-    def disagreement() -> float:
-        start.SetRotation(*angles)
-        method.SetInitialTransform(start, inPlace=False)
-        return float(method.MetricEvaluate(fixed, moving))
+    def disagreement(tried: tuple[tuple[float, ...], float]) -> tuple[float, float]:
+        angles, shift = tried
+        start.SetRotation(*map(math.radians, angles))
+        start.SetTranslation((x, y, z + shift))
+        correlation, voxels = _agreement(small[0], small[1], start)
+        return (2.0 if voxels < least else -correlation), sum(map(abs, angles))
 
-    for axis in range(3):
-        tried = []
-        for degrees in _ANGLES_DEG:
-            angles[axis] = math.radians(degrees)
-            tried.append((disagreement(), abs(degrees), angles[axis]))
-        angles[axis] = min(tried)[2]
-    start.SetRotation(*angles)
-    return start
+    for axis, shifts in ((0, _SHIFTS_MM), (1, (0,)), (2, (0,)), (0, (-10, 0, 10))):
+        angles, shift = best
+        best = min(
+            (
+                ((*angles[:axis], float(angle), *angles[axis + 1 :]), shift + more)
+                for more in shifts
+                for angle in _ANGLES_DEG
+            ),
+            key=disagreement,
+        )
+    plain = sitk.Euler3DTransform(start)
+    plain.SetRotation(0.0, 0.0, 0.0)
+    plain.SetTranslation((x, y, z))
+    disagreement(best)
+    return [plain] if best == ((0.0, 0.0, 0.0), 0.0) else [plain, start]
+
+
+def _about_common_middle(
+    transform: sitk.Euler3DTransform, fixed: sitk.Image, moving: sitk.Image
+) -> sitk.Euler3DTransform:
+    """The same transform, as a rotation about the middle of what is head in both, and a shift."""
+    where = np.argwhere(_in_both(fixed, moving, transform)[0])
+    if not len(where):
+        return transform
+    middle = fixed.TransformContinuousIndexToPhysicalPoint(where.mean(0)[::-1].tolist())
+    same = sitk.Euler3DTransform()
+    same.SetCenter(middle)
+    same.SetMatrix(transform.GetMatrix())
+    target = transform.TransformPoint(middle)
+    same.SetTranslation([a - b for a, b in zip(target, middle, strict=True)])
+    return same
+
+
+def _in_both(
+    fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Where the first has a head and the second reaches, and both scans' values, ``(z, y, x)``."""
+    laid = sitk.GetArrayFromImage(sitk.Resample(moving, fixed, transform, sitk.sitkLinear, -1.0))
+    kept = sitk.GetArrayFromImage(fixed)
+    return (laid >= 0) & (kept > 0), kept, laid
+
+
+def _agreement(
+    fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform
+) -> tuple[float, int]:
+    """The correlation of what is in both, -1 where there is none, and its number of voxels."""
+    inside, kept, laid = _in_both(fixed, moving, transform)
+    count = int(inside.sum())
+    if count < 2 or not (laid[inside].std() and kept[inside].std()):
+        return -1.0, count
+    return float(np.corrcoef(laid[inside], kept[inside])[0, 1]), count
 
 
 def _alignment(
@@ -194,10 +288,7 @@ def _alignment(
     angle = math.acos(min(1.0, max(-1.0, (float(np.trace(matrix)) - 1) / 2)))
     middle = fixed.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in fixed.GetSize()])
     shift = math.dist(middle, transform.TransformPoint(middle))
-    laid = sitk.GetArrayFromImage(sitk.Resample(moving, fixed, transform, sitk.sitkLinear, -1.0))
-    kept = sitk.GetArrayFromImage(fixed)
-    inside = (laid >= 0) & (kept > 0)
-    if inside.sum() < 2 or not (laid[inside].std() and kept[inside].std()):
+    agreement, _ = _agreement(fixed, moving, transform)
+    if agreement == -1.0:
         raise InputError("the scans have no part of a head in common")
-    agreement = float(np.corrcoef(laid[inside], kept[inside])[0, 1])
     return Alignment(transform, math.degrees(angle), shift, agreement)

@@ -68,6 +68,42 @@ def test_a_moved_head_is_found_again_to_a_millimetre(degrees, mm):
     assert alignment.agreement > 0.9
 
 
+@pytest.mark.parametrize("whole_first", [True, False])
+@pytest.mark.parametrize("slices", [slice(12, None), slice(14, 22)])
+def test_a_part_of_a_head_is_found_in_the_whole(slices, whole_first):
+    """As of a scan that begins farther down, and of a few slices through a bleed."""
+    first = head()
+    second, way = moved(first, (14.0, 3.0, -6.0), (8.0, -12.0, 5.0))
+    if whole_first:
+        second = part(second, slices)
+    else:
+        first = part(first, slices)
+    alignment = register(first, second)
+    for x_mm, y_mm, z_mm in OFFSETS_MM:
+        point = (middle(head()) + np.array((x_mm, y_mm, z_mm / 3))).tolist()
+        found = alignment.transform.TransformPoint(point)
+        assert math.dist(found, way.TransformPoint(point)) < 2.5
+    assert alignment.agreement > 0.95
+
+
+def part(volume: Volume, slices: slice) -> Volume:
+    """Some slices of it, where they were."""
+    z, y, x = to_itk(volume)[:, :, slices].GetOrigin()[::-1]
+    return Volume(volume.voxels[slices], volume.spacing_mm, (z, y, x), volume.direction)
+
+
+def test_a_window_that_ends_above_air_is_no_hindrance():
+    """Air and fat are -20 HU then, and bone 100."""
+    first = head()
+    second, way = moved(first, (5.0, 3.0, -6.0), (8.0, -12.0, 5.0))
+    windowed = (scan.with_voxels(np.clip(scan.voxels, -20, 100)) for scan in (first, second))
+    alignment = register(*windowed)
+    for offset in OFFSETS_MM:
+        point = (middle(first) + offset).tolist()
+        found = alignment.transform.TransformPoint(point)
+        assert math.dist(found, way.TransformPoint(point)) < 1.0
+
+
 def test_a_bleed_that_grew_stays_grown():
     first = head(bleed_mm=10)
     grown = head(bleed_mm=20)
