@@ -20,6 +20,7 @@ from ichseg.wording import duration
 _CLEAR = "\r\x1b[K"  # a progress line that stands there
 _MOST_LINES = 20  # of progress, for each case, where lines stay
 _EVERY_S = 60.0
+_FORETOLD_AFTER_S = 1.0  # a single pass may take several times as long as the next
 _sink: Callable[[str], object] | None = None
 _writing = threading.Lock()
 
@@ -80,20 +81,22 @@ class Progress:
         self.first = 0  # passes done when the clock began: the first ones also warm up
         self.last = 0  # passes done when last told
         self.share = 0.0  # of the passes, when it was last said
+        self.foretold = False  # whether it has been said how long they will take
 
     def __call__(self, done: int, total: int) -> None:
-        """Say how long it will take as soon as that is known, then how far it is."""
+        """Say how long it will take once some of them tell it, then how far it is."""
         now = time.monotonic()
         if self.first == 0 or done < self.last:  # at first, or begun anew on another device
             self.began, self.first, self.last, self.share = now, done, done, 0.0
+            self.foretold = False
             return
         self.last = done
         left_s = (now - self.began) / (done - self.first) * (total - done)
         planned = ""
         if self.until is not None and now + left_s > self.until:
             left_s, planned = max(self.until - now, 0.0), " planned, as many as the budget allows"
-        if self.said < self.began:
-            self.said = now
+        if not self.foretold and now - self.began >= _FORETOLD_AFTER_S and done < total:
+            self.said, self.foretold = now, True
             say(f"  {total} forward passes{planned}, about {duration(left_s)}")
         text = f"  {done}/{total} forward passes, {duration(left_s)} left"
         if _is_terminal():

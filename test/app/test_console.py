@@ -1,8 +1,10 @@
 """What a line of the log may hold, and where it goes."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,9 +80,29 @@ def test_no_file_gets_the_number_of_a_stderr_that_was_closed_in_between(tmp_path
     assert done.returncode == 3
 
 
-def test_progress_that_begins_anew_on_another_device_goes_on(capsys):
-    """A GPU whose memory is full gives the case to the CPU, which begins with the first pass."""
+def told(monkeypatch, capsys, steps):
+    """What is said of these passes, each of them seconds after the one before."""
+    clock = itertools.accumulate([0.0, *(seconds for seconds, _ in steps)])
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     progress = console.Progress()
-    for done in (4, 8, 12, 4, 8, 16):
+    for _, done in steps:
         progress(done, 16)
-    assert "16 forward passes, about" in capsys.readouterr().err
+    return capsys.readouterr().err.splitlines()
+
+
+def test_progress_that_begins_anew_on_another_device_goes_on(monkeypatch, capsys):
+    """A GPU whose memory is full gives the case to the CPU, which begins with the first pass."""
+    steps = [(0.0, 4), (2.0, 8), (2.0, 12), (1.0, 4), (4.0, 8), (4.0, 16)]
+    assert told(monkeypatch, capsys, steps) == [
+        "  16 forward passes, about 4.0 s", "  16 forward passes, about 8.0 s"
+    ]  # fmt: skip
+
+
+def test_a_time_is_told_by_a_second_of_passes_not_by_the_first_of_them(monkeypatch, capsys):
+    """The first is not even counted, and one more may be quick by chance."""
+    steps = [(3.0, 1), (0.1, 2), (0.4, 3), (0.6, 4), (0.4, 5), (0.4, 16)]
+    assert told(monkeypatch, capsys, steps) == ["  16 forward passes, about 4.4 s"]
+
+
+def test_of_passes_that_take_less_than_a_second_nothing_is_said(monkeypatch, capsys):
+    assert told(monkeypatch, capsys, [(3.0, 1), (0.4, 8), (0.5, 16)]) == []
