@@ -173,7 +173,17 @@ def test_curve_is_interrupted_where_there_is_no_dice():
     ]
     chart = charts.curves(rows, "Fold 0")
     (path,) = re.findall(r'd="([^"]*)" class="line green"', chart)
-    assert re.findall(r"[ML]", path) == ["M", "M", "L"]
+    assert re.findall(r"[MhL]", path) == ["M", "h", "M", "L"]  # a dash, a gap and a line
+
+
+def test_the_only_epoch_of_a_training_is_seen():
+    chart = charts.curves([EpochRow(1, 0.3, 0.5, 0.4, 1e-3, 1.0, 0.0)], "Fold 0")
+    for colour in ("blue", "red", "green"):
+        (path,) = re.findall(f'd="([^"]*)" class="line {colour}"', chart)
+        x, y = map(float, re.fullmatch(r"M([\d.]+) ([\d.]+)h8", path).groups())
+        assert 26 <= y <= 196
+    assert re.search(rf'<text x="{x + 4:g}"[^>]*>1<', chart)  # below it
+    assert "1 epoch," in chart
 
 
 def test_curves_are_read_back(workspace):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from ichseg.report.page import number
+from ichseg.wording import counted
 from training.fit.history import EpochRow
 from training.scoring.lesions import LesionCounts
 from training.scoring.statistics import VolumeAgreement, wilson
@@ -53,15 +54,17 @@ def curves(rows: Sequence[EpochRow], title: str) -> Markup:
     losses = [v for row in rows for v in (row.train_loss, row.validation_loss) if math.isfinite(v)]
     low, high = _padded(losses or [0.0])
     left, right = _left(_ticks(low, high, 5), beside=14), 40
-    x = _linear(rows[0].epoch, max(rows[-1].epoch, rows[0].epoch + 1), left, _WIDTH - right)
+    first, last = rows[0].epoch, rows[-1].epoch
+    beside = 1 if first == last else 0  # a single one stands in the middle
+    x = _linear(first - beside, last + beside, left, _WIDTH - right)
     loss, dice = _linear(low, high, 196, 26), _linear(0, 1, 196, 26)
     parts = [_line(left, loss(v), _WIDTH - right, loss(v), "grid") for v in _ticks(low, high, 5)]
     parts += [_text(left - 6, loss(v) + 4, _short(v), "end") for v in _ticks(low, high, 5)]
     parts += [_text(_WIDTH - right + 6, dice(v / 5) + 4, f"{v / 5:.1f}") for v in range(6)]
     parts += [
         _below(x(v), 212, f"{v:.0f}")
-        for v in _ticks(rows[0].epoch, rows[-1].epoch, 6)
-        if v == int(v)
+        for v in _ticks(first - beside, last + beside, 6)
+        if v == int(v) and first <= v <= last
     ]
     parts += [_below((left + _WIDTH - right) / 2, 229, "epoch")]
     parts += [_text(4, 12, "loss"), _text(_WIDTH - 4, 12, "Dice", "end")]
@@ -76,7 +79,7 @@ def curves(rows: Sequence[EpochRow], title: str) -> Markup:
         for y, values, colour in series
     ]
     best = max((row.pseudo_dice for row in rows if row.pseudo_dice is not None), default=None)
-    note = f"{len(rows)} epochs" + ("" if best is None else f", best Dice {best:.3f}")
+    note = counted(len(rows), "epoch") + ("" if best is None else f", best Dice {best:.3f}")
     return _figure(title, note, parts, 236)
 
 
@@ -302,16 +305,24 @@ def _path(
     x: Callable[[float], float],
     y: Callable[[float], float],
 ) -> str:
-    """The path of a line through the finite values, interrupted by the others."""
+    """The path of a line through the finite values, interrupted by the others.
+
+    A value between two others, or alone, is a dash.
+    """
     every = math.ceil(len(xs) / _MOST_POINTS)
-    words, pen = [], "M"
+    pieces: list[list[tuple[float, float]]] = [[]]
     for at, value in list(zip(xs, values, strict=True))[::every]:
         if value is None or not math.isfinite(value):
-            pen = "M"
-            continue
-        words.append(f"{pen}{_n(x(at))} {_n(y(value))}")
-        pen = "L"
-    return "".join(words)
+            pieces.append([])
+        else:
+            pieces[-1].append((x(at), y(value)))
+    return "".join(
+        f"M{_n(piece[0][0] - 4)} {_n(piece[0][1])}h8"
+        if len(piece) == 1
+        else "M" + "L".join(f"{_n(across)} {_n(up)}" for across, up in piece)
+        for piece in pieces
+        if piece
+    )
 
 
 def _linear(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
