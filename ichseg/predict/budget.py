@@ -6,11 +6,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ichseg.errors import BudgetError
+import numpy as np
+
+from ichseg.errors import BudgetError, InputError
 from ichseg.model.bundle import Member
 
 Count = Callable[[int, int], None]
 _WARM_CALLS = 3  # of a network, before its speed is believed; the first one is slower
+
+
+def check_seconds(budget_s: float | None) -> None:
+    """Refuse what is no time budget; one that is used up is for ``BudgetError``.
+
+    Raises:
+        InputError: It is neither None nor a finite number.
+    """
+    if budget_s is not None and not (
+        isinstance(budget_s, int | float | np.number) and np.isfinite(budget_s)
+    ):
+        raise InputError(f"budget_s {budget_s!r}, expected a number of seconds")
 
 
 class LateError(Exception):

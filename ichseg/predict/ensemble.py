@@ -30,7 +30,7 @@ from ichseg.model import bundle
 from ichseg.model.bundle import Model
 from ichseg.model.default_weights import default_weights
 from ichseg.predict import components, memory, passes, prepare, sliding_window
-from ichseg.predict.budget import Clock, Count
+from ichseg.predict.budget import Clock, Count, check_seconds
 from ichseg.predict.components import Segmentation
 from ichseg.predict.memory import Need
 from ichseg.predict.passes import MeanScores, Pass
@@ -166,13 +166,14 @@ class Ensemble:
 
         Raises:
             InputError: It cannot be read, does not fit the model or is no head CT in HU, or the
-                threshold is none.
+                threshold or the time budget is none.
             WeightsError: A network's file is not finite or does not fit its plan.
             BudgetError: The time does not suffice for one network without mirroring.
             PredictionError: A network gives scores that are not finite.
             DeviceError: A GPU's memory does not even hold one tile, or the GPU is lost.
         """
         check_threshold(threshold)
+        check_seconds(budget_s)
         began = time.perf_counter()
         scan = images.as_scan(image, spacing_mm=spacing_mm, axes=axes)
         scan = self.in_hu(scan, images.name_of(image))
@@ -268,11 +269,13 @@ class Ensemble:
                 finds. Where a GPU turns out to be full, all begins again with scores on the host.
 
         Raises:
+            InputError: The time budget is none.
             WeightsError: A network's file is not finite or does not fit its plan.
             BudgetError: Not even one pass of each configuration fits.
             PredictionError: A network gives scores that are not finite.
             DeviceError: A GPU's memory does not even hold one tile, or the GPU is lost.
         """
+        check_seconds(budget_s)
         plan = prepared.plan
         deadline = None
         if budget_s is not None:

@@ -186,6 +186,12 @@ def test_scans_of_several_threads_go_through_the_networks_one_after_another(ense
         np.testing.assert_array_equal(found.mask.voxels, mask)
 
 
+@pytest.mark.parametrize("budget_s", ["60", float("nan"), float("inf"), [1]])
+def test_what_is_no_time_budget_is_refused_before_anything_else(ensemble, budget_s):
+    with pytest.raises(InputError, match=r"^budget_s .*expected a number of seconds"):
+        ensemble.segment("no such file", "fast", budget_s=budget_s)
+
+
 @pytest.mark.parametrize("threshold", [5, 0, True, float("nan"), "0.3"])
 def test_what_is_no_threshold_is_refused_before_anything_else(ensemble, scan, threshold):
     for segment in (
