@@ -22,7 +22,8 @@ Point = tuple[float, float, float]
 SCORED_ML = 0.2  # of the case's score
 # Specks at the inner table: smaller, thinner and less sure than these, and mostly beside bone.
 SPECK_ML, SPECK_MM, SPECK_PROBABILITY, BESIDE_BONE_MM = 2.0, 5.0, 0.8, 4.0
-DENSE_HU = 150.0  # on average; fresh blood has 50 to 100
+DENSE_HU, THIN_HU = 150.0, 0.0  # on average; fresh blood has 50 to 100, old blood that of water
+LARGE_ML = 500.0  # a skull holds about 1,500
 _BONE_HU, _LEAST_BONE_ML = 250, 50.0  # a skull is several hundred mL
 _MOST_SPECKS = 100  # that are looked at; noise has hundreds of thousands
 _SLAB_VOXELS = 300_000  # looked at together: arrays of 8 bytes a voxel are made of them
@@ -119,27 +120,49 @@ def doubts(
     labels: Labels, scan: Volume, foreground: Labels, found: Sequence[Lesion]
 ) -> tuple[str, ...]:
     """Why what was found in a CT may be none, one sentence each; see ``speck_warning``."""
-    told = (dense_warning(found), speck_warning(labels, scan, foreground, found))
+    told = (
+        size_warning(found),
+        density_warning(found),
+        speck_warning(labels, scan, foreground, found),
+    )
     return tuple(warning for warning in told if warning is not None)
 
 
-def dense_warning(found: Sequence[Lesion]) -> str | None:
-    """Words for lesions of which half or more, by volume, are too dense for blood.
+def size_warning(found: Sequence[Lesion]) -> str | None:
+    """Words for more than a head can bleed: networks that were hardly trained mark everything."""
+    found_ml = sum(lesion.volume_ml for lesion in found)
+    if found_ml <= LARGE_ML:
+        return None
+    return (
+        f"{found_ml:,.0f} mL were found, and no bleed within a skull is larger than "
+        f"{LARGE_ML:.0f} mL: it may well be something else"
+    )
+
+
+def density_warning(found: Sequence[Lesion]) -> str | None:
+    """Words for lesions of which half or more, by volume, are too dense for blood, or too thin.
 
     Networks that are given a few slices, or another part of the body, may take bone for it.
 
     Args:
         found: The lesions, with the mean HU of each.
     """
-    dense = [lesion for lesion in found if lesion.mean_hu > DENSE_HU]
-    dense_ml, found_ml = (sum(each.volume_ml for each in some) for some in (dense, found))
-    if not dense or dense_ml < found_ml / 2:
-        return None
-    mean_hu = sum(lesion.mean_hu * lesion.volume_ml for lesion in dense) / dense_ml
-    return (
-        f"{dense_ml:.2f} of {found_ml:.2f} mL that were found have {mean_hu:.0f} HU on average, "
-        "where blood has 50 to 100: it may well be bone, contrast medium or metal"
-    )
+    found_ml = sum(lesion.volume_ml for lesion in found)
+    for odd, perhaps in (
+        (
+            [lesion for lesion in found if lesion.mean_hu > DENSE_HU],
+            "bone, contrast medium or metal",
+        ),
+        ([lesion for lesion in found if lesion.mean_hu < THIN_HU], "air or fat"),
+    ):
+        odd_ml = sum(lesion.volume_ml for lesion in odd)
+        if odd and odd_ml >= found_ml / 2:
+            mean_hu = sum(lesion.mean_hu * lesion.volume_ml for lesion in odd) / odd_ml
+            return (
+                f"{odd_ml:.2f} of {found_ml:.2f} mL that were found have {mean_hu:.0f} HU on "
+                f"average, where blood has 50 to 100: it may well be {perhaps}"
+            )
+    return None
 
 
 def speck_warning(

@@ -237,13 +237,34 @@ BLEED = (slice(30, 50), slice(25, 50))  # 2.5 mL
 def test_what_is_as_dense_as_bone_is_told():
     labels, scan, chance = skull_with(BLEED)
     labels[2, 35:45, 6:8] = 1  # 0.1 mL in the skull
-    assert components.dense_warning(lesions(labels, scan)) is None
+    assert components.density_warning(lesions(labels, scan)) is None
     labels[:, 5:9, 36:43] = labels[:, 71:75, 36:43] = 1  # more of it than of the bleed
     found = lesions(labels, scan)
-    said = components.dense_warning(found)
+    said = components.density_warning(found)
     assert said.startswith("2.90 of 5.40 mL that were found have 900 HU on average, where blood")
     assert said in components.doubts(labels, scan, chance, found)
-    assert components.dense_warning(()) is None
+    assert components.density_warning(()) is None
+
+
+def test_what_is_as_thin_as_air_or_fat_is_told():
+    labels, scan, _ = skull_with(BLEED)
+    labels[:, 70:75, 36:43], scan.voxels[:, 70:75] = 1, -80
+    found = lesions(labels, scan)
+    assert components.density_warning(found) is None  # less of it than of the bleed
+    labels[:, 70:75, 20:60] = 1
+    said = components.density_warning(lesions(labels, scan))
+    assert said.startswith("10.00 of 12.50 mL that were found have -80 HU on average")
+    assert said.endswith("it may well be air or fat")
+
+
+def test_more_than_a_skull_can_bleed_is_told():
+    labels, scan, _ = skull_with(BLEED)
+    scan = Volume(scan.voxels, (5.0, 14.0, 14.0))
+    found = lesions(labels, scan)  # 490 mL
+    assert components.size_warning(found) is None
+    labels[:, 60, 30:34] = 1  # 4 voxels of 0.98 mL in each of 10 slices
+    said = components.size_warning(lesions(labels, scan))
+    assert said.startswith("529 mL were found, and no bleed within a skull")
 
 
 def test_specks_at_the_inner_table_are_told():
